@@ -1,0 +1,32 @@
+"""nutgraf: the nut graf of each retrieved passage, read by an LLM instead of the passage.
+
+Compressors turn passages into compressed passages (soft embeddings, a short KV cache or a shorter text); a `Reader` reads
+them in prompts that mix text and compressed passages; adapters drop both into RAG frameworks; recipes train them and
+benchmarks measure what was won and what was lost.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .compressors import CompressedPassage, Compressor, Reader, load_compressor, make_compressor
+
+__version__ = "0.1.0"
+__all__ = ["CompressedPassage", "Compressor", "Reader", "__version__", "load_compressor", "make_compressor", "pretrained"]
+
+_PRETRAINED = Path(__file__).parent / "recipes" / "pretrained"
+
+
+def pretrained(name: str) -> str:
+    """Local folder of an artefact that ships with the package.
+
+    Args:
+        name: for instance ``"reader-small"``, ``"xrag-small"`` or ``"icae-small"``.
+
+    Raises:
+        ValueError: if nothing of that name ships with the package.
+    """
+    folder = _PRETRAINED / name
+    if name not in (have := sorted(p.name for p in _PRETRAINED.glob("*/") if (p / "config.json").exists())):
+        raise ValueError(f"No shipped artefact is called {name!r}; the package holds {have}.")
+    return str(folder)

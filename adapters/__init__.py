@@ -1,0 +1,1 @@
+"""Adapters: the outside world (RAG frameworks, stores, serving engines)."""

@@ -1,0 +1,1 @@
+"""Benchmarks: quality, speed and cost on equal terms, and the report."""
