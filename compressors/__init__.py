@@ -1,0 +1,24 @@
+"""Compressors: passages in, compressed passages out, and the reader that reads them."""
+
+from __future__ import annotations
+
+from .base import CheckpointError, Compressor, CompressorConfig, ReaderMismatchError, SoftCompressor, TextCompressor
+from .passage import CompressedPassage
+from .reader import Reader, Targets
+from .registry import COMPRESSORS, load_compressor, make_compressor, register_compressor
+
+__all__ = [
+    "COMPRESSORS",
+    "CheckpointError",
+    "CompressedPassage",
+    "Compressor",
+    "CompressorConfig",
+    "Reader",
+    "ReaderMismatchError",
+    "SoftCompressor",
+    "Targets",
+    "TextCompressor",
+    "load_compressor",
+    "make_compressor",
+    "register_compressor",
+]

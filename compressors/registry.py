@@ -1,0 +1,66 @@
+"""The registry of methods, and the two ways to get a compressor: by method name or from a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .base import CheckpointError, Compressor, read_config
+
+if TYPE_CHECKING:
+    from .reader import Reader
+
+COMPRESSORS: dict[str, type[Compressor]] = {}
+T = TypeVar("T", bound=type[Compressor])
+
+
+def register_compressor(cls: T) -> T:
+    """Class decorator: makes a compressor known by its config's ``method`` name."""
+    name = cls.config_class.method
+    if name in COMPRESSORS and COMPRESSORS[name].__qualname__ != cls.__qualname__:
+        raise ValueError(f"The method name {name!r} is already taken by {COMPRESSORS[name].__name__}.")
+    COMPRESSORS[name] = cls
+    return cls
+
+
+def compressor_class(method: str) -> type[Compressor]:
+    """The class of a method. Raises ``ValueError`` with the known names otherwise."""
+    if method not in COMPRESSORS:
+        raise ValueError(f"Unknown compression method {method!r}; known are {sorted(COMPRESSORS)}.")
+    return COMPRESSORS[method]
+
+
+def make_compressor(method: str, reader: Reader, **config: Any) -> Compressor:
+    """A new, untrained compressor of a method, with settings of its config class."""
+    cls = compressor_class(method)
+    return cls(cls.config_class.from_dict(config), reader)
+
+
+def load_compressor(name_or_path: str | Path, reader: Reader, **kwargs: Any) -> Compressor:
+    """Loads a trained compressor from a local folder or from the Hugging Face hub.
+
+    Args:
+        name_or_path: a folder that `save_pretrained` wrote, or a hub id ``owner/name``.
+        reader: the reader it was trained for.
+        kwargs: passed on to the compressor's constructor.
+
+    Raises:
+        CheckpointError: if the checkpoint is missing, damaged or incomplete.
+        ReaderMismatchError: if it was made for another reader.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        folder = _download(str(name_or_path))
+    return compressor_class(read_config(folder)["method"]).from_pretrained(folder, reader, **kwargs)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{hub_id!r} is neither a local folder nor a hub repository that can be reached: {error}"
+        ) from error
