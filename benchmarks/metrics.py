@@ -1,0 +1,193 @@
+"""What an answer is worth: string metrics, token metrics, compression, and how sure we are.
+
+Equation numbers are those of "When Text Embedding Meets Large Language Model: A Comprehensive Survey"
+(https://arxiv.org/abs/2412.09165), section 2.4.1. Scores lie in [0, 1] unless a docstring says otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+
+import numpy as np
+
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalize(answer: str) -> str:
+    """SQuAD's normal form: lower case, no ASCII punctuation, no articles, single spaces.
+
+    After https://arxiv.org/abs/1606.05250, whose figures are taken in this form.
+
+    >>> normalize("The  Beatles' best-known song")
+    'beatles bestknown song'
+    """
+    return " ".join(_ARTICLES.sub(" ", answer.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """1.0 if the normal form of the prediction is that of any reference answer, else 0.0."""
+    guess = normalize(prediction)
+    return _best(answers, lambda answer: float(guess == normalize(answer)))
+
+
+def f1(prediction: str, answers: Sequence[str]) -> float:
+    """Harmonic mean of precision and recall over the bag of normalised words; the best over the reference answers.
+
+    Two empty normal forms agree (1.0); an empty and a non-empty one do not (0.0).
+    """
+    return _best(answers, lambda answer: _bag_f1(normalize(prediction).split(), normalize(answer).split()))
+
+
+def containment(prediction: str, answers: Sequence[str]) -> float:
+    """1.0 if the normal form of any reference answer stands in the prediction's as whole words, else 0.0."""
+    guess = f" {normalize(prediction)} "
+    return _best(answers, lambda answer: float(bool(words := normalize(answer)) and f" {words} " in guess))
+
+
+def token_exact_match(prediction: Sequence[Hashable], reference: Sequence[Hashable]) -> float:
+    """Equation 12: the share of the reference's tokens that the prediction has at the same position.
+
+    Position by position, so one inserted token costs all that follow; this is not SQuAD's exact match.
+    """
+    if not reference:
+        raise ValueError("token_exact_match needs a reference answer of at least one token, got none.")
+    return sum(guess == truth for guess, truth in zip(prediction, reference, strict=False)) / len(reference)
+
+
+def rouge_l(prediction: Sequence[Hashable], reference: Sequence[Hashable], beta: float = 1.0) -> float:
+    """Equations 13-15: F-measure of the longest common subsequence; `beta` weighs recall (1 is the harmonic mean)."""
+    if beta < 0 or not math.isfinite(beta):
+        raise ValueError(f"rouge_l needs a finite beta of at least 0, got {beta}.")
+    common = longest_common_subsequence(prediction, reference)
+    if common == 0:
+        return 0.0
+    precision, recall = common / len(prediction), common / len(reference)
+    return (1 + beta**2) * precision * recall / (beta**2 * precision + recall)
+
+
+def rouge_l_answer(prediction: str, answers: Sequence[str], beta: float = 1.0) -> float:
+    """ROUGE-L over normalised words, the best over the reference answers."""
+    words = normalize(prediction).split()
+    return _best(answers, lambda answer: rouge_l(words, normalize(answer).split(), beta))
+
+
+def longest_common_subsequence(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
+    """Length of the longest sequence of tokens that stand in both, in order, not necessarily side by side."""
+    row = [0] * (len(b) + 1)
+    for item in a:
+        diagonal = 0
+        for j, other in enumerate(b, 1):
+            diagonal, row[j] = row[j], diagonal + 1 if item == other else max(row[j], row[j - 1])
+    return row[-1]
+
+
+def perplexity_product(log_probs: Sequence[float]) -> float:
+    """Equation 11 as written: the product over the answer's tokens of 1 / p(token | before). Grows with the length."""
+    return _exp(-float(np.sum(_nonempty(log_probs, "perplexity_product"))))
+
+
+def perplexity_per_token(log_probs: Sequence[float]) -> float:
+    """The usual perplexity: the geometric mean of 1 / p(token | before), so that lengths compare."""
+    return _exp(-float(np.mean(_nonempty(log_probs, "perplexity_per_token"))))
+
+
+def compression_rate(tokens: int, slots: int) -> float:
+    """Equation 10: l / L, the share of the length that is left; smaller is shorter. 1.0 when nothing was there."""
+    if tokens < 0 or slots < 0:
+        raise ValueError(f"Lengths cannot be negative, got tokens={tokens} and slots={slots}.")
+    if tokens == 0:
+        return 1.0 if slots == 0 else math.inf
+    return slots / tokens
+
+
+def compression_ratio(tokens: int, slots: int) -> float:
+    """L / l, the inverse of the rate; 16 means sixteen times shorter."""
+    rate = compression_rate(tokens, slots)
+    return math.inf if rate == 0 else 1 / rate
+
+
+def recovered_share(score: float, none: float, full: float) -> float | None:
+    """(score - none) / (full - none): how much of what the passages bring survives the method.
+
+    0 is as good as no context, 1 as good as the full text; it may lie outside. None when the full text itself brings
+    nothing, for then there is nothing to recover.
+    """
+    return (score - none) / (full - none) if full > none else None
+
+
+def bootstrap_mean(
+    values: Sequence[float], *, seed: int = 0, repeats: int = 2000, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of `values`."""
+    means = _resampled_means(np.asarray(values, dtype=float)[:, None], seed, repeats, level)[:, 0]
+    return _interval(means, level)
+
+
+def bootstrap_recovered_share(
+    scores: Sequence[float],
+    none: Sequence[float],
+    full: Sequence[float],
+    *,
+    seed: int = 0,
+    repeats: int = 2000,
+    level: float = 0.95,
+) -> tuple[float, float] | None:
+    """Percentile bootstrap interval of the recovered share, the three scores of a question resampled together.
+
+    None when fewer than half the resamples have a full text that beats no context: the interval would mean nothing.
+    """
+    if not len(scores) == len(none) == len(full):
+        raise ValueError(f"Scores must be paired by question, got {len(scores)}, {len(none)} and {len(full)}.")
+    means = _resampled_means(np.stack([scores, none, full], axis=1).astype(float), seed, repeats, level)
+    means = means[means[:, 2] > means[:, 1]]
+    if len(means) * 2 < repeats:
+        return None
+    return _interval((means[:, 0] - means[:, 1]) / (means[:, 2] - means[:, 1]), level)
+
+
+def _resampled_means(values: np.ndarray, seed: int, repeats: int, level: float) -> np.ndarray:
+    """Means `[repeats, k]` of rows of `values` `[n, k]` drawn with replacement, in blocks of bounded memory."""
+    if len(values) == 0:
+        raise ValueError("A bootstrap interval needs at least one value, got none.")
+    if not 0 < level < 1 or repeats < 1:
+        raise ValueError(f"A bootstrap needs 0 < level < 1 and repeats >= 1, got level={level} and repeats={repeats}.")
+    rng = np.random.default_rng(seed)
+    block = max(1, 2_000_000 // len(values))
+    sizes = [min(block, repeats - start) for start in range(0, repeats, block)]
+    return np.concatenate([values[rng.integers(0, len(values), (size, len(values)))].mean(axis=1) for size in sizes])
+
+
+def _interval(samples: np.ndarray, level: float) -> tuple[float, float]:
+    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _best(answers: Sequence[str], score: Callable[[str], float]) -> float:
+    if not answers:
+        raise ValueError("A prediction is scored against at least one reference answer, got none.")
+    return max(score(answer) for answer in answers)
+
+
+def _bag_f1(guess: list[str], truth: list[str]) -> float:
+    if not guess or not truth:
+        return float(guess == truth)
+    common = (Counter(guess) & Counter(truth)).total()
+    return 2 * common / (len(guess) + len(truth))
+
+
+def _nonempty(log_probs: Sequence[float], name: str) -> Sequence[float]:
+    if len(log_probs) == 0:
+        raise ValueError(f"{name} needs the log-probability of at least one token, got none.")
+    return log_probs
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf

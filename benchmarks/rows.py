@@ -1,0 +1,140 @@
+"""Results files: one JSON row a measurement, with the command that made it.
+
+`benchmarks/results/*.jsonl` is read by the report, by tables and by comparisons over time; a figure that could not be
+measured is absent from its row, never a guess.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..compressors import Compressor, Reader
+
+Row = dict[str, Any]
+
+PACKAGE = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def append_rows(path: str | Path, rows: Iterable[Row]) -> None:
+    """Append rows to a results file in a single write, so that readers and crashes see all of them or none.
+
+    Entries that are None, NaN or infinite are left out. Raises ValueError for rows that JSON cannot hold.
+    """
+    path = Path(path)
+    try:
+        lines = [json.dumps(clean(row), ensure_ascii=False, allow_nan=False) for row in rows]
+    except TypeError as error:
+        raise ValueError(f"A results row for {path} holds something JSON cannot express: {error}.") from error
+    if not lines:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        size = os.fstat(handle).st_size
+        torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
+        os.write(handle, ("\n" * torn + "\n".join(lines) + "\n").encode())
+    finally:
+        os.close(handle)
+
+
+def read_rows(paths: str | Path | Sequence[str | Path]) -> list[Row]:
+    """The rows of results files, in order; a folder stands for its `*.jsonl` files."""
+    rows: list[Row] = []
+    for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
+        for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
+            for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+                if not line.strip():
+                    continue
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{file}, line {number} is not a JSON row: {error}.") from error
+    return rows
+
+
+def clean(row: Row) -> Row:
+    """The row without absent figures, floats rounded to six significant digits."""
+    return {key: _rounded(value) for key, value in row.items() if _measured(value)}
+
+
+def provenance(reader: Reader, seed: int, compressor: Compressor | None = None) -> Row:
+    """What every row says about its making: `command`, `commit`, `device`, `dtype`, `seed`, `date` and fingerprints."""
+    return {
+        "command": command(),
+        "commit": commit(),
+        "device": device_name(str(reader.device)),
+        "dtype": str(reader.dtype).removeprefix("torch."),
+        "seed": seed,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "reader": reader.fingerprint,
+        "compressor": None if compressor is None else compressor.fingerprint,
+    }
+
+
+def command(argv: Sequence[str] | None = None) -> str:
+    """The running command as a user would type it: program by its bare name, paths relative to where they can be."""
+    program, *arguments = sys.argv if argv is None else argv
+    name = Path(program).name
+    return shlex.join([name.removesuffix(".py"), *(_relative(argument) for argument in arguments)])
+
+
+@cache
+def commit() -> str | None:
+    """Short hash of the checked-out commit, `+` behind it if tracked code differs from it; None outside a checkout."""
+    try:
+        short = _git("rev-parse", "--short=10", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return short + "+" * bool(changed)
+
+
+@cache
+def device_name(device: str) -> str:
+    """`cuda` devices by the name of the card, the CPU with its core count; other devices as they call themselves."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(torch.device(device))
+    if device == "cpu":
+        return f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
+    return device
+
+
+def _git(*arguments: str) -> str:
+    if not (PACKAGE / ".git").exists():
+        raise OSError(f"{PACKAGE} is no git checkout.")
+    done = subprocess.run(["git", *arguments], cwd=PACKAGE, capture_output=True, text=True, check=True, timeout=20)
+    return done.stdout.strip()
+
+
+def _relative(argument: str) -> str:
+    flag, equals, value = argument.rpartition("=") if argument.startswith("-") else ("", "", argument)
+    if not os.path.isabs(value):
+        return argument
+    path = Path(value)
+    for base in (Path.cwd(), PACKAGE):
+        if path.is_relative_to(base):
+            return f"{flag}{equals}{path.relative_to(base)}"
+    return f"{flag}{equals}{path.name}"
+
+
+def _measured(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
