@@ -8,11 +8,13 @@ starts with `<|begin|>`; every answer ends with `<|end|>`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from .corpus import Record, read_documents
 
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -84,3 +86,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192, max_length: in
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """Load a tokenizer that `train_tokenizer` made and `save_pretrained` wrote."""
     return PreTrainedTokenizerFast.from_pretrained(str(folder))
+
+
+def tokenizer_texts(files: Iterable[Path], records: Iterable[Record], characters: int = 20_000_000) -> Iterator[str]:
+    """What the tokenizer is trained on: `characters` of each text file, and every question in its prompt format.
+
+    Questions are few beside the text, so they are repeated; words such as `Question`, `Answer` and `Who` become
+    single tokens this way.
+    """
+    for path in files:
+        left = characters
+        for document in read_documents(path):
+            yield document
+            left -= len(document)
+            if left <= 0:
+                break
+    for record in records:
+        yield from [f"\nQuestion: {record.question}\nAnswer:"] * 8
+        yield f"{record.gold_text} {' '.join(record.answers)}"
