@@ -12,7 +12,15 @@ from pathlib import Path
 from .compressors import CompressedPassage, Compressor, Reader, load_compressor, make_compressor
 
 __version__ = "0.1.0"
-__all__ = ["CompressedPassage", "Compressor", "Reader", "__version__", "load_compressor", "make_compressor", "pretrained"]
+__all__ = [
+    "CompressedPassage",
+    "Compressor",
+    "Reader",
+    "__version__",
+    "load_compressor",
+    "make_compressor",
+    "pretrained",
+]
 
 _PRETRAINED = Path(__file__).parent / "recipes" / "pretrained"
 

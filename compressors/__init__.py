@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+if __name__ != "nutgraf.compressors":
+    # Under a bare name this would be a second copy of every class and of the registry.
+    raise ImportError(f"Import nutgraf.compressors, not {__name__}: the repository root is the package nutgraf.")
+
 from .base import CheckpointError, Compressor, CompressorConfig, ReaderMismatchError, SoftCompressor, TextCompressor
 from .passage import CompressedPassage
 from .reader import Reader, Targets

@@ -117,7 +117,7 @@ class Compressor(nn.Module, ABC):
         texts = self._check_texts(texts)
         queries = self._check_query(query, len(texts))
         if ratio is not None and not (isinstance(ratio, int | float) and math.isfinite(ratio) and ratio >= 1):
-            raise ValueError(f"ratio is source tokens per slot and must be a finite number of at least 1, got {ratio!r}.")
+            raise ValueError(f"ratio is source tokens per slot, a finite number of at least 1, got {ratio!r}.")
         if vectors is not None and len(vectors) != len(texts):
             raise ValueError(f"vectors must hold one entry a passage: got {len(vectors)} for {len(texts)} passages.")
         if batch_size is not None and batch_size < 1:
@@ -213,7 +213,7 @@ class Compressor(nn.Module, ABC):
             )
         if about.get("reader") and about["reader"] != reader.fingerprint:
             raise ReaderMismatchError(
-                f"{folder} was made for the reader {about.get('reader_name')!r} ({about['reader']}), but this reader is "
+                f"{folder} was made for the reader {about.get('reader_name')!r} ({about['reader']}), but this is "
                 f"{reader.name!r} ({reader.fingerprint}); load that reader, or train a compressor for this one."
             )
         compressor = cls(cls.config_class.from_dict(about["config"]), reader, **kwargs)
@@ -221,7 +221,7 @@ class Compressor(nn.Module, ABC):
         return compressor.eval()
 
     def load_trainable(self, folder: str | Path) -> None:
-        """Copies a checkpoint's weights in; every key must match. Raises ``CheckpointError`` with the names otherwise."""
+        """Copies a checkpoint's weights in. Raises ``CheckpointError`` with the names unless every key matches."""
         wanted = self.trainable_state()
         path = Path(folder) / WEIGHTS_NAME
         if not wanted:
@@ -251,7 +251,11 @@ class SoftCompressor(Compressor):
 
     @abstractmethod
     def encode(
-        self, texts: Sequence[str], query: Query = None, ratio: float | None = None, vectors: Sequence[Any] | None = None
+        self,
+        texts: Sequence[str],
+        query: Query = None,
+        ratio: float | None = None,
+        vectors: Sequence[Any] | None = None,
     ) -> list[CompressedPassage]:
         """Like `compress`, but differentiable in the trained parameters; what training calls."""
 

@@ -55,7 +55,7 @@ def unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     kept: dict[str, Tensor] = {}
     for name in sorted(state):
         tensor = state[name]
-        key = (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
+        key = (tensor.data_ptr(), int(tensor.storage_offset()), tuple(tensor.shape))
         if tensor.numel() and key in seen:
             continue
         seen[key] = name

@@ -127,9 +127,7 @@ class Generator:
             cancelled.set()
             thread.join()
 
-    def _config(
-        self, max_new_tokens: int, given: GenerationConfig | None, kwargs: dict[str, Any]
-    ) -> GenerationConfig:
+    def _config(self, max_new_tokens: int, given: GenerationConfig | None, kwargs: dict[str, Any]) -> GenerationConfig:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
         config = copy.deepcopy(given) if given is not None else GenerationConfig(do_sample=False, num_beams=1)
@@ -187,13 +185,14 @@ class Generator:
         reader.kv_placement.check_length(max(map(len, plans)) + int(config.max_new_tokens or 0))
         # Everything but the last position is run here, under a mask in logical order that generate does not take;
         # generate feeds the last position and goes on: it sees every slot and token, so a flat mask is enough.
-        _, layout, cache, kv_positions = reader.forward(plans, drop_last=True, use_cache=True)
-        kv_valid = kv_positions >= 0  # type: ignore[operator]
+        _, layout, cache, kv_at = reader.forward(plans, drop_last=True, use_cache=True)
+        kv_positions: Any = kv_at
+        kv_valid: Tensor = kv_positions >= 0
         slots = kv_valid.shape[1]
         mask = torch.cat([kv_valid, layout.valid], dim=1).long()
         embeds = layout.splice(reader.embed)
         dummies = embeds.new_zeros(embeds.shape[0], slots, embeds.shape[2])  # generate counts the cache in
-        positions = torch.cat([kv_positions.clamp(min=0), layout.positions], dim=1)  # type: ignore[union-attr]
+        positions = torch.cat([kv_positions.clamp(min=0), layout.positions], dim=1)
         if (config.num_beams or 1) > 1:
             cache.batch_repeat_interleave(config.num_beams)  # type: ignore[union-attr]
         return {

@@ -30,14 +30,14 @@ class KVPlacement:
     is mixed into keys and values, as with learned position embeddings, and cannot be changed afterwards).
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
         self.config = model.config.get_text_config()
         self.decoder = model.get_decoder()
         if getattr(self.config, "alibi", False):
             raise ValueError("Readers with ALiBi take no KV passages: their attention bias ignores logical positions.")
-        self.rotary = getattr(self.decoder, "rotary_emb", None)
-        self._apply = getattr(sys.modules[type(self.decoder).__module__], "apply_rotary_pos_emb", None)
+        self.rotary: Any = getattr(self.decoder, "rotary_emb", None)
+        self._apply: Any = getattr(sys.modules[type(self.decoder).__module__], "apply_rotary_pos_emb", None)
         self.types: list[str] = list(getattr(self.config, "layer_types", None) or [])
         self.kinds = self._probe()
 
@@ -68,7 +68,8 @@ class KVPlacement:
             use_cache=True,
             **position_arguments(self.decoder, positions),
         )
-        return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+        layers: list[Any] = cache.layers
+        return [(layer.keys[0], layer.values[0]) for layer in layers]
 
     def _try_rotate(self, keys: Tensor, delta: Tensor, layer: int) -> Tensor | None:
         if self.rotary is None or self._apply is None:
@@ -88,7 +89,7 @@ class KVPlacement:
         cos, sin = self.rotary(wide, delta[None], **extra)
         # Yarn and longrope scale cos and sin; the keys were scaled once already.
         scale = getattr(self.rotary, f"{prefix}attention_scaling", 1.0)
-        return self._apply(wide, wide, cos / scale, sin / scale)[1][0].to(keys.dtype)  # type: ignore[misc]
+        return self._apply(wide, wide, cos / scale, sin / scale)[1][0].to(keys.dtype)
 
     def place(self, passage: CompressedPassage, start: int) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values ``[kv_heads, slots, head_dim]`` per layer, moved so that the first slot stands at ``start``.
@@ -99,12 +100,13 @@ class KVPlacement:
         if len(passage.keys or ()) != len(self.kinds):
             raise ValueError(f"The KV passage has {len(passage.keys or ())} layers, the reader {len(self.kinds)}.")
         device = self.model.get_input_embeddings().weight.device
-        delta = torch.arange(start, start + passage.slots, device=device) - passage.positions.to(device)  # type: ignore[union-attr]
+        home: Any = passage.positions
+        delta = torch.arange(start, start + passage.slots, device=device) - home.to(device)
         moves = bool(delta.any())
         if moves and FIXED in self.kinds:
             raise ValueError(
-                f"{type(self.model).__name__} mixes positions into its keys (learned positions or an unknown rotation), so "
-                f"a KV passage computed at position {int(passage.positions[0])} cannot be read at position {start}; "  # type: ignore[index]
+                f"{type(self.model).__name__} mixes positions into its keys (learned positions or an unknown rotation), "
+                f"so a KV passage computed at position {int(home[0])} cannot be read at position {start}; "
                 "use an embeds or text method with this reader."
             )
         keys = []
@@ -117,7 +119,9 @@ class KVPlacement:
         """Refuses prompts whose positions these keys cannot represent. ``length`` counts logical positions."""
         rope = getattr(self.config, "rope_parameters", None) or {}
         kind = rope.get("rope_type", "default")
-        limit = rope.get("original_max_position_embeddings") or getattr(self.config, "original_max_position_embeddings", 0)
+        limit = rope.get("original_max_position_embeddings") or getattr(
+            self.config, "original_max_position_embeddings", 0
+        )
         if kind in _LENGTH_DEPENDENT and limit and length > limit:
             raise ValueError(
                 f"With {kind} RoPE a KV passage can be read in prompts of up to {limit} positions, got {length}; "
@@ -157,7 +161,7 @@ class KVPlacement:
         additive = torch.zeros(allowed.shape, dtype=dtype, device=row.device)
         additive.masked_fill_(~allowed, torch.finfo(dtype).min)
         if "sliding_attention" in self.types:  # the prompt fits one window (check_length), so both see the same
-            return {kind: additive for kind in set(self.types)}
+            return dict.fromkeys(set(self.types), additive)
         return additive
 
 
@@ -195,8 +199,8 @@ def join(
             out.append(nn.functional.pad(part, (0, 0, slots - part.shape[1], 0)))
         return torch.stack(out).to(device=device, dtype=dtype)
 
-    layers = [(stack(0, i), stack(1, i)) for i in range(len(placement.kinds))]
-    return DynamicCache(layers), positions.to(device)
+    stacked: Any = [(stack(0, i), stack(1, i)) for i in range(len(placement.kinds))]
+    return DynamicCache(stacked), positions.to(device)
 
 
 def position_arguments(decoder: nn.Module, positions: Tensor) -> dict[str, Tensor]:

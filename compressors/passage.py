@@ -144,11 +144,11 @@ class CompressedPassage:
 
     def _tensors(self) -> dict[str, Tensor]:
         if self.interface == "embeds":
-            return {"embeds": self.embeds}  # type: ignore[dict-item]
+            return {"embeds": self.embeds}  # type: ignore[dict-item, return-value]
         if self.interface == "kv":
             pairs = {f"keys.{i}": k for i, k in enumerate(self.keys or ())}
             pairs |= {f"values.{i}": v for i, v in enumerate(self.values or ())}
-            return pairs | {"positions": self.positions}  # type: ignore[dict-item]
+            return pairs | {"positions": self.positions}  # type: ignore[dict-item, return-value]
         return {}
 
     # -- safetensors round trip ------------------------------------------------------------------------------------
@@ -193,7 +193,9 @@ class CompressedPassage:
         except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not a readable compressed passage: {error}") from error
         if not isinstance(header, dict) or header.get("version") != FORMAT_VERSION:
-            raise ValueError(f"{path} is no compressed passage of format {FORMAT_VERSION}: its header is {header!r:.200}.")
+            raise ValueError(
+                f"{path} is no compressed passage of format {FORMAT_VERSION}: its header is {header!r:.200}."
+            )
         try:
             layers = sum(name.startswith("keys.") for name in tensors)
             kv = header["interface"] == "kv"

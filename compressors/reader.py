@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 
 from .base import ReaderMismatchError
 from .generation import Generator
+from .head import build_head
 from .kv import KVPlacement, join, position_arguments
 from .passage import CompressedPassage
-from .plan import Layout, Prompt, PromptPlan, plan_prompts
+from .plan import KV, Layout, Prompt, PromptPlan, plan_prompts
 from .reader_identity import ReaderIdentity
 from .tokenization import PromptTokenizer
 
@@ -61,8 +61,10 @@ class Reader:
         if not isinstance(model, nn.Module) or not hasattr(model, "get_decoder"):
             raise TypeError(f"model must be a Hugging Face causal LM, got {type(model).__name__}.")
         if model.config.is_encoder_decoder:
-            raise ValueError(f"{type(model).__name__} is an encoder-decoder; a reader must be a decoder-only causal LM.")
-        self.model = model.eval().requires_grad_(False)
+            raise ValueError(
+                f"{type(model).__name__} is an encoder-decoder; a reader must be a decoder-only causal LM."
+            )
+        self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.prompts = PromptTokenizer(tokenizer)
         self.name = name or getattr(model, "name_or_path", "") or type(model).__name__
@@ -95,11 +97,12 @@ class Reader:
                 raise ValueError("A reader made from a model object needs its tokenizer: pass tokenizer=...")
             if model_kwargs:
                 raise ValueError(f"{sorted(model_kwargs)} apply to loading and cannot be used with a model object.")
+            moved: Any = model
             if dtype != "auto":
-                model = model.to(dtype)  # type: ignore[arg-type]
-            return cls(model if device == "auto" else model.to(device), tokenizer)  # type: ignore[arg-type]
+                moved = moved.to(dtype)
+            return cls(moved if device == "auto" else moved.to(device), tokenizer)
         name = str(model)
-        loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **model_kwargs)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **model_kwargs)
         if "device_map" not in model_kwargs and "quantization_config" not in model_kwargs:
             target = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
             loaded = loaded.to(target)
@@ -112,17 +115,17 @@ class Reader:
     @property
     def device(self) -> torch.device:
         """Where prompts are put: the device of the embedding table."""
-        return self.model.get_input_embeddings().weight.device  # type: ignore[union-attr, return-value]
+        return self.model.get_input_embeddings().weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The floating dtype in which slots are read."""
-        return self.model.get_input_embeddings().weight.dtype  # type: ignore[union-attr, return-value]
+        return self.model.get_input_embeddings().weight.dtype
 
     @property
     def width(self) -> int:
         """The width of a slot: that of the token embeddings, which is not the hidden size in every model."""
-        return self.model.get_input_embeddings().weight.shape[1]  # type: ignore[union-attr, return-value]
+        return self.model.get_input_embeddings().weight.shape[1]
 
     @property
     def vocab_size(self) -> int:
@@ -182,11 +185,11 @@ class Reader:
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """Text of token ids, special tokens left out."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[return-value]
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def embed(self, ids: Tensor) -> Tensor:
         """``[...]`` ids to ``[..., width]`` embeddings, scaled as the model's module scales them."""
-        return self.model.get_input_embeddings()(ids)  # type: ignore[misc]
+        return self.model.get_input_embeddings()(ids)
 
     def identity(self, text: str) -> CompressedPassage:
         """The passage whose slots are the text's own token embeddings: read, it gives what the text gives."""
@@ -211,9 +214,9 @@ class Reader:
         """
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list of prompts, got one string; write [prompt].")
-        batch: list[list[Any]] = []
+        batch = []
         for prompt in prompts:
-            atoms = [prompt] if isinstance(prompt, str | CompressedPassage) else list(prompt)
+            atoms: list[Any] = [prompt] if isinstance(prompt, str | CompressedPassage) else list(prompt)
             if chat:
                 is_messages = bool(atoms) and isinstance(atoms[0], dict)
                 messages = atoms if is_messages else [{"role": "user", "content": atoms}]
@@ -339,8 +342,10 @@ class Reader:
             raise ValueError(f"Targets {empty} are empty; there is nothing to predict.")
         plans = self.plan(prompts, chat=chat)
         for plan, target in zip(plans, ids):
-            if plan.kinds[-1] == 2:
-                raise ValueError("A prompt must not end with a KV passage: something must be run to predict what follows.")
+            if plan.kinds[-1] == KV:
+                raise ValueError(
+                    "A prompt must not end with a KV passage: something must be run to predict what follows."
+                )
             plan.add_tokens(target[:-1])
         self.check_room(plans, 1)
         hidden, _, _, _ = self.forward(plans)
@@ -374,38 +379,3 @@ class Reader:
     def stream(self, prompt: Prompt, max_new_tokens: int = 32, **options: Any) -> Iterator[str]:
         """Pieces of one answer as they come. See `nutgraf.compressors.generation.Generator.stream`."""
         return self._generator.stream(prompt, max_new_tokens, **options)
-
-
-def build_head(model: PreTrainedModel) -> Any:
-    """The function from last hidden states to logits, checked against the model's own logits.
-
-    Raises:
-        ValueError: if the model does something to its logits that is not known here.
-    """
-    config = model.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scale = scale / (getattr(config, "logits_scaling", None) or 1.0)
-    output = model.get_output_embeddings()
-
-    def head(hidden: Tensor) -> Tensor:
-        logits = output(hidden)
-        if scale != 1.0:
-            logits = logits * scale
-        return cap * torch.tanh(logits / cap) if cap else logits
-
-    ids = torch.arange(1, 6, device=model.get_input_embeddings().weight.device)[None] % config.vocab_size  # type: ignore[union-attr]
-    with torch.no_grad():
-        wanted = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-        got = head(model.get_decoder()(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state)
-    if not torch.allclose(got.float(), wanted.float(), atol=1e-3 * float(wanted.float().abs().max()) + 1e-4):
-        raise ValueError(
-            f"{type(model).__name__} changes its logits in a way that is not known here (largest difference "
-            f"{float((got - wanted).abs().max()):.3g}); please report this architecture."
-        )
-    return head
-
-
-def accepts(function: Any, name: str) -> bool:
-    """Whether a function takes a parameter of that name."""
-    return name in inspect.signature(function).parameters

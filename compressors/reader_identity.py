@@ -31,7 +31,7 @@ _INCIDENTAL = {
 class ReaderIdentity:
     """Computes a reader's fingerprint at first use and keeps it.
 
-    The weights' *values* are hashed, so a bfloat16 checkpoint has one fingerprint whether it is run in bfloat16 or float32.
+    The weights' *values* are hashed, so a bfloat16 checkpoint has one fingerprint in bfloat16 and in float32.
     Where the model in memory has lost precision (loaded narrower than its checkpoint, or quantised) the checkpoint
     itself is read for the hash, once, on the CPU.
 
@@ -54,21 +54,27 @@ class ReaderIdentity:
         """How it is run, recorded beside the fingerprint: dtype and quantisation."""
         quantisation = getattr(self.model.config, "quantization_config", None)
         method = getattr(quantisation, "quant_method", None) if quantisation is not None else None
-        return {"dtype": str(self.model.dtype).removeprefix("torch."), "quantisation": None if method is None else str(method)}
+        return {
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "quantisation": None if method is None else str(method),
+        }
 
     def _weights(self) -> str:
         model = self.model
-        if self.checkpoint is not None and self._lost_precision():
+        if self.checkpoint is not None and self._lost_precision(self.checkpoint):
             model = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype="auto", device_map="cpu")
         return hash_tensors(unshared(model.state_dict()).items())
 
-    def _lost_precision(self) -> bool:
+    def _lost_precision(self, checkpoint: str) -> bool:
         if getattr(self.model.config, "quantization_config", None) is not None:
             # A checkpoint that is stored quantised is its own reference; one quantised while loading is not.
-            return getattr(AutoConfig.from_pretrained(self.checkpoint), "quantization_config", None) is None
-        stored = AutoConfig.from_pretrained(self.checkpoint).dtype
+            return getattr(AutoConfig.from_pretrained(checkpoint), "quantization_config", None) is None
+        stored = AutoConfig.from_pretrained(checkpoint).dtype
         held = self.model.dtype
-        exact = {torch.bfloat16: {torch.bfloat16, torch.float32, torch.float64}, torch.float16: {torch.float16, torch.float32}}
+        exact = {
+            torch.bfloat16: {torch.bfloat16, torch.float32, torch.float64},
+            torch.float16: {torch.float16, torch.float32},
+        }
         return held not in exact.get(stored, {torch.float32, torch.float64})
 
 

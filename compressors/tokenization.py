@@ -109,7 +109,9 @@ class PromptTokenizer:
         atoms: list[Any] = []
         for mark, message in zip(marks, messages):
             if rendered.count(mark) != 1:
-                raise ValueError(f"The chat template shows a {message.get('role')!r} message {rendered.count(mark)} times.")
+                raise ValueError(
+                    f"The chat template shows a {message.get('role')!r} message {rendered.count(mark)} times."
+                )
             kept = f" {mark} " in rendered
             before, rendered = rendered.split(f" {mark} " if kept else mark)
             atoms += self._split_specials(before)

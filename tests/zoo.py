@@ -34,7 +34,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {**_SMALL, **_GQA},
     "mistral": {**_SMALL, **_GQA, "sliding_window": 2048},
     "qwen3": {**_SMALL, **_GQA, "head_dim": 8},
-    "gemma3_text": {**_SMALL, **_GQA, "head_dim": 8, "sliding_window": 512, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},  # noqa: E501
+    "gemma3_text": {
+        **_SMALL,
+        **_GQA,
+        "head_dim": 8,
+        "sliding_window": 512,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "phi3": {**_SMALL, **_GQA},
     "gpt_neox": {**_SMALL, "max_position_embeddings": 4096},
     "opt": {

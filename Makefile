@@ -1,0 +1,44 @@
+# make demo: install into .venv, then show the whole path on real text (about five minutes on two CPU cores).
+# make test: install into .venv, then lint, type-check and test.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.demo
+	$(BIN)/nutgraf demo
+
+test: $(VENV)/.dev lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	# the root is the package, so the type checker is shown it under its name
+	mkdir -p build/types && ln -sfn ../.. build/types/nutgraf
+	MYPYPATH=build/types $(BIN)/mypy -p nutgraf.compressors -p nutgraf.adapters -p nutgraf.recipes -p nutgraf.benchmarks -p nutgraf.cli
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch first and pinned, so that pip takes no other build of it for the rest
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade "pip>=25" "setuptools>=77" wheel
+	$(PIP) install --quiet "$(TORCH)"
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) install --quiet -c constraints.txt -e ".[demo]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
+	touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
