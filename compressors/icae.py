@@ -1,0 +1,262 @@
+"""ICAE: the reader plus LoRA reads the passage and some memory tokens; what it makes of those is the compressed passage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .base import CompressorConfig, Query, SoftCompressor
+from .passage import CompressedPassage, Interface
+from .reader import Reader
+from .registry import register_compressor
+from .twin import LoRATwin, pack
+
+TASKS = ("ae", "lm", "ft")
+_PROBE_TOKENS = 32  # length of the random text on which the output scale is matched
+
+
+@dataclass
+class ICAEConfig(CompressorConfig):
+    """Settings of ICAE. ``ICAEConfig.faithful()`` gives the paper's form."""
+
+    method: ClassVar[str] = "icae"
+
+    mem_size: int = field(default=128, metadata={"help": "memory tokens, and the most slots that a segment gets"})
+    ratio: float = field(default=4.0, metadata={"help": "compression ratio where none is asked for"})
+    fixed_slots: bool = field(
+        default=False,
+        metadata={"help": "every segment gets all mem_size slots, as in the paper, even where that makes it longer"},
+    )
+    segment_tokens: int | None = field(default=None, metadata={"help": "longest segment; default: mem_size * ratio"})
+    projector: Literal["none", "scale", "linear"] = field(
+        default="scale",
+        metadata={"help": "'none' (the paper), 'scale': one factor, 'linear': a matrix that starts as that factor"},
+    )
+    special_tokens: bool = field(default=False, metadata={"help": "learned [AE], [LM] and [FT] embeddings, as in the paper"})
+    bos: bool = field(default=True, metadata={"help": "put the tokenizer's BOS, if it has one, in front of every segment"})
+    r: int = field(default=32, metadata={"help": "LoRA rank"})
+    alpha: float = field(default=32.0, metadata={"help": "LoRA scale: updates are multiplied by alpha / r"})
+    dropout: float = field(default=0.0, metadata={"help": "LoRA dropout in training"})
+    target_modules: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "modules that get LoRA; default: query and value projections, or the fused one"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("mem_size", "r", "segment_tokens"):
+            value = getattr(self, name)
+            if value is None and name == "segment_tokens":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+        if not (math.isfinite(self.ratio) and self.ratio >= 1):
+            raise ValueError(f"ratio is source tokens per slot and must be a finite number of at least 1, got {self.ratio!r}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}.")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be positive, got {self.alpha!r}.")
+        if self.projector not in ("none", "scale", "linear"):
+            raise ValueError(f"projector must be 'none', 'scale' or 'linear', got {self.projector!r}.")
+        if isinstance(self.target_modules, str):
+            raise ValueError(f"target_modules must be a list of module names, got one string {self.target_modules!r}.")
+        if self.target_modules is not None:
+            self.target_modules = tuple(self.target_modules)
+            if not self.target_modules:
+                raise ValueError("target_modules must name at least one module, got none; leave it out for the default.")
+
+    @classmethod
+    def faithful(cls, **changes: Any) -> ICAEConfig:
+        """The paper's form: all memory slots for every segment, bare hidden states, [AE]/[LM]/[FT] embeddings."""
+        return cls(**{"fixed_slots": True, "projector": "none", "special_tokens": True, "r": 128, **changes})
+
+
+@register_compressor
+class ICAECompressor(SoftCompressor):
+    """In-context autoencoder (ICAE, arXiv 2307.06945).
+
+    A passage of L tokens is cut into ``n = ceil(L / (mem_size * ratio))`` segments of ``ceil(L / n)`` tokens, the last one
+    shorter. Each is read on its own by the reader plus LoRA as ``[BOS][segment][memory tokens]``; the last hidden states
+    (after the final norm) at the memory tokens are its slots, and the slots of all segments follow one another. The plain
+    reader, without LoRA, reads them.
+
+    Beyond the paper: a segment of S tokens gets ``ceil(S / ratio)`` slots, the first of the memory tokens, so that a short
+    passage never grows and one checkpoint serves every ratio (train it on random ratios); the slots start on the scale of
+    the reader's embeddings; memory tokens start as embeddings of random tokens. ``fixed_slots=True`` is the paper's
+    behaviour, in which every segment gets ``mem_size`` slots and a passage of 20 tokens may become 128.
+
+    Args:
+        config: the settings.
+        reader: the reader; encoder and decoder share its parameters.
+
+    Attributes:
+        encoder: the reader's `LoRATwin`.
+        memory: ``[mem_size, width]`` memory embeddings.
+        special: ``[3, width]`` embeddings of [AE], [LM] and [FT] (``special_tokens=True`` only).
+        batch_positions: positions that one forward pass of the encoder may take (memory against speed; changes no result).
+
+    Raises:
+        ValueError: if the reader cannot take its own hidden states as embeddings, or has too few positions.
+    """
+
+    config_class = ICAEConfig
+    interface: ClassVar[Interface] = "embeds"
+    config: ICAEConfig
+
+    def __init__(self, config: ICAEConfig, reader: Reader) -> None:
+        super().__init__(config, reader)
+        self.batch_positions = 16384
+        self.encoder = LoRATwin(
+            reader.model,
+            r=config.r,
+            alpha=config.alpha,
+            dropout=config.dropout,
+            target_modules=config.target_modules,
+        )
+        rows = torch.randperm(reader.vocab_size)[: config.mem_size + len(TASKS)]
+        rows = rows[torch.arange(config.mem_size + len(TASKS)) % len(rows)].to(reader.device)
+        with torch.no_grad():
+            start = reader.embed(rows).float()
+        start = start * (reader.embedding_norm / start.norm(dim=-1, keepdim=True).clamp(min=1e-6))
+        self.memory = nn.Parameter(start[: config.mem_size].clone())
+        self.special = nn.Parameter(start[config.mem_size :].clone()) if config.special_tokens else None
+        factor = self._matching_factor()
+        self.log_scale = self.linear = None
+        if config.projector == "scale":
+            self.log_scale = nn.Parameter(torch.tensor(math.log(factor), device=reader.device))
+        if config.projector == "linear":
+            self.linear = nn.Linear(reader.width, reader.width, device=reader.device)
+            nn.init.zeros_(self.linear.bias)
+            with torch.no_grad():
+                self.linear.weight.copy_(factor * torch.eye(reader.width))
+
+    def identity_parts(self) -> list[Any]:
+        """The slots depend on the base weights too."""
+        return [self.reader.fingerprint]
+
+    @torch.no_grad()
+    def _matching_factor(self) -> float:
+        """What brings hidden states at the memory tokens to the mean norm of the reader's embeddings."""
+        n = min(_PROBE_TOKENS, self._longest_segment(self.config.ratio))
+        ids = torch.randint(self.reader.vocab_size, (n,), generator=torch.Generator().manual_seed(0))
+        hidden = self._forward([ids.tolist()], [self.config.mem_size])[0]
+        return self.reader.embedding_norm / max(float(hidden.float().norm(dim=-1).mean()), 1e-6)
+
+    # -- segments --------------------------------------------------------------------------------------------------
+
+    def _longest_segment(self, ratio: float) -> int:
+        config, reader = self.config, self.reader
+        longest = math.floor(config.mem_size * ratio + 1e-6)
+        if config.segment_tokens is not None:
+            longest = min(longest, config.segment_tokens)
+        if reader.max_positions is not None:
+            longest = min(longest, reader.max_positions - config.mem_size - len(reader.bos_ids))
+        if longest < 1:
+            raise ValueError(
+                f"{config.mem_size} memory tokens leave no room for a passage in the {reader.max_positions} positions of "
+                f"{reader.name!r}; choose a smaller mem_size."
+            )
+        return longest
+
+    def segments(self, n_tokens: int, ratio: float | None = None) -> list[tuple[int, int]]:
+        """How a passage is cut: ``(tokens, slots)`` of each segment, in order."""
+        ratio = self.config.ratio if ratio is None else float(ratio)
+        if not n_tokens:
+            return []
+        count = -(-n_tokens // self._longest_segment(ratio))
+        length = -(-n_tokens // count)
+        lengths = [min(length, n_tokens - start) for start in range(0, n_tokens, length)]
+        if self.config.fixed_slots:
+            return [(n, self.config.mem_size) for n in lengths]
+        return [(n, min(math.ceil(n / ratio - 1e-6), self.config.mem_size)) for n in lengths]
+
+    # -- encoding --------------------------------------------------------------------------------------------------
+
+    def encode(
+        self, texts: Sequence[str], query: Query = None, ratio: float | None = None, vectors: Sequence[Any] | None = None
+    ) -> list[CompressedPassage]:
+        """Compresses passages, differentiably in the LoRA matrices, the memory embeddings and the projector.
+
+        Args:
+            texts: the passages.
+            query: ignored: the slots serve all questions.
+            ratio: any real number of at least 1; ``None``: the config's.
+            vectors: ignored.
+        """
+        texts = self._check_texts(texts)
+        ids = self.reader.tokenize_batch(texts)
+        pieces: list[list[int]] = []
+        slots: list[int] = []
+        owned: list[int] = []
+        for passage in ids:
+            cut = self.segments(len(passage), ratio)
+            ends = accumulate(length for length, _ in cut)
+            pieces += [passage[end - length : end] for (length, _), end in zip(cut, ends)]
+            slots += [n for _, n in cut]
+            owned.append(sum(n for _, n in cut))
+        found = torch.cat(self._forward(pieces, slots)) if pieces else self.memory.new_zeros(0, self.reader.width)
+        rows = self._project(found).to(self.reader.device, self.reader.dtype).split(owned) if ids else ()
+        origin = self._origin()
+        info = {"method": "icae", "ratio_asked": float(ratio or self.config.ratio), **self.reader.identity_card.runs_as}
+        return [
+            CompressedPassage("embeds", len(p), origin, self.reader.fingerprint, embeds=e, info=dict(info))
+            for p, e in zip(ids, rows)
+        ]
+
+    def task_marker(self, task: str) -> CompressedPassage | None:
+        """The one-slot passage that tells the reader its task, or ``None`` without ``special_tokens``.
+
+        Args:
+            task: ``"ae"`` (repeat the passage), ``"lm"`` (continue it) or ``"ft"`` (follow the instruction after it).
+        """
+        if task not in TASKS:
+            raise ValueError(f"task must be one of {TASKS}, got {task!r}.")
+        if self.special is None:
+            return None
+        row = TASKS.index(task)
+        embeds = self.special[row : row + 1].to(self.reader.dtype)
+        return CompressedPassage("embeds", 0, self._origin(), self.reader.fingerprint, embeds=embeds, info={"task": task})
+
+    def _origin(self) -> str:
+        # In training the weights change with every step, and hashing them each time would be waste.
+        return "training" if self.training and torch.is_grad_enabled() else self.fingerprint
+
+    def _forward(self, pieces: Sequence[list[int]], slots: Sequence[int]) -> list[Tensor]:
+        """For each segment's ids the hidden states ``[slots, width]`` at its memory tokens, in batches of like length."""
+        reader = self.reader
+        bos = list(reader.bos_ids) if self.config.bos else []
+        lengths = [len(bos) + len(piece) + n for piece, n in zip(pieces, slots)]
+        out: list[Tensor | None] = [None] * len(pieces)
+        for batch in pack(lengths, self.batch_positions):
+            longest = lengths[batch[0]]
+            ids = torch.zeros(len(batch), longest, dtype=torch.long)
+            mask = torch.zeros(len(batch), longest, dtype=torch.long)
+            rows, columns, memory = [], [], []
+            for row, i in enumerate(batch):
+                text = bos + pieces[i]
+                ids[row, : len(text)] = torch.tensor(text)
+                mask[row, : lengths[i]] = 1
+                rows += [row] * slots[i]
+                columns += range(len(text), lengths[i])
+                memory += range(slots[i])
+            where = (torch.tensor(rows, device=reader.device), torch.tensor(columns, device=reader.device))
+            tokens = reader.embed(ids.to(reader.device))
+            source = self.memory[torch.tensor(memory, device=self.memory.device)].to(tokens.device, tokens.dtype)
+            hidden = self.encoder(tokens.index_put(where, source), mask.to(reader.device))
+            if hidden.shape[-1] != reader.width:
+                raise ValueError(
+                    f"{reader.name!r} has hidden states of width {hidden.shape[-1]} and embeddings of width {reader.width}; "
+                    "ICAE needs both alike."
+                )
+            for i, found in zip(batch, hidden[where].split([slots[i] for i in batch])):
+                out[i] = found
+        return [h for h in out if h is not None]
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        if self.linear is not None:
+            return self.linear(hidden.to(self.linear.weight.device, self.linear.weight.dtype))
+        return hidden if self.log_scale is None else hidden.float() * self.log_scale.exp()

@@ -1,0 +1,172 @@
+"""An encoder that is the reader plus LoRA: a module tree of its own that shares the reader's parameters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .kv import position_arguments
+
+# Query and value projections where they stand apart, else the fused projection; the first row of which all exist is taken.
+_ATTENTION_INPUTS = (
+    ("q_proj", "v_proj"),
+    ("query", "value"),
+    ("qkv_proj",),
+    ("query_key_value",),
+    ("c_attn",),
+    ("Wqkv",),
+    ("W_pack",),
+    ("att_proj",),
+)
+
+
+def share(model: PreTrainedModel) -> Any:
+    """A copy of a module tree whose parameters and buffers are the original's own tensors.
+
+    Changing the copy's modules (injecting LoRA, switching modes) leaves the original as it is.
+    """
+    memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo)
+
+
+def attention_inputs(model: nn.Module) -> list[str]:
+    """The names of the modules that LoRA is put on by default: query and value projections, or the fused one.
+
+    Raises:
+        ValueError: if the architecture names them in a way that is not known here.
+    """
+    leaves = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)})
+    for names in _ATTENTION_INPUTS:
+        if set(names) <= set(leaves):
+            return list(names)
+    raise ValueError(
+        f"{type(model).__name__} has no attention projections of a known name; give target_modules out of {leaves}."
+    )
+
+
+class LoRATwin(nn.Module):
+    """The decoder of a causal LM with LoRA of its own, beside the untouched original.
+
+    Nothing is toggled on the original: it can be read with in another thread, inside or outside a backward pass. Only the
+    LoRA matrices are parameters of this module; the shared tree is hidden from ``parameters()``, ``state_dict()``,
+    ``to()`` and ``train()``, so that none of them can reach the original's weights.
+
+    Args:
+        model: the causal LM, frozen.
+        r: LoRA rank.
+        alpha: LoRA scale; updates are multiplied by ``alpha / r``.
+        dropout: dropout in front of LoRA's first matrix, in training.
+        target_modules: names of the modules that get LoRA; ``None``: see `attention_inputs`.
+
+    Attributes:
+        lora: LoRA matrices in float32 by their path in the decoder, with ``/`` for the dots.
+
+    Raises:
+        ValueError: if a target module does not exist.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        r: int,
+        alpha: float,
+        dropout: float = 0.0,
+        target_modules: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        decoder = share(model.get_decoder())
+        targets = attention_inputs(decoder) if target_modules is None else list(target_modules)
+        linears = {name: m for name, m in decoder.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+        if missing := [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in linears)]:
+            leaves = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            raise ValueError(f"target_modules {missing} are not in {type(decoder).__name__}, which has {leaves}.")
+        first = next(m for n, m in linears.items() if n == targets[0] or n.endswith(f".{targets[0]}"))
+        lora = LoraConfig(
+            r=r,
+            lora_alpha=alpha,  # type: ignore[arg-type]
+            lora_dropout=dropout,
+            target_modules=targets,
+            fan_in_fan_out=isinstance(first, Conv1D),
+            bias="none",
+        )
+        decoder = inject_adapter_in_model(lora, decoder).eval()
+        adapters = {name: p for name, p in decoder.named_parameters() if "lora_" in name}
+        for parameter in adapters.values():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        self._held = (decoder,)  # a tuple hides the shared tree from nn.Module's registration
+        self.lora = nn.ParameterDict({short_name(name): p for name, p in adapters.items()})
+        self.checkpointing = False
+        self.train()
+
+    @property
+    def decoder(self) -> Any:
+        """The shared tree with LoRA in it."""
+        return self._held[0]
+
+    def train(self, mode: bool = True) -> LoRATwin:
+        """Training mode for LoRA's dropout alone; the shared tree's own dropout stays off, as it is in the reader."""
+        super().train(mode)
+        # Hugging Face models checkpoint gradients in training mode only.
+        self.decoder.train(mode and self.checkpointing)
+        for name, module in self.decoder.named_modules():
+            if "lora_dropout" in name:
+                module.train(mode)
+        return self
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recomputes activations in the backward pass (not reentrant). The model's own dropout then applies in training."""
+        settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        self.decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+        self.checkpointing = True
+        self.train(self.training)
+
+    def forward(self, embeds: Tensor, mask: Tensor) -> Tensor:
+        """Last hidden states, after the final norm.
+
+        Args:
+            embeds: ``[batch, time, width]``, padded on the right.
+            mask: ``[batch, time]``, 1 for what is there and 0 for padding.
+
+        Returns:
+            ``[batch, time, hidden]``.
+        """
+        # Right padding under a causal mask: row by row the positions are those of an unpadded pass.
+        positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
+        out = self.decoder(
+            inputs_embeds=embeds, attention_mask=mask, use_cache=False, **position_arguments(self.decoder, positions)
+        )
+        return out.last_hidden_state
+
+
+def short_name(name: str) -> str:
+    """A LoRA matrix's path in the decoder as a ParameterDict takes it: no dots, and no adapter name."""
+    return name.replace(".default", "").removesuffix(".weight").replace(".", "/")
+
+
+def pack(lengths: Sequence[int], budget: int) -> Iterable[list[int]]:
+    """Groups sequences of like length into batches of at most ``budget`` positions, padding counted (or of one sequence).
+
+    Args:
+        lengths: length of each sequence.
+        budget: positions a batch may take.
+
+    Yields:
+        Indices into ``lengths``; every index once, the longest sequences first.
+    """
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
