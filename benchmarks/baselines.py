@@ -1,0 +1,144 @@
+"""What plain text does with the same number of reader tokens: the baselines every compressor has to beat.
+
+Each baseline turns (question, passages) into shorter texts whose *whole prompt* takes at most the budget: the number of
+positions that the compressed method's prompt takes for the same question. All of them are deterministic under a seed.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from ..compressors import CompressedPassage, Reader
+
+Piece = str | CompressedPassage
+Baseline = Callable[[Reader, str, Sequence[str], int, random.Random], list[str]]
+
+SEPARATOR = "\n\n"
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
+
+
+def plain_prompt(pieces: Sequence[Piece], question: str) -> list[Piece]:
+    """The benchmark prompt: passages and question, a blank line between each; without passages the question alone."""
+    asked = f"Question: {question}\nAnswer:"
+    prompt: list[Piece] = []
+    for piece in pieces:
+        prompt += [piece, SEPARATOR]
+    return [*prompt[:-1], SEPARATOR + asked] if pieces else [asked]
+
+
+def truncate(reader: Reader, question: str, passages: Sequence[str], budget: int, rng: random.Random) -> list[str]:
+    """The first tokens of every passage, equally many of each, as many as fit."""
+    cuts = [[end for _, end in reader.tokenize_with_offsets(passage)[1]] for passage in passages]
+
+    def kept(n: int) -> list[str]:
+        return [p if n >= len(ends) else p[: ends[n - 1]] for p, ends in zip(passages, cuts) if n and ends]
+
+    return kept(_largest(max(map(len, cuts), default=0), lambda n: _fits(reader, kept(n), question, budget)))
+
+
+def fewer_passages(
+    reader: Reader, question: str, passages: Sequence[str], budget: int, rng: random.Random
+) -> list[str]:
+    """The whole passages closest to the question (BM25 among the ones given) while they fit, in their own order.
+
+    When not even one fits, as much of the closest one's head as does.
+    """
+    return _best_units(reader, question, list(enumerate(passages)), budget, rng)
+
+
+def extract(reader: Reader, question: str, passages: Sequence[str], budget: int, rng: random.Random) -> list[str]:
+    """The sentences closest to the question (BM25 among the passages' sentences) while they fit, in their own order."""
+    sentences = [(i, sentence) for i, passage in enumerate(passages) for sentence in split_sentences(passage)]
+    return _best_units(reader, question, sentences, budget, rng)
+
+
+def random_tokens(reader: Reader, question: str, passages: Sequence[str], budget: int, rng: random.Random) -> list[str]:
+    """Tokens drawn at random from all passages, in their own order: what any selection must beat."""
+    tokens = [(i, start, end) for i, p in enumerate(passages) for start, end in reader.tokenize_with_offsets(p)[1]]
+    order = rng.sample(range(len(tokens)), len(tokens))
+
+    def kept(n: int) -> list[str]:
+        texts: dict[int, str] = {}
+        for i, start, end in (tokens[k] for k in sorted(order[:n])):
+            texts[i] = texts.get(i, "") + passages[i][start:end]
+        return list(texts.values())
+
+    return kept(_largest(len(tokens), lambda n: _fits(reader, kept(n), question, budget)))
+
+
+BASELINES: dict[str, Baseline] = {
+    "truncate": truncate,
+    "fewer-passages": fewer_passages,
+    "extract": extract,
+    "random-tokens": random_tokens,
+}
+
+
+def split_sentences(text: str) -> list[str]:
+    """Sentences by a plain rule: an end mark, space, then a capital or a digit. Stripped, none empty."""
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    return [part for a, b in zip([0, *ends], [*ends, len(text)]) if (part := text[a:b].strip())]
+
+
+def rank(question: str, texts: Sequence[str]) -> list[int]:
+    """Indices of `texts` by BM25 (k1 = 1.2, b = 0.75) against the question, best first; ties keep their order.
+
+    Document frequencies are those of the texts themselves (Robertson and Zaragoza, 2009,
+    https://doi.org/10.1561/1500000019).
+    """
+    bags = [Counter(_words(text)) for text in texts]
+    mean = sum(bag.total() for bag in bags) / max(len(bags), 1) or 1.0
+    present = Counter(word for bag in bags for word in bag)
+    asked = set(_words(question))
+
+    def rarity(word: str) -> float:
+        return math.log(1 + (len(bags) - present[word] + 0.5) / (present[word] + 0.5))
+
+    def score(bag: Counter[str]) -> float:
+        damping = 1.2 * (0.25 + 0.75 * bag.total() / mean)
+        return sum(rarity(word) * 2.2 * bag[word] / (bag[word] + damping) for word in sorted(asked & bag.keys()))
+
+    scores = [score(bag) for bag in bags]
+    return sorted(range(len(texts)), key=lambda i: -scores[i])
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _best_units(
+    reader: Reader, question: str, units: Sequence[tuple[int, str]], budget: int, rng: random.Random
+) -> list[str]:
+    """The best-ranked (passage, text) units that fit, those of one passage joined; else the head of the best one."""
+    ranked = rank(question, [text for _, text in units])
+    chosen: list[int] = []
+    for i in ranked:
+        trial = sorted([*chosen, i])
+        if _fits(reader, _joined([units[k] for k in trial]), question, budget):
+            chosen = trial
+    kept = _joined([units[k] for k in chosen])
+    return kept or truncate(reader, question, [units[i][1] for i in ranked[:1]], budget, rng)
+
+
+def _joined(units: Sequence[tuple[int, str]]) -> list[str]:
+    texts: dict[int, str] = {}
+    for passage, text in units:
+        texts[passage] = f"{texts[passage]} {text}" if passage in texts else text
+    return list(texts.values())
+
+
+def _fits(reader: Reader, pieces: Sequence[str], question: str, budget: int) -> bool:
+    return reader.length(plain_prompt(pieces, question)) <= budget
+
+
+def _largest(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest n in 0..limit that fits if lengths grow with n; where they do not quite, one that fits."""
+    n = bisect.bisect_left(range(1, limit + 1), True, key=lambda n: not fits(n))
+    while n and not fits(n):
+        n -= 1
+    return n
