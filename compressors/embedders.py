@@ -35,7 +35,9 @@ class Embedder:
             raise ValueError(f"cache_entries must not be negative, got {cache_entries}.")
         tokenizer = getattr(model, "tokenizer", None)
         if not getattr(tokenizer, "is_fast", False):
-            raise TypeError(f"The embedder {name!r} has no fast tokenizer, which is needed to shard passages by characters.")
+            raise TypeError(
+                f"The embedder {name!r} has no fast tokenizer, which is needed to shard passages by characters."
+            )
         self.model = model.eval().requires_grad_(False)
         self.name = name
         self.cache_entries = cache_entries
@@ -110,7 +112,9 @@ class Embedder:
             return [span]
         middle = (start + end) // 2
         halves = ((start, middle), (middle, end))
-        return [part for half in halves for part in self._refine(text, half, max_tokens) if text[part[0] : part[1]].strip()]
+        return [
+            part for half in halves for part in self._refine(text, half, max_tokens) if text[part[0] : part[1]].strip()
+        ]
 
     def _words(self, text: str) -> tuple[list[Span], list[int]]:
         with self._lock:

@@ -38,8 +38,12 @@ class ICAEConfig(CompressorConfig):
         default="scale",
         metadata={"help": "'none' (the paper), 'scale': one factor, 'linear': a matrix that starts as that factor"},
     )
-    special_tokens: bool = field(default=False, metadata={"help": "learned [AE], [LM] and [FT] embeddings, as in the paper"})
-    bos: bool = field(default=True, metadata={"help": "put the tokenizer's BOS, if it has one, in front of every segment"})
+    special_tokens: bool = field(
+        default=False, metadata={"help": "learned [AE], [LM] and [FT] embeddings, as in the paper"}
+    )
+    bos: bool = field(
+        default=True, metadata={"help": "put the tokenizer's BOS, if it has one, in front of every segment"}
+    )
     r: int = field(default=32, metadata={"help": "LoRA rank"})
     alpha: float = field(default=32.0, metadata={"help": "LoRA scale: updates are multiplied by alpha / r"})
     dropout: float = field(default=0.0, metadata={"help": "LoRA dropout in training"})
@@ -55,7 +59,9 @@ class ICAEConfig(CompressorConfig):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
         if not (math.isfinite(self.ratio) and self.ratio >= 1):
-            raise ValueError(f"ratio is source tokens per slot and must be a finite number of at least 1, got {self.ratio!r}.")
+            raise ValueError(
+                f"ratio is source tokens per slot and must be a finite number of at least 1, got {self.ratio!r}."
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}.")
         if not self.alpha > 0:
@@ -67,7 +73,9 @@ class ICAEConfig(CompressorConfig):
         if self.target_modules is not None:
             self.target_modules = tuple(self.target_modules)
             if not self.target_modules:
-                raise ValueError("target_modules must name at least one module, got none; leave it out for the default.")
+                raise ValueError(
+                    "target_modules must name at least one module, got none; leave it out for the default."
+                )
 
     @classmethod
     def faithful(cls, **changes: Any) -> ICAEConfig:
@@ -177,7 +185,11 @@ class ICAECompressor(SoftCompressor):
     # -- encoding --------------------------------------------------------------------------------------------------
 
     def encode(
-        self, texts: Sequence[str], query: Query = None, ratio: float | None = None, vectors: Sequence[Any] | None = None
+        self,
+        texts: Sequence[str],
+        query: Query = None,
+        ratio: float | None = None,
+        vectors: Sequence[Any] | None = None,
     ) -> list[CompressedPassage]:
         """Compresses passages, differentiably in the LoRA matrices, the memory embeddings and the projector.
 
@@ -219,7 +231,9 @@ class ICAECompressor(SoftCompressor):
             return None
         row = TASKS.index(task)
         embeds = self.special[row : row + 1].to(self.reader.dtype)
-        return CompressedPassage("embeds", 0, self._origin(), self.reader.fingerprint, embeds=embeds, info={"task": task})
+        return CompressedPassage(
+            "embeds", 0, self._origin(), self.reader.fingerprint, embeds=embeds, info={"task": task}
+        )
 
     def _origin(self) -> str:
         # In training the weights change with every step, and hashing them each time would be waste.

@@ -25,23 +25,35 @@ class XRAGConfig(CompressorConfig):
 
     method: ClassVar[str] = "xrag"
 
-    embedder: str = field(default=MINILM, metadata={"help": "sentence-transformers id or folder of the frozen embedder"})
-    prompt: str = field(default="", metadata={"help": "what the embedder wants in front of documents ('passage: ', say)"})
+    embedder: str = field(
+        default=MINILM, metadata={"help": "sentence-transformers id or folder of the frozen embedder"}
+    )
+    prompt: str = field(
+        default="", metadata={"help": "what the embedder wants in front of documents ('passage: ', say)"}
+    )
     shard_tokens: int = field(
         default=180,
-        metadata={"help": "longest piece, in embedder tokens, that one slot stands for; never above the embedder's limit"},
+        metadata={
+            "help": "longest piece, in embedder tokens, that one slot stands for; never above the embedder's limit"
+        },
     )
     layers: int = field(default=2, metadata={"help": "linear layers of the projector, with GELU between them"})
     normalize: bool = field(
         default=True,
-        metadata={"help": "bring every vector to root-mean-square 1 first, so that index vectors of any length will do"},
+        metadata={
+            "help": "bring every vector to root-mean-square 1 first, so that index vectors of any length will do"
+        },
     )
     scale: Literal["matched", "none"] = field(
         default="matched",
-        metadata={"help": "'matched': a learned factor that starts at the reader's embedding norm; 'none': the bare projector"},
+        metadata={
+            "help": "'matched': a learned factor that starts at the reader's embedding norm; 'none': the bare projector"
+        },
     )
-    vector_size: int | None = field(default=None, metadata={"help": "width of the vectors; filled in from the embedder"})
-    embedder_hash: str | None = field(default=None, metadata={"help": "the embedder's fingerprint; filled in from the embedder"})
+    vector_size: int | None = field(
+        default=None, metadata={"help": "width of the vectors; filled in from the embedder"}
+    )
+    embedder_hash: str | None = field(default=None, metadata={"help": "the embedder's fingerprint; filled in"})
 
     def __post_init__(self) -> None:
         if not isinstance(self.embedder, str) or not self.embedder:
@@ -143,7 +155,11 @@ class XRAGCompressor(SoftCompressor):
     # -- encoding --------------------------------------------------------------------------------------------------
 
     def encode(
-        self, texts: Sequence[str], query: Query = None, ratio: float | None = None, vectors: Sequence[Any] | None = None
+        self,
+        texts: Sequence[str],
+        query: Query = None,
+        ratio: float | None = None,
+        vectors: Sequence[Any] | None = None,
     ) -> list[CompressedPassage]:
         """Compresses passages, differentiably in the projector.
 
@@ -197,7 +213,9 @@ class XRAGCompressor(SoftCompressor):
         prompt = self.config.prompt
         limit = self.embedder.max_tokens - (self.embedder.count(prompt) if prompt else 0)
         if limit < 1:
-            raise ValueError(f"The embedder's prompt {prompt!r} leaves no room in its {self.embedder.max_tokens} tokens.")
+            raise ValueError(
+                f"The embedder's prompt {prompt!r} leaves no room in its {self.embedder.max_tokens} tokens."
+            )
         longest = min(self.config.shard_tokens, limit)
         shards: list[list[str]] = []
         for text, n in zip(texts, lengths):
