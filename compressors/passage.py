@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
@@ -171,14 +172,6 @@ class CompressedPassage:
         tensors = tensors or {"empty": torch.zeros(0)}
         return save_safetensors(tensors, metadata={_HEADER: json.dumps(header)})
 
-    @classmethod
-    def from_bytes(cls, data: bytes) -> CompressedPassage:
-        """Reads what `to_bytes` wrote. Raises ``ValueError`` if the data is damaged or of another format."""
-        with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
-            file.write(data)
-            file.flush()
-            return cls.load(file.name)
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, atomically."""
         write_atomically(Path(path), self.to_bytes())
@@ -186,15 +179,25 @@ class CompressedPassage:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CompressedPassage:
         """Reads what `save` wrote. Raises ``ValueError`` if the file is damaged or of another format."""
+        return cls.from_bytes(Path(path).read_bytes(), name=os.fspath(path))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, name: str = "this") -> CompressedPassage:
+        """Reads what `to_bytes` wrote.
+
+        Raises:
+            ValueError: if the data is damaged or of another format; ``name`` is what the message calls it.
+        """
         try:
-            with safe_open(os.fspath(path), framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a readable compressed passage: {error}") from error
+            tensors = load_safetensors(data)
+            length = int.from_bytes(data[:8], "little")
+            metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+            header = json.loads(metadata.get(_HEADER, "null"))
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{name} is not a readable compressed passage: {error}") from error
         if not isinstance(header, dict) or header.get("version") != FORMAT_VERSION:
             raise ValueError(
-                f"{path} is no compressed passage of format {FORMAT_VERSION}: its header is {header!r:.200}."
+                f"{name} is no compressed passage of format {FORMAT_VERSION}: its header is {header!r:.200}."
             )
         try:
             layers = sum(name.startswith("keys.") for name in tensors)
@@ -214,7 +217,7 @@ class CompressedPassage:
                 info=header["info"],
             )
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is a damaged compressed passage: {error!r}") from error
+            raise ValueError(f"{name} is a damaged compressed passage: {error!r}") from error
         return passage.check()
 
 

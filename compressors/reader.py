@@ -106,7 +106,8 @@ class Reader:
         if "device_map" not in model_kwargs and "quantization_config" not in model_kwargs:
             target = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
             loaded = loaded.to(target)
-        reader = cls(loaded, tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(name), name=name)
+        short = Path(name).name if Path(name).is_dir() else name  # a folder's place is nobody's business
+        reader = cls(loaded, tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(name), name=short)
         reader.identity_card.checkpoint = name
         return reader
 
