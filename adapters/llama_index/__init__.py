@@ -1,0 +1,43 @@
+"""LlamaIndex: compressed passages in a query engine, with two changed lines.
+
+Example::
+
+    from nutgraf.adapters.llama_index import CompressedContextLLM, CompressedContextPostprocessor
+
+    engine = index.as_query_engine(
+        llm=CompressedContextLLM(reader),
+        node_postprocessors=[CompressedContextPostprocessor(compressor)],
+    )
+
+It works with every response mode of LlamaIndex, sync and async, streamed or not, for completion and chat readers:
+what travels between the two is an ordinary short string (see `nutgraf.adapters.placeholders`).
+"""
+
+from __future__ import annotations
+
+from ..passage_cache import PassageCache
+from ..placeholders import PlaceholderError, PlaceholderStore, escape_placeholders
+from .embedding import SentenceTransformerEmbedding
+from .events import CompressionEvent
+from .llm import CompressedContextLLM
+from .nodes import CompressedIndexNode, CompressedNode, CompressedTextNode
+from .postprocessor import CompressedContextPostprocessor
+from .prompt_helper import SlotAwarePromptHelper, SlotAwareTokenizer
+from .reading import ReaderRefusedError
+
+__all__ = [
+    "CompressedContextLLM",
+    "CompressedContextPostprocessor",
+    "CompressedIndexNode",
+    "CompressedNode",
+    "CompressedTextNode",
+    "CompressionEvent",
+    "PassageCache",
+    "PlaceholderError",
+    "PlaceholderStore",
+    "ReaderRefusedError",
+    "SentenceTransformerEmbedding",
+    "SlotAwarePromptHelper",
+    "SlotAwareTokenizer",
+    "escape_placeholders",
+]

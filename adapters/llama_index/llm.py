@@ -1,0 +1,211 @@
+"""The LLM whose prompts mix text and compressed passages."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    ChatResponseAsyncGen,
+    ChatResponseGen,
+    CompletionResponse,
+    CompletionResponseAsyncGen,
+    CompletionResponseGen,
+    LLMMetadata,
+    MessageRole,
+    TextBlock,
+)
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
+from llama_index.core.llms import CustomLLM
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.core.response_synthesizers import BaseSynthesizer, get_response_synthesizer
+
+from ...compressors import CompressedPassage, Reader
+from ..placeholders import PlaceholderStore, ReadingLLM, read_placeholders, shared_store
+from .prompt_helper import SlotAwarePromptHelper
+from .reading import Answer, ReaderCall, ReaderRefusedError, from_thread
+
+
+class CompressedContextLLM(CustomLLM):
+    """A `Reader` as a LlamaIndex LLM: placeholders in its prompts are read as the compressed passages they stand for.
+
+    Prompts without placeholders are read as any LLM would read them. Async methods run the reader in a worker thread.
+    Each response's ``raw`` holds ``reader_tokens`` (positions of the prompt), ``slots`` and ``passages`` (of these, the
+    compressed ones), ``source_tokens`` (what their texts would have taken), ``ttft_ms`` (to the first text, the layout of
+    the prompt included) and ``ms``.
+
+    Args:
+        reader: reads the prompts.
+        max_new_tokens: the longest answer, in tokens; LlamaIndex keeps as much of the window free for it.
+        context_window: positions that a prompt and its answer may take; default: the reader's ``max_positions``.
+        chat: use the tokenizer's chat template and LlamaIndex's chat prompts.
+        stop: strings that end an answer and are no part of it.
+        generation_kwargs: passed to the reader's ``generate`` (``do_sample``, ``temperature``, ``num_beams``, ...).
+        kwargs: as for LlamaIndex's ``LLM`` (``system_prompt``, ``completion_to_prompt``, ``callback_manager``, ...).
+
+    Raises:
+        ValueError: if ``chat`` is asked of a tokenizer without a chat template, or a number is out of range.
+    """
+
+    context_window: int = Field(gt=0, description="Positions that a prompt and its answer may take.")
+    max_new_tokens: int = Field(gt=0, description="The longest answer, in tokens.")
+    chat_model: bool = Field(default=False, description="Render prompts through the chat template.")
+    model_name: str = Field(description="The reader's name.")
+    stop: list[str] | None = Field(default=None, description="Strings that end an answer.")
+    generation_kwargs: dict[str, Any] = Field(default_factory=dict, description="Options of generation.")
+    _reader: Reader = PrivateAttr()
+    _store: PlaceholderStore = PrivateAttr()
+    _reading: ReadingLLM = PrivateAttr()
+
+    def __init__(
+        self,
+        reader: Reader,
+        *,
+        max_new_tokens: int = 256,
+        context_window: int | None = None,
+        chat: bool = False,
+        stop: Sequence[str] | None = None,
+        generation_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(reader, Reader):
+            raise TypeError(
+                f"reader must be a nutgraf Reader, got {type(reader).__name__}; see Reader.from_pretrained."
+            )
+        if chat and not getattr(reader.tokenizer, "chat_template", None):
+            raise ValueError(
+                f"chat=True needs a chat template, and the tokenizer of {reader.name!r} has none; "
+                "set tokenizer.chat_template, or use chat=False."
+            )
+        window = context_window or reader.max_positions or DEFAULT_CONTEXT_WINDOW
+        if reader.max_positions is not None and window > reader.max_positions:
+            raise ValueError(
+                f"context_window={window} is more than the {reader.max_positions} positions that {reader.name!r} has."
+            )
+        if max_new_tokens >= window:
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens} leaves no room for a prompt in a window of {window} positions."
+            )
+        super().__init__(
+            context_window=window,
+            max_new_tokens=max_new_tokens,
+            chat_model=chat,
+            model_name=reader.name,
+            stop=None if stop is None else list(stop),
+            generation_kwargs=dict(generation_kwargs or {}),
+            **kwargs,
+        )
+        self._reader = reader
+        self._store = shared_store(reader.fingerprint)  # held, so that it outlives a postprocessor
+        self._reading = ReadingLLM(reader.fingerprint, window, max_new_tokens)
+
+    @classmethod
+    def class_name(cls) -> str:
+        """The name under which LlamaIndex serialises and traces the LLM."""
+        return "CompressedContextLLM"
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        """What LlamaIndex plans prompts by."""
+        return LLMMetadata(
+            context_window=self.context_window,
+            num_output=self.max_new_tokens,
+            is_chat_model=self.chat_model,
+            model_name=self.model_name,
+        )
+
+    def prompt_helper(self, **kwargs: Any) -> SlotAwarePromptHelper:
+        """A prompt helper that counts a compressed passage as its slots. ``kwargs`` as for `SlotAwarePromptHelper`."""
+        return SlotAwarePromptHelper(self._reader, self.context_window, self.max_new_tokens, **kwargs)
+
+    def response_synthesizer(self, response_mode: Any = "compact", **kwargs: Any) -> BaseSynthesizer:
+        """LlamaIndex's own response synthesizer with this LLM and its prompt helper, for ``as_query_engine(...)``."""
+        return get_response_synthesizer(
+            llm=self, prompt_helper=self.prompt_helper(), response_mode=response_mode, **kwargs
+        )
+
+    # -- completing ------------------------------------------------------------------------------------------------
+
+    @llm_completion_callback()
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """Answers a prompt. ``kwargs`` override ``max_new_tokens``, ``stop`` and the generation options."""
+        return _completion(self._completion_call(prompt, formatted, kwargs).run())
+
+    @llm_completion_callback()
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
+        """Answers a prompt piece by piece."""
+        call = self._completion_call(prompt, formatted, kwargs)
+        return (_completion(answer) for answer in call.stream())
+
+    @llm_completion_callback()
+    async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """`complete` in a worker thread."""
+        return _completion(await asyncio.to_thread(lambda: self._completion_call(prompt, formatted, kwargs).run()))
+
+    @llm_completion_callback()
+    async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
+        """`stream_complete` in a worker thread."""
+        stream = from_thread(lambda: self._completion_call(prompt, formatted, kwargs).stream())
+        return (_completion(answer) async for answer in stream)
+
+    # -- chatting --------------------------------------------------------------------------------------------------
+
+    @llm_chat_callback()
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """Answers messages, through the chat template if ``chat`` was asked for, else as a plain prompt."""
+        return _reply(self._chat_call(messages, kwargs).run())
+
+    @llm_chat_callback()
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        """Answers messages piece by piece."""
+        call = self._chat_call(messages, kwargs)
+        return (_reply(answer) for answer in call.stream())
+
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """`chat` in a worker thread."""
+        return _reply(await asyncio.to_thread(lambda: self._chat_call(messages, kwargs).run()))
+
+    @llm_chat_callback()
+    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
+        """`stream_chat` in a worker thread."""
+        stream = from_thread(lambda: self._chat_call(messages, kwargs).stream())
+        return (_reply(answer) async for answer in stream)
+
+    # -- prompts ---------------------------------------------------------------------------------------------------
+
+    def _completion_call(self, prompt: str, formatted: bool, kwargs: dict[str, Any]) -> ReaderCall:
+        if not formatted:
+            prompt = self.completion_to_prompt(prompt)  # type: ignore[misc]
+        return self._call(lambda: self._read(prompt), self.chat_model and not formatted, kwargs)
+
+    def _chat_call(self, messages: Sequence[ChatMessage], kwargs: dict[str, Any]) -> ReaderCall:
+        for message in messages:
+            if other := [block.block_type for block in message.blocks if not isinstance(block, TextBlock)]:
+                raise ReaderRefusedError(f"The reader reads text and compressed passages, but a message holds {other}.")
+        if not self.chat_model:
+            prompt = self.messages_to_prompt(messages)  # type: ignore[misc]
+            return self._call(lambda: self._read(prompt), False, kwargs)
+        return self._call(
+            lambda: [{"role": m.role.value, "content": self._read(m.content or "")} for m in messages], True, kwargs
+        )
+
+    def _read(self, text: str) -> list[str | CompressedPassage]:
+        return read_placeholders(text, self._reader.fingerprint)
+
+    def _call(self, make_prompt: Callable[[], list[Any]], chat: bool, kwargs: dict[str, Any]) -> ReaderCall:
+        settings = {"max_new_tokens": self.max_new_tokens, "stop": self.stop, **self.generation_kwargs, **kwargs}
+        return ReaderCall(self._reader, make_prompt, chat, settings)
+
+
+def _completion(answer: Answer) -> CompletionResponse:
+    return CompletionResponse(text=answer.text, delta=answer.delta, raw=answer.raw)
+
+
+def _reply(answer: Answer) -> ChatResponse:
+    message = ChatMessage(role=MessageRole.ASSISTANT, content=answer.text)
+    return ChatResponse(message=message, delta=answer.delta, raw=answer.raw)

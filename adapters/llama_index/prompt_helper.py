@@ -1,0 +1,180 @@
+"""Window arithmetic that knows how many positions a compressed passage takes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llama_index.core.indices.prompt_helper import DEFAULT_PADDING, PromptHelper
+from llama_index.core.node_parser.text.token import TokenTextSplitter
+
+from ..placeholders import Found, scan
+
+if TYPE_CHECKING:
+    from llama_index.core.llms import LLM
+    from llama_index.core.prompts import BasePromptTemplate
+
+    from ...compressors import Reader
+
+_log = logging.getLogger(__name__)
+_JOINT = "\n\n"
+
+
+class SlotAwareTokenizer:
+    """Counts a text as the reader reads it: the reader's own tokens, and a genuine placeholder as its slots.
+
+    LlamaIndex asks for a function from text to a list and looks at the list's length alone.
+
+    Args:
+        reader: the reader.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+
+    def __call__(self, text: str) -> list[int]:
+        """A list as long as the text is for the reader; slots count as token 0."""
+        ids: list[int] = []
+        for piece in scan(text):
+            ids += [0] * piece.slots if isinstance(piece, Found) else self.reader.tokenize(piece)
+        return ids
+
+
+class SlotAwarePromptHelper(PromptHelper):
+    """A `PromptHelper` that counts placeholders as their slots, never tears one and repeats none.
+
+    LlamaIndex's own helper charges a placeholder its own text, which is at least about the slots: safe, but with fewer
+    passages a call than would fit. Hand this one over with ``get_response_synthesizer(prompt_helper=llm.prompt_helper())``
+    or set ``Settings.prompt_helper``.
+
+    Args:
+        reader: the reader of the `CompressedContextLLM`.
+        context_window: positions that a prompt and its answer may take.
+        num_output: positions of these that are kept for the answer.
+        kwargs: as for `PromptHelper`; ``chunk_overlap_ratio`` is 0 unless given.
+    """
+
+    def __init__(self, reader: Reader, context_window: int, num_output: int, **kwargs: Any) -> None:
+        super().__init__(
+            context_window=context_window,
+            num_output=num_output,
+            tokenizer=SlotAwareTokenizer(reader),
+            **{"chunk_overlap_ratio": 0.0, **kwargs},
+        )
+
+    @classmethod
+    def class_name(cls) -> str:
+        """The name under which LlamaIndex serialises the helper."""
+        return "SlotAwarePromptHelper"
+
+    def repack(
+        self,
+        prompt: BasePromptTemplate,
+        text_chunks: Sequence[str],
+        padding: int = DEFAULT_PADDING,
+        llm: LLM | None = None,
+        tools: Any = None,
+    ) -> list[str]:
+        """Joins chunks, in order, so that each result fills the window as far as whole passages allow.
+
+        Raises:
+            ValueError: if a compressed passage is larger than the window leaves room for.
+        """
+        splitter = self.get_text_splitter_given_prompt(prompt, padding=padding, llm=llm, tools=tools)
+        whole = _JOINT.join(chunk.strip() for chunk in text_chunks if chunk.strip())
+        if self._count(whole) <= splitter.chunk_size:
+            return [whole]
+        packed: list[str] = []
+        room = 0
+        units = (unit for chunk in text_chunks if chunk.strip() for unit in self._units(chunk.strip(), splitter))
+        for unit, joint in units:
+            cost = self._count(joint + unit)
+            if packed and cost <= room:
+                packed[-1] += joint + unit
+                room -= cost
+            else:
+                packed.append(unit)
+                room = splitter.chunk_size - self._count(unit)
+        return packed
+
+    def truncate(
+        self,
+        prompt: BasePromptTemplate,
+        text_chunks: Sequence[str],
+        padding: int = DEFAULT_PADDING,
+        llm: LLM | None = None,
+        tools: Any = None,
+    ) -> list[str]:
+        """Cuts each chunk to its share of the window: text where it must be, compressed passages only as a whole.
+
+        Raises:
+            ValueError: if not even the first compressed passage of a chunk fits.
+        """
+        if not text_chunks:
+            return []
+        splitter = self.get_text_splitter_given_prompt(
+            prompt, num_chunks=len(text_chunks), padding=padding, llm=llm, tools=tools
+        )
+        return [self._cut(chunk, splitter) for chunk in text_chunks]
+
+    # -- pieces ----------------------------------------------------------------------------------------------------
+
+    def _count(self, text: str) -> int:
+        return self._token_counter.get_string_tokens(text)
+
+    def _units(self, chunk: str, splitter: TokenTextSplitter) -> list[tuple[str, str]]:
+        """A chunk as pieces that fit the window, each with what joins it to the piece before it."""
+        if self._count(chunk) <= splitter.chunk_size:
+            return [(chunk, _JOINT)]
+        units: list[tuple[str, str]] = []
+        joint = _JOINT
+        for piece, is_passage in _pieces(chunk):
+            if is_passage:
+                self._check_fits(piece, splitter)
+                units.append((piece, joint))
+                joint = ""
+                continue
+            text = piece.strip()
+            before, _, after = piece.partition(text) if text else (piece, "", "")
+            joint += before
+            for part in splitter.split_text(text) if text else ():
+                units.append((part, joint))
+                joint = " "
+            joint = after if text else joint
+        return units
+
+    def _cut(self, chunk: str, splitter: TokenTextSplitter) -> str:
+        if self._count(chunk) <= splitter.chunk_size:
+            return chunk
+        kept, room = "", splitter.chunk_size
+        for piece, is_passage in _pieces(chunk):
+            cost = self._count(piece)
+            if cost > room:
+                if is_passage and not kept.strip():
+                    self._check_fits(piece, splitter)
+                if not is_passage and room > 0:
+                    kept += self._head(piece, room)
+                _log.warning(
+                    "The context is larger than the window: the passages and the text at its end are left out."
+                )
+                break
+            kept += piece
+            room -= cost
+        return kept.strip()
+
+    def _head(self, text: str, room: int) -> str:
+        splitter = TokenTextSplitter(chunk_size=room, chunk_overlap=0, tokenizer=self._token_counter.tokenizer)
+        return next(iter(splitter.split_text(text)), "")
+
+    def _check_fits(self, placeholder: str, splitter: TokenTextSplitter) -> None:
+        if (slots := self._count(placeholder)) > splitter.chunk_size:
+            raise ValueError(
+                f"A compressed passage takes {slots} slots, but the prompt has room for {splitter.chunk_size}; use smaller "
+                "chunks, fewer passages, a higher compression ratio or a smaller max_new_tokens."
+            )
+
+
+def _pieces(chunk: str) -> list[tuple[str, bool]]:
+    """The text and the placeholders of a chunk, in order; placeholders are marked."""
+    return [(piece.spelled, True) if isinstance(piece, Found) else (piece, False) for piece in scan(chunk)]
