@@ -66,7 +66,7 @@ class Stage(_Strict):
     Attributes:
         steps: optimiser steps. `batch_size` is per device and per accumulation step.
         warmup: optimiser steps of linear warm-up, or a share of `steps` when below 1.
-        schedule: after the warm-up. `wsd` holds the rate and lets it fall linearly over the last `decay` share of steps.
+        schedule: after the warm-up. `wsd` holds the rate, lets it fall linearly in the last `decay` share of steps.
         min_lr: where the rate ends, as a share of `lr`.
         precision: `auto` takes bfloat16 autocast where the device computes in it, float32 elsewhere.
         trainable: what trains, in the task's own words (`projector`, `lora`, `all`, ...).
@@ -227,13 +227,14 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     if parts[0] == "stage":
         parts[0] = "stages"
     if parts[0] not in Recipe.model_fields:
-        raise ValueError(f"The override {override!r} names no key of a recipe{_nearest(parts[0], Recipe.model_fields)}.")
+        hint = _nearest(parts[0], Recipe.model_fields)
+        raise ValueError(f"The override {override!r} names no key of a recipe{hint}.")
     value = parse_value(text)
     if parts[0] == "stages" and len(parts) > 1:
         for stage in _stages(raw, parts[1], override):
             if len(parts) < 3 or parts[2] not in Stage.model_fields:
-                given = parts[2] if len(parts) > 2 else ""
-                raise ValueError(f"The override {override!r} names no key of a stage{_nearest(given, Stage.model_fields)}.")
+                hint = _nearest(parts[2] if len(parts) > 2 else "", Stage.model_fields)
+                raise ValueError(f"The override {override!r} names no key of a stage{hint}.")
             _put(stage, parts[2:], value, override)
     else:
         _put(raw, parts, value, override)

@@ -16,7 +16,8 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+                problem = f"the key {key!r} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             if isinstance(key, str):
                 seen.add(key)
         return super().construct_mapping(node, deep)
@@ -34,7 +35,8 @@ def load_yaml(text: str, where: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"{where!r} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
-        raise ValueError(f"{where!r} must hold keys and values (name, kind, stages, ...); it holds {type(raw).__name__}.")
+        held = type(raw).__name__
+        raise ValueError(f"{where!r} must hold keys and values (name, kind, stages, ...); it holds one {held}.")
     return raw
 
 
