@@ -29,7 +29,7 @@ class Progress:
         stage, step, done: index of the stage, its optimiser steps so far, whether it is finished.
         tokens, seconds: seen and spent by the whole run so far.
         log_bytes: length of the log when the checkpoint was written; resuming cuts what follows.
-        window: values of the metrics since the last log line.
+        logged_step, window: the step of the stage's last log line, and the metrics' values since then.
         hits: how many times in a row the stage's `stop_when` held.
         trained: names of all parameters that any stage has trained so far.
         recipe: `Recipe.identity()` of the run.
@@ -41,6 +41,7 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     log_bytes: int = 0
+    logged_step: int = 0
     window: dict[str, list[float]] = field(default_factory=dict)
     hits: int = 0
     trained: list[str] = field(default_factory=list)

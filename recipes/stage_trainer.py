@@ -114,9 +114,8 @@ class StageTrainer(Trainer):
         self.autocast = uses_bfloat16(stage.precision, self.args.device)
         self._frozen_seconds = progress.seconds
         self._started = self._window_start = time.monotonic()
-        self._logged_step = self._handled_step = progress.step
+        self._handled_step = progress.step
         self._grad_norm: float | None = None
-        self._metric_seen = False
 
     # ---- the data and the optimiser
 
@@ -224,7 +223,7 @@ class StageTrainer(Trainer):
             if key == "tokens":
                 tokens = int(total)
             elif key == "loss":
-                metrics[key] = total / len(parts) / (step - self._logged_step)
+                metrics[key] = total / len(parts) / (step - self.progress.logged_step)
             else:
                 metrics[key] = total / count
         if not math.isfinite(metrics["loss"]):
@@ -243,7 +242,7 @@ class StageTrainer(Trainer):
             self.run.log.write(row)
         self.run.bar.show(row)
         self.window = {}
-        self._logged_step, self._window_start = step, now
+        self.progress.logged_step, self._window_start = step, now
         return metrics
 
     def _evaluate_task(self, step: int) -> dict[str, float]:
