@@ -98,6 +98,7 @@ class StageTrainer(Trainer):
             report_to="none",
             disable_tqdm=True,
             remove_unused_columns=False,
+            use_cpu=not torch.accelerator.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),
         )
         if arguments.n_gpu > 1:
