@@ -1,0 +1,63 @@
+"""The shipped models: answers come from the slots and nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nutgraf
+import pytest
+from nutgraf import Reader, load_compressor, pretrained
+
+SAMPLE = Path(nutgraf.__file__).parent / "benchmarks" / "sample"
+COMPRESSORS = ["icae-small", "xrag-small"]
+
+
+@pytest.fixture(scope="module")
+def reader() -> Reader:
+    return Reader.from_pretrained(pretrained("reader-small"), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def records() -> list[dict]:
+    path = next(SAMPLE.glob("*.jsonl"))
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    seen: dict[str, dict] = {}
+    for record in found:  # one question a passage
+        if record.get("gold") is not None:
+            seen.setdefault(record["passages"][record["gold"]]["text"], record)
+    return list(seen.values())[:40]
+
+
+def ask(reader: Reader, contexts: list, records: list[dict]) -> list[str]:
+    prompts = [[c, f"\n\nQuestion: {r['question']}\nAnswer:"] for c, r in zip(contexts, records)]
+    return reader.generate(prompts, 12, batch_size=20)
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_answers_come_from_the_slots_alone(reader, records, name):
+    compressor = load_compressor(pretrained(name), reader=reader)
+    texts = [r["passages"][r["gold"]]["text"] for r in records]
+    passages = compressor.compress(texts)
+    before = ask(reader, passages, records)
+    revived = [type(p).from_bytes(p.to_bytes()) for p in passages]
+    del texts, passages, compressor  # neither the text nor the compressor is left
+    assert all(p.text is None for p in revived)
+    assert ask(reader, revived, records) == before
+    elsewhere = ask(reader, revived[1:] + revived[:1], records)
+    assert sum(a != b for a, b in zip(before, elsewhere)) >= len(records) // 4
+
+
+def test_reader_uses_its_context(reader, records):
+    texts = [r["passages"][r["gold"]]["text"] for r in records]
+
+    def found(contexts):
+        answers = ask(reader, contexts, records)
+        return sum(any(g.lower() in a.lower() for g in r["answers"]) for a, r in zip(answers, records))
+
+    assert found(texts) > found([""] * len(texts))
+
+
+def test_weights_stay_under_forty_megabytes():
+    folder = Path(pretrained("reader-small")).parent
+    assert sum(p.stat().st_size for p in folder.rglob("*.safetensors")) < 40e6
