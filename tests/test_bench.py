@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from nutgraf.benchmarks import baselines, quality, reading, rows, scoring
+from nutgraf.benchmarks import baselines, quality, reading, rows, scoring, speed, timing
 from nutgraf.benchmarks import methods as lines
 from nutgraf.compressors import CompressedPassage, CompressorConfig, Reader, SoftCompressor
 from nutgraf.recipes.corpus import Record
@@ -245,3 +245,46 @@ def test_commands_hold_no_machine_paths(tmp_path: Any, monkeypatch: pytest.Monke
 def test_rows_are_json(reader: Reader) -> None:
     found = quality.evaluate(reader, [lines.FullText(), lines.NoContext()], RECORDS[:2], QUIET)
     assert all(json.loads(json.dumps(rows.clean(line.row), allow_nan=False)) for line in found)
+
+
+def test_speed_rows(reader: Reader, compressor: Strided) -> None:
+    found = speed.speed(
+        reader, [timing.Contender("strided", compressor, 8)], RECORDS, passages=(1, 3), requests=2, repeats=1,
+        decode_tokens=3, progress=False,
+    )  # fmt: skip
+    assert [(row["passages"], row["method"]) for row in found] == [
+        (1, "full"),
+        (1, "strided"),
+        (3, "full"),
+        (3, "strided"),
+    ]
+    full, soft = found[2], found[3]
+    assert full["ttft_speedup"] == 1
+    assert "compress_ms" not in full
+    assert soft["reader_tokens"] < full["reader_tokens"]
+    assert soft["flops"] < full["flops"]
+    assert soft["bytes_per_passage"] > 0
+    for key in ("compress_ms", "load_ms", "prefill_ms", "ttft_ms", "ttft_online_ms", "decode_ms_per_token", "ratio"):
+        assert soft[key] > 0
+    if (saved := full["ttft_ms"] - soft["ttft_ms"]) > 0:
+        assert soft["break_even_reads"] == pytest.approx(soft["compress_ms"] / saved)
+
+
+def test_flops_count_the_linear_layers(reader: Reader) -> None:
+    ids = torch.ones(1, 64, dtype=torch.long)
+    with torch.no_grad():
+        flops = timing.count_flops(lambda: reader.model(input_ids=ids, attention_mask=torch.ones_like(ids)))
+    config = reader.model.config
+    linear = sum(p.numel() for name, p in reader.model.named_parameters() if p.dim() == 2 and "embed" not in name)
+    attention = config.num_hidden_layers * 4 * 64 * 64 * config.hidden_size
+    assert flops == pytest.approx(2 * 64 * linear + attention, rel=0.01)
+
+
+def test_timing_refuses_nothing_to_time(reader: Reader) -> None:
+    with pytest.raises(ValueError, match="at least one contender"):
+        timing.time_contenders(reader, [], [])
+    with pytest.raises(ValueError, match="1 to"):
+        speed.make_requests(RECORDS, 1000, 1)
+    long = Record("q?", ("a",), ("word " * 5000,), ("",), 0, "toy")
+    with pytest.raises(ValueError, match="ask for fewer"):
+        speed.speed(reader, [], [long], passages=(1,), progress=False)

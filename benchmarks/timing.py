@@ -1,0 +1,238 @@
+"""Timing one request, part by part: compress, load, lay out, prefill, decode.
+
+The time to the first token (TTFT) is measured as a whole, from the request (question and passages in hand) to the first
+token out; its parts are measured beside it. Methods take turns within each repeat, so that a change of the machine's
+pace meets all of them, and what is reported is the median.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..compressors import CompressedPassage, Compressor, Reader
+from .baselines import plain_prompt
+
+
+@dataclass(frozen=True)
+class Request:
+    """What arrives: a question and its retrieved passages."""
+
+    question: str
+    passages: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What is timed: the full text (no compressor) or a compressor at a ratio."""
+
+    name: str
+    compressor: Compressor | None = None
+    ratio: float | None = None
+
+
+@dataclass
+class Cost:
+    """What requests cost a contender, in milliseconds: medians over requests and repeats; 0 where there is no such part.
+
+    Attributes:
+        compress: all passages of a request, together.
+        load: their compressed forms from one safetensors file each (in the page cache).
+        plan: laying the prompt out: tokenising text and splicing slots.
+        prefill: running the model over the prompt, to the first token.
+        ttft: the stored request, measured as one: load, plan, prefill.
+        ttft_online: the same with compression in place of loading.
+        decode: each token after the first.
+        context_tokens: reader tokens of the passages as text. `reader_tokens`: positions of the prompt that was read.
+        bytes_per_passage: tensors (or text) of one compressed passage.
+        flops: floating-point operations of one prefill, as `torch` counts them.
+        peak_bytes: most device memory during a request; None on the CPU.
+    """
+
+    compress: float = 0.0
+    load: float = 0.0
+    plan: float = 0.0
+    prefill: float = 0.0
+    ttft: float = 0.0
+    ttft_online: float = 0.0
+    decode: float = 0.0
+    context_tokens: float = 0.0
+    reader_tokens: float = 0.0
+    slots: float = 0.0
+    bytes_per_passage: float = 0.0
+    flops: float = 0.0
+    peak_bytes: int | None = None
+
+
+@dataclass
+class _Samples:
+    """Every timing taken for a contender, by part."""
+
+    parts: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, part: str, milliseconds: float) -> None:
+        self.parts.setdefault(part, []).append(milliseconds)
+
+    def median(self, part: str) -> float:
+        return statistics.median(self.parts.get(part, [0.0]))
+
+
+def time_contenders(
+    reader: Reader,
+    contenders: Sequence[Contender],
+    requests: Sequence[Request],
+    *,
+    repeats: int = 5,
+    warmup: int = 2,
+    decode_tokens: int = 16,
+    advance: Callable[[int], None] = lambda n: None,
+) -> list[Cost]:
+    """Time every contender on every request.
+
+    Args:
+        repeats: rounds that count, each over all requests and contenders; `warmup` rounds come before them.
+        decode_tokens: tokens decoded to time one.
+        advance: called with 1 after each timed request.
+
+    Raises:
+        ValueError: if there is nothing to time, or a prompt has no room in the reader.
+    """
+    if not contenders or not requests:
+        raise ValueError("Timing needs at least one contender and one request.")
+    if repeats < 1 or warmup < 0 or decode_tokens < 2:
+        raise ValueError(
+            f"Timing needs repeats >= 1, warmup >= 0 and decode_tokens >= 2, got {repeats}, {warmup} and {decode_tokens}."
+        )
+    samples = [_Samples() for _ in contenders]
+    with tempfile.TemporaryDirectory(prefix="nutgraf-timing-") as folder:
+        stored = [
+            [store(contender, request, Path(folder) / f"{i}-{k}") for k, request in enumerate(requests)]
+            for i, contender in enumerate(contenders)
+        ]
+        for turn in range(warmup + repeats):
+            for k, request in enumerate(requests):
+                for i, contender in enumerate(contenders):
+                    taken = samples[i] if turn >= warmup else _Samples()
+                    _time_request(reader, contender, request, stored[i][k], decode_tokens, taken)
+                    advance(1)
+        return [
+            _cost(reader, contender, requests, files, taken)
+            for contender, files, taken in zip(contenders, stored, samples)
+        ]
+
+
+def store(contender: Contender, request: Request, folder: Path) -> list[Path]:
+    """Compress a request's passages ahead of time, one file each; nothing for the full text."""
+    if contender.compressor is None:
+        return []
+    made = contender.compressor.compress(list(request.passages), ratio=contender.ratio)
+    files = [folder / f"{n}.safetensors" for n in range(len(made))]
+    for passage, file in zip(made, files):
+        passage.save(file)
+    return files
+
+
+def count_flops(run: Callable[[], Any]) -> int:
+    """Floating-point operations of a call, those of attention on the CPU included, which `torch` alone leaves out."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+    def flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+        batch, heads, length, width = query
+        return 2 * batch * heads * length * key[2] * (width + value[3])
+
+    with FlopCounterMode(display=False, custom_mapping={attention: flops}) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def _time_request(
+    reader: Reader, contender: Contender, request: Request, files: Sequence[Path], decode_tokens: int, taken: _Samples
+) -> None:
+    clock = _Clock(reader)
+    compressor = contender.compressor
+    texts = list(request.passages)
+
+    def compressed() -> list[Any]:
+        return texts if compressor is None else list(compressor.compress(texts, ratio=contender.ratio))
+
+    def loaded() -> list[Any]:
+        return texts if compressor is None else load(files, reader)
+
+    def answer(pieces: list[Any], tokens: int) -> None:
+        reader.generate([plain_prompt(pieces, request.question)], tokens, min_new_tokens=tokens)
+
+    if compressor is not None:
+        taken.add("compress", clock(compressed)[0])
+        taken.add("load", clock(loaded)[0])
+        taken.add("ttft_online", clock(lambda: answer(compressed(), 1))[0])
+    taken.add("ttft", clock(lambda: answer(loaded(), 1))[0])
+    pieces = loaded()
+    plan = clock(lambda: reader.plan([plain_prompt(pieces, request.question)]))[0]
+    first = clock(lambda: answer(pieces, 1))[0]
+    whole = clock(lambda: answer(pieces, decode_tokens))[0]
+    taken.add("plan", plan)
+    taken.add("prefill", max(first - plan, 0.0))
+    taken.add("decode", max(whole - first, 0.0) / (decode_tokens - 1))
+
+
+def load(files: Sequence[Path], reader: Reader) -> list[CompressedPassage]:
+    """Stored compressed passages, put where the reader reads."""
+    return [CompressedPassage.load(file).to(reader.device) for file in files]
+
+
+def _cost(
+    reader: Reader,
+    contender: Contender,
+    requests: Sequence[Request],
+    stored: Sequence[Sequence[Path]],
+    taken: _Samples,
+) -> Cost:
+    request, files = requests[0], stored[0]
+    pieces = load(files, reader) if files else list(request.passages)
+    prompt = plain_prompt(pieces, request.question)
+    lengths, slots, sizes = [], [], []
+    for each, its_files in zip(requests, stored):
+        its_pieces = load(its_files, reader) if its_files else list(each.passages)
+        lengths.append(reader.length(plain_prompt(its_pieces, each.question)))
+        sizes += [p.nbytes if isinstance(p, CompressedPassage) else len(p.encode()) for p in its_pieces]
+        slots.append(sum(p.slots if isinstance(p, CompressedPassage) else len(reader.tokenize(p)) for p in its_pieces))
+    cost = Cost(
+        **{part: taken.median(part) for part in ("compress", "load", "plan", "prefill", "ttft", "decode")},
+        ttft_online=taken.median("ttft_online") or taken.median("ttft"),
+        context_tokens=statistics.mean(sum(map(len, reader.tokenize_batch(list(r.passages)))) for r in requests),
+        reader_tokens=statistics.mean(lengths),
+        slots=statistics.mean(slots),
+        bytes_per_passage=statistics.mean(sizes),
+        flops=count_flops(lambda: reader.generate([prompt], 1)),
+    )
+    if reader.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(reader.device)
+        reader.generate([prompt], 1)
+        cost.peak_bytes = torch.cuda.max_memory_allocated(reader.device)
+    return cost
+
+
+class _Clock:
+    """Milliseconds of a call, waiting for the device before and after, and what the call returned."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.device = reader.device
+
+    def __call__(self, run: Callable[[], Any]) -> tuple[float, Any]:
+        self._wait()
+        start = time.perf_counter()
+        result = run()
+        self._wait()
+        return (time.perf_counter() - start) * 1000, result
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
