@@ -60,8 +60,8 @@ def write_report(
         raise ValueError("A report needs at least one results row, got none.")
     path = Path(path)
     sections = [
-        _table(rows),
         _plots(rows),
+        _table(rows),
         _answers(examples),
         _reading(rows),
         _list("Notes", [*notes, *honest_notes(rows)]),
@@ -76,23 +76,26 @@ def write_report(
         + "\n</main></body></html>\n"
     )
     write_atomically(path, page.encode("utf-8", "replace"))
+    path.chmod(0o644)
     return path
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """One or two sentences: what the fixed lines are and what each method keeps of the gap between them."""
+    """Two sentences: the fixed lines, and what each method, at its first ratio, reads and keeps of the gap between them."""
     quality = {name_of(row): row for row in rows if row.get("suite") == "quality" and "test" not in row}
     full, none = quality.get(FIXED["full"]), quality.get(FIXED["none"])
     if full is None or none is None:
         return f"{len(rows)} measurements."
-    parts = [
-        f"{name} reads {row['reader_tokens']:.0f} tokens in place of {full['reader_tokens']:.0f} and keeps "
-        f"{100 * row['recovered_share']:.0f} % of what the passages bring"
-        for name, row in quality.items()
+    shown = {
+        row["method"]: f"{name} takes {row['reader_tokens']:.0f} and keeps {100 * row['recovered_share']:.0f} %"
+        for name, row in reversed(quality.items())
         if kind_of(row) == "method" and "recovered_share" in row
-    ]
+    }
     first = f"Over {full['n']} questions the full text scores F1 {100 * full['f1']:.1f} and no context {100 * none['f1']:.1f}."
-    return f"{first} {'; '.join(parts)}." if parts else first
+    if not shown:
+        return first
+    kept = "; ".join(reversed(shown.values()))
+    return f"{first} A prompt with it takes {full['reader_tokens']:.0f} tokens. Of what the passages bring, {kept}."
 
 
 def honest_notes(rows: Sequence[Row]) -> list[str]:

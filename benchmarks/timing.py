@@ -7,10 +7,11 @@ pace meets all of them, and what is reported is the median.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def time_contenders(
             f"Timing needs repeats >= 1, warmup >= 0 and decode_tokens >= 2, got {repeats}, {warmup} and {decode_tokens}."
         )
     samples = [_Samples() for _ in contenders]
-    with tempfile.TemporaryDirectory(prefix="nutgraf-timing-") as folder:
+    with tempfile.TemporaryDirectory(prefix="nutgraf-timing-") as folder, _forgetful(contenders):
         stored = [
             [store(contender, request, Path(folder) / f"{i}-{k}") for k, request in enumerate(requests)]
             for i, contender in enumerate(contenders)
@@ -218,6 +219,21 @@ def _cost(
         reader.generate([prompt], 1)
         cost.peak_bytes = torch.cuda.max_memory_allocated(reader.device)
     return cost
+
+
+@contextlib.contextmanager
+def _forgetful(contenders: Sequence[Contender]) -> Iterator[None]:
+    """Embedders keep the vectors of texts they have seen; here every request is to be embedded anew."""
+    found = {id(e): e for c in contenders if hasattr(e := getattr(c.compressor, "embedder", None), "cache_entries")}
+    before = {key: embedder.cache_entries for key, embedder in found.items()}
+    try:
+        for embedder in found.values():
+            embedder.cache_entries = 0
+            embedder.embed([""])  # lets what is kept go
+        yield
+    finally:
+        for key, embedder in found.items():
+            embedder.cache_entries = before[key]
 
 
 class _Clock:

@@ -97,7 +97,7 @@ def test_notes_say_what_speaks_against() -> None:
     assert any("slower than reading the full text" in note for note in notes)
     lead = report.summary(ROWS)
     assert "full text scores F1 60.0 and no context 10.0" in lead
-    assert "soft 8x reads 40 tokens in place of 190 and keeps 50 %" in lead
+    assert "takes 190 tokens. Of what the passages bring, soft 8x takes 40 and keeps 50 %." in lead
 
 
 def test_report_of_speed_rows_alone(tmp_path: Path) -> None:

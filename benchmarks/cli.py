@@ -1,0 +1,196 @@
+"""`nutgraf bench`: quality, reading, speed and the report, from the command line."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ..compressors import Reader
+from .baselines import BASELINES
+from .loading import CompressorSpec, dataset_name, find_compressor, find_reader, find_records
+from .methods import Compressed, FullText, NoContext, lines
+from .quality import Settings, evaluate
+from .reading import answer_swap, gold_positions
+from .report import write_report
+from .rows import RESULTS, append_rows, read_rows
+from .speed import speed as measure_speed
+from .table import terminal_table
+from .timing import Contender
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measure quality, speed and cost on equal terms.")
+
+File = Annotated[str, typer.Argument(help="Questions (.jsonl or .jsonl.xz), or `sample` for the shipped ones.")]
+ReaderName = Annotated[str, typer.Option("--reader", help="A shipped reader, a folder or a hub id.")]
+Compressors = Annotated[
+    list[str],
+    typer.Option(
+        "--compressor", help="NAME or NAME@RATIO,RATIO; a shipped one, a folder, a hub id, selective-context."
+    ),
+]
+Ratios = Annotated[list[float], typer.Option("--ratio", help="Ratio for compressors that name none. Repeatable.")]
+Half = Annotated[str | None, typer.Option(help="Only questions of this half (`tune` or `report`).")]
+Limit = Annotated[int | None, typer.Option(help="At most so many questions, evenly spread over the file.")]
+Out = Annotated[Path | None, typer.Option(help="Results file that rows are appended to.")]
+Device = Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, ...")]
+Seed = Annotated[int, typer.Option(help="Seed of baselines, controls and intervals.")]
+Batch = Annotated[int, typer.Option("--batch-size", help="Prompts read at a time.")]
+Tokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")]
+
+
+@bench_app.command()
+def quality(
+    file: File,
+    reader: ReaderName = "reader-small",
+    compressor: Compressors = [],  # noqa: B006 (typer copies it)
+    ratio: Ratios = [],  # noqa: B006
+    half: Half = None,
+    limit: Limit = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Equal-budget baselines, repeatable: {', '.join(BASELINES)}, none; default all."),
+    ] = None,
+    shuffled: Annotated[bool, typer.Option(help="Also read another question's compressed passages.")] = True,
+    max_new_tokens: Tokens = 24,
+    batch_size: Batch = 16,
+    beta: Annotated[float, typer.Option(help="Weight of recall in ROUGE-L.")] = 1.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Out = None,
+    report: Annotated[Path | None, typer.Option(help="Also write an HTML report of these rows.")] = None,
+) -> None:
+    """Answers from compressed passages between the full text and no context, beside text of the same length."""
+    with friendly_errors():
+        names = [name for name in (BASELINES if baseline is None else baseline) if name != "none"]
+        settings = Settings(dataset_name(file), max_new_tokens, batch_size, beta, seed)
+        records = find_records(file, half, limit)
+        loaded = find_reader(reader, device)
+        methods = lines(_methods(loaded, compressor, ratio), baselines=names, shuffled=shuffled, seed=seed)
+        found = evaluate(loaded, methods, records, settings)
+        rows = [line.row | ({"half": half} if half else {}) for line in found]
+        _finish(rows, out)
+        Console().print(terminal_table(rows, f"{settings.dataset}, {rows[0]['n']} questions"))
+        if report is not None:
+            typer.echo(f"Report: {write_report(report, rows)}")
+
+
+@bench_app.command()
+def reading(
+    file: File,
+    reader: ReaderName = "reader-small",
+    compressor: Compressors = [],  # noqa: B006
+    ratio: Ratios = [],  # noqa: B006
+    half: Half = None,
+    limit: Limit = None,
+    position: Annotated[list[int] | None, typer.Option(help="Places of the gold passage, from 0; default all.")] = None,
+    swap: Annotated[bool, typer.Option(help="Replace the answer in the passages by another of like kind.")] = True,
+    move: Annotated[bool, typer.Option(help="Move the gold passage among its distractors.")] = True,
+    max_new_tokens: Tokens = 24,
+    batch_size: Batch = 16,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Out = None,
+) -> None:
+    """Does the reader read? The gold passage moved among distractors, and the answer replaced by another."""
+    with friendly_errors():
+        settings = Settings(dataset_name(file), max_new_tokens, batch_size, seed=seed)
+        records = find_records(file, half, limit)
+        loaded = find_reader(reader, device)
+        methods = [FullText(), *_methods(loaded, compressor, ratio)]
+        rows = gold_positions(loaded, methods, records, settings, position) if move else []
+        rows += answer_swap(loaded, [*methods, NoContext()], records, settings) if swap else []
+        rows = [row | ({"half": half} if half else {}) for row in rows]
+        _finish(rows, out)
+        for row in rows:
+            where = f"gold at {row['position']}" if row["test"] == "gold-position" else "answer swapped"
+            more = f"  old answer {100 * row['em_old']:.1f}" if "em_old" in row else ""
+            more += f"  follows {100 * row['follows']:.1f}" if row.get("follows") is not None else ""
+            typer.echo(f"{where:16} {row['method']:20} EM {100 * row['em']:5.1f}  F1 {100 * row['f1']:5.1f}{more}")
+
+
+@bench_app.command()
+def speed(
+    file: File,
+    reader: ReaderName = "reader-small",
+    compressor: Compressors = [],  # noqa: B006
+    ratio: Ratios = [],  # noqa: B006
+    passages: Annotated[list[int] | None, typer.Option(help="Numbers of passages; default 1, 2, 4, 6, 8, 10.")] = None,
+    requests: Annotated[int, typer.Option(help="Different requests at each number of passages.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Rounds over all requests and methods that count.")] = 5,
+    decode_tokens: Annotated[int, typer.Option(help="Tokens decoded to time one.")] = 16,
+    half: Half = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    out: Out = None,
+    report: Annotated[Path | None, typer.Option(help="Also write an HTML report of these rows.")] = None,
+) -> None:
+    """Time to the first token and decoding, against the number of passages; compression online and stored apart."""
+    with friendly_errors():
+        records = find_records(file, half)
+        loaded = find_reader(reader, device)
+        contenders = [Contender(m.name, m.compressor, m.ratio) for m in _methods(loaded, compressor, ratio)]
+        rows = measure_speed(
+            loaded,
+            contenders,
+            records,
+            passages=passages or (1, 2, 4, 6, 8, 10),
+            requests=requests,
+            repeats=repeats,
+            decode_tokens=decode_tokens,
+            dataset=dataset_name(file),
+            seed=seed,
+        )
+        _finish(rows, out)
+        for row in rows:
+            online = f"  online {row['ttft_online_ms']:8.1f} ms" if "ttft_online_ms" in row else ""
+            typer.echo(
+                f"{row['passages']:3} passages  {row['context_tokens']:6.0f} tokens  {row['method']:20} "
+                f"TTFT {row['ttft_ms']:8.1f} ms{online}  decode {row['decode_ms_per_token']:6.2f} ms/token"
+            )
+        if report is not None:
+            typer.echo(f"Report: {write_report(report, rows)}")
+
+
+@bench_app.command("report")
+def report_command(
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="Results files or folders; default the committed ones.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("reports/report.html"),
+    dataset: Annotated[str | None, typer.Option(help="Only rows of this dataset.")] = None,
+) -> None:
+    """One HTML file of results rows, and their table."""
+    with friendly_errors():
+        rows = [row for row in read_rows(files or [RESULTS]) if dataset is None or row.get("dataset") == dataset]
+        Console().print(terminal_table(rows))
+        typer.echo(f"Report: {write_report(out, rows)}")
+
+
+@contextlib.contextmanager
+def friendly_errors() -> Iterator[None]:
+    """What a user can mend is told in one sentence and exit status 2, without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        typer.secho(str(error), fg=typer.colors.RED, err=True)
+        raise typer.Exit(2) from error
+
+
+def _methods(reader: Reader, specs: Sequence[str], ratios: Sequence[float]) -> list[Compressed]:
+    found = []
+    for text in specs:
+        spec = CompressorSpec.parse(text, ratios)
+        loaded = find_compressor(spec.name, reader)
+        aware = bool(getattr(loaded, "query_aware", False))
+        found += [Compressed(loaded, ratio, query_aware=aware) for ratio in spec.ratios]
+    return found
+
+
+def _finish(rows: Sequence[dict[str, Any]], out: Path | None) -> None:
+    if out is not None:
+        append_rows(out, rows)
+        typer.echo(f"{len(rows)} rows appended to {out}.")

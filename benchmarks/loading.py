@@ -1,0 +1,79 @@
+"""What a benchmark's command line names: readers, compressors with their ratios, question files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..compressors import COMPRESSORS, Compressor, Reader, load_compressor, make_compressor
+from ..recipes.corpus import Record, read_records
+
+PRETRAINED = Path(__file__).resolve().parent.parent / "recipes" / "pretrained"
+SAMPLE = Path(__file__).resolve().parent / "sample"
+SAMPLE_QUESTIONS = SAMPLE / "squad_dev.jsonl"
+SAMPLE_ARTICLES = SAMPLE / "articles.txt"
+
+
+@dataclass(frozen=True)
+class CompressorSpec:
+    """A compressor as the command line names it: `NAME` or `NAME@RATIO,RATIO`.
+
+    `name` is a shipped compressor, a folder, a hub id, or a method that needs no training (`selective-context`).
+    """
+
+    name: str
+    ratios: tuple[float | None, ...]
+
+    @classmethod
+    def parse(cls, text: str, ratios: Sequence[float] = ()) -> CompressorSpec:
+        """Read a spec; `ratios` are for those that name none themselves.
+
+        Raises ValueError if a ratio is not a number of at least 1.
+        """
+        name, at, listed = text.rpartition("@") if "@" in text else (text, "", "")
+        try:
+            own = [float(part) for part in listed.split(",")] if at else list(ratios)
+        except ValueError as error:
+            raise ValueError(f"{text!r} is not NAME or NAME@RATIO,RATIO, such as icae-small@4,8.") from error
+        if not name or any(not ratio >= 1 for ratio in own):
+            raise ValueError(f"{text!r} needs a name and ratios of at least 1, such as icae-small@4,8.")
+        return cls(name, tuple(own) or (None,))
+
+
+def find_reader(name: str, device: str = "auto") -> Reader:
+    """A shipped reader by name, or one from a folder or the hub."""
+    return Reader.from_pretrained(_shipped(name), device=device)
+
+
+def find_compressor(name: str, reader: Reader) -> Compressor:
+    """A shipped compressor by name, one from a folder or the hub, or a method that needs no training."""
+    cls = COMPRESSORS.get(name)
+    if cls is not None and cls.interface == "text":
+        return make_compressor(name, reader)
+    return load_compressor(_shipped(name), reader)
+
+
+def find_records(path: str, half: str | None = None, limit: int | None = None) -> list[Record]:
+    """Questions of a JSON-lines file (`sample` names the shipped one), evenly spread over it when limited.
+
+    Raises ValueError if no question is left.
+    """
+    records = read_records(SAMPLE_QUESTIONS if path == "sample" else path, half=half)
+    if not records:
+        raise ValueError(f"{path} holds no questions" + (f' of the half "{half}".' if half else "."))
+    if limit is not None and limit < len(records):
+        if limit < 1:
+            raise ValueError(f"A limit must be at least 1, got {limit}.")
+        records = [records[i * len(records) // limit] for i in range(limit)]
+    return records
+
+
+def dataset_name(path: str) -> str:
+    """What rows call a question file: its name without folders and endings."""
+    return "squad_sample" if path == "sample" else Path(path).name.split(".")[0]
+
+
+def _shipped(name: str) -> str:
+    folder = PRETRAINED / name
+    return str(folder) if "/" not in name and (folder / "config.json").is_file() else name
