@@ -1,0 +1,148 @@
+"""What all text compressors share: token scores become units, units become spans within an exact token budget."""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from .base import CompressorConfig, TextCompressor
+from .budget import join, select
+from .passage import CompressedPassage
+from .scoring import TokenScores
+from .units import LEVELS, carve, keep_spans, split_units, unit_scores
+
+
+@dataclass
+class SelectionConfig(CompressorConfig):
+    """Settings of every method that keeps parts of the text."""
+
+    method: ClassVar[str]
+
+    ratio: float = field(default=2.0, metadata={"help": "compression ratio where no budget is given"})
+    unit: str = field(default="phrase", metadata={"help": f"what is kept or dropped whole: one of {', '.join(LEVELS)}"})
+    keep: tuple[str, ...] = field(default=(), metadata={"help": "strings that stay as long as they fit"})
+    keep_patterns: tuple[str, ...] = field(default=(), metadata={"help": "regular expressions whose matches stay"})
+    keep_digits: bool = field(default=False, metadata={"help": "numbers stay as long as they fit"})
+    keep_names: bool = field(default=False, metadata={"help": "capitalised names stay as long as they fit"})
+    joiner: str = field(default=" ", metadata={"help": "what stands between kept spans that do not touch"})
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.ratio) and self.ratio >= 1):
+            raise ValueError(
+                f"ratio is source tokens per kept token and must be a finite number of at least 1, got {self.ratio!r}."
+            )
+        if self.unit not in LEVELS:
+            raise ValueError(f"unit must be one of {LEVELS}, got {self.unit!r}.")
+        for name in ("keep", "keep_patterns"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not all(isinstance(item, str) and item for item in value):
+                raise ValueError(f"{name} must be a list of strings that are not empty, got {value!r}.")
+            setattr(self, name, tuple(value))
+        for pattern in self.keep_patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"keep_patterns holds {pattern!r}, which is no regular expression: {error}."
+                ) from error
+
+
+class SelectingCompressor(TextCompressor):
+    """A compressor that scores tokens and keeps the units of text with the highest mean scores.
+
+    The result has at most the tokens that the budget allows, counted by the reader's tokenizer on the result itself. Kept
+    spans are joined by ``config.joiner`` where they do not touch, so ``joiner.join(text[a:b] for a, b in spans)`` is the
+    compressed text. White space at the ends of a span is dropped, and a text that already fits is returned as it is.
+
+    A method implements `score`.
+    """
+
+    config: SelectionConfig
+
+    @abstractmethod
+    def score(self, texts: Sequence[str], queries: Sequence[str | None] | None = None) -> list[TokenScores]:
+        """Scores every token of every text: the higher, the more it is worth keeping."""
+
+    def identity_parts(self) -> list[Any]:
+        """The reader's tokens decide what fits."""
+        return [self.reader.fingerprint]
+
+    def _compress(
+        self,
+        texts: list[str],
+        queries: list[str | None],
+        ratio: float | None,
+        *,
+        vectors: Any,
+        target_tokens: int | None = None,
+        with_scores: bool = False,
+        **options: Any,
+    ) -> list[CompressedPassage]:
+        """The options of `compress`.
+
+        Args:
+            target_tokens: the reader's tokens that each result may have, in place of a ratio; 0 keeps nothing.
+            with_scores: put each token's score and characters into ``info["scores"]`` and ``info["offsets"]``.
+        """
+        if options:
+            raise TypeError(f"{type(self).__name__}.compress has no options {sorted(options)}.")
+        if ratio is not None and target_tokens is not None:
+            raise ValueError(f"Give ratio or target_tokens, not both (got {ratio} and {target_tokens}).")
+        if target_tokens is not None and (not isinstance(target_tokens, int) or target_tokens < 0):
+            raise ValueError(f"target_tokens must be an integer of at least 0, got {target_tokens!r}.")
+        asked = self.config.ratio if ratio is None else ratio
+        lengths = [len(ids) for ids in self.reader.tokenize_batch(texts)]
+        # The small term keeps 30 / 1.2 at 25 in spite of floating point.
+        targets = [math.floor(n / asked + 1e-9) if target_tokens is None else target_tokens for n in lengths]
+        todo = [i for i, n in enumerate(lengths) if with_scores or 0 < targets[i] < n]
+        found = dict(zip(todo, self.score([texts[i] for i in todo], [queries[i] for i in todo])))
+        info = {"method": self.config.method, "unit": self.config.unit, "joiner": self.config.joiner}
+        info |= {"ratio_asked": float(asked)} if target_tokens is None else {"target_tokens": target_tokens}
+        passages = []
+        for i, (text, length, target) in enumerate(zip(texts, lengths, targets)):
+            if length <= target:
+                spans: tuple[tuple[int, int], ...] = ((0, len(text)),) if text else ()
+            else:
+                spans = self._select(text, found[i], target) if target else ()
+            kept = join(text, spans, self.config.joiner)
+            extra = {"scores": found[i].nll.tolist(), "offsets": found[i].offsets} if with_scores else {}
+            passages.append(
+                CompressedPassage(
+                    "text",
+                    length,
+                    self.fingerprint,
+                    text=kept,
+                    spans=spans,
+                    n_tokens=self._count(kept),
+                    info=info | extra,
+                )
+            )
+        return passages
+
+    def _count(self, text: str) -> int:
+        return len(self.reader.tokenize(text))
+
+    def _select(self, text: str, scores: TokenScores, target: int) -> tuple[tuple[int, int], ...]:
+        if not bool(torch.isfinite(scores.nll).all()):
+            raise ValueError("The scoring model gave NaN or infinite scores; load it in float32 or bfloat16.")
+        config = self.config
+        kept = keep_spans(text, config.keep, config.keep_patterns, config.keep_digits, config.keep_names)
+        # Where not one unit fits, finer ones are taken: half of a long sentence tells more than nothing.
+        for level in reversed(LEVELS[: LEVELS.index(config.unit) + 1]):
+            units = split_units(text, level, scores.offsets)
+            values = unit_scores(units, scores.offsets, scores.nll)
+            must = [False] * len(units)
+            if kept:
+                units, parents, must = carve(units, kept, text)
+                values = values[torch.tensor(parents)]
+            ranks = values.tolist()
+            order = sorted(range(len(units)), key=lambda i: (not must[i], -ranks[i], i))
+            if spans := select(text, units, order, target, self._count, config.joiner, first=sum(must)):
+                return spans
+        return ()

@@ -1,0 +1,263 @@
+"""Units of a text that are kept or dropped whole: tokens, words, phrases or sentences, as spans of characters.
+
+The units of a text are a partition of it: they follow one another without gap, white space going with what comes after
+it. No border falls inside a character as its reader sees it (an accent, an emoji with its skin tone, a flag).
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+Span = tuple[int, int]
+LEVELS = ("token", "word", "phrase", "sentence")
+
+_PHRASE_WORDS = 8  # longest phrase, in words (or ideographs)
+_IDEOGRAPH = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_WORD = re.compile(rf"[{_IDEOGRAPH}]|[^\W{_IDEOGRAPH}]+(?:['’.\-][^\W{_IDEOGRAPH}]+)*|[^\w\s]+")
+_STOP = re.compile(
+    r"[.!?…‽]+[\"'”’)\]»]*(?=\s|$)|[。！？｡؟।॥۔]+[」』”’）)\"']*|(?=\n[^\S\n]*\n)|(?=\n[^\S\n]*(?:[-*•#]|\d{1,3}[.)])\s)"
+)
+_ABBREVIATIONS = """
+    mr mrs ms dr prof st sen rep gov gen col lt sgt capt rev hon vs e.g i.e cf al fig figs eq no nos vol pp ed eds approx ca
+    u.s u.k jan feb mar apr jun jul aug sep sept oct nov dec
+"""
+# These may end a sentence: what follows decides.
+_CLOSERS = "etc inc ltd co corp jr sr a.m p.m ph.d"
+_FUNCTION_WORDS_EN = """
+    a about above after again against all although am an and any are as at be because been before being below between both
+    but by can could did do does doing down during each either few for from further had has have having he her here hers him
+    his how however i if in into is it its itself just may me might more most must my neither no nor not of off on once only
+    or other our out over own same shall she should since so some such than that the their them then there these they this
+    those through to too under until up upon very was we were what when where whether which while who whom whose why will
+    with within without would yet you your
+"""
+_TITLES = frozenset(_ABBREVIATIONS.split())
+_FAMILIES = frozenset(_CLOSERS.split())
+_FUNCTION_WORDS = frozenset(_FUNCTION_WORDS_EN.split())
+_NUMBER = re.compile(r"[$€£¥]?\d(?:[\d.,:/\-–]*\d)?%?")
+
+
+def split_units(text: str, level: str, offsets: Sequence[Span] = ()) -> list[Span]:
+    """Cuts a text into units.
+
+    Args:
+        text: the text.
+        level: ``"token"``, ``"word"``, ``"phrase"`` or ``"sentence"``.
+        offsets: ``(start, end)`` characters of the text's tokens (``"token"`` only).
+
+    Returns:
+        Spans from 0 to ``len(text)`` without gap; none for an empty text.
+
+    Raises:
+        ValueError: if the level is none of these.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"A unit must be one of {LEVELS}, got {level!r}.")
+    if not text:
+        return []
+    ends = _token_ends(offsets) if level == "token" else _ENDS[level](text)
+    inside = _inside_characters(text)
+    cuts = sorted({end for end in ends if 0 < end < len(text) and not inside(end)})
+    if cuts and not text[cuts[-1] :].strip():
+        cuts.pop()  # white space at the end goes with the last unit
+    return list(zip([0, *cuts], [*cuts, len(text)]))
+
+
+def _token_ends(offsets: Sequence[Span]) -> Iterator[int]:
+    reached = 0
+    for start, end in offsets:
+        if start >= reached:  # else the token shares a character with the one before
+            yield reached
+        reached = max(reached, end)
+
+
+def _word_ends(text: str) -> Iterator[int]:
+    return (word.end() for word in _WORD.finditer(text))
+
+
+def _phrase_ends(text: str) -> Iterator[int]:
+    """Phrases are function words and the content words after them; punctuation and line ends close them."""
+    words, content, last = 0, False, 0
+    for word in _WORD.finditer(text):
+        function = word.group().lower() in _FUNCTION_WORDS
+        mark = not (word.group()[0].isalnum() or word.group()[0] == "_")
+        broken = "\n" in text[last : word.start()]
+        if words and not mark and (broken or (function and content) or words >= _PHRASE_WORDS):
+            yield last
+            words, content = 0, False
+        words, content, last = words + 1, content or not function, word.end()
+        if mark and (last == len(text) or text[last].isspace() or not word.group().isascii()):
+            yield last
+            words, content = 0, False
+
+
+def _sentence_ends(text: str) -> Iterator[int]:
+    for stop in _STOP.finditer(text):
+        if (
+            stop.group().startswith(".")
+            and not stop.group().startswith("..")
+            and _abbreviates(text, stop.start(), stop.end())
+        ):
+            continue
+        yield stop.end()
+
+
+def _abbreviates(text: str, dot: int, end: int) -> bool:
+    rest = text[end : end + 64].lstrip()
+    if not rest:
+        return False
+    if rest[0].islower():
+        return True
+    before = re.search(r"[^\s(\[\"“]*\Z", text[max(0, dot - 24) : dot])
+    word = before.group().lower() if before else ""
+    if word in _FAMILIES:
+        return rest[0].isdigit() or rest[0] in ",;:"
+    return word in _TITLES or (len(word) == 1 and word.isalpha() and word != "i")
+
+
+_ENDS = {"word": _word_ends, "phrase": _phrase_ends, "sentence": _sentence_ends}
+
+
+def _inside_characters(text: str):  # type: ignore[no-untyped-def]
+    """The test whether a position falls inside a character as its reader sees it."""
+    flags = {i for run in re.finditer("[\U0001f1e6-\U0001f1ff]+", text) for i in range(run.start() + 1, run.end(), 2)}
+
+    def inside(i: int) -> bool:
+        before, after = text[i - 1], text[i]
+        return (
+            i in flags
+            or "\u200d" in (before, after)  # zero-width joiner
+            or unicodedata.category(after)[0] == "M"
+            or "\U0001f3fb" <= after <= "\U0001f3ff"  # skin tones
+            or "\U000e0020" <= after <= "\U000e007f"  # tags of flags
+            or ("\ud800" <= before <= "\udbff" and "\udc00" <= after <= "\udfff")
+            or (before == "\r" and after == "\n")
+        )
+
+    return (lambda i: text[i - 1 : i + 1] == "\r\n") if text.isascii() else inside
+
+
+# -- scores --------------------------------------------------------------------------------------------------------------
+
+
+def unit_scores(units: Sequence[Span], offsets: Sequence[Span], scores: Tensor) -> Tensor:
+    """Mean score of each unit's tokens; a token that lies in several units is shared out by characters.
+
+    Args:
+        units: a partition of the text.
+        offsets: ``(start, end)`` characters of the tokens.
+        scores: ``[tokens]``.
+
+    Returns:
+        ``[units]`` float64; 0 for a unit without any token.
+    """
+    length = units[-1][1] if units else 0
+    if not length or not len(offsets):
+        return torch.zeros(len(units), dtype=torch.float64)
+    spans = torch.tensor(offsets, dtype=torch.long).clamp(max=length)
+    start = spans[:, 0].clamp(max=length - 1)
+    end = torch.maximum(spans[:, 1], start + 1)
+    # Per character: how much score and how many tokens lie on it, as differences at the tokens' ends.
+    per_character = torch.stack([scores.double(), torch.ones_like(scores, dtype=torch.float64)], dim=1)
+    per_character = per_character / (end - start)[:, None]
+    steps = torch.zeros(length + 1, 2, dtype=torch.float64)
+    steps.index_add_(0, start, per_character).index_add_(0, end, -per_character)
+    upto = torch.cat([torch.zeros(1, 2, dtype=torch.float64), steps[:-1].cumsum(0).cumsum(0)])
+    borders = torch.tensor(units)
+    total, tokens = (upto[borders[:, 1]] - upto[borders[:, 0]]).unbind(1)
+    return torch.where(tokens > 1e-6, total / tokens.clamp(min=1e-6), 0.0)
+
+
+# -- what must stay ------------------------------------------------------------------------------------------------------
+
+
+def keep_spans(
+    text: str, strings: Iterable[str] = (), patterns: Iterable[str] = (), digits: bool = False, names: bool = False
+) -> list[Span]:
+    """Spans that must stay: given strings, matches of regular expressions, numbers, names.
+
+    Args:
+        text: the text.
+        strings: literal strings, case-sensitive.
+        patterns: regular expressions.
+        digits: numbers, with currency and per-cent signs.
+        names: runs of capitalised words that do not merely open a sentence.
+
+    Returns:
+        Spans in order that do not overlap.
+    """
+    expressions = [re.compile(re.escape(s)) for s in strings] + [re.compile(p) for p in patterns]
+    if digits:
+        expressions.append(_NUMBER)
+    found = [m.span() for expression in expressions for m in expression.finditer(text) if m.end() > m.start()]
+    found += _names(text) if names else []
+    merged: list[Span] = []
+    for a, b in sorted(found):
+        if merged and a < merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(b, merged[-1][1]))
+        else:
+            merged.append((a, b))
+    return merged
+
+
+def _names(text: str) -> Iterator[Span]:
+    opens = set()
+    for a, b in split_units(text, "sentence"):
+        opens.add(b - len(text[a:b].lstrip(" \t\r\n\"'“‘(")))
+    run: list[Span] = []
+
+    def flush() -> Iterator[Span]:
+        if run and (len(run) > 1 or run[0][0] not in opens or text[run[0][0] : run[0][1]].isupper()):
+            yield run[0][0], run[-1][1]
+        run.clear()
+
+    for word in _WORD.finditer(text):
+        if run and text[run[-1][1] : word.start()] != " ":
+            yield from flush()
+        if word.group()[0].isupper() and word.group().lower() not in _FUNCTION_WORDS:
+            run.append(word.span())
+        else:
+            yield from flush()
+    yield from flush()
+
+
+def carve(units: Sequence[Span], kept: Sequence[Span], text: str) -> tuple[list[Span], list[int], list[bool]]:
+    """Makes each span that must stay a unit of its own.
+
+    Args:
+        units: a partition of the text.
+        kept: spans that must stay, in order, without overlap.
+        text: the text.
+
+    Returns:
+        The finer partition; for each of its units the index of the unit it was cut from (for a kept one: the unit it
+        begins in); and whether it must stay.
+    """
+    inside = _inside_characters(text)
+    grown = []
+    for a, b in kept:
+        while 0 < a < len(text) and inside(a):
+            a -= 1
+        while 0 < b < len(text) and inside(b):
+            b += 1
+        if not grown or a >= grown[-1][1]:
+            grown.append((a, b))
+        else:
+            grown[-1] = (grown[-1][0], max(b, grown[-1][1]))
+    covered = {i for a, b in grown for i in range(a + 1, b)}
+    borders = {a for a, _ in units} | {end for span in grown for end in span}
+    cuts = sorted(c for c in borders if 0 < c < len(text) and c not in covered)
+    spans = list(zip([0, *cuts], [*cuts, len(text)])) if text else []
+    starts = {a for a, _ in grown}
+    parents, must, index = [], [], 0
+    for a, _ in spans:
+        while index + 1 < len(units) and units[index + 1][0] <= a:
+            index += 1
+        parents.append(index)
+        must.append(a in starts)
+    return spans, parents, must
