@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -81,6 +80,9 @@ class LoRATwin(nn.Module):
         dropout: float = 0.0,
         target_modules: Sequence[str] | None = None,
     ) -> None:
+        # Imported here because it takes a second, which nobody who reads compressed passages should wait for.
+        from peft import LoraConfig, inject_adapter_in_model
+
         super().__init__()
         decoder = share(model.get_decoder())
         targets = attention_inputs(decoder) if target_modules is None else list(target_modules)
