@@ -37,6 +37,11 @@ class SentenceTransformerEmbedding(BaseEmbedding):
         """The name under which LlamaIndex serialises and traces the embedding."""
         return "SentenceTransformerEmbedding"
 
+    @property
+    def embedder(self) -> Embedder:
+        """The model, as an xRAG compressor takes it (``load_compressor(path, reader, embedder=...)``)."""
+        return self._embedder
+
     def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
         return self._embedder.embed(texts).tolist()
 

@@ -153,7 +153,7 @@ class SlotAwarePromptHelper(PromptHelper):
             if cost > room:
                 if is_passage and not kept.strip():
                     self._check_fits(piece, splitter)
-                if not is_passage and room > 0:
+                if not is_passage:
                     kept += self._head(piece, room)
                 _log.warning(
                     "The context is larger than the window: the passages and the text at its end are left out."
@@ -163,9 +163,13 @@ class SlotAwarePromptHelper(PromptHelper):
             room -= cost
         return kept.strip()
 
-    def _head(self, text: str, room: int) -> str:
+    def _head(self, piece: str, room: int) -> str:
+        text = piece.lstrip()
+        blank = piece[: len(piece) - len(text)]
+        if (room := room - self._count(blank)) < 1:
+            return ""
         splitter = TokenTextSplitter(chunk_size=room, chunk_overlap=0, tokenizer=self._token_counter.tokenizer)
-        return next(iter(splitter.split_text(text)), "")
+        return blank + next(iter(splitter.split_text(text)), "")
 
     def _check_fits(self, placeholder: str, splitter: TokenTextSplitter) -> None:
         if (slots := self._count(placeholder)) > splitter.chunk_size:
