@@ -19,7 +19,6 @@ from llama_index.core.schema import (
     ImageNode,
     IndexNode,
     MetadataMode,
-    Node,
     NodeRelationship,
     NodeWithScore,
     QueryBundle,
@@ -227,8 +226,11 @@ def test_documents_and_index_nodes_keep_their_kind_and_images_are_left_alone(rea
     out = CompressedContextPostprocessor(compressor).postprocess_nodes([NodeWithScore(node=n) for n in nodes])
     assert [n.node.node_id for n in out] == ["d", "i", "p"]
     assert out[0].node.get_content() == TEXTS[0]
-    assert isinstance(out[0].node, Node)
+    assert isinstance(out[0].node, Document)
     assert out[1].node.index_id == "target"
+    for made, node in zip(out[:2], nodes):
+        assert made.node.get_type() == node.get_type()
+        assert type(node).from_dict(made.node.to_dict()).get_content() == node.get_content()
     assert out[2].node is nodes[2]
     assert TEXTS[0] not in out[0].node.get_content(MetadataMode.LLM)
     assert TEXTS[1] not in out[1].node.get_content(MetadataMode.LLM)

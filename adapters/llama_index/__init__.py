@@ -20,7 +20,7 @@ from ..placeholders import PlaceholderError, PlaceholderStore, escape_placeholde
 from .embedding import SentenceTransformerEmbedding
 from .events import CompressionEvent
 from .llm import CompressedContextLLM
-from .nodes import CompressedIndexNode, CompressedNode, CompressedTextNode
+from .nodes import CompressedDocument, CompressedIndexNode, CompressedNode, CompressedTextNode
 from .postprocessor import CompressedContextPostprocessor
 from .prompt_helper import SlotAwarePromptHelper, SlotAwareTokenizer
 from .reading import ReaderRefusedError
@@ -28,6 +28,7 @@ from .reading import ReaderRefusedError
 __all__ = [
     "CompressedContextLLM",
     "CompressedContextPostprocessor",
+    "CompressedDocument",
     "CompressedIndexNode",
     "CompressedNode",
     "CompressedTextNode",

@@ -6,7 +6,7 @@ from typing import Any
 
 from llama_index.core.base.llms.types import BaseContentBlock, TextBlock
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
-from llama_index.core.schema import BaseNode, ImageNode, IndexNode, MetadataMode, Node, TextNode
+from llama_index.core.schema import BaseNode, Document, ImageNode, IndexNode, MetadataMode, Node, TextNode
 
 from ..placeholders import MARKER, Found, PlaceholderStore, scan
 
@@ -53,11 +53,21 @@ class CompressedIndexNode(_ReadAs, IndexNode):
     _store: PlaceholderStore | None = PrivateAttr(default=None)
 
 
-class CompressedNode(_ReadAs, Node):
-    """A `Node` (or `Document`) whose content for the LLM is ``llm_text``."""
+class CompressedDocument(_ReadAs, Document):
+    """A `Document` whose content for the LLM is ``llm_text``."""
 
     llm_text: str = Field(default="", description=_LLM_TEXT)
     _store: PlaceholderStore | None = PrivateAttr(default=None)
+
+
+class CompressedNode(_ReadAs, Node):
+    """Another `Node` whose content for the LLM is ``llm_text``."""
+
+    llm_text: str = Field(default="", description=_LLM_TEXT)
+    _store: PlaceholderStore | None = PrivateAttr(default=None)
+
+
+_KINDS: tuple[type[BaseNode], ...] = (CompressedIndexNode, CompressedTextNode, CompressedDocument, CompressedNode)
 
 
 def text_of(node: BaseNode) -> str | None:
@@ -79,11 +89,7 @@ def read_as(node: BaseNode, llm_text: str, store: PlaceholderStore | None = None
         llm_text: what the LLM is to read, metadata included.
         store: the store that issued the placeholders in it, which lives as long as the copy.
     """
-    kind: type[BaseNode] = CompressedNode
-    if isinstance(node, IndexNode):
-        kind = CompressedIndexNode
-    elif isinstance(node, TextNode):
-        kind = CompressedTextNode
+    kind = next(kind for kind in _KINDS if isinstance(node, kind.__bases__[-1]))
     fields: dict[str, Any] = {name: getattr(node, name) for name in kind.model_fields if name != "llm_text"}
     for name, value in fields.items():
         if isinstance(value, dict | list) and name != "embedding":

@@ -38,8 +38,10 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
             otherwise the LLM does not see it.
         query_aware: pass the question to the compressor and keep one result a question; default: what the compressor's
             ``query_aware`` says, or no.
-        reuse_vectors: pass the nodes' own retrieval vectors to a compressor that takes them (xRAG), where the retriever
-            left them on the nodes. They must come from the same embedder, text and normalisation as in training.
+        reuse_vectors: pass the nodes' own retrieval vectors to a compressor that takes them (xRAG). They must come from
+            the embedder that it was trained with, of the same text: exclude metadata from what the index embeds, and keep
+            chunks as short as the embedder reads. Few vector stores return vectors with the nodes (LlamaIndex's default
+            one does not); nodes without one are embedded again.
         as_text: insist on text for the LLM, that is, on a compressor to ``text``.
         cache: where compressed passages are kept, or a whole `PlaceholderStore`; default: one that all adapters for the
             reader share.
@@ -89,15 +91,15 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
             )
         if query_aware is None:
             query_aware = bool(getattr(compressor, "query_aware", False))
-        super().__init__(
-            ratio=ratio,
-            top_text=top_text,
-            keep_metadata=keep_metadata,
-            query_aware=query_aware,
-            reuse_vectors=reuse_vectors,
-            batch_size=batch_size,
-            **kwargs,
-        )
+        settings: dict[str, Any] = {
+            "ratio": ratio,
+            "top_text": top_text,
+            "keep_metadata": keep_metadata,
+            "query_aware": query_aware,
+            "reuse_vectors": reuse_vectors,
+            "batch_size": batch_size,
+        }
+        super().__init__(**settings, **kwargs)
         self._compressor = compressor
         self._reader = None if compressor.reader is None else compressor.reader.fingerprint
         if isinstance(cache, PlaceholderStore):
@@ -176,8 +178,10 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
     def _run(
         self, texts: Sequence[str], query: str | None, vectors: Sequence[list[float] | None]
     ) -> list[CompressedPassage]:
-        options = {"vectors": list(vectors)} if any(vector is not None for vector in vectors) else {}
-        return self._compressor.compress(texts, query=query, ratio=self.ratio, batch_size=self.batch_size, **options)
+        given = list(vectors) if any(vector is not None for vector in vectors) else None
+        return self._compressor.compress(
+            texts, query=query, ratio=self.ratio, vectors=given, batch_size=self.batch_size
+        )
 
     def _again(self, text: str, query: str | None, vector: list[float] | None) -> CompressedPassage:
         return self._run([text], query, [vector])[0]

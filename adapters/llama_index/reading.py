@@ -74,7 +74,8 @@ class ReaderCall:
         return self._grow(prompt, pieces, start)
 
     def _grow(self, prompt: list[Any], pieces: Iterator[str], start: float) -> Iterator[Answer]:
-        text, raw = "", {}
+        text = ""
+        raw: dict[str, int | float] = {}
         try:
             while True:
                 with _refusals():
