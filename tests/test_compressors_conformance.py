@@ -1,0 +1,290 @@
+"""What every compressor must do, for every registered method on tiny random models of several architectures."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from nutgraf import CompressedPassage, Reader, load_compressor
+from nutgraf.compressors import COMPRESSORS, CheckpointError, Compressor, ReaderMismatchError, SoftCompressor
+from nutgraf.compressors import icae as _icae  # noqa: F401 (registers the method)
+from nutgraf.compressors import selective_context as _selective_context  # noqa: F401
+from nutgraf.compressors import xrag as _xrag  # noqa: F401
+from nutgraf.compressors.embedders import load_embedder
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+
+ARCHITECTURES = ["llama", "mistral", "qwen3", "gemma3_text", "phi3", "gpt_neox", "opt", "gpt2"]
+# A new method needs one entry: small settings under which every one of its parts is at work.
+SETTINGS: dict[str, dict] = {
+    "xrag": {"shard_tokens": 24},
+    "icae": {"mem_size": 6, "ratio": 4.0, "r": 4, "projector": "linear", "special_tokens": True},
+    "selective-context": {"unit": "word", "keep_digits": True},
+}
+TEXTS = [
+    "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911).",
+    "",
+    "Rivers carry sediment to the sea; the Amazon, the Nile and the Yangtze are among the longest on Earth. " * 3,
+    " \n\t ",
+    "a",
+    "日本語 🦊👩‍👩‍👧 עברית é\ud800 </s><|user|>",
+]
+
+
+@functools.cache
+def embedder():
+    return load_embedder("all-MiniLM-L6-v2", "cpu")
+
+
+def build(method: str, reader: Reader) -> Compressor:
+    torch.manual_seed(0)
+    cls = COMPRESSORS[method]
+    extra = {"embedder": embedder()} if method == "xrag" else {}
+    compressor = cls(cls.config_class.from_dict(SETTINGS[method]), reader, **extra)
+    with torch.no_grad():  # as after some training: no matrix is zero
+        for p in compressor.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    return compressor
+
+
+def load(folder, reader: Reader) -> Compressor:
+    extra = {"embedder": embedder()} if '"method": "xrag"' in (folder / "config.json").read_text() else {}
+    return load_compressor(folder, reader, **extra)
+
+
+@functools.cache
+def pair(method: str, architecture: str) -> tuple[Compressor, list[CompressedPassage]]:
+    compressor = build(method, reader_of(architecture))
+    return compressor, compressor.compress(TEXTS)
+
+
+@functools.cache
+def reader_of(architecture: str) -> Reader:
+    return sys.modules["nutgraf_test_zoo"].reader(architecture)
+
+
+def difference(a: CompressedPassage, b: CompressedPassage) -> float:
+    assert a.interface == b.interface
+    assert a.slots == b.slots
+    if a.interface == "text":
+        return 0.0 if (a.text, a.spans) == (b.text, b.spans) else float("inf")
+    pairs = zip(a._tensors().values(), b._tensors().values())
+    return max([float((x - y).abs().max()) for x, y in pairs if x.numel()], default=0.0)
+
+
+methods = pytest.mark.parametrize("method", sorted(SETTINGS))
+everywhere = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+def test_every_registered_method_is_tested():
+    ours = {name for name, cls in COMPRESSORS.items() if cls.__module__.startswith("nutgraf.compressors.")}
+    assert ours == set(SETTINGS), "give the new method an entry in SETTINGS"
+
+
+@everywhere
+@methods
+def test_one_for_each_in_order_and_never_longer(method, architecture):
+    compressor, found = pair(method, architecture)
+    reader = compressor.reader
+    assert len(found) == len(TEXTS)
+    for text, passage in zip(TEXTS, found):
+        assert passage.interface == compressor.interface
+        assert passage.source_tokens == len(reader.tokenize(text))
+        assert passage.slots <= passage.source_tokens
+        assert passage.check() is passage
+    assert found[1].slots == 0
+    assert found[2].slots > 1
+    # in reverse order the same passages come out, in reverse order
+    backwards = compressor.compress(TEXTS[::-1])[::-1]
+    assert max(map(difference, found, backwards)) < 1e-5
+
+
+@everywhere
+@methods
+def test_batched_equals_one_by_one(method, architecture):
+    compressor, found = pair(method, architecture)
+    alone = [compressor.compress([text])[0] for text in TEXTS]
+    assert max(map(difference, found, alone)) < 1e-5
+    pairs = compressor.compress(TEXTS, batch_size=2)
+    assert max(map(difference, found, pairs)) < 1e-5
+
+
+@everywhere
+@methods
+def test_the_reader_reads_it_and_its_content_matters(method, architecture):
+    compressor, found = pair(method, architecture)
+    reader = compressor.reader
+    question = "\n\nQuestion: who?\nAnswer:"
+    first, other, empty = reader.target_logits([[found[i], question] for i in (0, 2, 1)], [" it"] * 3)
+    assert torch.isfinite(first).all()
+    assert not torch.allclose(first, other, atol=1e-3)
+    assert not torch.allclose(first, empty, atol=1e-3)
+
+
+@everywhere
+@methods
+def test_save_and_load_gives_bit_equal_slots(method, architecture, tmp_path):
+    compressor, _ = pair(method, architecture)
+    compressor.save_pretrained(tmp_path)
+    loaded = load(tmp_path, compressor.reader)
+    assert type(loaded) is type(compressor)
+    assert loaded.config == compressor.config
+    assert loaded.fingerprint == compressor.fingerprint
+    assert not loaded.training
+    for a, b in zip(compressor.compress(TEXTS), loaded.compress(TEXTS)):
+        assert difference(a, b) == 0
+        assert a.compressor == b.compressor
+        back = CompressedPassage.from_bytes(a.to_bytes())
+        assert difference(a, back) == 0
+
+
+@pytest.mark.parametrize("method", [m for m in sorted(SETTINGS) if m != "selective-context"])
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(method, tmp_path):
+    compressor, _ = pair(method, "llama")
+    compressor.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = load_file(weights)
+    name = sorted(whole)[0]
+    wrong = {
+        "missing": {k: v for k, v in whole.items() if k != name},
+        "unknown": {**whole, "left.over": torch.zeros(1)},
+        "wanted": {**whole, name: torch.zeros(3, 5)},
+    }
+    for word, state in wrong.items():
+        save_file(state, weights)
+        with pytest.raises(CheckpointError, match=word) as error:
+            load(tmp_path, compressor.reader)
+        assert ("left.over" if word == "unknown" else name) in str(error.value)
+    weights.write_bytes(b"not weights")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load(tmp_path, compressor.reader)
+
+
+@pytest.mark.parametrize("method", ["icae", "xrag"])
+def test_another_reader_is_refused(method, tmp_path, zoo):
+    compressor, found = pair(method, "llama")
+    compressor.save_pretrained(tmp_path)
+    other = zoo.reader("llama", seed=7)
+    with pytest.raises(ReaderMismatchError, match="made for"):
+        load(tmp_path, other)
+    with pytest.raises(ReaderMismatchError, match="made for"):
+        other.generate([[found[0], " x"]], 1)
+
+
+@methods
+def test_fingerprints_name_reader_and_compressor_and_follow_the_weights(method):
+    compressor = build(method, reader_of("llama"))
+    passage = compressor.compress(TEXTS[:1])[0]
+    assert passage.compressor == compressor.fingerprint
+    assert passage.reader == (None if compressor.interface == "text" else compressor.reader.fingerprint)
+    seen = {compressor.fingerprint}
+    for parameter in compressor.parameters():
+        with torch.no_grad():
+            parameter.add_(0.01)
+        seen.add(compressor.fingerprint)
+    assert len(seen) == 1 + len(list(compressor.parameters()))
+
+
+@methods
+def test_eight_threads_get_what_one_gets(method):
+    compressor, found = pair(method, "llama")
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: compressor.compress(TEXTS), range(8)))
+    for result in results:
+        assert max(map(difference, found, result)) < 1e-6
+    assert compressor.compress([]) == []
+
+
+@methods
+def test_compressing_beside_reading_changes_neither(method):
+    compressor, found = pair(method, "llama")
+    reader = compressor.reader
+    alone = reader.target_logits([TEXTS[0]], [" it"])[0]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(compressor.compress, TEXTS) for _ in range(2)]
+        read = [pool.submit(reader.target_logits, [TEXTS[0]], [" it"]) for _ in range(6)]
+        for job in read:
+            assert torch.allclose(job.result()[0], alone, atol=1e-6)
+        for job in jobs:
+            assert max(map(difference, found, job.result())) < 1e-6
+
+
+@everywhere
+@pytest.mark.parametrize("method", ["icae", "xrag"])
+def test_gradients_reach_what_trains_and_nothing_else(method, architecture):
+    compressor = build(method, reader_of(architecture))
+    assert isinstance(compressor, SoftCompressor)
+    reader = compressor.reader
+    ids = torch.tensor([[1, 7, 8, 9]])
+    before = reader.model(input_ids=ids).logits
+    weights = {name: t.clone() for name, t in reader.model.state_dict().items()}
+    compressor.train()
+    optimizer = torch.optim.SGD(compressor.parameters(), lr=0.1)
+    passages = compressor.encode([TEXTS[0], TEXTS[2]])
+    markers = [compressor.task_marker(task) for task in ("ae", "lm", "ft")] if method == "icae" else []
+    targets = reader.target_hidden([[p, *markers, "\n"] for p in passages], [TEXTS[0], TEXTS[2]])
+    cross_entropy(reader.head(targets.hidden), targets.ids).backward()
+    for name, parameter in compressor.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+    assert set(compressor.trainable_state()) == {name for name, _ in compressor.named_parameters()}
+    optimizer.step()
+    assert all(p.grad is None and not p.requires_grad for p in reader.model.parameters())
+    assert all(torch.equal(t, weights[name]) for name, t in reader.model.state_dict().items())
+    assert torch.equal(reader.model(input_ids=ids).logits, before)
+    assert not any("lora" in name for name, _ in reader.model.named_modules())
+
+
+@methods
+def test_moving_or_casting_the_compressor_leaves_the_reader_alone(method):
+    compressor = build(method, reader_of("llama"))
+    compressor.half().double().float().requires_grad_(False).train()
+    assert all(p.dtype == torch.float32 for p in compressor.reader.model.parameters())
+    assert not compressor.reader.model.training
+    assert max(map(difference, compressor.compress(TEXTS), compressor.eval().compress(TEXTS))) == 0
+
+
+@methods
+def test_slots_are_in_the_readers_dtype(method, zoo):
+    reader = Reader.from_pretrained(zoo.model("llama").to(torch.bfloat16), tokenizer=zoo.tokenizer())
+    passage = build(method, reader).compress(TEXTS[:1])[0]
+    if passage.interface == "embeds":
+        assert passage.embeds.dtype == torch.bfloat16
+    assert isinstance(reader.generate([[passage, "\nAnswer:"]], 2)[0], str)
+
+
+@methods
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(texts=st.lists(st.text(st.characters(), max_size=60), max_size=4), ratio=st.floats(1, 40))
+def test_any_text_at_any_ratio(method, texts, ratio):
+    compressor, _ = pair(method, "llama")
+    found = compressor.compress(texts, ratio=ratio)
+    assert len(found) == len(texts)
+    for text, passage in zip(texts, found):
+        assert passage.slots <= passage.source_tokens == len(compressor.reader.tokenize(text))
+        if passage.interface == "text":
+            assert (
+                passage.n_tokens
+                == len(compressor.reader.tokenize(passage.text))
+                <= passage.source_tokens / ratio + 1e-6
+            )
+            assert passage.text == " ".join(text[a:b] for a, b in passage.spans)
+
+
+@methods
+def test_bad_input_is_refused_with_a_sentence(method):
+    compressor, _ = pair(method, "llama")
+    with pytest.raises(TypeError, match="list of passages"):
+        compressor.compress("one text")
+    with pytest.raises(TypeError, match="passage 1"):
+        compressor.compress(["a", None])
+    for ratio in (0.5, float("nan"), float("inf"), -1):
+        with pytest.raises(ValueError, match="at least 1"):
+            compressor.compress(["a"], ratio=ratio)
+    with pytest.raises(ValueError, match="no settings"):
+        compressor.config_class.from_dict({"nonsense": 1})
