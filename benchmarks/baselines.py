@@ -13,22 +13,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from ..compressors import CompressedPassage, Reader
+from ..compressors import Reader
+from ..recipes.templates import question_prompt
 
-Piece = str | CompressedPassage
 Baseline = Callable[[Reader, str, Sequence[str], int, random.Random], list[str]]
 
-SEPARATOR = "\n\n"
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
-
-
-def plain_prompt(pieces: Sequence[Piece], question: str) -> list[Piece]:
-    """The benchmark prompt: passages and question, a blank line between each; without passages the question alone."""
-    asked = f"Question: {question}\nAnswer:"
-    prompt: list[Piece] = []
-    for piece in pieces:
-        prompt += [piece, SEPARATOR]
-    return [*prompt[:-1], SEPARATOR + asked] if pieces else [asked]
 
 
 def truncate(reader: Reader, question: str, passages: Sequence[str], budget: int, rng: random.Random) -> list[str]:
@@ -133,7 +123,7 @@ def _joined(units: Sequence[tuple[int, str]]) -> list[str]:
 
 
 def _fits(reader: Reader, pieces: Sequence[str], question: str, budget: int) -> bool:
-    return reader.length(plain_prompt(pieces, question)) <= budget
+    return reader.length(question_prompt(pieces, question)) <= budget
 
 
 def _largest(limit: int, fits: Callable[[int], bool]) -> int:

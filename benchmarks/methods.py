@@ -14,7 +14,8 @@ from typing import Protocol
 
 from ..compressors import CompressedPassage, Compressor, Reader
 from ..recipes.corpus import Record
-from .baselines import BASELINES, Piece, plain_prompt
+from ..recipes.templates import Piece, question_prompt
+from .baselines import BASELINES
 
 
 class Method(Protocol):
@@ -132,7 +133,7 @@ class EqualBudget:
 def prompts(method: Method, reader: Reader, records: Sequence[Record]) -> list[list[Piece]]:
     """The benchmark prompts of a method."""
     contexts = method.contexts(reader, records)
-    return [plain_prompt(pieces, record.question) for pieces, record in zip(contexts, records)]
+    return [question_prompt(pieces, record.question) for pieces, record in zip(contexts, records)]
 
 
 def lines(compressed: Sequence[Compressed], *, baselines: Sequence[str], shuffled: bool, seed: int = 0) -> list[Method]:

@@ -16,10 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..compressors import CompressedPassage, Compressor, Reader
 from ..recipes.corpus import Record
+from ..recipes.templates import Piece, question_prompt
 from . import metrics
-from .baselines import Piece, plain_prompt
 from .methods import EqualBudget, Method, Shuffled
-from .rows import Row, provenance
+from .rows import Row, clean, provenance
 from .scoring import Likelihood, answers, kl_divergence, likelihoods
 
 
@@ -88,7 +88,7 @@ def evaluate(reader: Reader, methods: Sequence[Method], records: Sequence[Record
             task = bar.add_task(label(method), total=len(kept) * (1 + settings.likelihood))
             advance = functools.partial(bar.advance, task)
             contexts = method.contexts(reader, kept)
-            prompts = [plain_prompt(pieces, record.question) for pieces, record in zip(contexts, kept)]
+            prompts = [question_prompt(pieces, record.question) for pieces, record in zip(contexts, kept)]
             predictions = answers(
                 reader, prompts, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size, advance=advance
             )
@@ -104,7 +104,7 @@ def evaluate(reader: Reader, methods: Sequence[Method], records: Sequence[Record
                 scores["kl"] = np.array([kl_divergence(reader, a, b) for a, b in zip(full, likely)])
             row = _row(method, scores, found, kept, settings)
             row |= provenance(reader, settings.seed, compressor_of(method)) | {"skipped": len(records) - len(kept)}
-            found.append(Line(method.name, method.ratio, predictions, scores, row))
+            found.append(Line(method.name, method.ratio, predictions, scores, clean(row)))
     return found
 
 
@@ -119,7 +119,7 @@ def readable(reader: Reader, records: Sequence[Record], max_new_tokens: int) -> 
     kept = []
     for record in records:
         more = max(max_new_tokens, len(reader.tokenize(" " + record.answers[0])) + 1)
-        if room is None or reader.length(plain_prompt(record.passages, record.question)) + more <= room:
+        if room is None or reader.length(question_prompt(record.passages, record.question)) + more <= room:
             kept.append(record)
     if not kept:
         raise ValueError(f"None of {len(records)} records can be measured: they are too long for {room} positions.")

@@ -19,7 +19,7 @@ from ..recipes.corpus import Record
 from . import metrics
 from .methods import Method, prompts
 from .quality import Settings, compressor_of, progress_bar, readable
-from .rows import Row, provenance
+from .rows import Row, clean, provenance
 from .scoring import answers
 
 
@@ -58,7 +58,7 @@ def gold_positions(
         moved = [move_gold(record, place) for record in kept]
         for method, predictions in _answer(reader, methods, moved, settings, f"gold at {place}"):
             scores = _scores(predictions, [record.answers for record in moved])
-            rows.append(_row(reader, method, settings, "gold-position", moved) | {"position": place} | scores)
+            rows.append(clean(_row(reader, method, settings, "gold-position", moved) | {"position": place} | scores))
     return rows
 
 
@@ -79,12 +79,11 @@ def answer_swap(reader: Reader, methods: Sequence[Method], records: Sequence[Rec
     rows = []
     for method, predictions in _answer(reader, methods, changed, settings, "answers swapped"):
         right, follows = _matches(before[method], original), _matches(predictions, changed)
-        rows.append(
-            _row(reader, method, settings, "answer-swap", changed)
-            | _scores(predictions, [record.answers for record in changed])
-            | {"em_old": float(_matches(predictions, original).mean()), "em_before": float(right.mean())}
-            | {"follows": float(follows[right].mean()) if right.any() else None, "n_right": int(right.sum())}
-        )
+        row = _row(reader, method, settings, "answer-swap", changed)
+        row |= _scores(predictions, [record.answers for record in changed])
+        row |= {"em_old": float(_matches(predictions, original).mean()), "em_before": float(right.mean())}
+        row |= {"follows": float(follows[right].mean()) if right.any() else None, "n_right": int(right.sum())}
+        rows.append(clean(row))
     return rows
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..compressors import Reader
-from .baselines import Piece
+from ..recipes.templates import Piece
 
 Advance = Callable[[int], None]
 _CHUNK_ELEMENTS = 2**25  # logits held at once while distributions are compared (128 MiB in float32)

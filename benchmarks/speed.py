@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from ..compressors import Reader
 from ..recipes.corpus import Record
+from ..recipes.templates import question_prompt
 from . import metrics
-from .baselines import plain_prompt
 from .quality import progress_bar
-from .rows import Row, provenance
+from .rows import Row, clean, provenance
 from .timing import Contender, Cost, Request, time_contenders
 
 FULL = Contender("full")
@@ -40,11 +40,13 @@ def speed(
     rows: list[Row] = []
     for count in passages:
         asked = make_requests(records, count, requests)
-        longest = max(reader.length(plain_prompt(r.passages, r.question)) for r in asked)
+        longest = max(reader.length(question_prompt(r.passages, r.question)) for r in asked)
         if reader.max_positions is not None and longest + decode_tokens > reader.max_positions:
             continue
         with progress_bar(progress) as bar:
-            task = bar.add_task(f"{count} passages", total=(repeats + 2) * len(asked) * len(everyone))
+            task = bar.add_task(
+                f"times, {count} passage{'s' * (count > 1)}", total=(repeats + 2) * len(asked) * len(everyone)
+            )
             costs = time_contenders(
                 reader,
                 everyone,
@@ -55,7 +57,8 @@ def speed(
             )
         for contender, cost in zip(everyone, costs):
             row = cost_row(contender, cost, costs[0], count) | {"dataset": dataset, "n": len(asked) * repeats}
-            rows.append(row | {"reader_shape": shape(reader)} | provenance(reader, seed, contender.compressor))
+            row |= {"reader_shape": shape(reader)} | provenance(reader, seed, contender.compressor)
+            rows.append(clean(row))
     if not rows:
         raise ValueError(
             f"The full text of {min(passages)} passages takes more than {reader.max_positions} positions; ask for fewer."

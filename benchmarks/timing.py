@@ -20,7 +20,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..compressors import CompressedPassage, Compressor, Reader
-from .baselines import plain_prompt
+from ..recipes.templates import question_prompt
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _time_request(
         return texts if compressor is None else load(files, reader)
 
     def answer(pieces: list[Any], tokens: int) -> None:
-        reader.generate([plain_prompt(pieces, request.question)], tokens, min_new_tokens=tokens)
+        reader.generate([question_prompt(pieces, request.question)], tokens, min_new_tokens=tokens)
 
     if compressor is not None:
         taken.add("compress", clock(compressed)[0])
@@ -176,7 +176,7 @@ def _time_request(
         taken.add("ttft_online", clock(lambda: answer(compressed(), 1))[0])
     taken.add("ttft", clock(lambda: answer(loaded(), 1))[0])
     pieces = loaded()
-    plan = clock(lambda: reader.plan([plain_prompt(pieces, request.question)]))[0]
+    plan = clock(lambda: reader.plan([question_prompt(pieces, request.question)]))[0]
     first = clock(lambda: answer(pieces, 1))[0]
     whole = clock(lambda: answer(pieces, decode_tokens))[0]
     taken.add("plan", plan)
@@ -198,11 +198,11 @@ def _cost(
 ) -> Cost:
     request, files = requests[0], stored[0]
     pieces = load(files, reader) if files else list(request.passages)
-    prompt = plain_prompt(pieces, request.question)
+    prompt = question_prompt(pieces, request.question)
     lengths, slots, sizes = [], [], []
     for each, its_files in zip(requests, stored):
         its_pieces = load(its_files, reader) if its_files else list(each.passages)
-        lengths.append(reader.length(plain_prompt(its_pieces, each.question)))
+        lengths.append(reader.length(question_prompt(its_pieces, each.question)))
         sizes += [p.nbytes if isinstance(p, CompressedPassage) else len(p.encode()) for p in its_pieces]
         slots.append(sum(p.slots if isinstance(p, CompressedPassage) else len(reader.tokenize(p)) for p in its_pieces))
     cost = Cost(

@@ -15,6 +15,7 @@ from nutgraf.benchmarks import baselines, quality, reading, rows, scoring, speed
 from nutgraf.benchmarks import methods as lines
 from nutgraf.compressors import CompressedPassage, CompressorConfig, Reader, SoftCompressor
 from nutgraf.recipes.corpus import Record
+from nutgraf.recipes.templates import question_prompt
 
 PLACES = ["Warsaw", "Prague", "Vienna", "Lisbon", "Dublin", "Oslo", "Athens", "Madrid"]
 QUIET = quality.Settings(dataset="toy", max_new_tokens=4, batch_size=4, progress=False)
@@ -73,7 +74,7 @@ def test_evaluate_gives_a_row_for_each_line(reader: Reader, compressor: Strided)
     by_name = {line.method: line.row for line in found}
     assert list(by_name) == ["full", "none", "strided-test", "strided-test-shuffled", *baselines.BASELINES]
     for row in by_name.values():
-        assert set(row) >= KEYS
+        assert set(row) >= KEYS - ({"ratio"} if row["method"] == "none" else set())
     full, none, soft = by_name["full"], by_name["none"], by_name["strided-test"]
     assert full["ratio"] == pytest.approx(1)
     assert full["kl_to_full"] == 0
@@ -117,9 +118,9 @@ def test_identity_memory_is_the_full_text(reader: Reader) -> None:
 @pytest.mark.parametrize("more", [0, 1, 7, 20, 1000])
 def test_baselines_never_exceed_the_budget(reader: Reader, name: str, more: int) -> None:
     r = RECORDS[3]
-    budget = reader.length(baselines.plain_prompt([], r.question)) + more
+    budget = reader.length(question_prompt([], r.question)) + more
     pieces = baselines.BASELINES[name](reader, r.question, r.passages, budget, random.Random(0))
-    assert reader.length(baselines.plain_prompt(pieces, r.question)) <= budget
+    assert reader.length(question_prompt(pieces, r.question)) <= budget
     if more == 1000:
         assert pieces == list(r.passages)
     again = baselines.BASELINES[name](reader, r.question, r.passages, budget, random.Random(0))
@@ -132,11 +133,6 @@ def test_rank_prefers_the_passage_about_the_question() -> None:
     assert baselines.split_sentences('He left. "Why?" she asked. It cost 3.5 dollars. ok') == [
         "He left.", '"Why?" she asked.', "It cost 3.5 dollars. ok",
     ]  # fmt: skip
-
-
-def test_plain_prompt() -> None:
-    assert baselines.plain_prompt(["p", "q"], "who?") == ["p", "\n\n", "q", "\n\nQuestion: who?\nAnswer:"]
-    assert baselines.plain_prompt([], "who?") == ["Question: who?\nAnswer:"]
 
 
 def test_shuffled_reads_other_passages(reader: Reader, compressor: Strided) -> None:
@@ -203,7 +199,7 @@ def test_gold_moves_and_answers_swap(reader: Reader, compressor: Strided) -> Non
     row = reading.answer_swap(reader, methods, RECORDS, QUIET)[0]
     assert row["test"] == "answer-swap"
     assert row["n"] == 8
-    assert {"em", "em_old", "em_before", "follows", "n_right"} <= set(row)
+    assert {"em", "em_old", "em_before", "n_right"} <= set(row)
 
 
 def test_swaps_keep_kind_and_whole_words() -> None:
