@@ -413,8 +413,8 @@ async def test_the_event_loop_is_never_blocked(reader, index, monkeypatch):
     waits: list[bool] = []
 
     def wait() -> None:
-        waits.append(loop_ran.wait(5))
         loop_ran.clear()
+        waits.append(loop_ran.wait(10))
 
     class Waiting(Identity):
         def encode(self, *args: Any, **kwargs: Any):

@@ -145,6 +145,11 @@ def test_what_the_llm_cannot_do_is_refused(reader, zoo):
         CompressedContextLLM(reader, chat=True).chat([image])
 
 
+def test_the_answer_takes_at_most_a_quarter_of_a_small_window(reader):
+    assert CompressedContextLLM(reader).metadata.num_output == 256
+    assert CompressedContextLLM(reader, context_window=400).metadata.num_output == 100
+
+
 def test_chat_needs_a_template(zoo):
     reader = zoo.reader("llama", num_hidden_layers=1)
     template, reader.tokenizer.chat_template = reader.tokenizer.chat_template, None
@@ -157,14 +162,14 @@ def test_chat_needs_a_template(zoo):
 
 def test_an_llm_is_let_go(zoo):
     reader = zoo.reader("llama", num_hidden_layers=1, seed=5)
-    print_of_reader = reader.fingerprint
+    fingerprint = reader.fingerprint
     llm = CompressedContextLLM(reader, max_new_tokens=2)
     llm.complete("x")
     held = weakref.ref(reader)
-    assert ReadingLLM.of(print_of_reader)
+    assert ReadingLLM.of(fingerprint)
     del llm, reader
     gc.collect()
-    assert not ReadingLLM.of(print_of_reader)
+    assert not ReadingLLM.of(fingerprint)
     assert held() is None
 
 

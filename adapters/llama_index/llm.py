@@ -19,7 +19,7 @@ from llama_index.core.base.llms.types import (
     TextBlock,
 )
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
-from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
+from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW, DEFAULT_NUM_OUTPUTS
 from llama_index.core.llms import CustomLLM
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.response_synthesizers import BaseSynthesizer, get_response_synthesizer
@@ -40,7 +40,8 @@ class CompressedContextLLM(CustomLLM):
 
     Args:
         reader: reads the prompts.
-        max_new_tokens: the longest answer, in tokens; LlamaIndex keeps as much of the window free for it.
+        max_new_tokens: the longest answer, in tokens; LlamaIndex keeps as much of the window free for it. Default: 256, or
+            a quarter of a window of less than 1,024 positions.
         context_window: positions that a prompt and its answer may take; default: the reader's ``max_positions``.
         chat: use the tokenizer's chat template and LlamaIndex's chat prompts.
         stop: strings that end an answer and are no part of it.
@@ -65,7 +66,7 @@ class CompressedContextLLM(CustomLLM):
         self,
         reader: Reader,
         *,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         context_window: int | None = None,
         chat: bool = False,
         stop: Sequence[str] | None = None,
@@ -86,6 +87,8 @@ class CompressedContextLLM(CustomLLM):
             raise ValueError(
                 f"context_window={window} is more than the {reader.max_positions} positions that {reader.name!r} has."
             )
+        if max_new_tokens is None:
+            max_new_tokens = min(DEFAULT_NUM_OUTPUTS, max(window // 4, 1))
         if max_new_tokens >= window:
             raise ValueError(
                 f"max_new_tokens={max_new_tokens} leaves no room for a prompt in a window of {window} positions."
