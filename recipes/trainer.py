@@ -7,12 +7,11 @@ as one that never stopped.
 
 Example:
     >>> recipe = load_recipe("xrag", ["data.dir=corpus"])
-    >>> folder = run_recipe(recipe, CompressorTask(recipe), Path("runs/xrag"))
+    >>> folder = run_recipe(recipe, make_task(recipe), Path("runs/xrag"))
 """
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 from collections.abc import Callable
@@ -52,6 +51,17 @@ class TrainingTask(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write the finished artefact into an empty folder."""
+
+
+def make_task(recipe: Recipe) -> TrainingTask:
+    """The task that a recipe's `kind` asks for."""
+    if recipe.kind == "reader":
+        from .reader_task import ReaderTask
+
+        return ReaderTask(recipe)
+    from .compressor_task import CompressorTask
+
+    return CompressorTask(recipe)
 
 
 class Items(Dataset[Any]):
@@ -165,8 +175,6 @@ def _run_stage(run: Run, index: int, progress: Progress, checkpoint: Path | None
         raise ValueError(f"Stage {stage.name!r} trains nothing: trainable={stage.trainable!r} freezes every parameter.")
     trainer = StageTrainer(run, index, progress)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    del trainer
-    gc.collect()
 
 
 def _set_gradient_checkpointing(module: nn.Module, stage: Stage) -> None:

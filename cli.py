@@ -1,0 +1,168 @@
+"""The command line: `nutgraf train`, `inspect`, `bench`, `demo`.
+
+Heavy modules are imported by the commands that use them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from .compressors import CompressedPassage, Compressor
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    help="Compress the passages a RAG reader reads: train compressors, look at what they make, measure them.",
+)
+
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@contextlib.contextmanager
+def friendly_errors() -> Iterator[None]:
+    """Turn the errors that are written for users into one line and exit status 2."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        from rich.console import Console
+
+        Console(stderr=True).print(f"[bold red]Error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe (xrag, icae, reader) or a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings, as in data.dir=corpus stages.0.steps=200 'stages.*.lr=1e-3'.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")] = ...,  # type: ignore[assignment]
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in the folder, or start over.")] = True,
+    max_minutes: Annotated[float | None, typer.Option(help="Stop with a checkpoint after so many minutes.")] = None,
+) -> None:
+    """Train a reader or a compressor by a recipe; stop it at any time and run it again to go on."""
+    with friendly_errors():
+        from .recipes.schema import load_recipe
+        from .recipes.trainer import make_task, run_recipe
+
+        loaded = load_recipe(recipe, overrides or [])
+        result = run_recipe(loaded, make_task(loaded), out, resume=resume, max_minutes=max_minutes)
+        typer.echo(str(result))
+
+
+@app.command()
+def inspect(
+    text: Annotated[str, typer.Argument(help="The passage, a file that holds it, or - for standard input.")],
+    compressor: Annotated[
+        str, typer.Option("--compressor", "-c", help="A shipped compressor, a folder, a hub id or a method's name.")
+    ],
+    reader: Annotated[str, typer.Option(help="A shipped reader, a folder or a hub id.")] = "reader-small",
+    ratio: Annotated[float | None, typer.Option(help="Compression ratio; default: the compressor's own.")] = None,
+    query: Annotated[str | None, typer.Option(help="Compress for this question, and answer it.")] = None,
+) -> None:
+    """Show what a compressor makes of a text: tokens, slots, and what the reader can still tell of it."""
+    with friendly_errors():
+        from .compressors import COMPRESSORS, Reader, load_compressor, make_compressor
+
+        passage_text = _read_text(text)
+        loaded = Reader.from_pretrained(_shipped(reader))
+        method = COMPRESSORS.get(compressor)
+        made = make_compressor(compressor, loaded) if method else load_compressor(_shipped(compressor), loaded)
+        (found,) = made.compress([passage_text], query=query, ratio=ratio)
+        _show(made, found, passage_text, query)
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
+def bench(context: typer.Context) -> None:
+    """Measure quality, reading, speed and cost on equal terms."""
+    from .benchmarks.cli import bench_app
+
+    bench_app(args=context.args or ["--help"], prog_name="nutgraf bench")
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
+def demo(context: typer.Context) -> None:
+    """Retrieve, compress, answer, train and measure, with what ships in the package."""
+    from .benchmarks.demo import demo as run
+
+    single = typer.Typer(add_completion=False)
+    single.command(help=run.__doc__)(run)
+    single(args=context.args, prog_name="nutgraf demo")
+
+
+def _show(compressor: Compressor, found: CompressedPassage, text: str, query: str | None) -> None:
+    """Print one compressed passage."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(show_header=False, box=None)
+    table.add_row("method", str(found.info.get("method", compressor.config_class.method)))
+    table.add_row("interface", found.interface)
+    table.add_row("source tokens", f"{found.source_tokens:,}")
+    table.add_row("slots", f"{found.slots:,}")
+    table.add_row("compression ratio", f"{found.ratio:.2f}")
+    table.add_row("bytes", f"{found.nbytes:,}")
+    console.print(table)
+    reader = compressor.reader
+    if found.interface == "text":
+        console.print("\nKept, in bold:")
+        console.print(highlight(text, found))
+    elif found.embeds is not None and found.slots:
+        norms = found.embeds.float().norm(dim=-1).tolist()
+        console.print(f"\nSlot norms (the reader's own embeddings: {reader.embedding_norm:.2f} in the mean):")
+        console.print(" ".join(f"{norm:.2f}" for norm in norms), highlight=False)
+        from .recipes.templates import autoencoding_prompt
+
+        room = min(found.source_tokens + 8, 512)
+        told = reader.generate([autoencoding_prompt(found)], max_new_tokens=room)[0]
+        console.print("\nWhat the reader repeats from the slots:")
+        console.print(_escape(told.strip()) or "(nothing)", highlight=False)
+    if query is not None:
+        from .recipes.templates import question_prompt
+
+        answers = reader.generate([question_prompt([found], query), question_prompt([text], query)], max_new_tokens=32)
+        console.print(f"\nFrom the compressed passage: {_escape(answers[0].strip())}", highlight=False)
+        console.print(f"From the text:               {_escape(answers[1].strip())}", highlight=False)
+
+
+def highlight(text: str, found: CompressedPassage) -> Any:
+    """The original text as a `rich.text.Text`, what a text compressor kept in bold and the rest dim."""
+    from rich.text import Text
+
+    shown = Text(text, style="dim")
+    for start, end in found.spans or ():
+        shown.stylize("not dim bold green", start, end)
+    return shown if found.spans is not None else Text(found.text or "")
+
+
+def _read_text(text: str) -> str:
+    """The text itself, the contents of the file it names, or standard input for `-`."""
+    if text == "-":
+        return typer.get_text_stream("stdin").read()
+    path = Path(text)
+    with contextlib.suppress(OSError):  # a passage can be longer than a file's name may be
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    return text
+
+
+def _shipped(name: str) -> str:
+    """The folder of a shipped artefact, or `name` itself: a folder or a hub id."""
+    if "/" in name or Path(name).exists():
+        return name
+    from . import pretrained
+
+    return pretrained(name)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
