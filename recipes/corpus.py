@@ -21,7 +21,9 @@ def open_text(path: str | Path) -> TextIO:
     """Open `path` as UTF-8 text, unpacking it on the way when its name ends in `.xz`."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no data file {path}. Set data.dir in the recipe to the folder that holds it.")
+        raise FileNotFoundError(
+            f"There is no data file {path}. Set data.dir in the recipe to the folder that holds it."
+        )
     if path.suffix == ".xz":
         return lzma.open(path, "rt", encoding="utf-8")
     return path.open(encoding="utf-8")
@@ -80,7 +82,9 @@ def parse_record(row: dict[str, Any], where: str = "record") -> Record:
         raise ValueError(f"{where} lacks {', '.join(missing)}: a question record needs question, answers and passages.")
     gold = row.get("gold")
     if gold is not None and not 0 <= gold < len(row["passages"]):
-        raise ValueError(f"{where} has gold={gold} but {len(row['passages'])} passages: gold is an index of passages, or null.")
+        raise ValueError(
+            f"{where} has gold={gold} but {len(row['passages'])} passages: gold is an index of passages, or null."
+        )
     return Record(
         question=" ".join(row["question"].split()),
         answers=tuple(answer.strip() for answer in row["answers"] if answer.strip()),
@@ -119,6 +123,8 @@ def find_files(folder: str | Path, names: Iterable[str]) -> list[Path]:
     for name in names:
         matches = sorted(folder.glob(name))
         if not matches:
-            raise FileNotFoundError(f"No file in {folder} matches {name!r}. Set data.dir to the folder that holds the data.")
+            raise FileNotFoundError(
+                f"No file in {folder} matches {name!r}. Set data.dir to the folder that holds the data."
+            )
         found += matches
     return found

@@ -15,6 +15,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+
+def word_set(text: str) -> frozenset[str]:
+    """The words of a string as a set."""
+    return frozenset(text.split())
+
+
 MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
 DATE = re.compile(rf"\b(?:(?:\d{{1,2}} )?(?:{MONTHS})(?: \d{{1,2}}\b)?(?:,? \d{{4}})?|1[0-9]{{3}}s?|20[0-2]\d)\b")
 NUMBER = re.compile(
@@ -26,36 +32,36 @@ NAME = re.compile(
 )
 QUOTED = re.compile(r"[\"“]([^\"”]{3,40})[\"”]")
 THING = re.compile(
-    r"\b(?:the|a|an|its|his|her|their|of|with|as|by|for|and|into|from) ((?:[a-z]{3,} ){0,2}[a-z]{4,})(?=[,.;:)]| (?:of|in|and|to|from|by|at|on|for|"
-    r"with|that|which|who|was|were|is|are|as|or|had|has)\b)"
+    r"\b(?:the|a|an|its|his|her|their|of|with|as|by|for|and|into|from) ((?:[a-z]{3,} ){0,2}[a-z]{4,})"
+    r"(?=[,.;:)]| (?:of|in|and|to|from|by|at|on|for|with|that|which|who|was|were|is|are|as|or|had|has)\b)"
 )
 PHRASE = re.compile(r"\b(?:to|because|by|after|when|for|that|with|as) ((?:[a-z’'-]+ ){1,6}[a-z’'-]+)(?=[,.;])")
 SENTENCE = re.compile(r"(?<=[a-z0-9)\]\"”][.!?])\s+(?=[A-Z\"“])|(?<=\.[\"”])\s+(?=[A-Z])")
 CLAUSE = re.compile(r"(?<=[,;:)]) | (?=(?:and|but|while|which|who|that|because|although|where|when|after|before) )")
-COMMON = frozenset(
+COMMON = word_set(
     "The A An In On At It He She They We I You This That These Those His Her Its Their Our There Here As By For From "
     "With Without While When Where Which Who What Why How If But And Or Not No Although Though Because Since After "
     "Before During Many Most Some Several Other Another Each All Both One Two Three First Second Later Also However "
     "Under Over Between Among According Despite Due To Of Then Thus Such Only Even Once Until Upon Through Following "
-    "Today More Much My Your Every Like Unlike So Yet Instead".split()
+    "Today More Much My Your Every Like Unlike So Yet Instead"
 )
-AUX = frozenset("was were is are had has have can could will would did does do may might must should".split())
-PERSON = frozenset(
+AUX = word_set("was were is are had has have can could will would did does do may might must should")
+PERSON = word_set(
     "John William James George Charles Thomas Robert Henry David Edward Joseph Paul Richard Michael Peter Frank Mary "
     "Elizabeth Anne Louis Alexander Arthur Samuel Albert Francis Daniel Martin Jean Philip Walter Harry Frederick "
     "Andrew Benjamin Stephen Alfred Jack Anthony Margaret Sarah Jane Tom Hugh Simon Adam Karl Maria Catherine Victoria "
     "Alice Helen Johann Friedrich Otto Hans Jacob Isaac Abraham Roger Patrick Christopher Kevin Brian Mark Steven Eric "
-    "King Queen Prince Princess President Sir Lord Pope Emperor Saint St Dr Mr Mrs General Captain Professor".split()
+    "King Queen Prince Princess President Sir Lord Pope Emperor Saint St Dr Mr Mrs General Captain Professor"
 )
-PLACE = frozenset("in at from near to into across through around outside".split())
-GROUP = frozenset(
+PLACE = word_set("in at from near to into across through around outside")
+GROUP = word_set(
     "University College School Company Corporation Party Church Museum Army Navy League Club Institute Council Court "
     "Act Treaty War Battle Award Prize River Lake Mountain Island Bridge Street Park Airport Station Railway Band Bank "
-    "Empire Kingdom Republic Union Society Association Committee Library Theatre Festival Cup Championship".split()
+    "Empire Kingdom Republic Union Society Association Committee Library Theatre Festival Cup Championship"
 )
-STOP = frozenset(
+STOP = word_set(
     "the a an of in on at to and or for with by from as that which was were is are it its his her their this these "
-    "be been had has have".split()
+    "be been had has have"
 )
 
 
@@ -134,8 +140,10 @@ def wh_words(answer: str, kind: str, before: str, after: str, rng: random.Random
             return "Who"
         if last in PLACE:
             return rng.choice(["Where", "Where", "What place", "What city", "What country"])
-        return rng.choice(["Who", "Who", "What", "Which"]) if last in ("", "by", "and", "with") else rng.choice(
-            ["Who", "What", "What", "Which"]
+        return (
+            rng.choice(["Who", "Who", "What", "Which"])
+            if last in ("", "by", "and", "with")
+            else rng.choice(["Who", "What", "What", "Which"])
         )
     if kind == "title":
         return rng.choice(["What", "What is the name of", "Which", "What is called"])
@@ -192,7 +200,9 @@ def make_question(paragraph: str, span: Span, rng: random.Random) -> str | None:
         body = [*words_left, wh.lower() if wh not in ("Where", "When", "Why") else "what", *words_right]
     else:
         if wh in ("When", "Where", "Why", "How", "What year", "On what date") and len(words_left) > 2:
-            words_left = words_left[:-1] if words_left[-1].lower() in PLACE | {"on", "since", "until", "by"} else words_left
+            words_left = (
+                words_left[:-1] if words_left[-1].lower() in PLACE | {"on", "since", "until", "by"} else words_left
+            )
         body = [wh, *front_auxiliary(words_left, rng), *words_right]
         if style > 0.6:
             noisy = drop_words(body[1:], rng.choice([0.1, 0.25, 0.4]), rng)

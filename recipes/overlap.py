@@ -1,0 +1,78 @@
+"""Has anything of the dev files entered training? A check by word n-grams, cheap enough to be part of the recipe.
+
+Two texts overlap when they share `n` words in a row (lower case, letters and digits only). Whole questions that are
+shorter than `n` words are compared as wholes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .corpus import read_documents, read_records
+
+WORD = re.compile(r"[^\W_]+")
+PASSAGE_WORDS, QUESTION_WORDS = 20, 6
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, lower case, without punctuation."""
+    return WORD.findall(text.lower())
+
+
+def ngrams(text: str, n: int) -> Iterator[int]:
+    """Hashes of the n-grams of a text; a text of fewer than `n` words has none."""
+    found = words(text)
+    for start in range(len(found) - n + 1):
+        yield hash(" ".join(found[start : start + n]))
+
+
+@dataclass
+class HeldOut:
+    """What must not be trained on: n-grams of passages and whole questions.
+
+    Questions of fewer than `QUESTION_WORDS` words (`Who won?`) belong to nobody and are not compared.
+    """
+
+    n: int = PASSAGE_WORDS
+    grams: set[int] = field(default_factory=set)
+    questions: set[tuple[str, ...]] = field(default_factory=set)
+
+    @classmethod
+    def from_files(cls, files: Iterable[Path], n: int = PASSAGE_WORDS) -> HeldOut:
+        """Collect the questions and gold passages of question files (`.jsonl`) and the documents of text files."""
+        held = cls(n)
+        for path in files:
+            if ".jsonl" not in path.name:
+                for document in read_documents(path):
+                    held.add_passage(document)
+                continue
+            for record in read_records(path):
+                held.add_question(record.question)
+                if record.gold is not None:
+                    held.add_passage(record.gold_text)
+        return held
+
+    def add_passage(self, text: str) -> None:
+        """Hold a passage out."""
+        self.grams.update(ngrams(text, self.n))
+
+    def add_question(self, text: str) -> None:
+        """Hold a question out, if it is long enough to be anybody's."""
+        if len(found := words(text)) >= QUESTION_WORDS:
+            self.questions.add(tuple(found))
+
+    def has_passage(self, text: str) -> bool:
+        """Whether the text shares `n` words in a row with a held-out passage."""
+        return bool(self.grams) and any(gram in self.grams for gram in ngrams(text, self.n))
+
+    def has_question(self, text: str) -> bool:
+        """Whether the text is a held-out question."""
+        return tuple(words(text)) in self.questions
+
+
+def overlapping(texts: Sequence[str], held: HeldOut) -> list[int]:
+    """Indices of the texts that share n words in a row with a held-out passage."""
+    return [index for index, text in enumerate(texts) if held.has_passage(text)]

@@ -1,0 +1,138 @@
+"""Training a small reader from nothing: model, data and scores, for the generic trainer to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from .corpus import find_files, read_documents, read_records
+from .overlap import HeldOut
+from .reader_corpus import ReaderCorpus
+from .reader_data import LOSS_KINDS, ReaderRows, RowSettings, collate_rows
+from .reader_eval import copy_loss, heldout_perplexity, question_scores
+from .reader_init import embedder_folder, start_copying, word_rows
+from .reader_model import PackedReader
+from .schema import Recipe, Stage
+from .tokenizer import load_tokenizer, tokenizer_texts, train_tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ReaderTask:
+    """The reader recipe as a training task: `module`, `dataset`, `collator`, `begin_stage`, `evaluate`, `save`.
+
+    From the recipe: `data` (dir, texts, questions, documents, dev_texts, dev_questions, dev_limit), `tokenizer`
+    (path of a finished one, or vocab_size), `model` (LlamaConfig's fields, `embedder: auto | none`, `copying: bool`) and
+    each stage's `mix` (`RowSettings`' fields, `weights` of the loss kinds and `point`, the weight of the pointing loss).
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        data = recipe.data
+        if not data.get("dir"):
+            raise ValueError("The reader recipe needs data.dir: the folder of its text and question files.")
+        self.folder = Path(data["dir"])
+        held_out = HeldOut.from_files(find_files(self.folder, data.get("held_out", [])))
+        self.corpus = ReaderCorpus(self.folder, data["texts"], data["questions"], data.get("documents"), held_out)
+        self.tokenizer = self._tokenizer()
+        torch.manual_seed(recipe.seed)
+        self.module = PackedReader(self._model())
+
+    def _tokenizer(self) -> PreTrainedTokenizerFast:
+        settings = dict(self.recipe.tokenizer or {})
+        if path := settings.get("path"):
+            return load_tokenizer(path)
+        texts = tokenizer_texts(
+            self.corpus.text_files[:: max(1, len(self.corpus.text_files) // 2)][:2],
+            self.corpus.records,
+            settings.get("characters", 20_000_000),
+        )
+        positions = (self.recipe.model or {}).get("max_position_embeddings", 4096)
+        return train_tokenizer(texts, settings.get("vocab_size", 8192), positions)
+
+    def _model(self) -> LlamaForCausalLM:
+        settings = dict(self.recipe.model or {})
+        embedder, copying = settings.pop("embedder", "auto"), settings.pop("copying", True)
+        config = LlamaConfig(
+            vocab_size=len(self.tokenizer),
+            bos_token_id=self.tokenizer.bos_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+            tie_word_embeddings=True,
+            attn_implementation="sdpa",
+            **settings,
+        )
+        model = LlamaForCausalLM(config)
+        if copying:
+            folder = embedder_folder() if embedder == "auto" else None
+            width = config.hidden_size - 1 - config.head_dim
+            content = word_rows(self.tokenizer, folder, width, self.recipe.seed) if folder else None
+            start_copying(model, content, self.recipe.seed)
+        return model
+
+    def dataset(self, stage: Stage) -> Dataset:
+        """The rows of a stage: as many as its steps take."""
+        rows = stage.steps * stage.batch_size * stage.accumulate
+        return ReaderRows(self.corpus, self.tokenizer, self._rows(stage), f"{self.recipe.seed}/{stage.name}", rows)
+
+    @staticmethod
+    def _rows(stage: Stage) -> RowSettings:
+        settings = {key: value for key, value in stage.mix.items() if key not in ("weights", "point")}
+        try:
+            return RowSettings(**settings)
+        except TypeError as error:
+            raise ValueError(f"Stage {stage.name!r}: mix holds a key that rows do not have ({error}).") from error
+
+    def collator(self, stage: Stage) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
+        """Stacks rows into a batch."""
+        return collate_rows
+
+    def begin_stage(self, stage: Stage) -> None:
+        """Everything trains; the stage's weights of the loss kinds are set."""
+        weights = stage.mix.get("weights", {})
+        if unknown := set(weights) - set(LOSS_KINDS):
+            raise ValueError(
+                f"Stage {stage.name!r}: mix.weights names {sorted(unknown)}; losses are {list(LOSS_KINDS)}."
+            )
+        self.module.weights = {name: float(weights.get(name, 1.0)) for name in LOSS_KINDS}
+        self.module.point_weight = float(stage.mix.get("point", 0.0))
+        self.module.requires_grad_(True)
+
+    def evaluate(self, stage: Stage) -> dict[str, float]:
+        """Greedy scores on the tuning half of the dev questions, perplexity of held-out text, loss of copying."""
+        model, data, limit = self.module.model, self.recipe.data, self.recipe.data.get("dev_limit", 100)
+        training, scores = model.training, {"copy_loss": copy_loss(model, len(self.tokenizer))}
+        for path in find_files(self.folder, data.get("dev_texts", [])):
+            documents = list(read_documents(path))[:20]
+            scores["heldout_ppl"] = heldout_perplexity(model, self.tokenizer, documents)
+        for path in find_files(self.folder, data.get("dev_questions", [])):
+            records = read_records(path, half="tune")
+            records = records[:: max(1, len(records) // limit)][:limit]
+            name = path.name.split(".")[0].removeprefix("qa_dev_")
+            for context in (True, False):
+                found = question_scores(model, self.tokenizer, records, context)
+                scores.update({f"{key}_{name}{'' if context else '_none'}": value for key, value in found.items()})
+        model.train(training)
+        return scores
+
+    def save(self, folder: Path) -> None:
+        """Write the reader into an empty folder that `from_pretrained` loads, with the tokenizer and the recipe."""
+        dtype = DTYPES[self.recipe.output.dtype or "float32"]
+        state = {name: value.detach().to("cpu", dtype) for name, value in self.module.model.state_dict().items()}
+        copy = LlamaForCausalLM(self.module.model.config).to(dtype)
+        copy.load_state_dict(state)
+        copy.generation_config = GenerationConfig(
+            bos_token_id=self.tokenizer.bos_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+            do_sample=False,
+            max_new_tokens=32,
+        )
+        copy.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
