@@ -1,0 +1,280 @@
+"""The reader recipe: tokenizer, made questions, packed rows and their exactness, the copying start, overlap, saving."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import random
+
+import pytest
+import torch
+from llama_index.core.prompts.default_prompts import DEFAULT_TEXT_QA_PROMPT_TMPL
+from nutgraf.recipes.corpus import parse_record, read_documents, read_records
+from nutgraf.recipes.overlap import HeldOut
+from nutgraf.recipes.questions import find_spans, make_questions, rename
+from nutgraf.recipes.reader_data import ReaderRows, RowSettings, collate_rows, find_places
+from nutgraf.recipes.reader_eval import exact_and_f1
+from nutgraf.recipes.reader_init import start_copying
+from nutgraf.recipes.reader_model import PackedReader, block_mask
+from nutgraf.recipes.reader_prompts import FORMATS
+from nutgraf.recipes.reader_task import ReaderTask
+from nutgraf.recipes.schema import load_recipe
+from nutgraf.recipes.tokenizer import BOS, EOS, train_tokenizer
+from nutgraf.recipes.trainer import run_recipe
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+TESLA = (
+    "In 1881, Nikola Tesla moved to Budapest to work under Ferenc Puskás at a telegraph company, the Budapest "
+    "Telephone Exchange. He earned 300 florins a month, and the company was sold in 1884 by its owner."
+)
+OTHER = (
+    "The river Danube rises in the Black Forest of Germany and flows through ten countries before it reaches the "
+    "Black Sea. Its delta in Romania covers 4,152 square kilometres and was listed by UNESCO in 1991."
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of tiny data files in the shapes the recipe reads."""
+    folder = tmp_path_factory.mktemp("data")
+    text = "\n<|doc|>\n".join(f"# Title {i}\n\n{TESLA}\n\n{OTHER}" for i in range(3))
+    for name in ("text_enwiki2018_0", "text_enwiki2014_0", "text_dev"):
+        body = text if name != "text_dev" else "# Held\n\nNothing of this stands anywhere else."
+        (folder / f"{name}.txt.xz").write_bytes(lzma.compress(body.encode()))
+    asked = [("Who moved to Budapest?", "Nikola Tesla"), ("When was the company sold?", "1884")]
+    rows = [
+        {
+            "id": str(i),
+            "question": q,
+            "answers": [a],
+            "passages": [{"title": "", "text": TESLA}],
+            "gold": 0,
+            "source": s,
+        }
+        for i, ((q, a), s) in enumerate(zip(asked * 2, ["squad_30_articles"] * 2 + ["qamr_dev"] * 2))
+    ]
+    dev = [{**rows[0], "half": "tune", "passages": [{"title": "", "text": "A wholly different passage."}]}]
+    for name, content in (("qa_train", rows), ("qa_dev_squad", dev), ("qa_dev_qamr", dev)):
+        lines = "\n".join(json.dumps(row) for row in content)
+        (folder / f"{name}.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(data):
+    return load_recipe(
+        "reader",
+        [
+            f"data.dir={data}",
+            "data.dev_limit=1",
+            "tokenizer.vocab_size=320",
+            "model.hidden_size=64",
+            "model.intermediate_size=64",
+            "model.num_hidden_layers=3",
+            "model.num_attention_heads=2",
+            "model.num_key_value_heads=1",
+            "model.head_dim=16",
+            "model.embedder=none",
+            "stages.*.steps=2",
+            "stages.*.batch_size=2",
+            "stages.*.eval_every=null",
+            "stages.*.mix.row_tokens=256",
+            "stages.*.mix.copy_tokens=64",
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def task(recipe):
+    return ReaderTask(recipe)
+
+
+def rows_of(task, count=4, **settings):
+    return ReaderRows(task.corpus, task.tokenizer, RowSettings(row_tokens=512, **settings), "7/test", count)
+
+
+def test_tokenizer_round_trips_and_splits_numbers_and_lines():
+    tokenizer = train_tokenizer([TESLA, OTHER] * 3, 400)
+    text = "Zoë’s 1963 — \t漢字\n\nQuestion: <|user|>?"
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == BOS + text
+    assert tokenizer.tokenize("a\n\nb").count("Ċ") == 2
+    assert all(sum(char.isdigit() for char in token) <= 2 for token in tokenizer.tokenize("In 1963 it cost 12345"))
+    with pytest.raises(ValueError, match="256 bytes"):
+        train_tokenizer([TESLA], 100)
+
+
+def test_chat_template_ends_where_the_answer_begins(task):
+    chat = [{"role": "user", "content": "Hi"}]
+    prompt = task.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    whole = task.tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": "ok"}], tokenize=False)
+    assert prompt == "<|begin|><|user|>\nHi\n<|assistant|>"
+    assert whole == prompt + " ok" + EOS
+
+
+def test_corpus_files_and_wrong_records(data):
+    assert len(list(read_documents(data / "text_enwiki2018_0.txt.xz"))) == 3
+    assert read_records(data / "qa_dev_squad.jsonl.xz", half="report") == []
+    with pytest.raises(ValueError, match="gold=3"):
+        parse_record({"question": "?", "answers": ["a"], "passages": [{"text": "b"}], "gold": 3})
+    with pytest.raises(FileNotFoundError, match=r"data\.dir"):
+        read_records(data / "nothing.jsonl")
+
+
+def test_made_questions_are_answered_by_the_passage_and_follow_the_seed():
+    pairs = make_questions(TESLA, 6, random.Random(3))
+    assert len(pairs) >= 4
+    assert all(answer in TESLA and answer.lower() not in question.lower() for question, answer in pairs)
+    assert pairs == make_questions(TESLA, 6, random.Random(3))
+    kinds = {TESLA[span.start : span.end]: span.kind for span in find_spans(TESLA)}
+    assert kinds["1881"] == "date"
+    assert kinds["Nikola Tesla"] == "name"
+    assert kinds["300"] == "number"
+
+
+def test_renaming_takes_whole_words_only():
+    assert rename(["Ann met Anna. Ann?"], "Ann", "Bo") == ["Bo met Anna. Bo?"]
+
+
+def test_rows_depend_on_seed_stage_and_index_alone(task):
+    kinds = {"made": 0.4, "human": 0.3, "many": 0.1, "copy": 0.1, "repeat": 0.05, "text": 0.05}
+    first, again = rows_of(task, kinds=kinds), rows_of(task, kinds=kinds)
+    for index in (3, 0):
+        assert all((first[index][key] == again[index][key]).all() for key in first[index])
+    assert (first[0]["ids"] != first[1]["ids"]).any()
+    with pytest.raises(IndexError):
+        first[4]
+
+
+def test_a_question_in_a_packed_row_reads_as_if_it_stood_alone(task):
+    item = rows_of(task, kinds={"made": 0.5, "human": 0.5})[0]
+    model = task.module.model.eval()
+    batch = collate_rows([item])
+    hidden = model.model(
+        input_ids=batch["ids"],
+        position_ids=batch["positions"],
+        attention_mask=block_mask(batch["groups"], batch["branches"]),
+    ).last_hidden_state[0]
+    group, branch = batch["groups"][0], batch["branches"][0]
+    assert branch.max() >= 2
+    for number in range(1, int(branch[group == 1].max()) + 1):
+        chosen = (group == 1) & ((branch == 0) | (branch == number))
+        alone = model.model(input_ids=batch["ids"][:, chosen]).last_hidden_state[0]
+        torch.testing.assert_close(hidden[chosen], alone, atol=2e-5, rtol=1e-4)
+
+
+def test_only_answers_carry_the_answer_loss_and_they_end(task):
+    item = rows_of(task, kinds={"human": 1.0}, unanswerable=0.0, swap=0.0)[0]
+    said = task.tokenizer.decode(item["ids"][item["kinds"] == 1])
+    assert EOS in said
+    assert {" Nikola Tesla", " 1884"} & set(said.split(EOS))
+    assert "Question" not in said
+    for end, place in item["pointers"][item["pointers"][:, 0] >= 0]:
+        assert item["ids"][end + 1] == item["ids"][place]
+        assert item["groups"][end] == item["groups"][place]
+        assert item["branches"][place] == 0
+
+
+def test_places_of_an_answer():
+    assert find_places([5, 1, 2, 3, 1, 2, 4], [1, 2]) == [1, 4]
+    assert find_places([5, 1], []) == []
+
+
+def test_llama_index_format_is_the_default_template():
+    shape = FORMATS["llama_index"]
+    want = DEFAULT_TEXT_QA_PROMPT_TMPL.format(context_str="C", query_str="Q?")
+    assert shape.head + "C" + shape.tail.format(question="Q?") == want
+
+
+def test_unknown_settings_are_refused(task):
+    with pytest.raises(ValueError, match=r"mix\.kinds names"):
+        RowSettings(kinds={"poems": 1.0})
+    stage = task.recipe.stages[0].model_copy(update={"mix": {"row_token": 3}})
+    with pytest.raises(ValueError, match="row_token"):
+        task.dataset(stage)
+
+
+def test_a_fresh_model_already_attends_where_copying_needs_it():
+    config = LlamaConfig(
+        vocab_size=500,
+        hidden_size=160,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=True,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    start_copying(model)
+    segment = torch.randperm(490)[:12] + 10
+    attention = model(input_ids=segment.repeat(3)[None], output_attentions=True).attentions
+    assert attention[0][0, 0, 20].argmax() == 19  # the previous token
+    assert attention[1][0, 0, 20].argmax() == 9  # what followed the present token last time
+    with pytest.raises(ValueError, match="content is"):
+        start_copying(model, torch.zeros(3, 3))
+
+
+def test_pointing_loss_falls_when_the_head_is_trained(task):
+    module = PackedReader(task.module.model)
+    module.point_weight = 1.0
+    batch = collate_rows([rows_of(task, kinds={"human": 1.0})[0]])
+    module.train()
+    optimiser = torch.optim.Adam(module.parameters(), lr=3e-3)
+    seen = []
+    for _ in range(6):
+        out = module(**batch)
+        out["loss"].backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        seen.append(float(out["loss/point"]))
+    assert seen[-1] < seen[0]
+    module.point_weight = 0.0
+    assert "loss/point" not in module(**batch)
+
+
+def test_overlap_finds_passages_and_questions():
+    held = HeldOut(n=8)
+    held.add_passage(TESLA)
+    held.add_question("Who moved to Budapest in 1881 ?")
+    assert held.has_passage("X " + TESLA[30:150])
+    assert not held.has_passage(OTHER)
+    assert held.has_question("who moved to Budapest, in 1881?")
+    assert not held.has_question("Who moved to Vienna in 1881?")
+
+
+def test_held_out_paragraphs_are_never_drawn(task):
+    held, task.corpus.held_out = task.corpus.held_out, HeldOut(n=8)
+    try:
+        task.corpus.held_out.add_passage(TESLA)
+        drawn = {task.corpus.paragraph(random.Random(seed)) for seed in range(30)}
+        assert drawn == {OTHER}
+    finally:
+        task.corpus.held_out = held
+
+
+def test_scores():
+    assert exact_and_f1("The Nikola Tesla.", ["nikola tesla"]) == (1.0, 1.0)
+    assert exact_and_f1("Tesla", ["Nikola Tesla", "x"]) == (0.0, pytest.approx(2 / 3))
+    assert exact_and_f1("", ["x"]) == (0.0, 0.0)
+
+
+def test_the_recipe_trains_scores_and_saves_a_loadable_reader(recipe, tmp_path):
+    task = ReaderTask(recipe)
+    final = run_recipe(recipe, task, tmp_path / "run")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
+    assert model.dtype == torch.bfloat16
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    ids = tokenizer("Who?", return_tensors="pt")["input_ids"]
+    want = task.module.model.to(torch.bfloat16).eval()(input_ids=ids).logits
+    torch.testing.assert_close(model(input_ids=ids).logits, want)
+    scores = ReaderTask(recipe).evaluate(recipe.stages[0])
+    assert {"copy_loss", "heldout_ppl", "em_squad", "f1_squad_none", "ended_qamr"} <= set(scores)
+
+
+def test_a_missing_data_folder_is_named(recipe):
+    with pytest.raises(ValueError, match=r"data\.dir"):
+        ReaderTask(recipe.model_copy(update={"data": {}}))
