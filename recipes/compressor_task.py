@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from .. import pretrained
@@ -25,7 +24,7 @@ from .compressor_eval import compressed_scores
 from .compressor_items import CompressorData, CompressorItems, Item, ItemMaker, Reading, draw_ratio
 from .corpus import Record
 from .records import Material, load_articles, load_records
-from .schema import Recipe, Stage
+from .schema import Recipe, Stage, validate
 
 POSITIONS = 8192  # that one forward pass of the reader may take, padding counted
 
@@ -166,11 +165,7 @@ class CompressorTask:
             raise ValueError(f"The recipe {recipe.name!r} trains a {recipe.kind}; a compressor recipe is needed here.")
         if recipe.output.dtype is not None:
             raise ValueError("A compressor is stored in the precision it was trained in: remove output.dtype.")
-        try:
-            self.data = CompressorData.model_validate(recipe.data)
-        except ValidationError as error:
-            lines = [f"data.{'.'.join(map(str, d['loc']))}: {d['msg']}, got {d['input']!r}" for d in error.errors()]
-            raise ValueError(f"The recipe {recipe.name!r} cannot be used: {'; '.join(lines)}.") from error
+        self.data = validate(CompressorData, recipe.data, recipe.name, "data")
         self.recipe = recipe
         self.reader = reader or Reader.from_pretrained(find_reader(str(recipe.reader)))
         torch.manual_seed(recipe.seed)

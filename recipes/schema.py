@@ -13,7 +13,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -22,6 +22,7 @@ from .yaml_values import load_yaml, parse_value
 
 Objective = Literal["ae", "lm", "kl"]
 Positive = Annotated[int, Field(gt=0)]
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Strict(BaseModel):
@@ -205,12 +206,22 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 
 def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
-    """Check a recipe given as plain data; ValueError with one line for each thing that is wrong."""
+    """Check a recipe given as plain data; ValueError with one clause for each thing that is wrong."""
+    return validate(Recipe, raw, where)
+
+
+def validate(model: type[Model], raw: dict[str, Any], where: str, section: str = "") -> Model:
+    """`raw` as a `model`; ValueError with one clause for each thing that is wrong, unknown keys with the nearest known.
+
+    Args:
+        where: the recipe, as the message names it.
+        section: the key of the recipe below which `raw` stands.
+    """
     try:
-        return Recipe.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(detail) for detail in error.errors()]
-        raise ValueError(f"The recipe {where!r} cannot be used: " + "; ".join(dict.fromkeys(lines)) + ".") from error
+        clauses = [_explain(detail, model, section) for detail in error.errors()]
+        raise ValueError(f"The recipe {where!r} cannot be used: {'; '.join(dict.fromkeys(clauses))}.") from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -269,17 +280,15 @@ def _nearest(key: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known keys are {', '.join(known)}"
 
 
-def _explain(detail: Any) -> str:
+def _explain(detail: Any, model: type[BaseModel], section: str) -> str:
     """One of pydantic's findings as a clause that says where, what was got and what was wanted."""
     location = [part for part in detail["loc"] if isinstance(part, int) or part.isidentifier()]
-    where = ".".join(map(str, location)) or "recipe"
+    where = ".".join(map(str, [*([section] if section else []), *location])) or "recipe"
     if detail["type"] == "extra_forbidden":
-        level: type[BaseModel] = Recipe
-        if location[0] == "stages":
-            level = StopWhen if "stop_when" in location[:-1] else Stage
-        elif location[0] in ("output", "checkpoints") and len(location) > 1:
-            level = Output if location[0] == "output" else Checkpoints
-        return f"unknown key {where}{_nearest(str(location[-1]), level.model_fields)}"
+        if model is Recipe and len(location) > 1:
+            model = {"stages": Stage, "output": Output, "checkpoints": Checkpoints}.get(location[0], Recipe)
+            model = StopWhen if "stop_when" in location[:-1] else model
+        return f"unknown key {where}{_nearest(str(location[-1]), model.model_fields)}"
     message = detail["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if detail["type"] in ("missing", "value_error"):
