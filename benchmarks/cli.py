@@ -13,7 +13,7 @@ from rich.console import Console
 from ..compressors import Reader
 from .baselines import BASELINES
 from .loading import CompressorSpec, dataset_name, find_compressor, find_reader, find_records
-from .methods import Compressed, FullText, NoContext, lines
+from .methods import Compressed, FullText, Method, NoContext, lines
 from .quality import Settings, evaluate
 from .reading import answer_swap, gold_positions
 from .report import write_report
@@ -100,7 +100,7 @@ def reading(
         settings = Settings(dataset_name(file), max_new_tokens, batch_size, seed=seed)
         records = find_records(file, half, limit)
         loaded = find_reader(reader, device)
-        methods = [FullText(), *_methods(loaded, compressor, ratio)]
+        methods: list[Method] = [FullText(), *_methods(loaded, compressor, ratio)]
         rows = gold_positions(loaded, methods, records, settings, position) if move else []
         rows += answer_swap(loaded, [*methods, NoContext()], records, settings) if swap else []
         rows = [row | ({"half": half} if half else {}) for row in rows]

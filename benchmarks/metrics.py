@@ -121,7 +121,7 @@ def recovered_share(score: float, none: float, full: float) -> float | None:
 
 
 def bootstrap_mean(
-    values: Sequence[float], *, seed: int = 0, repeats: int = 2000, level: float = 0.95
+    values: Sequence[float] | np.ndarray, *, seed: int = 0, repeats: int = 2000, level: float = 0.95
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of `values`."""
     means = _resampled_means(np.asarray(values, dtype=float)[:, None], seed, repeats, level)[:, 0]
@@ -129,9 +129,9 @@ def bootstrap_mean(
 
 
 def bootstrap_recovered_share(
-    scores: Sequence[float],
-    none: Sequence[float],
-    full: Sequence[float],
+    scores: Sequence[float] | np.ndarray,
+    none: Sequence[float] | np.ndarray,
+    full: Sequence[float] | np.ndarray,
     *,
     seed: int = 0,
     repeats: int = 2000,

@@ -42,10 +42,13 @@ def quality_plot(rows: Sequence[Row]) -> str | None:
         )
     for (name, points), color, marker in zip(methods.items(), SERIES * 3, MARKERS * 3):
         points = sorted(points, key=lambda row: row["ratio"])
-        x, y = [row["ratio"] for row in points], [100 * row["f1"] for row in points]
-        low = [max(value - 100 * row.get("f1_ci_low", row["f1"]), 0) for row, value in zip(points, y)]
-        high = [max(100 * row.get("f1_ci_high", row["f1"]) - value, 0) for row, value in zip(points, y)]
-        axes.errorbar(x, y, (low, high), color=color, marker=marker, markersize=6, capsize=2, linewidth=1.6, label=name)
+        ratios = [row["ratio"] for row in points]
+        scores = [100 * row["f1"] for row in points]
+        low = [max(100 * (row["f1"] - row.get("f1_ci_low", row["f1"])), 0.0) for row in points]
+        high = [max(100 * (row.get("f1_ci_high", row["f1"]) - row["f1"]), 0.0) for row in points]
+        axes.errorbar(
+            ratios, scores, (low, high), color=color, marker=marker, markersize=6, capsize=2, linewidth=1.6, label=name
+        )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.set_ylim(bottom=0)

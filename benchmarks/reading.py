@@ -7,6 +7,7 @@ passages: a reader that answers from memory keeps the old answer, one that reads
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from collections.abc import Sequence
@@ -123,7 +124,8 @@ def swap_answers(records: Sequence[Record], seed: int = 0) -> list[Swap]:
         choices = sorted(answer for answer in pool[_kind(old)] if answer.lower() not in everything.lower())
         if choices:
             new = rng.choice(choices)
-            passages = tuple(_whole(old).sub(lambda _, new=new: new, passage) for passage in record.passages)
+            literal = new.replace("\\", r"\\")
+            passages = tuple(_whole(old).sub(literal, passage) for passage in record.passages)
             swaps.append(Swap(record, replace(record, passages=passages, answers=(new,))))
     return swaps
 
@@ -158,7 +160,7 @@ def _answer(
                 prompts(method, reader, records),
                 max_new_tokens=settings.max_new_tokens,
                 batch_size=settings.batch_size,
-                advance=lambda n, task=task, bar=bar: bar.advance(task, n),
+                advance=functools.partial(bar.advance, task),
             )
             found.append((method, predictions))
     return found

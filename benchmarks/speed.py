@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from ..compressors import Reader
@@ -53,7 +54,7 @@ def speed(
                 asked,
                 repeats=repeats,
                 decode_tokens=decode_tokens,
-                advance=lambda n, task=task, bar=bar: bar.advance(task, n),  # type: ignore[misc]
+                advance=functools.partial(bar.advance, task),
             )
         for contender, cost in zip(everyone, costs):
             row = cost_row(contender, cost, costs[0], count) | {"dataset": dataset, "n": len(asked) * repeats}

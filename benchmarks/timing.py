@@ -206,7 +206,12 @@ def _cost(
         sizes += [p.nbytes if isinstance(p, CompressedPassage) else len(p.encode()) for p in its_pieces]
         slots.append(sum(p.slots if isinstance(p, CompressedPassage) else len(reader.tokenize(p)) for p in its_pieces))
     cost = Cost(
-        **{part: taken.median(part) for part in ("compress", "load", "plan", "prefill", "ttft", "decode")},
+        compress=taken.median("compress"),
+        load=taken.median("load"),
+        plan=taken.median("plan"),
+        prefill=taken.median("prefill"),
+        ttft=taken.median("ttft"),
+        decode=taken.median("decode"),
         ttft_online=taken.median("ttft_online") or taken.median("ttft"),
         context_tokens=statistics.mean(sum(map(len, reader.tokenize_batch(list(r.passages)))) for r in requests),
         reader_tokens=statistics.mean(lengths),
@@ -224,7 +229,8 @@ def _cost(
 @contextlib.contextmanager
 def _forgetful(contenders: Sequence[Contender]) -> Iterator[None]:
     """Embedders keep the vectors of texts they have seen; here every request is to be embedded anew."""
-    found = {id(e): e for c in contenders if hasattr(e := getattr(c.compressor, "embedder", None), "cache_entries")}
+    embedders = [getattr(contender.compressor, "embedder", None) for contender in contenders]
+    found: dict[int, Any] = {id(e): e for e in embedders if hasattr(e, "cache_entries")}
     before = {key: embedder.cache_entries for key, embedder in found.items()}
     try:
         for embedder in found.values():

@@ -263,7 +263,7 @@ def test_speed_rows(reader: Reader, compressor: Strided) -> None:
     for key in ("compress_ms", "load_ms", "prefill_ms", "ttft_ms", "ttft_online_ms", "decode_ms_per_token", "ratio"):
         assert soft[key] > 0
     if (saved := full["ttft_ms"] - soft["ttft_ms"]) > 0:
-        assert soft["break_even_reads"] == pytest.approx(soft["compress_ms"] / saved)
+        assert soft["break_even_reads"] == pytest.approx(soft["compress_ms"] / saved, rel=1e-3)
 
 
 def test_flops_count_the_linear_layers(reader: Reader) -> None:
