@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .corpus import Record, find_files, read_documents, read_records, split_paragraphs
 from .overlap import HeldOut
+from .questions import sentences
 
 MAX_ANSWER_WORDS = 12
 # Share of the human passages drawn from each source; sources that are not named share `other`.
@@ -134,3 +135,15 @@ def cut(text: str, max_chars: int) -> str:
     head = text[:max_chars]
     end = head.rfind(". ")
     return head[: end + 1] if end > max_chars // 3 else head.rsplit(" ", 1)[0]
+
+
+def window(text: str, max_chars: int, rng: random.Random) -> str:
+    """Whole sentences from anywhere in `text`, about `max_chars` characters, at least one sentence."""
+    bounds = sentences(text)
+    first = rng.randrange(len(bounds)) if bounds else 0
+    while first and len(text) - bounds[first][0] < max_chars // 2:
+        first -= 1
+    last = first
+    while last + 1 < len(bounds) and bounds[last + 1][1] - bounds[first][0] <= max_chars:
+        last += 1
+    return text[bounds[first][0] : bounds[last][1]] if bounds else text

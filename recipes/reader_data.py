@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from .questions import answer_kind, make_questions, rename
-from .reader_corpus import ReaderCorpus, cut
+from .reader_corpus import ReaderCorpus, cut, window
 from .reader_prompts import FORMATS, JOIN, NO_CONTEXT, REPEAT, UNANSWERABLE, Branch, Group, refine_prompt
 from .tokenizer import SPECIALS
 
@@ -39,6 +39,7 @@ class RowSettings:
         copy_tokens, copy_span: distinct tokens in random copying, and (least, most) tokens of a repeated segment.
         text_share: share of a context's tokens that carry the text loss. max_chars: longest passage, in characters.
         passages: (least, most) passages of a `many` group.
+        windows: cut long passages to sentences from anywhere in them, and not to their beginning.
     """
 
     row_tokens: int = 384
@@ -52,6 +53,7 @@ class RowSettings:
     text_share: float = 0.25
     max_chars: int = 900
     passages: tuple[int, int] = (2, 4)
+    windows: bool = False
 
     def __post_init__(self) -> None:
         makers = {name[5:] for name in dir(GroupMaker) if name.startswith("make_")}
@@ -88,7 +90,11 @@ class GroupMaker:
 
     def make_made(self, rng: random.Random) -> Group:
         """A paragraph with rule-made questions."""
-        passage = self.corpus.paragraph(rng, rng.choice([250, 500, self.settings.max_chars]))
+        longest = self.settings.max_chars
+        if self.settings.windows:
+            passage = window(self.corpus.paragraph(rng, 2000), rng.randint(longest // 3, longest), rng)
+        else:
+            passage = self.corpus.paragraph(rng, rng.choice([250, 500, longest]))
         return self._ask(passage, make_questions(passage, self.settings.questions, rng), rng, "text")
 
     def make_human(self, rng: random.Random) -> Group:
@@ -97,7 +103,8 @@ class GroupMaker:
         passage, pairs = asked.passage, list(asked.pairs)
         rng.shuffle(pairs)
         if len(passage) > self.settings.max_chars:
-            passage = cut(passage, self.settings.max_chars)
+            size = self.settings.max_chars
+            passage = window(passage, size, rng) if self.settings.windows else cut(passage, size)
             pairs = [pair for pair in pairs if pair[1] in passage]
         pairs = pairs[: self.settings.questions]
         if len(pairs) < 4:
