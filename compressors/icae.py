@@ -249,7 +249,9 @@ class ICAECompressor(SoftCompressor):
             longest = lengths[batch[0]]
             ids = torch.zeros(len(batch), longest, dtype=torch.long)
             mask = torch.zeros(len(batch), longest, dtype=torch.long)
-            rows, columns, memory = [], [], []
+            rows: list[int] = []
+            columns: list[int] = []
+            memory: list[int] = []
             for row, i in enumerate(batch):
                 text = bos + pieces[i]
                 ids[row, : len(text)] = torch.tensor(text)
@@ -257,9 +259,9 @@ class ICAECompressor(SoftCompressor):
                 rows += [row] * slots[i]
                 columns += range(len(text), lengths[i])
                 memory += range(slots[i])
-            where = (torch.tensor(rows, device=reader.device), torch.tensor(columns, device=reader.device))
+            where = (torch.tensor(rows), torch.tensor(columns))  # indices on the CPU serve tensors on any device
             tokens = reader.embed(ids.to(reader.device))
-            source = self.memory[torch.tensor(memory, device=self.memory.device)].to(tokens.device, tokens.dtype)
+            source = self.memory[torch.tensor(memory)].to(tokens.device, tokens.dtype)
             hidden = self.encoder(tokens.index_put(where, source), mask.to(reader.device))
             if hidden.shape[-1] != reader.width:
                 raise ValueError(
@@ -273,4 +275,6 @@ class ICAECompressor(SoftCompressor):
     def _project(self, hidden: Tensor) -> Tensor:
         if self.linear is not None:
             return self.linear(hidden.to(self.linear.weight.device, self.linear.weight.dtype))
-        return hidden if self.log_scale is None else hidden.float() * self.log_scale.exp()
+        if self.log_scale is not None:
+            return hidden.to(self.log_scale.device, self.log_scale.dtype) * self.log_scale.exp()
+        return hidden

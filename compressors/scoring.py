@@ -154,7 +154,8 @@ def _score(scorer: Reader, jobs: Sequence[_Job]) -> list[Tensor]:
         attention_mask=mask.to(scorer.device),
         use_cache=False,
         **position_arguments(decoder, positions),
-    ).last_hidden_state[picked.to(scorer.device)]
+    ).last_hidden_state
+    hidden = hidden[picked.to(hidden.device)]
     targets = torch.tensor([i for job in jobs for i in job.row[len(job.row) - job.scored :]], device=hidden.device)
     rows = max(1, _LOGITS // scorer.vocab_size)
     parts = []

@@ -102,7 +102,7 @@ class SelectingCompressor(TextCompressor):
         targets = [math.floor(n / asked + 1e-9) if target_tokens is None else target_tokens for n in lengths]
         todo = [i for i, n in enumerate(lengths) if with_scores or 0 < targets[i] < n]
         found = dict(zip(todo, self.score([texts[i] for i in todo], [queries[i] for i in todo])))
-        info = {"method": self.config.method, "unit": self.config.unit, "joiner": self.config.joiner}
+        info: dict[str, Any] = {"method": self.config.method, "unit": self.config.unit, "joiner": self.config.joiner}
         info |= {"ratio_asked": float(asked)} if target_tokens is None else {"target_tokens": target_tokens}
         passages = []
         for i, (text, length, target) in enumerate(zip(texts, lengths, targets)):

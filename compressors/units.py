@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -123,7 +123,7 @@ def _abbreviates(text: str, dot: int, end: int) -> bool:
 _ENDS = {"word": _word_ends, "phrase": _phrase_ends, "sentence": _sentence_ends}
 
 
-def _inside_characters(text: str):  # type: ignore[no-untyped-def]
+def _inside_characters(text: str) -> Callable[[int], bool]:
     """The test whether a position falls inside a character as its reader sees it."""
     flags = {i for run in re.finditer("[\U0001f1e6-\U0001f1ff]+", text) for i in range(run.start() + 1, run.end(), 2)}
 
@@ -239,7 +239,7 @@ def carve(units: Sequence[Span], kept: Sequence[Span], text: str) -> tuple[list[
         begins in); and whether it must stay.
     """
     inside = _inside_characters(text)
-    grown = []
+    grown: list[Span] = []
     for a, b in kept:
         while 0 < a < len(text) and inside(a):
             a -= 1
