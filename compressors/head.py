@@ -31,6 +31,8 @@ def build_head(model: Any) -> Callable[[Tensor], Tensor]:
     with torch.no_grad():
         wanted = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         got = head(model.get_decoder()(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state)
+    if not bool(torch.isfinite(wanted).all()):
+        raise ValueError(f"{type(model).__name__} gives NaN or infinite logits: its weights are damaged.")
     if not torch.allclose(got.float(), wanted.float(), atol=1e-3 * float(wanted.float().abs().max()) + 1e-4):
         raise ValueError(
             f"{type(model).__name__} changes its logits in a way that is not known here (largest difference "
