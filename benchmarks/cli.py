@@ -37,6 +37,7 @@ Half = Annotated[str | None, typer.Option(help="Only questions of this half (`tu
 Limit = Annotated[int | None, typer.Option(help="At most so many questions, evenly spread over the file.")]
 Out = Annotated[Path | None, typer.Option(help="Results file that rows are appended to.")]
 Device = Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, ...")]
+Dtype = Annotated[str, typer.Option(help="auto (float32 on the CPU), float32, bfloat16 or float16.")]
 Seed = Annotated[int, typer.Option(help="Seed of baselines, controls and intervals.")]
 Batch = Annotated[int, typer.Option("--batch-size", help="Prompts read at a time.")]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")]
@@ -60,6 +61,7 @@ def quality(
     beta: Annotated[float, typer.Option(help="Weight of recall in ROUGE-L.")] = 1.0,
     seed: Seed = 0,
     device: Device = "auto",
+    dtype: Dtype = "auto",
     out: Out = None,
     report: Annotated[Path | None, typer.Option(help="Also write an HTML report of these rows.")] = None,
 ) -> None:
@@ -68,7 +70,7 @@ def quality(
         names = [name for name in (BASELINES if baseline is None else baseline) if name != "none"]
         settings = Settings(dataset_name(file), max_new_tokens, batch_size, beta, seed)
         records = find_records(file, half, limit)
-        loaded = find_reader(reader, device)
+        loaded = find_reader(reader, device, dtype)
         methods = lines(_methods(loaded, compressor, ratio), baselines=names, shuffled=shuffled, seed=seed)
         found = evaluate(loaded, methods, records, settings)
         rows = [line.row | ({"half": half} if half else {}) for line in found]
@@ -93,13 +95,14 @@ def reading(
     batch_size: Batch = 16,
     seed: Seed = 0,
     device: Device = "auto",
+    dtype: Dtype = "auto",
     out: Out = None,
 ) -> None:
     """Does the reader read? The gold passage moved among distractors, and the answer replaced by another."""
     with friendly_errors():
         settings = Settings(dataset_name(file), max_new_tokens, batch_size, seed=seed)
         records = find_records(file, half, limit)
-        loaded = find_reader(reader, device)
+        loaded = find_reader(reader, device, dtype)
         methods: list[Method] = [FullText(), *_methods(loaded, compressor, ratio)]
         rows = gold_positions(loaded, methods, records, settings, position) if move else []
         rows += answer_swap(loaded, [*methods, NoContext()], records, settings) if swap else []
@@ -125,13 +128,14 @@ def speed(
     half: Half = None,
     seed: Seed = 0,
     device: Device = "auto",
+    dtype: Dtype = "auto",
     out: Out = None,
     report: Annotated[Path | None, typer.Option(help="Also write an HTML report of these rows.")] = None,
 ) -> None:
     """Time to the first token and decoding, against the number of passages; compression online and stored apart."""
     with friendly_errors():
         records = find_records(file, half)
-        loaded = find_reader(reader, device)
+        loaded = find_reader(reader, device, dtype)
         contenders = [Contender(m.name, m.compressor, m.ratio) for m in _methods(loaded, compressor, ratio)]
         rows = measure_speed(
             loaded,

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ..compressors import COMPRESSORS, Compressor, Reader, load_compressor, make_compressor
 from ..recipes.corpus import Record, read_records
 
@@ -41,9 +43,25 @@ class CompressorSpec:
         return cls(name, tuple(own) or (None,))
 
 
-def find_reader(name: str, device: str = "auto") -> Reader:
-    """A shipped reader by name, or one from a folder or the hub."""
-    return Reader.from_pretrained(_shipped(name), device=device)
+def find_reader(name: str, device: str = "auto", dtype: str = "auto") -> Reader:
+    """A shipped reader by name, or one from a folder or the hub.
+
+    Args:
+        device: `auto` takes CUDA where there is one.
+        dtype: `auto` takes float32 on the CPU, where it is exact and often faster, and the checkpoint's own elsewhere.
+    """
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    return Reader.from_pretrained(_shipped(name), device=device, dtype=torch_dtype(dtype, device))
+
+
+def torch_dtype(name: str, device: str) -> torch.dtype | str:
+    """What `Reader.from_pretrained` takes for `auto` or the name of a floating dtype."""
+    if name == "auto":
+        return torch.float32 if device == "cpu" else "auto"
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {name!r}.")
+    return found
 
 
 def find_compressor(name: str, reader: Reader) -> Compressor:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from llama_index.core import MockEmbedding
 from nutgraf.benchmarks import demo, loading
 from nutgraf.benchmarks.cli import bench_app
@@ -70,7 +71,7 @@ def test_specs() -> None:
 
 
 def test_bench_commands(reader: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nutgraf.benchmarks.cli.find_reader", lambda name, device: reader)
+    monkeypatch.setattr("nutgraf.benchmarks.cli.find_reader", lambda name, device, dtype: reader)
     monkeypatch.chdir(tmp_path)
     run = CliRunner().invoke
     common = ["--compressor", "selective-context", "--half", "report", "--out", "rows.jsonl"]
@@ -106,3 +107,11 @@ def test_mistakes_are_told_in_a_sentence(arguments: list[str], message: str) -> 
     assert done.exit_code == 2
     assert message in done.output
     assert "Traceback" not in done.output
+
+
+def test_dtypes() -> None:
+    assert loading.torch_dtype("auto", "cpu") == torch.float32
+    assert loading.torch_dtype("auto", "cuda") == "auto"
+    assert loading.torch_dtype("bfloat16", "cpu") == torch.bfloat16
+    with pytest.raises(ValueError, match="dtype must be"):
+        loading.torch_dtype("int8", "cpu")
