@@ -47,7 +47,9 @@ class _ChunkedLoss(nn.Module):
     def _sum(self, hidden: Tensor, other: Tensor, weights: Tensor) -> Tensor:
         return (self._rows(hidden, other) * weights).sum()
 
-    def _reduce(self, hidden: Tensor, other: Tensor, weights: Tensor | None, num_items: float | Tensor | None) -> Tensor:
+    def _reduce(
+        self, hidden: Tensor, other: Tensor, weights: Tensor | None, num_items: float | Tensor | None
+    ) -> Tensor:
         n = hidden.shape[0]
         if hidden.dim() != 2:
             raise ValueError(f"Hidden states must be [rows, width], got {list(hidden.shape)}.")

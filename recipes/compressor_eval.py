@@ -39,5 +39,3 @@ def compressed_scores(
 
 def _f1(answers: Sequence[str], records: Sequence[Record]) -> float:
     return 100 * sum(exact_and_f1(a.strip(), r.answers)[1] for a, r in zip(answers, records)) / max(1, len(records))
-
-

@@ -125,7 +125,9 @@ class ItemMaker:
             raise ValueError(f"Stage {stage.name!r} sets teacher_top_k but gives the objective kl no weight.")
         self.material, self.data, self.stage = material, data, stage
         self.answering: tuple[Objective, ...] = tuple(
-            name for name in ("lm", "kl") if stage.objectives.get(name)  # type: ignore[misc]
+            name
+            for name in ("lm", "kl")
+            if stage.objectives.get(name)  # type: ignore[misc]
         )
 
     def make(self, key: str) -> Item:
@@ -169,7 +171,9 @@ class ItemMaker:
             return self.material.paragraph(rng, max_chars)
         return self.material.human(rng).passage[:max_chars]
 
-    def _ask(self, passage: str, pairs: Sequence[tuple[str, str]], rng: random.Random) -> tuple[list[str], list[Reading]]:
+    def _ask(
+        self, passage: str, pairs: Sequence[tuple[str, str]], rng: random.Random
+    ) -> tuple[list[str], list[Reading]]:
         """Questions about `passage`, which stands among as many others as the stage's `passages` says."""
         count = self._count(rng)
         passages = [passage, *(self.material.distractor(rng, passage) for _ in range(count - 1))]

@@ -62,7 +62,7 @@ class CompressorModule(nn.Module):
 
     def __init__(self, compressor: SoftCompressor) -> None:
         super().__init__()
-        self.compressor = compressor
+        self.compressor: SoftCompressor = compressor
         self.weights: dict[str, float] = {}
         self.losses: dict[str, Any] = {}
 
@@ -78,7 +78,7 @@ class CompressorModule(nn.Module):
 
     def gradient_checkpointing_enable(self, **settings: Any) -> None:
         """Recompute the encoder's activations in the backward pass, where the method can."""
-        able = [m for m in self.compressor.modules() if hasattr(m, "gradient_checkpointing_enable")]
+        able: list[Any] = [m for m in self.compressor.modules() if hasattr(m, "gradient_checkpointing_enable")]
         if not able:
             name = type(self.compressor).__name__
             raise ValueError(f"{name} has no encoder that can checkpoint gradients; set gradient_checkpointing: false.")
@@ -231,17 +231,16 @@ class CompressorTask:
         """Freeze all but the stage's `trainable`: `all`, or names of parts such as `projector`, or patterns."""
         self.module.set_objectives(stage)
         wanted = [stage.trainable] if isinstance(stage.trainable, str) else stage.trainable
-        parameters = self.compressor.trainable_state()
+        state = self.compressor.trainable_state()
         matched: set[str] = set()
-        for parameter in self.compressor.parameters():
-            parameter.requires_grad_(False)
-        for name, parameter in parameters.items():
+        self.compressor.requires_grad_(False)
+        for name, tensor in state.items():
             parts = name.replace("/", ".").split(".")
             if hits := {w for w in wanted if w == "all" or w in parts or fnmatch(name, w)}:
                 matched |= hits
-                parameter.requires_grad_(True)
+                tensor.requires_grad_(True)
         if missing := [w for w in wanted if w not in matched]:
-            parts = sorted({name.split(".")[0] for name in parameters})
+            parts = sorted({name.split(".")[0] for name in state})
             raise ValueError(f"Stage {stage.name!r}: nothing called {missing[0]!r} to train; there are all, {parts}.")
 
     def evaluate(self, stage: Stage) -> dict[str, float]:

@@ -286,7 +286,8 @@ def _explain(detail: Any, model: type[BaseModel], section: str) -> str:
     where = ".".join(map(str, [*([section] if section else []), *location])) or "recipe"
     if detail["type"] == "extra_forbidden":
         if model is Recipe and len(location) > 1:
-            model = {"stages": Stage, "output": Output, "checkpoints": Checkpoints}.get(location[0], Recipe)
+            sections: dict[Any, type[BaseModel]] = {"stages": Stage, "output": Output, "checkpoints": Checkpoints}
+            model = sections.get(location[0], Recipe)
             model = StopWhen if "stop_when" in location[:-1] else model
         return f"unknown key {where}{_nearest(str(location[-1]), model.model_fields)}"
     message = detail["msg"].removeprefix("Value error, ")

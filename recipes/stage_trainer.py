@@ -12,9 +12,10 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Mapping, Sized
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -25,7 +26,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from .checkpoints import Progress, checkpoint_name
-from .schema import Stage
+from .schedules import learning_rate, uses_bfloat16
 
 if TYPE_CHECKING:
     from .trainer import Run
@@ -33,37 +34,14 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 
 
-def learning_rate(step: int, stage: Stage) -> float:
-    """Share of `stage.lr` at optimiser step `step` (the first step is 0)."""
-    warmup, total = stage.warmup_steps, stage.steps
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if stage.schedule == "constant":
-        return 1.0
-    start = max(warmup, total - round(stage.decay * total)) if stage.schedule == "wsd" else warmup
-    done = min(1.0, max(0.0, (step - start) / max(1, total - start)))
-    falling = 0.5 * (1 + math.cos(math.pi * done)) if stage.schedule == "cosine" else 1 - done
-    return stage.min_lr + (1 - stage.min_lr) * falling
-
-
-def uses_bfloat16(precision: str, device: torch.device) -> bool:
-    """Whether a stage computes under bfloat16 autocast: always, never, or where `device` multiplies in it."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-        return any(check() for check in checks if check is not None)
-    return False
-
-
 def load_trained(module: nn.Module, folder: Path, device: str = "cpu") -> list[str]:
     """Copy a checkpoint's parameters into `module`; ValueError if it lacks one of them. Returns their names."""
     saved = load_file(folder / WEIGHTS, device=device)
     parameters = dict(module.named_parameters())
     if foreign := sorted(set(saved) - set(parameters)):
-        raise ValueError(f"The checkpoint {folder} holds {foreign[0]!r}, which this model does not have; nothing loaded.")
+        raise ValueError(
+            f"The checkpoint {folder} holds {foreign[0]!r}, which this model does not have; nothing loaded."
+        )
     with torch.no_grad():
         for name, value in saved.items():
             if parameters[name].shape != value.shape:
@@ -121,12 +99,14 @@ class StageTrainer(Trainer):
     # ---- the data and the optimiser
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+        return SequentialSampler(cast(Sized, self.train_dataset if train_dataset is None else train_dataset))
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         """The stage's schedule, in place of the Trainer's own names for schedules."""
         if self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, partial(learning_rate, stage=self.stage))
+            self.lr_scheduler = LambdaLR(
+                cast(torch.optim.Optimizer, optimizer or self.optimizer), partial(learning_rate, stage=self.stage)
+            )
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -291,10 +271,11 @@ class StageTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the parameters that this or an earlier stage has trained; the frozen ones are not the run's."""
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.run.store.root)
         folder.mkdir(parents=True, exist_ok=True)
-        values = dict(self.model.named_parameters()) if state_dict is None else state_dict
-        now = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        parameters = dict(cast(nn.Module, self.model).named_parameters())
+        values: Mapping[str, Tensor] = parameters if state_dict is None else state_dict
+        now = {name for name, parameter in parameters.items() if parameter.requires_grad}
         self.progress.trained = sorted(now | set(self.progress.trained))
         save_file(
             {name: values[name].detach().to("cpu").contiguous() for name in self.progress.trained}, folder / WEIGHTS
@@ -304,4 +285,4 @@ class StageTrainer(Trainer):
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            self.progress.trained = load_trained(model or self.model, Path(resume_from_checkpoint))
+            self.progress.trained = load_trained(cast(nn.Module, model or self.model), Path(resume_from_checkpoint))

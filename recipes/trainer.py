@@ -38,7 +38,9 @@ class TrainingTask(Protocol):
     `evaluate(stage) -> dict[str, float]`; its results are logged as `eval/<name>`.
     """
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module:
+        """What trains and whatever it needs to run."""
 
     def dataset(self, stage: Stage) -> Dataset[Any]:
         """Map-style; item i depends only on the recipe's seed, the stage and i. See `Items`."""

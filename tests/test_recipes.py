@@ -10,8 +10,8 @@ import torch
 import yaml
 from nutgraf.recipes.compressor_items import CompressorData, ItemMaker
 from nutgraf.recipes.records import Material, cut_at_sentence, load_articles, load_records, record_from_row
+from nutgraf.recipes.schedules import learning_rate, uses_bfloat16
 from nutgraf.recipes.schema import Span, dump_recipe, load_recipe, parse_recipe, recipe_names, validate
-from nutgraf.recipes.stage_trainer import learning_rate, uses_bfloat16
 from typer.testing import CliRunner
 
 RAW = {
