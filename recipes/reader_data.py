@@ -22,7 +22,7 @@ from .reader_corpus import ReaderCorpus, cut, window
 from .reader_prompts import FORMATS, JOIN, NO_CONTEXT, REPEAT, UNANSWERABLE, Branch, Group, refine_prompt
 from .tokenizer import SPECIALS
 
-LOSS_KINDS = ("answer", "text", "copy")
+LOSS_KINDS = ("answer", "text", "copy", "first")  # first: the token an answer begins with
 MAX_POINTERS = 160
 IGNORED = 0  # kind of a position without loss; kinds count from 1 in the order of LOSS_KINDS
 
@@ -224,7 +224,10 @@ class ReaderRows(Dataset):
             answer = [*self._ids(branch.answer), self.tokenizer.eos_token_id]
             kind = LOSS_KINDS.index(branch.kind) + 1
             places = find_places(context.ids, answer[:-1]) if branch.kind == "answer" else []
-            branches.append(Tokens(prompt + answer, [0] * len(prompt) + [kind] * len(answer), len(prompt) - 1, places))
+            kinds = [0] * len(prompt) + [kind] * len(answer)
+            if branch.kind == "answer":
+                kinds[len(prompt)] = LOSS_KINDS.index("first") + 1
+            branches.append(Tokens(prompt + answer, kinds, len(prompt) - 1, places))
         return context, branches
 
     def _copy_pieces(self, rng: random.Random, left: int) -> tuple[Tokens, list[Tokens]]:

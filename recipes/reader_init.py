@@ -5,7 +5,9 @@ sudden step. Here the two attention patterns that copying consists of are writte
 
 - in layer 0 one head attends to the previous token and writes what it was into a workspace of the residual stream;
 - in layers 1 and 2 heads look for the places whose previous token equals the present one, and raise the token that
-  stands there.
+  stands there;
+- in the last two layers the first head of each key-value group raises the token it attends to, wherever that is: the
+  heads that training teaches to point at answers.
 
 The residual stream (width d) is laid out as 1 constant channel, d - 1 - head_dim channels of token content, and
 head_dim channels of workspace that start at zero. The constant channel gives a head something to attend by position
@@ -24,7 +26,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-CONTENT_STD = 0.06
+CONTENT_STD = 1.0  # of a content channel: large beside what fresh layers add, so that a token stays what it is
+FINAL_GAIN = 0.1  # of the last norm: brings the logits of such embeddings back to the usual size
 SLOW, FAST = 0.004, 0.09  # radians a token: content is matched below SLOW, positions are told apart above FAST
 
 
@@ -107,6 +110,7 @@ def start_copying(model: LlamaForCausalLM, content: Tensor | None = None, seed: 
     table[:, 0] = 4 * CONTENT_STD
     table[:, tokens] = CONTENT_STD * content.to(table)
     table[:, workspace] = 0
+    model.model.norm.weight.fill_(FINAL_GAIN)
     speed = model.model.rotary_emb.inv_freq.float()
     slow = [i for i in range(half) if speed[i] < SLOW]
     channels = slow + [i + half for i in slow]
@@ -120,6 +124,10 @@ def start_copying(model: LlamaForCausalLM, content: Tensor | None = None, seed: 
         for head in range(0, config.num_attention_heads, heads):
             _match_workspace(model, layer, head, probe, channels, tokens, workspace)
             _raise_token(model, layer, head, orthogonal(size, content_width, generator), tokens)
+    for layer in range(max(3, config.num_hidden_layers - 2), config.num_hidden_layers):
+        basis = orthogonal(min(config.num_key_value_heads * size, content_width), content_width, generator)
+        for group in range(len(basis) // size):
+            _raise_token(model, layer, group * heads, basis[group * size : (group + 1) * size], tokens)
 
 
 def _rows(model: LlamaForCausalLM, head: int) -> tuple[slice, slice]:

@@ -19,9 +19,10 @@ class PackedReader(nn.Module):
 
     `forward(ids, positions, groups, branches, kinds, pointers)`, all int64 (see `ReaderRows`), returns `loss` (the mean
     over the positions with a loss, weighted by kind), `tokens` (their count, padding apart) and the plain means
-    `loss/answer`, `loss/text`, `loss/copy` of the kinds that occur.
+    `loss/first`, `loss/answer`, `loss/text`, `loss/copy` of the kinds that occur.
 
-    With `point_weight` above 0 the first head of each of the last two layers is told where to look: at the end of a
+    With `point_weight` above 0 the first head (of each of the first `point_groups` key-value groups) of the last two
+    layers is told where to look: at the end of a
     prompt, minus the log of its attention on the tokens with which the answer begins in the context is added to the
     loss (`loss/point`). Such supervised attention teaches finding an answer much sooner than the answer's own
     likelihood does; the model that comes out is an ordinary one.
@@ -32,6 +33,7 @@ class PackedReader(nn.Module):
         self.model = model
         self.weights = dict.fromkeys(LOSS_KINDS, 1.0)
         self.point_weight = 0.0
+        self.point_groups = 1
         self._inputs: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
         layers = model.model.layers
         for index in range(max(0, len(layers) - 2), len(layers)):
@@ -62,21 +64,23 @@ class PackedReader(nn.Module):
             if (chosen := kind == index).any():
                 out[f"loss/{name}"] = losses.detach()[chosen].mean()
         if self._inputs and (pointers[..., 0] >= 0).any():
-            point = torch.stack([self._point_loss(index, mask, pointers) for index in self._inputs]).mean()
+            heads = [(layer, group) for layer in self._inputs for group in range(self.point_groups)]
+            point = torch.stack([self._point_loss(layer, group, mask, pointers) for layer, group in heads]).mean()
             out["loss"], out["loss/point"] = loss + self.point_weight * point, point.detach()
         self._inputs.clear()
         return out
 
-    def _point_loss(self, index: int, mask: Tensor, pointers: Tensor) -> Tensor:
-        """Mean over the prompts with a known place of -log(attention of layer `index`, head 0, on these places)."""
-        attention, size = self.model.model.layers[index].self_attn, self.model.config.head_dim
-        hidden, (cos, sin) = self._inputs[index]
+    def _point_loss(self, layer: int, group: int, mask: Tensor, pointers: Tensor) -> Tensor:
+        """Mean over the prompts with a known place of -log(attention of the group's first head on these places)."""
+        config, attention = self.model.config, self.model.model.layers[layer].self_attn
+        size, heads = config.head_dim, config.num_attention_heads // config.num_key_value_heads
+        hidden, (cos, sin) = self._inputs[layer]
         rows, which = torch.nonzero(pointers[..., 0] >= 0, as_tuple=True)
         ends, places = pointers[rows, which].unbind(-1)
         prompts, number = torch.unique(rows * mask.shape[-1] + ends, return_inverse=True)
         rows, ends = prompts // mask.shape[-1], prompts % mask.shape[-1]
-        query = F.linear(hidden[rows, ends], attention.q_proj.weight[:size]).float()
-        key = F.linear(hidden, attention.k_proj.weight[:size]).float()
+        query = F.linear(hidden[rows, ends], attention.q_proj.weight[group * heads * size :][:size]).float()
+        key = F.linear(hidden, attention.k_proj.weight[group * size :][:size]).float()
         query = query * cos[rows, ends].float() + rotate_half(query) * sin[rows, ends].float()
         key = key * cos.float() + rotate_half(key) * sin.float()
         scores = torch.einsum("nd,ntd->nt", query, key[rows]) / math.sqrt(size) + mask[rows, 0, ends]

@@ -29,7 +29,8 @@ class ReaderTask:
 
     From the recipe: `data` (dir, texts, questions, documents, dev_texts, dev_questions, dev_limit), `tokenizer`
     (path of a finished one, or vocab_size), `model` (LlamaConfig's fields, `embedder: auto | none`, `copying: bool`) and
-    each stage's `mix` (`RowSettings`' fields, `weights` of the loss kinds and `point`, the weight of the pointing loss).
+    each stage's `mix` (`RowSettings`' fields, `weights` of the loss kinds `point`, the weight of the pointing loss,
+    and `point_groups`, how many key-value groups have a pointing head).
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -83,7 +84,7 @@ class ReaderTask:
 
     @staticmethod
     def _rows(stage: Stage) -> RowSettings:
-        settings = {key: value for key, value in stage.mix.items() if key not in ("weights", "point")}
+        settings = {key: value for key, value in stage.mix.items() if key not in ("weights", "point", "point_groups")}
         try:
             return RowSettings(**settings)
         except TypeError as error:
@@ -102,6 +103,12 @@ class ReaderTask:
             )
         self.module.weights = {name: float(weights.get(name, 1.0)) for name in LOSS_KINDS}
         self.module.point_weight = float(stage.mix.get("point", 0.0))
+        groups, have = int(stage.mix.get("point_groups", 1)), self.module.model.config.num_key_value_heads
+        if not 1 <= groups <= have:
+            raise ValueError(
+                f"Stage {stage.name!r}: mix.point_groups is {groups}; the model has {have} key-value groups."
+            )
+        self.module.point_groups = groups
         self.module.requires_grad_(True)
 
     def evaluate(self, stage: Stage) -> dict[str, float]:
@@ -135,4 +142,6 @@ class ReaderTask:
             max_new_tokens=32,
         )
         copy.save_pretrained(folder)
+        self.tokenizer.backend_tokenizer.no_truncation()  # scoring leaves its own truncation and padding behind
+        self.tokenizer.backend_tokenizer.no_padding()
         self.tokenizer.save_pretrained(folder)
