@@ -17,7 +17,7 @@ from .methods import Compressed, FullText, Method, NoContext, lines
 from .quality import Settings, evaluate
 from .reading import answer_swap, gold_positions
 from .report import write_report
-from .rows import RESULTS, append_rows, read_rows
+from .rows import RESULTS, append_rows, by_dataset, latest, read_rows
 from .speed import speed as measure_speed
 from .table import terminal_table
 from .timing import Contender
@@ -170,7 +170,9 @@ def report_command(
     """One HTML file of results rows, and their table."""
     with friendly_errors():
         rows = [row for row in read_rows(files or [RESULTS]) if dataset is None or row.get("dataset") == dataset]
-        Console().print(terminal_table(rows))
+        groups = by_dataset(latest(rows))
+        for name, group in groups.items():
+            Console().print(terminal_table(group, name, [row for rows in groups.values() for row in rows]))
         typer.echo(f"Report: {write_report(out, rows)}")
 
 

@@ -26,9 +26,11 @@ from rich.text import Text
 from ..adapters.llama_index import CompressedContextLLM, CompressedContextPostprocessor, SentenceTransformerEmbedding
 from ..compressors import Reader
 from ..recipes.corpus import Record, read_records
+from .cli import friendly_errors
 from .loading import SAMPLE, SAMPLE_ARTICLES, SAMPLE_QUESTIONS, CompressorSpec, find_compressor, find_reader
 from .methods import Compressed, lines
 from .metrics import exact_match
+from .plots import require_matplotlib
 from .quality import Settings, evaluate, progress_bar
 from .report import Example, write_report
 from .rows import Row
@@ -61,24 +63,26 @@ class DemoSettings:
     top_k: int = 3
     timed: int = 4
     sizes: tuple[int, ...] = (1, 3, 6, 10)
-    steps: int = 30
+    steps: int = 40
     seed: int = 0
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("reports/demo"),
     questions: Annotated[int, typer.Option(help="Questions of the benchmark.")] = 60,
-    steps: Annotated[int, typer.Option(help="Training steps; 0 trains nothing.")] = 30,
+    steps: Annotated[int, typer.Option(help="Training steps; 0 trains nothing.")] = 40,
     seed: Annotated[int, typer.Option(help="Draws the questions.")] = 0,
 ) -> Path:
     """Index real passages, ask with and without compression, measure, train a little; offline, in a few minutes."""
     console = Console()
-    console.rule("Load the shipped reader and compressors")
-    reader = find_reader("reader-small", "cpu")
-    specs = [CompressorSpec.parse(text) for text in COMPRESSORS]
-    compressed = [Compressed(find_compressor(spec.name, reader), spec.ratios[0]) for spec in specs]
-    settings = DemoSettings(out=out, questions=questions, steps=steps, seed=seed)
-    return run_demo(reader, compressed, read_records(SAMPLE_QUESTIONS), settings, console, train=train_visibly)
+    with friendly_errors():
+        require_matplotlib()  # sooner here than after minutes of work
+        console.rule("Load the shipped reader and compressors")
+        reader = find_reader("reader-small", "cpu")
+        specs = [CompressorSpec.parse(text) for text in COMPRESSORS]
+        compressed = [Compressed(find_compressor(spec.name, reader), spec.ratios[0]) for spec in specs]
+        settings = DemoSettings(out=out, questions=questions, steps=steps, seed=seed)
+        return run_demo(reader, compressed, read_records(SAMPLE_QUESTIONS), settings, console, train=train_visibly)
 
 
 def run_demo(
@@ -123,7 +127,7 @@ def run_demo(
         "answered from the context.",
         "The questions were drawn at random from the sample's report half, not chosen.",
         "The shipped reader is small, so that all of this runs on two CPU cores: it shows the path, not what large readers do. "
-        "TTFT of so small a reader is mostly fixed cost; with a larger one, prefill weighs more and compression saves more.",
+        "Times are those of this machine and this reader.",
     ]
     if train is not None and settings.steps:
         console.rule("Train a compressor for a few steps")
@@ -235,7 +239,7 @@ def train_visibly(settings: DemoSettings, console: Console) -> str:
         f"stages.0.steps={settings.steps}",
         "stages.0.batch_size=8",
         "stages.0.warmup=2",
-        "stages.0.log_every=2",
+        "stages.0.log_every=5",
     ]
     recipe = load_recipe("xrag", overrides)
     recipe = recipe.model_copy(update={"stages": recipe.stages[:1]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,8 @@ def quality_plot(rows: Sequence[Row]) -> str | None:
         return None
     figure, axes = _figure()
     for name, color, style, height in (("full", INK, "-", 4), ("none", QUIET, "--", 4)):
-        if level := next((100 * row["f1"] for row in quality if row["method"] == name), None):
+        level = next((100 * row["f1"] for row in quality if row["method"] == name), None)
+        if level is not None:
             axes.axhline(level, color=color, linestyle=style, linewidth=1.2)
             label = "full text" if name == "full" else "no context"
             axes.annotate(label, (1, level), xycoords=("axes fraction", "data"), xytext=(-4, height), color=color,
@@ -49,10 +51,8 @@ def quality_plot(rows: Sequence[Row]) -> str | None:
         axes.errorbar(
             ratios, scores, (low, high), color=color, marker=marker, markersize=6, capsize=2, linewidth=1.6, label=name
         )
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    _ratio_axis(axes, [row["ratio"] for row in [*baselines, *(row for points in methods.values() for row in points)]])
     axes.set_ylim(bottom=0)
-    axes.margins(x=0.12)
     axes.set_xlabel("compression ratio (passage tokens / slots)")
     axes.set_ylabel("F1")
     _legend(axes)
@@ -127,11 +127,17 @@ def _by_method(rows: Sequence[Row], with_ratio: bool = False) -> dict[str, list[
     return found
 
 
-def _figure(height: float = 3.6) -> tuple[Figure, Axes]:
+def require_matplotlib() -> None:
+    """Raises ImportError with what to do if matplotlib is missing."""
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise ImportError('Plots need matplotlib; run `pip install "nutgraf[bench]"`.') from error
+
+
+def _figure(height: float = 3.6) -> tuple[Figure, Axes]:
+    require_matplotlib()
+    import matplotlib
     from matplotlib.figure import Figure as NewFigure
 
     style = {
@@ -150,6 +156,15 @@ def _figure(height: float = 3.6) -> tuple[Figure, Axes]:
         axes.grid(axis="y", color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
     return figure, axes
+
+
+def _ratio_axis(axes: Axes, ratios: Sequence[float]) -> None:
+    """Powers of two around all ratios."""
+    low, high = math.floor(math.log2(min(ratios) / 1.15)), math.ceil(math.log2(max(ratios) * 1.15))
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(2.0**low, 2.0**high)
+    ticks = [2.0**k for k in range(low, high + 1)]
+    axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
 
 
 def _legend(axes: Axes) -> None:

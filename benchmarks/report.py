@@ -16,7 +16,7 @@ from ..compressors.passage import write_atomically
 from .metrics import exact_match
 from .plots import best_baselines, position_plot, quality_plot, ttft_plot
 from .report_style import STYLE
-from .rows import Row
+from .rows import Row, by_dataset, latest
 from .table import COLUMNS, FIXED, kind_of, name_of, table_lines
 
 
@@ -56,24 +56,29 @@ def write_report(
         ValueError: if no row is given.
         ImportError: if matplotlib is missing.
     """
-    if not rows:
-        raise ValueError("A report needs at least one results row, got none.")
+    groups = by_dataset(latest(rows))
+    if not groups:
+        raise ValueError("A report needs at least one results row of the suites quality or speed, got none.")
     path = Path(path)
-    sections = [
-        _plots(rows),
-        _table(rows),
+    everything = [row for group in groups.values() for row in group]
+    lead = (
+        summary(everything)
+        if len(groups) == 1
+        else f"{len(everything)} measurements on {len(groups)} sets of questions."
+    )
+    sections = [_dataset(name, group, everything) for name, group in groups.items()] if len(groups) > 1 else []
+    sections += [
+        *((_plots(everything), _table(everything, everything)) if len(groups) == 1 else ()),
         _answers(examples),
-        _reading(rows),
-        _list("Notes", [*notes, *honest_notes(rows)]),
-        _list("How it was measured", _origins(rows)),
+        *((_reading(everything),) if len(groups) == 1 else ()),
+        _list("Notes", [*notes, *(honest_notes(everything) if len(groups) == 1 else ())]),
+        _list("How it was measured", _origins(everything)),
     ]
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<style>\n{STYLE}</style></head>\n<body><main>\n<h1>{escape(title)}</h1>\n"
-        f'<p class="lead">{escape(summary(rows))}</p>\n'
-        + "\n".join(filter(None, sections))
-        + "\n</main></body></html>\n"
+        f'<p class="lead">{escape(lead)}</p>\n' + "\n".join(filter(None, sections)) + "\n</main></body></html>\n"
     )
     write_atomically(path, page.encode("utf-8", "replace"))
     path.chmod(0o644)
@@ -87,15 +92,15 @@ def summary(rows: Sequence[Row]) -> str:
     if full is None or none is None:
         return f"{len(rows)} measurements."
     shown = {
-        row["method"]: f"{name} takes {row['reader_tokens']:.0f} and keeps {100 * row['recovered_share']:.0f} %"
+        row["method"]: (name, f"{row['reader_tokens']:.0f} tokens", f"{100 * row['recovered_share']:.0f} %")
         for name, row in reversed(quality.items())
         if kind_of(row) == "method" and "recovered_share" in row
     }
     first = f"Over {full['n']} questions the full text scores F1 {100 * full['f1']:.1f} and no context {100 * none['f1']:.1f}."
     if not shown:
         return first
-    kept = "; ".join(reversed(shown.values()))
-    return f"{first} A prompt with it takes {full['reader_tokens']:.0f} tokens. Of what the passages bring, {kept}."
+    kept = "; ".join(f"{name} keeps {share} in {tokens}" for name, tokens, share in reversed(shown.values()))
+    return f"{first} Of what the passages bring in {full['reader_tokens']:.0f} tokens, {kept}."
 
 
 def honest_notes(rows: Sequence[Row]) -> list[str]:
@@ -106,7 +111,8 @@ def honest_notes(rows: Sequence[Row]) -> list[str]:
     for row in quality:
         best = beaten.get((row["method"], row.get("ratio_asked")))
         if best is not None and kind_of(row) == "method":
-            verb = "is behind" if best["f1"] > row["f1"] else "is ahead of"
+            gap = row["f1"] - best["f1"]
+            verb = "is level with" if abs(gap) < 0.0005 else "is ahead of" if gap > 0 else "is behind"
             notes.append(
                 f"{name_of(row)} (F1 {100 * row['f1']:.1f}) {verb} the best plain-text baseline with as many reader tokens, "
                 f"{name_of(best)} (F1 {100 * best['f1']:.1f})."
@@ -133,8 +139,21 @@ def honest_notes(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-def _table(rows: Sequence[Row]) -> str:
-    lines = table_lines(rows)
+def _dataset(name: str, rows: Sequence[Row], everything: Sequence[Row]) -> str:
+    """The part of one dataset in a report of several."""
+    notes = "".join(f"<li>{escape(note)}</li>" for note in honest_notes(rows))
+    parts = [
+        f'<section class="set"><h2>{escape(name)}</h2><p class="lead">{escape(summary(rows))}</p></section>',
+        _plots(rows),
+        _table(rows, everything),
+        _reading(rows),
+        f"<section><ul>{notes}</ul></section>" if notes else "",
+    ]
+    return "\n".join(filter(None, parts))
+
+
+def _table(rows: Sequence[Row], everything: Sequence[Row]) -> str:
+    lines = table_lines(rows, everything)
     if not lines:
         return ""
     head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)

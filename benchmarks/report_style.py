@@ -10,6 +10,8 @@ main { max-width: 71rem; margin: 0 auto; padding: 3rem 1.5rem 4rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .6rem; letter-spacing: -.01em; }
 h2 { font-size: 1.05rem; margin: 0 0 .6rem; }
 section { margin-top: 2.4rem; }
+.set { margin-top: 4.5rem; border-top: 2px solid #cbd2d9; padding-top: 1.2rem; }
+.set h2 { font-size: 1.4rem; }
 .lead { font-size: 1.1rem; max-width: 50rem; color: #3e4c59; margin: 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; background: #fff; font-variant-numeric: tabular-nums; }

@@ -65,6 +65,37 @@ def read_rows(paths: str | Path | Sequence[str | Path]) -> list[Row]:
     return rows
 
 
+def latest(rows: Sequence[Row]) -> list[Row]:
+    """The rows without those that a later one of the same line replaces, in the order of first appearance."""
+    about = (
+        "suite",
+        "test",
+        "dataset",
+        "half",
+        "method",
+        "ratio_asked",
+        "budget_of",
+        "position",
+        "reader",
+        "device",
+        "dtype",
+    )
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        key = tuple(row.get(name) for name in about)
+        found[(*key, row.get("passages") if row.get("suite") == "speed" else None)] = row
+    return list(found.values())
+
+
+def by_dataset(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Quality and speed rows by the dataset that they were measured on, in order of appearance."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.get("suite") in ("quality", "speed"):
+            found.setdefault(str(row.get("dataset", "")), []).append(row)
+    return found
+
+
 def clean(row: Row) -> Row:
     """The row without absent figures, floats rounded to six significant digits."""
     return {key: _rounded(value) for key, value in row.items() if _measured(value)}

@@ -39,19 +39,22 @@ class TableLine:
     row: Row
 
 
-def table_lines(rows: Sequence[Row]) -> list[TableLine]:
-    """The lines of all plain quality rows (those of the reading tests stand elsewhere), times from speed rows added."""
-    speeds = [row for row in rows if row.get("suite") == "speed"]
+def table_lines(rows: Sequence[Row], timed: Sequence[Row] | None = None) -> list[TableLine]:
+    """The lines of all plain quality rows (those of the reading tests stand elsewhere).
+
+    Times come from the rows themselves, else from speed rows among `timed` (default: among `rows`).
+    """
+    speeds = [row for row in (rows if timed is None else timed) if row.get("suite") == "speed"]
     quality = [row for row in rows if row.get("suite") == "quality" and "test" not in row]
     return [_line(row | _times(row, speeds)) for row in quality]
 
 
-def terminal_table(rows: Sequence[Row], title: str = "") -> Table:
-    """The table for `rich`, with the share of recovered quality between its fixed lines."""
+def terminal_table(rows: Sequence[Row], title: str = "", timed: Sequence[Row] | None = None) -> Table:
+    """The table for `rich`. Arguments as for `table_lines`."""
     table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", header_style="bold")
     for number, name in enumerate(COLUMNS):
         table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
-    for line in table_lines(rows):
+    for line in table_lines(rows, timed):
         style = {"fixed": "bold", "method": "cyan", "beside": "dim"}[line.kind]
         cells = [("  " if line.kind == "beside" else "") + line.cells[0], *line.cells[1:]]
         table.add_row(*cells, style=style)

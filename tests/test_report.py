@@ -97,13 +97,23 @@ def test_notes_say_what_speaks_against() -> None:
     assert any("slower than reading the full text" in note for note in notes)
     lead = report.summary(ROWS)
     assert "full text scores F1 60.0 and no context 10.0" in lead
-    assert "takes 190 tokens. Of what the passages bring, soft 8x takes 40 and keeps 50 %." in lead
+    assert "Of what the passages bring in 190 tokens, soft 8x keeps 50 % in 40 tokens." in lead
 
 
 def test_report_of_speed_rows_alone(tmp_path: Path) -> None:
     page = report.write_report(tmp_path / "r.html", [row for row in ROWS if row["suite"] == "speed"]).read_text("utf-8")
     assert "Time to first token" in page
     assert "<table>" not in html.unescape(page)
+
+
+def test_datasets_stand_apart_and_newer_rows_replace(tmp_path: Path) -> None:
+    other = [row | {"dataset": "other", "f1": 0.3} for row in ROWS if row["suite"] == "quality"]
+    newer = [quality("full", 0.77, 190) | {"ratio": 1.0}]
+    page = report.write_report(tmp_path / "r.html", [*ROWS, *other, *newer]).read_text("utf-8")
+    assert page.count('class="set"') == 3  # toy, other, and the speed rows that name none
+    assert page.count("<td>full text</td>") == 2
+    assert "77.0" in page
+    assert "60.0" not in page.split('class="set"')[1]
 
 
 def test_an_empty_report_is_refused(tmp_path: Path) -> None:
