@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -51,9 +52,10 @@ def table_lines(rows: Sequence[Row], timed: Sequence[Row] | None = None) -> list
 
 def terminal_table(rows: Sequence[Row], title: str = "", timed: Sequence[Row] | None = None) -> Table:
     """The table for `rich`. Arguments as for `table_lines`."""
-    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", header_style="bold")
+    look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "title_justify": "left", "header_style": "bold"}
+    table = Table(title=title or None, collapse_padding=True, pad_edge=False, **look)
     for number, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
+        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0, overflow="fold")
     for line in table_lines(rows, timed):
         style = {"fixed": "bold", "method": "cyan", "beside": "dim"}[line.kind]
         cells = [("  " if line.kind == "beside" else "") + line.cells[0], *line.cells[1:]]
@@ -66,7 +68,9 @@ def name_of(row: Row) -> str:
     method = str(row["method"])
     if method in FIXED:
         return FIXED[method]
-    if "budget_of" in row or method.endswith("-shuffled"):
+    if method.endswith("-shuffled"):
+        return "shuffled"
+    if "budget_of" in row:
         return method.replace("-", " ")
     return f"{method} {row['ratio_asked']:g}x" if row.get("ratio_asked") else method
 
@@ -79,17 +83,17 @@ def kind_of(row: Row) -> str:
 
 
 def _line(row: Row) -> TableLine:
-    share = _percent(row.get("recovered_share"))
+    share = _number(_percent(row.get("recovered_share")), ".0f")
     if "ci_low" in row and kind_of(row) != "fixed":
         share += f" ({100 * row['ci_low']:.0f} to {100 * row['ci_high']:.0f})"
     cells = (
         name_of(row),
         _number(row.get("ratio"), ".1f", "x") if row["method"] != "none" else EM_DASH,
         _number(row.get("reader_tokens"), ".0f"),
-        _number(row.get("ttft_ms"), ".1f", " ms"),
-        _number(row.get("decode_ms_per_token"), ".1f", " ms/token"),
-        _number(row.get("em", 0.0) * 100, ".1f"),
-        _number(row.get("f1", 0.0) * 100, ".1f"),
+        _milliseconds(row.get("ttft_ms")),
+        _milliseconds(row.get("decode_ms_per_token")),
+        _number(_percent(row.get("em")), ".1f"),
+        _number(_percent(row.get("f1")), ".1f"),
         share,
     )
     return TableLine(cells, kind_of(row), row)
@@ -110,5 +114,9 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
     return EM_DASH if value is None else f"{value:{form}}{unit}"
 
 
-def _percent(value: float | None) -> str:
-    return EM_DASH if value is None else f"{100 * value:.0f} %"
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+def _milliseconds(value: float | None) -> str:
+    return _number(value, ".0f" if value is not None and value >= 100 else ".1f", " ms")
