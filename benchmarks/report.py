@@ -163,7 +163,8 @@ def _table(rows: Sequence[Row], everything: Sequence[Row]) -> str:
     )
     return (
         f'<section><div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
-        '<p class="caption">Ratio: passage tokens per slot. TTFT: from request to first token, stored passages loaded. Decode time: each token after it. '
+        '<p class="caption">Ratio: passage tokens per slot. TTFT: from request to first token, stored passages loaded. '
+        "Decode time: each token after it. "
         "EM, F1 and recovered share in per cent; the share is (F1 &minus; no context) / (full text &minus; no context), with "
         "its 95 % interval. Indented lines: the control (another question's compressed passages) and the text baselines that "
         "may read as many tokens as the method above."
