@@ -189,7 +189,8 @@ class ReaderRows(Dataset):
         self.maker = GroupMaker(corpus, settings)
         self.tokenizer, self.settings, self.seed, self.rows = tokenizer, settings, seed, rows
         self.core = tokenizer.backend_tokenizer
-        self.user, self.assistant = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
+        roles: Any = [tokenizer.convert_tokens_to_ids(t) for t in ("<|user|>", "<|assistant|>")]
+        self.user, self.assistant = roles
 
     def __len__(self) -> int:
         return self.rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import string
+from typing import Any
 from collections import Counter
 from collections.abc import Sequence
 
@@ -54,12 +55,13 @@ def answer_prompts(
 ) -> tuple[list[str], float]:
     """Greedy answers in the order of the prompts, and the share of them that ended by themselves."""
     model.eval()
+    generate: Any = model.generate
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers, ended = [""] * len(prompts), 0
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = tokenizer([prompts[i] for i in chosen], return_tensors="pt", padding=True).to(model.device)
-        out = model.generate(
+        out = generate(
             **batch,
             max_new_tokens=max_new_tokens,
             do_sample=False,
@@ -68,7 +70,7 @@ def answer_prompts(
         )[:, batch["input_ids"].shape[1] :]
         for i, ids in zip(chosen, out.tolist(), strict=True):
             ended += tokenizer.eos_token_id in ids
-            answers[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            answers[i] = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
     return answers, ended / max(1, len(prompts))
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -66,7 +67,7 @@ def word_rows(tokenizer: PreTrainedTokenizerFast, folder: Path, width: int, seed
     capital, inner = torch.zeros(len(tokenizer), 1), torch.zeros(len(tokenizer), 1)
     specials = set(tokenizer.all_special_ids)
     for index in range(len(tokenizer)):
-        text = "" if index in specials else tokenizer.decode([index])
+        text = "" if index in specials else str(tokenizer.decode([index]))
         word = text.strip()
         joined = pieces.token_to_id("##" + word.lower()) if text == word else None
         found = [joined] if joined is not None else pieces.encode(word, add_special_tokens=False).ids
@@ -94,7 +95,8 @@ def start_copying(model: LlamaForCausalLM, content: Tensor | None = None, seed: 
     `content` is [vocabulary, d - 1 - head_dim] (see `word_rows`), random when None. Raises ValueError for a shape that
     does not fit, or a rotary base so small that no channel rotates slowly.
     """
-    config, generator = model.config, torch.Generator().manual_seed(seed)
+    config: Any = model.config
+    generator = torch.Generator().manual_seed(seed)
     width, size, half = config.hidden_size, config.head_dim, config.head_dim // 2
     content_width = width - 1 - size
     if content_width < size:
@@ -132,7 +134,7 @@ def start_copying(model: LlamaForCausalLM, content: Tensor | None = None, seed: 
 
 def _rows(model: LlamaForCausalLM, head: int) -> tuple[slice, slice]:
     """Rows of a head in q_proj, and of its group in k_proj and v_proj."""
-    config = model.config
+    config: Any = model.config
     group, size = head // (config.num_attention_heads // config.num_key_value_heads), config.head_dim
     return slice(head * size, (head + 1) * size), slice(group * size, (group + 1) * size)
 

@@ -72,7 +72,8 @@ class PackedReader(nn.Module):
 
     def _point_loss(self, layer: int, group: int, mask: Tensor, pointers: Tensor) -> Tensor:
         """Mean over the prompts with a known place of -log(attention of the group's first head on these places)."""
-        config, attention = self.model.config, self.model.model.layers[layer].self_attn
+        config: Any = self.model.config
+        attention: Any = self.model.model.layers[layer].self_attn
         size, heads = config.head_dim, config.num_attention_heads // config.num_key_value_heads
         hidden, (cos, sin) = self._inputs[layer]
         rows, which = torch.nonzero(pointers[..., 0] >= 0, as_tuple=True)

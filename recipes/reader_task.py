@@ -66,13 +66,13 @@ class ReaderTask:
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
             tie_word_embeddings=True,
-            attn_implementation="sdpa",
             **settings,
         )
+        config._attn_implementation = "sdpa"
         model = LlamaForCausalLM(config)
         if copying:
             folder = embedder_folder() if embedder == "auto" else None
-            width = config.hidden_size - 1 - config.head_dim
+            width = config.hidden_size - 1 - int(config.head_dim or 0)
             content = word_rows(self.tokenizer, folder, width, self.recipe.seed) if folder else None
             start_copying(model, content, self.recipe.seed)
         return model
@@ -103,7 +103,8 @@ class ReaderTask:
             )
         self.module.weights = {name: float(weights.get(name, 1.0)) for name in LOSS_KINDS}
         self.module.point_weight = float(stage.mix.get("point", 0.0))
-        groups, have = int(stage.mix.get("point_groups", 1)), self.module.model.config.num_key_value_heads
+        groups = int(stage.mix.get("point_groups", 1))
+        have = int(self.module.model.config.num_key_value_heads or 1)
         if not 1 <= groups <= have:
             raise ValueError(
                 f"Stage {stage.name!r}: mix.point_groups is {groups}; the model has {have} key-value groups."
@@ -132,7 +133,8 @@ class ReaderTask:
         """Write the reader into an empty folder that `from_pretrained` loads, with the tokenizer and the recipe."""
         dtype = DTYPES[self.recipe.output.dtype or "float32"]
         state = {name: value.detach().to("cpu", dtype) for name, value in self.module.model.state_dict().items()}
-        copy = LlamaForCausalLM(self.module.model.config).to(dtype)
+        copy: Any = LlamaForCausalLM(self.module.model.config)
+        copy = copy.to(dtype)
         copy.load_state_dict(state)
         copy.generation_config = GenerationConfig(
             bos_token_id=self.tokenizer.bos_token_id,
