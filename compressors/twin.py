@@ -131,18 +131,20 @@ class LoRATwin(nn.Module):
         self.checkpointing = True
         self.train(self.training)
 
-    def forward(self, embeds: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, embeds: Tensor, mask: Tensor, positions: Tensor | None = None) -> Tensor:
         """Last hidden states, after the final norm.
 
         Args:
             embeds: ``[batch, time, width]``, padded on the right.
             mask: ``[batch, time]``, 1 for what is there and 0 for padding.
+            positions: ``[batch, time]`` position ids; default: 0, 1, 2, ...
 
         Returns:
             ``[batch, time, hidden]``.
         """
         # Right padding under a causal mask: row by row the positions are those of an unpadded pass.
-        positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
+        if positions is None:
+            positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
         out = self.decoder(
             inputs_embeds=embeds, attention_mask=mask, use_cache=False, **position_arguments(self.decoder, positions)
         )

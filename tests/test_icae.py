@@ -28,10 +28,11 @@ def reader(zoo) -> Reader:
     return zoo.reader("llama")
 
 
+@pytest.mark.parametrize("positions", ["append", "spread"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "gpt2", "phi3"])
-def test_slots_equal_a_plain_peft_model_run_by_hand(zoo, architecture):
+def test_slots_equal_a_plain_peft_model_run_by_hand(zoo, architecture, positions):
     reader = zoo.reader(architecture)
-    icae = build(reader, ratio=5, projector="none", alpha=16)
+    icae = build(reader, ratio=5, projector="none", alpha=16, positions=positions)
     base = zoo.model(architecture)  # the same weights, wrapped by peft's usual door
     targets = attention_inputs(base)
     by_hand = get_peft_model(base, LoraConfig(r=4, lora_alpha=16, target_modules=targets)).eval()
@@ -46,8 +47,17 @@ def test_slots_equal_a_plain_peft_model_run_by_hand(zoo, architecture):
         segment = ids[start : start + -(-len(ids) // math.ceil(len(ids) / 40))]
         slots = math.ceil(len(segment) / 5)
         embeds = torch.cat([reader.embed(torch.tensor(reader.bos_ids + segment)), icae.memory[:slots]])[None]
+        at = list(range(embeds.shape[1]))
+        if positions == "spread":
+            first = len(reader.bos_ids)
+            at[-slots:] = [first + math.floor((j + 0.5) * len(segment) / slots) for j in range(slots)]
         with torch.no_grad():
-            hidden = by_hand(inputs_embeds=embeds, output_hidden_states=True).hidden_states[-1][0]
+            hidden = by_hand(
+                inputs_embeds=embeds,
+                position_ids=torch.tensor([at]),
+                attention_mask=torch.ones(1, len(at), dtype=torch.long),
+                output_hidden_states=True,
+            ).hidden_states[-1][0]
         rows.append(hidden[-slots:])
     (passage,) = icae.compress([PASSAGE])
     assert torch.allclose(passage.embeds, torch.cat(rows), atol=1e-5)
@@ -72,7 +82,8 @@ def test_one_checkpoint_serves_several_ratios(reader):
         (passage,) = icae.compress([PASSAGE], ratio=ratio)
         assert passage.slots == math.ceil(n / ratio)
         assert passage.info["ratio_asked"] == ratio
-    # within one segment fewer slots are the first of more slots: the encoder is causal
+    # within one segment fewer appended slots are the first of more slots: the encoder is causal
+    icae = build(reader, mem_size=64, positions="append")
     many, few = (icae.compress([PASSAGE], ratio=ratio)[0].embeds for ratio in (4, 9))
     assert torch.allclose(many[: len(few)], few, atol=1e-5)
 
