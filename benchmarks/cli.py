@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ..compressors import Reader
 from .baselines import BASELINES
-from .loading import CompressorSpec, dataset_name, find_compressor, find_reader, find_records
+from .loading import CompressorSpec, dataset_name, find_compressor, find_reader, find_records, hide_loading_bars
 from .methods import Compressed, FullText, Method, NoContext, lines
 from .quality import Settings, evaluate
 from .reading import answer_swap, gold_positions
@@ -179,6 +179,7 @@ def report_command(
 @contextlib.contextmanager
 def friendly_errors() -> Iterator[None]:
     """What a user can mend is told in one sentence and exit status 2, without a traceback."""
+    hide_loading_bars()
     try:
         yield
     except (ValueError, OSError, ImportError) as error:

@@ -61,7 +61,7 @@ class DemoSettings:
     shown: int = 4
     questions: int = 60
     top_k: int = 3
-    timed: int = 4
+    timed: int = 3
     sizes: tuple[int, ...] = (1, 3, 6, 10)
     steps: int = 40
     seed: int = 0

@@ -54,6 +54,13 @@ def find_reader(name: str, device: str = "auto", dtype: str = "auto") -> Reader:
     return Reader.from_pretrained(_shipped(name), device=device, dtype=torch_dtype(dtype, device))
 
 
+def hide_loading_bars() -> None:
+    """No progress bars of `transformers` for weights that load in a moment; for command lines, as it holds everywhere."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def torch_dtype(name: str, device: str) -> torch.dtype | str:
     """What `Reader.from_pretrained` takes for `auto` or the name of a floating dtype."""
     if name == "auto":
