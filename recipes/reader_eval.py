@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import re
 import string
-from typing import Any
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F

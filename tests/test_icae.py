@@ -32,7 +32,7 @@ def reader(zoo) -> Reader:
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "gpt2", "phi3"])
 def test_slots_equal_a_plain_peft_model_run_by_hand(zoo, architecture, positions):
     reader = zoo.reader(architecture)
-    icae = build(reader, ratio=5, projector="none", alpha=16, positions=positions)
+    icae = build(reader, ratio=5, projector="none", alpha=16, positions=positions, residual=False)
     base = zoo.model(architecture)  # the same weights, wrapped by peft's usual door
     targets = attention_inputs(base)
     by_hand = get_peft_model(base, LoraConfig(r=4, lora_alpha=16, target_modules=targets)).eval()
@@ -83,9 +83,22 @@ def test_one_checkpoint_serves_several_ratios(reader):
         assert passage.slots == math.ceil(n / ratio)
         assert passage.info["ratio_asked"] == ratio
     # within one segment fewer appended slots are the first of more slots: the encoder is causal
-    icae = build(reader, mem_size=64, positions="append")
+    icae = build(reader, mem_size=64, positions="append", residual=False)
     many, few = (icae.compress([PASSAGE], ratio=ratio)[0].embeds for ratio in (4, 9))
     assert torch.allclose(many[: len(few)], few, atol=1e-5)
+
+
+def test_the_residual_is_the_pooled_embeddings(reader):
+    icae = build(reader, ratio=3)
+    with torch.no_grad():
+        icae.log_scale.fill_(-50.0)  # nothing of the encoder is left
+    (passage,) = icae.compress([PASSAGE])
+    want, cut = [], icae.segments(len(reader.tokenize(PASSAGE)))
+    ids = torch.tensor(reader.tokenize(PASSAGE))
+    for segment, (length, slots) in zip(ids.split([n for n, _ in cut]), cut):
+        runs = [segment[[i for i in range(length) if i * slots // length == j]] for j in range(slots)]
+        want += [reader.embed(run).sum(0) / len(run) ** 0.5 for run in runs]
+    assert torch.allclose(passage.embeds, torch.stack(want), atol=1e-5)
 
 
 def test_fixed_slots_is_the_papers_behaviour(reader):
@@ -122,7 +135,7 @@ def test_the_batch_size_inside_changes_nothing(reader):
 def test_slots_start_on_the_readers_scale(zoo, projector):
     reader = zoo.reader("gemma3_text")
     torch.manual_seed(0)
-    icae = ICAECompressor(ICAEConfig(mem_size=8, r=4, projector=projector), reader)
+    icae = ICAECompressor(ICAEConfig(mem_size=8, r=4, projector=projector, residual=False), reader)
     assert torch.allclose(icae.memory.norm(dim=-1), torch.tensor(reader.embedding_norm), rtol=1e-4)
     norm = icae.compress([PASSAGE])[0].embeds.norm(dim=-1).mean() / reader.embedding_norm
     assert (projector == "none") or 0.8 < norm < 1.25
@@ -132,7 +145,8 @@ def test_slots_start_on_the_readers_scale(zoo, projector):
 
 def test_without_lora_updates_the_encoder_is_the_reader(reader):
     torch.manual_seed(0)
-    icae = ICAECompressor(ICAEConfig(mem_size=8, r=4, projector="none"), reader)
+    config = ICAEConfig(mem_size=8, r=4, projector="none", positions="append", residual=False)
+    icae = ICAECompressor(config, reader)
     ids = torch.tensor(reader.bos_ids + reader.tokenize("The treaty was signed."))
     embeds = torch.cat([reader.embed(ids), icae.memory[:8]])[None]
     with torch.no_grad():
