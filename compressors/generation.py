@@ -158,7 +158,8 @@ class Generator:
         reader.check_room(plans, config.max_new_tokens)
         options: dict[str, Any] = dict(kwargs)
         if stop:
-            options |= {"stop_strings": list(stop), "tokenizer": reader.tokenizer}
+            config.stop_strings = list(stop)
+            options["tokenizer"] = reader.tokenizer
         if extra_criteria is not None:
             options["stopping_criteria"] = StoppingCriteriaList([extra_criteria])
         inputs, skip = self._inputs(plans, config)

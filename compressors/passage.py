@@ -18,6 +18,8 @@ from torch import Tensor
 
 Interface = Literal["embeds", "kv", "text"]
 FORMAT_VERSION = "1"
+_UMASK = os.umask(0)  # can only be read by setting it, so it is read once, before there are threads
+os.umask(_UMASK)
 _HEADER = "nutgraf"  # the one metadata entry of the safetensors header
 
 
@@ -230,6 +232,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp makes files that nobody else can read
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
