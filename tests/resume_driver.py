@@ -14,7 +14,6 @@ import signal
 import sys
 from pathlib import Path
 
-import nutgraf.compressors.icae  # noqa: F401
 import torch
 from nutgraf.recipes import checkpoints, progress, stage_trainer
 from nutgraf.recipes.compressor_task import CompressorModule, CompressorTask

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 
-import nutgraf.compressors.icae  # noqa: F401
 import pytest
 import torch
 from nutgraf import load_compressor
