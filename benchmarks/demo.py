@@ -60,7 +60,7 @@ class DemoSettings:
     out: Path = Path("reports/demo")
     shown: int = 4
     questions: int = 60
-    top_k: int = 3
+    top_k: int = 2
     timed: int = 3
     sizes: tuple[int, ...] = (1, 3, 6, 10)
     steps: int = 40
