@@ -174,6 +174,6 @@ def _legend(axes: Axes) -> None:
 
 def _svg(figure: Figure) -> str:
     out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True, bbox_inches="tight")
     text = out.getvalue()
     return text[text.index("<svg") :]

@@ -29,6 +29,7 @@ figure { margin: 0; background: #fff; border: 1px solid #e6e9ed; border-radius: 
 figure img { width: 100%; height: auto; display: block; }
 section > figure { max-width: 36rem; }
 .answers th, .answers td { text-align: left; white-space: normal; vertical-align: top; min-width: 6.5rem; }
+.answers td { overflow-wrap: anywhere; }
 .answers td:first-child { min-width: 15rem; }
 .answers td.right { color: #0b5f58; }
 .answers td.right::after { content: " \\2713"; }
