@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 from llama_index.core.prompts.default_prompts import DEFAULT_REFINE_PROMPT_TMPL, DEFAULT_TEXT_QA_PROMPT_TMPL
 
-PLAIN_TAIL = "\n\nQuestion: {question}\nAnswer:"
+JOIN = "\n\n"
 NO_CONTEXT = "Question: {question}\nAnswer:"
+PLAIN_TAIL = JOIN + NO_CONTEXT
 REPEAT = "\nRepeat the passage:\n"
 UNANSWERABLE = "unanswerable"
-JOIN = "\n\n"
 QA_HEAD, QA_TAIL = DEFAULT_TEXT_QA_PROMPT_TMPL.replace("{query_str}", "{question}").split("{context_str}")
 REFINE = DEFAULT_REFINE_PROMPT_TMPL
 

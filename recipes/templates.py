@@ -15,14 +15,15 @@ from collections.abc import Callable, Sequence
 from llama_index.core.prompts.default_prompts import DEFAULT_REFINE_PROMPT_TMPL, DEFAULT_TEXT_QA_PROMPT_TMPL
 
 from ..compressors import CompressedPassage
+from . import reader_prompts
 
 Piece = str | CompressedPassage
 Prompt = list[Piece]
 
-SEPARATOR = "\n\n"
-QUESTION = "Question: {question}\nAnswer:"
-REPEAT = "\nRepeat the passage:\n"
-UNANSWERABLE = " unanswerable"
+SEPARATOR = reader_prompts.JOIN
+QUESTION = reader_prompts.NO_CONTEXT
+REPEAT = reader_prompts.REPEAT
+UNANSWERABLE = " " + reader_prompts.UNANSWERABLE
 LLAMAINDEX_QA = DEFAULT_TEXT_QA_PROMPT_TMPL
 LLAMAINDEX_REFINE = DEFAULT_REFINE_PROMPT_TMPL
 
