@@ -23,6 +23,7 @@ from .passage import CompressedPassage, Interface, write_atomically
 
 if TYPE_CHECKING:
     from .reader import Reader
+    from .twin import Twin
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -77,14 +78,25 @@ class Compressor(nn.Module, ABC):
         if not isinstance(config, self.config_class):
             raise TypeError(f"{type(self).__name__} wants a {self.config_class.__name__}, got {type(config).__name__}.")
         self.config = config
-        self._held = (reader,)  # a tuple hides the reader from nn.Module's registration
+        self._held: tuple[Reader, ...] = (reader,)  # a tuple hides the reader from nn.Module's registration
         self._lock = threading.RLock()
         self._fingerprint: tuple[tuple[int, ...], str] | None = None
 
     @property
-    def reader(self) -> Reader:
-        """The reader this compressor compresses for."""
+    def base_reader(self) -> Reader:
+        """The reader as it was given."""
         return self._held[0]
+
+    @property
+    def reader(self) -> Reader:
+        """The reader that reads what this compressor makes: the one given, or an `AdaptedReader` tuned on top of it."""
+        return self._held[-1]
+
+    def adapt_reader(self, twin: Twin) -> None:
+        """Let the passages be read with a twin of the reader, whose weights are then this compressor's."""
+        from .adapted import AdaptedReader
+
+        self._held = (self._held[0], AdaptedReader(self._held[0], twin))
 
     # -- compressing -----------------------------------------------------------------------------------------------
 
@@ -191,8 +203,8 @@ class Compressor(nn.Module, ABC):
             write_atomically(folder / WEIGHTS_NAME, save_safetensors(state, metadata={"format": "pt"}))
         about = {
             "method": self.config_class.method,
-            "reader": None if self.interface == "text" else self.reader.fingerprint,
-            "reader_name": self.reader.name,
+            "reader": None if self.interface == "text" else self.base_reader.fingerprint,
+            "reader_name": self.base_reader.name,
             "config": self.config.to_dict(),
         }
         write_atomically(folder / CONFIG_NAME, (json.dumps(about, indent=2) + "\n").encode())

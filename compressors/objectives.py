@@ -159,7 +159,7 @@ class KLDistillationLoss(_ChunkedLoss):
     :math:`L_{KL} = T^2 \sum_i D_{KL}\big(p_T(\cdot \mid x, q, a_{<i}) \,\|\, p_T(\cdot \mid z, q, a_{<i})\big)`,
     with :math:`p_T = \mathrm{softmax}(\text{logits} / T)`.
 
-    Teacher and student are the same frozen reader; only what they read differs. Rows of both must belong to the same
+    Teacher and student are the same frozen reader, or the student is tuned on top of it; the difference is what they read. Rows of both must belong to the same
     target tokens, which `Reader.target_hidden` on the same targets guarantees.
 
     With `top_k`, the teacher's k likeliest tokens keep their probabilities and all others form one more outcome, for
@@ -171,6 +171,7 @@ class KLDistillationLoss(_ChunkedLoss):
         temperature: T; the factor T squared keeps the gradient's size.
         top_k: of the teacher's tokens, None for all.
         chunk: rows whose logits exist at the same time.
+        teacher_head: the teacher's head, where the student's is trained.
 
     References:
         - Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531, section 2.
@@ -196,8 +197,16 @@ class KLDistillationLoss(_ChunkedLoss):
         >>> loss(student.hidden, teacher.hidden).backward()
     """
 
-    def __init__(self, head: Head, temperature: float = 1.0, top_k: int | None = None, chunk: int = 512) -> None:
+    def __init__(
+        self,
+        head: Head,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        chunk: int = 512,
+        teacher_head: Head | None = None,
+    ) -> None:
         super().__init__(head, chunk)
+        self.teacher_head = teacher_head or head
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}.")
         if top_k is not None and top_k < 1:
@@ -206,7 +215,7 @@ class KLDistillationLoss(_ChunkedLoss):
 
     def _rows(self, hidden: Tensor, other: Tensor) -> Tensor:
         with torch.no_grad():
-            teacher = self._logits(other) / self.temperature
+            teacher = self.teacher_head(other).float() / self.temperature
         student = self._logits(hidden) / self.temperature
         if self.top_k is not None and self.top_k < teacher.shape[-1]:
             kept = teacher.topk(self.top_k, dim=-1).indices

@@ -1,4 +1,4 @@
-"""An encoder that is the reader plus LoRA: a module tree of its own that shares the reader's parameters."""
+"""The reader tuned: plus LoRA, as a module tree of its own that shares the reader's parameters, or as a full copy."""
 
 from __future__ import annotations
 
@@ -50,73 +50,26 @@ def attention_inputs(model: nn.Module) -> list[str]:
     )
 
 
-class LoRATwin(nn.Module):
-    """The decoder of a causal LM with LoRA of its own, beside the untouched original.
+class Twin(nn.Module):
+    """A tuned causal LM beside the untouched original: `LoRATwin` or `FullTwin`. `tune` makes either.
 
-    Nothing is toggled on the original: it can be read with in another thread, inside or outside a backward pass. Only the
-    LoRA matrices are parameters of this module; the shared tree is hidden from ``parameters()``, ``state_dict()``,
-    ``to()`` and ``train()``, so that none of them can reach the original's weights.
-
-    Args:
-        model: the causal LM, frozen.
-        r: LoRA rank.
-        alpha: LoRA scale; updates are multiplied by ``alpha / r``.
-        dropout: dropout in front of LoRA's first matrix, in training.
-        target_modules: names of the modules that get LoRA; ``None``: see `attention_inputs`.
+    Nothing is toggled on the original: it can be read with in another thread, inside or outside a backward pass.
 
     Attributes:
-        lora: LoRA matrices in float32 by their path in the decoder, with ``/`` for the dots.
-
-    Raises:
-        ValueError: if a target module does not exist.
+        lm: the tuned causal LM, for an `AdaptedReader` to read with.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        r: int,
-        alpha: float,
-        dropout: float = 0.0,
-        target_modules: Sequence[str] | None = None,
-    ) -> None:
-        # Imported here because it takes a second, which nobody who reads compressed passages should wait for.
-        from peft import LoraConfig, inject_adapter_in_model
-
-        super().__init__()
-        decoder = share(model.get_decoder())
-        targets = attention_inputs(decoder) if target_modules is None else list(target_modules)
-        linears = {name: m for name, m in decoder.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-        if missing := [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in linears)]:
-            leaves = sorted({name.rsplit(".", 1)[-1] for name in linears})
-            raise ValueError(f"target_modules {missing} are not in {type(decoder).__name__}, which has {leaves}.")
-        first = next(m for n, m in linears.items() if n == targets[0] or n.endswith(f".{targets[0]}"))
-        lora = LoraConfig(
-            r=r,
-            lora_alpha=alpha,  # type: ignore[arg-type]
-            lora_dropout=dropout,
-            target_modules=targets,
-            fan_in_fan_out=isinstance(first, Conv1D),
-            bias="none",
-        )
-        decoder = inject_adapter_in_model(lora, decoder).eval()
-        adapters = {name: p for name, p in decoder.named_parameters() if "lora_" in name}
-        for parameter in adapters.values():
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
-        self._held = (decoder,)  # a tuple hides the shared tree from nn.Module's registration
-        self.lora = nn.ParameterDict({short_name(name): p for name, p in adapters.items()})
-        self.checkpointing = False
-        self.train()
+    lm: Any
+    checkpointing = False
 
     @property
     def decoder(self) -> Any:
-        """The shared tree with LoRA in it."""
-        return self._held[0]
+        """The body of the tuned LM, which gives hidden states."""
+        return self.lm.get_decoder()
 
-    def train(self, mode: bool = True) -> LoRATwin:
-        """Training mode for LoRA's dropout alone; the shared tree's own dropout stays off, as it is in the reader."""
-        super().train(mode)
+    def train(self, mode: bool = True) -> Twin:
+        """Training mode for LoRA's dropout alone; the model's own dropout stays off, as it is in the reader."""
+        self.training = mode
         # Hugging Face models checkpoint gradients in training mode only.
         self.decoder.train(mode and self.checkpointing)
         for name, module in self.decoder.named_modules():
@@ -149,6 +102,97 @@ class LoRATwin(nn.Module):
             inputs_embeds=embeds, attention_mask=mask, use_cache=False, **position_arguments(self.decoder, positions)
         )
         return out.last_hidden_state
+
+
+class LoRATwin(Twin):
+    """A causal LM with LoRA of its own on its body.
+
+    Only the LoRA matrices are parameters of this module; the shared tree is hidden from ``parameters()``,
+    ``state_dict()``, ``to()`` and ``train()``, so that none of them can reach the original's weights.
+
+    Args:
+        model: the causal LM, frozen.
+        r: LoRA rank.
+        alpha: LoRA scale; updates are multiplied by ``alpha / r``.
+        dropout: dropout in front of LoRA's first matrix, in training.
+        target_modules: names of the modules that get LoRA; ``None``: see `attention_inputs`.
+
+    Attributes:
+        lora: LoRA matrices in float32 by their path in the decoder, with ``/`` for the dots.
+
+    Raises:
+        ValueError: if a target module does not exist.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        r: int,
+        alpha: float,
+        dropout: float = 0.0,
+        target_modules: Sequence[str] | None = None,
+    ) -> None:
+        # Imported here because it takes a second, which nobody who reads compressed passages should wait for.
+        from peft import LoraConfig, inject_adapter_in_model
+
+        super().__init__()
+        lm = share(model)
+        decoder = lm.get_decoder()
+        targets = attention_inputs(decoder) if target_modules is None else list(target_modules)
+        linears = {name: m for name, m in decoder.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+        if missing := [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in linears)]:
+            leaves = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            raise ValueError(f"target_modules {missing} are not in {type(decoder).__name__}, which has {leaves}.")
+        first = next(m for n, m in linears.items() if n == targets[0] or n.endswith(f".{targets[0]}"))
+        lora = LoraConfig(
+            r=r,
+            lora_alpha=alpha,  # type: ignore[arg-type]
+            lora_dropout=dropout,
+            target_modules=targets,
+            fan_in_fan_out=isinstance(first, Conv1D),
+            bias="none",
+        )
+        inject_adapter_in_model(lora, decoder)  # in place
+        adapters = {name: p for name, p in decoder.named_parameters() if "lora_" in name}
+        for parameter in adapters.values():
+            parameter.data = parameter.data.float()
+        self._held = (lm.eval(),)  # a tuple hides the shared tree from nn.Module's registration
+        self.lora = nn.ParameterDict({short_name(name): p for name, p in adapters.items()})
+        self.requires_grad_(True)
+        self.train()
+
+    @property
+    def lm(self) -> Any:  # type: ignore[override]
+        """The shared tree with LoRA in it."""
+        return self._held[0]
+
+
+class FullTwin(Twin):
+    """A full copy of a causal LM, all of whose weights are trained (and saved): the price is its size."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.lm = copy.deepcopy(model).eval().requires_grad_(True)
+        self.train()
+
+
+def tune(model: PreTrainedModel, tuning: str, **lora: Any) -> Twin:
+    """A twin of a causal LM.
+
+    Args:
+        model: the original, which stays as it is.
+        tuning: ``"lora"`` or ``"full"``.
+        lora: arguments of `LoRATwin`.
+
+    Raises:
+        ValueError: for any other tuning.
+    """
+    if tuning == "lora":
+        return LoRATwin(model, **lora)
+    if tuning == "full":
+        return FullTwin(model)
+    raise ValueError(f"tuning must be 'lora' or 'full', got {tuning!r}.")
 
 
 def short_name(name: str) -> str:

@@ -32,7 +32,11 @@ def compressed_scores(
         "f1_full": [question_prompt(r.passages, r.question) for r in records],
         "f1_none": [question_prompt([], r.question) for r in records],
     }
-    scores = {name: _f1(reader.generate(p, max_new_tokens, batch_size=32), records) for name, p in prompts.items()}
+    base = compressor.base_reader  # the fixed lines are those of the reader as it was given
+    scores = {
+        name: _f1((base if name in ("f1_full", "f1_none") else reader).generate(p, max_new_tokens, batch_size=32), records)
+        for name, p in prompts.items()
+    }
     slots = sum(passage.slots for passage in found)
     return {**scores, "ratio": sum(passage.source_tokens for passage in found) / max(1, slots)}
 

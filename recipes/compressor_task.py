@@ -55,7 +55,7 @@ class CompressorBatch:
 class CompressorModule(nn.Module):
     """A soft compressor with the objectives of a stage: `forward(batch)` gives the weighted loss.
 
-    Its parameters are the compressor's alone; the reader is frozen, and stays in eval mode.
+    Its parameters are the compressor's alone; the reader as given is frozen, and stays in eval mode.
     """
 
     accepts_loss_kwargs = True
@@ -73,7 +73,9 @@ class CompressorModule(nn.Module):
         self.losses = {
             "ae": AutoencodingLoss(head),
             "lm": LanguageModelingLoss(head),
-            "kl": KLDistillationLoss(head, stage.temperature, stage.teacher_top_k),
+            "kl": KLDistillationLoss(
+                head, stage.temperature, stage.teacher_top_k, teacher_head=self.compressor.base_reader.head
+            ),
         }
 
     def gradient_checkpointing_enable(self, **settings: Any) -> None:
@@ -97,7 +99,7 @@ class CompressorModule(nn.Module):
         passages = self.compressor.encode(batch.texts, batch.queries, batch.ratio)
         counts = {name: batch.count(name) for name in self.weights}
         divisors = num_items_in_batch or counts
-        total = sum((p.embeds.sum() * 0.0 for p in passages if p.embeds is not None), torch.zeros(()))
+        total = sum((t.sum() * 0.0 for p in passages if (t := _some_tensor(p)) is not None), torch.zeros(()))
         sums: dict[str, Tensor] = {}
         for chosen in pack([self._positions(batch, i, passages) for i in range(len(batch.readings))], POSITIONS):
             for name, value in self._objectives(batch, chosen, passages).items():
@@ -136,8 +138,8 @@ class CompressorModule(nn.Module):
 
     @torch.no_grad()
     def _teacher(self, batch: CompressorBatch, chosen: Sequence[int]) -> Tensor:
-        """Hidden states ``[N, d]`` with the passages as text, in the order of `chosen`."""
-        reader = self.compressor.reader
+        """Hidden states ``[N, d]`` of the untuned reader with the passages as text, in the order of `chosen`."""
+        reader = self.compressor.base_reader
         lengths = [sum(len(batch.texts[j]) for j in batch.contexts[i]) // 3 + len(batch.targets[i]) for i in chosen]
         parts: dict[int, Tensor] = {}
         for group in pack(lengths, POSITIONS):
@@ -255,6 +257,11 @@ class CompressorTask:
     def save(self, folder: Path) -> None:
         """Write the compressor."""
         self.compressor.save_pretrained(folder)
+
+
+def _some_tensor(passage: CompressedPassage) -> Tensor | None:
+    """A tensor that hangs on the compressor's parameters, so that a batch without targets still has a gradient."""
+    return passage.keys[0] if passage.keys else passage.embeds
 
 
 def find_reader(name: str) -> str:
