@@ -8,8 +8,10 @@ benchmarks measure what was won and what was lost.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .compressors import CompressedPassage, Compressor, Reader, load_compressor, make_compressor
+if TYPE_CHECKING:
+    from .compressors import CompressedPassage, Compressor, Reader, load_compressor, make_compressor
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,6 +23,20 @@ __all__ = [
     "make_compressor",
     "pretrained",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # torch takes seconds to import, and `nutgraf --help` does not need it.
+    if name in __all__:
+        from . import compressors
+
+        return getattr(compressors, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 _PRETRAINED = Path(__file__).parent / "recipes" / "pretrained"
 

@@ -7,46 +7,19 @@ Equation numbers are those of "When Text Embedding Meets Large Language Model: A
 from __future__ import annotations
 
 import math
-import re
-import string
-from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def normalize(answer: str) -> str:
-    """SQuAD's normal form: lower case, no ASCII punctuation, no articles, single spaces.
-
-    After https://arxiv.org/abs/1606.05250, whose figures are taken in this form.
-
-    >>> normalize("The  Beatles' best-known song")
-    'beatles bestknown song'
-    """
-    return " ".join(_ARTICLES.sub(" ", answer.lower().translate(_PUNCTUATION)).split())
-
-
-def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 if the normal form of the prediction is that of any reference answer, else 0.0."""
-    guess = normalize(prediction)
-    return _best(answers, lambda answer: float(guess == normalize(answer)))
-
-
-def f1(prediction: str, answers: Sequence[str]) -> float:
-    """Harmonic mean of precision and recall over the bag of normalised words; the best over the reference answers.
-
-    Two empty normal forms agree (1.0); an empty and a non-empty one do not (0.0).
-    """
-    return _best(answers, lambda answer: _bag_f1(normalize(prediction).split(), normalize(answer).split()))
+from ..recipes.answer_scores import best, normalize
+from ..recipes.answer_scores import exact_match as exact_match
+from ..recipes.answer_scores import f1 as f1
 
 
 def containment(prediction: str, answers: Sequence[str]) -> float:
     """1.0 if the normal form of any reference answer stands in the prediction's as whole words, else 0.0."""
     guess = f" {normalize(prediction)} "
-    return _best(answers, lambda answer: float(bool(words := normalize(answer)) and f" {words} " in guess))
+    return best(answers, lambda answer: float(bool(words := normalize(answer)) and f" {words} " in guess))
 
 
 def token_exact_match(prediction: Sequence[Hashable], reference: Sequence[Hashable]) -> float:
@@ -73,7 +46,7 @@ def rouge_l(prediction: Sequence[Hashable], reference: Sequence[Hashable], beta:
 def rouge_l_answer(prediction: str, answers: Sequence[str], beta: float = 1.0) -> float:
     """ROUGE-L over normalised words, the best over the reference answers."""
     words = normalize(prediction).split()
-    return _best(answers, lambda answer: rouge_l(words, normalize(answer).split(), beta))
+    return best(answers, lambda answer: rouge_l(words, normalize(answer).split(), beta))
 
 
 def longest_common_subsequence(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
@@ -165,19 +138,6 @@ def _resampled_means(values: np.ndarray, seed: int, repeats: int, level: float) 
 def _interval(samples: np.ndarray, level: float) -> tuple[float, float]:
     low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
-
-
-def _best(answers: Sequence[str], score: Callable[[str], float]) -> float:
-    if not answers:
-        raise ValueError("A prediction is scored against at least one reference answer, got none.")
-    return max(score(answer) for answer in answers)
-
-
-def _bag_f1(guess: list[str], truth: list[str]) -> float:
-    if not guess or not truth:
-        return float(guess == truth)
-    common = (Counter(guess) & Counter(truth)).total()
-    return 2 * common / (len(guess) + len(truth))
 
 
 def _nonempty(log_probs: Sequence[float], name: str) -> Sequence[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,10 +31,21 @@ def compressor_class(method: str) -> type[Compressor]:
     return COMPRESSORS[method]
 
 
-def make_compressor(method: str, reader: Reader, **config: Any) -> Compressor:
-    """A new, untrained compressor of a method, with settings of its config class."""
+def make_compressor(method: str, reader: Reader, **settings: Any) -> Compressor:
+    """A new, untrained compressor of a method.
+
+    Args:
+        method: a registered name, such as ``"icae"``.
+        reader: the reader that is to read what it makes.
+        settings: those of the method's config class, and further arguments of its constructor (``embedder=`` of xRAG).
+
+    Raises:
+        ValueError: for an unknown method, or settings that neither of the two has.
+    """
     cls = compressor_class(method)
-    return cls(cls.config_class.from_dict(config), reader)
+    extra = set(inspect.signature(cls.__init__).parameters) - {"self", "config", "reader"}
+    config = cls.config_class.from_dict({k: v for k, v in settings.items() if k not in extra})
+    return cls(config, reader, **{k: v for k, v in settings.items() if k in extra})
 
 
 def load_compressor(name_or_path: str | Path, reader: Reader, **kwargs: Any) -> Compressor:

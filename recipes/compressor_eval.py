@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..compressors import Compressor
+from .answer_scores import f1
 from .corpus import Record
-from .reader_eval import exact_and_f1
 from .templates import question_prompt
 
 
@@ -34,7 +34,9 @@ def compressed_scores(
     }
     base = compressor.base_reader  # the fixed lines are those of the reader as it was given
     scores = {
-        name: _f1((base if name in ("f1_full", "f1_none") else reader).generate(p, max_new_tokens, batch_size=32), records)
+        name: _f1(
+            (base if name in ("f1_full", "f1_none") else reader).generate(p, max_new_tokens, batch_size=32), records
+        )
         for name, p in prompts.items()
     }
     slots = sum(passage.slots for passage in found)
@@ -42,4 +44,4 @@ def compressed_scores(
 
 
 def _f1(answers: Sequence[str], records: Sequence[Record]) -> float:
-    return 100 * sum(exact_and_f1(a.strip(), r.answers)[1] for a, r in zip(answers, records)) / max(1, len(records))
+    return 100 * sum(f1(a.strip(), r.answers) for a, r in zip(answers, records)) / max(1, len(records))

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-import string
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,29 +10,9 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from .answer_scores import exact_match, f1
 from .corpus import Record
 from .reader_prompts import JOIN, NO_CONTEXT, PLAIN_TAIL
-
-
-def normalise(answer: str) -> list[str]:
-    """SQuAD's normalisation: lower case, no punctuation, no articles; the words that are left."""
-    text = "".join(char for char in answer.lower() if char not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
-
-
-def exact_and_f1(answer: str, references: Sequence[str]) -> tuple[float, float]:
-    """Exact match and word F1 of an answer, each the best over the references, between 0 and 1."""
-    exact = f1 = 0.0
-    got = normalise(answer)
-    for reference in references:
-        want = normalise(reference)
-        exact = max(exact, float(got == want))
-        same = sum((Counter(got) & Counter(want)).values())
-        if not got or not want:
-            f1 = max(f1, float(got == want))
-        elif same:
-            f1 = max(f1, 2 * same / (len(got) + len(want)))
-    return exact, f1
 
 
 def prompt_of(record: Record, context: bool = True) -> str:
@@ -79,7 +56,10 @@ def question_scores(
 ) -> dict[str, float]:
     """`em`, `f1` (percent) and `ended` (share) over the records."""
     answers, ended = answer_prompts(model, tokenizer, [prompt_of(record, context) for record in records])
-    pairs = [exact_and_f1(answer, record.answers) for answer, record in zip(answers, records, strict=True)]
+    pairs = [
+        (exact_match(answer, record.answers), f1(answer, record.answers))
+        for answer, record in zip(answers, records, strict=True)
+    ]
     count = max(1, len(pairs))
     return {
         "em": 100 * sum(exact for exact, _ in pairs) / count,
