@@ -159,8 +159,8 @@ class KLDistillationLoss(_ChunkedLoss):
     :math:`L_{KL} = T^2 \sum_i D_{KL}\big(p_T(\cdot \mid x, q, a_{<i}) \,\|\, p_T(\cdot \mid z, q, a_{<i})\big)`,
     with :math:`p_T = \mathrm{softmax}(\text{logits} / T)`.
 
-    Teacher and student are the same frozen reader, or the student is tuned on top of it; the difference is what they read. Rows of both must belong to the same
-    target tokens, which `Reader.target_hidden` on the same targets guarantees.
+    Teacher and student are the same frozen reader, or the student is tuned on top of it; they differ in what they read.
+    Rows of both must belong to the same target tokens, which `Reader.target_hidden` on the same targets guarantees.
 
     With `top_k`, the teacher's k likeliest tokens keep their probabilities and all others form one more outcome, for
     teacher and student alike. So both stay distributions: no renormalising that would hide what the student puts

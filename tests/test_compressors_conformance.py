@@ -19,7 +19,7 @@ from nutgraf.compressors.embedders import load_embedder
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
-ARCHITECTURES = ["llama", "mistral", "qwen3", "gemma3_text", "phi3", "gpt_neox", "opt", "gpt2"]
+ARCHITECTURES = ["llama", "mistral", "qwen3", "gemma3_text", "phi3", "gpt_neox", "opt", "gpt2", "falcon", "olmo2", "mixtral"]
 # A new method needs one entry: small settings under which every one of its parts is at work.
 SETTINGS: dict[str, dict] = {
     "xrag": {"shard_tokens": 24},

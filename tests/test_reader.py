@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nutgraf import CompressedPassage, Reader
 from nutgraf.compressors import ReaderMismatchError
 
-NAMES = ["llama", "mistral", "qwen3", "gemma3_text", "phi3", "gpt_neox", "opt", "gpt2"]
+NAMES = ["llama", "mistral", "qwen3", "gemma3_text", "phi3", "gpt_neox", "opt", "gpt2", "falcon", "olmo2", "mixtral"]
 LONG = "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911)."
 SHORT = "The treaty was signed."
 QUESTION = "\n\nQuestion: who signed it?\nAnswer:"

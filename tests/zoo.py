@@ -53,6 +53,17 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "word_embed_proj_dim": 24,
     },
     "gpt2": {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 2048},
+    "falcon": {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_kv_heads": 2,
+        "new_decoder_architecture": True,
+        "max_position_embeddings": 4096,
+    },
+    "olmo2": {**_SMALL, **_GQA},
+    "mixtral": {**_SMALL, **_GQA, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
 
