@@ -28,7 +28,9 @@ class _ChunkedLoss(nn.Module):
         super().__init__()
         if chunk < 1:
             raise ValueError(f"chunk is a number of rows and must be at least 1, got {chunk}.")
-        self._held = (head,)  # a tuple hides a head that is a module: its weights are the reader's, not the objective's
+        self._held: tuple[Head, ...] = (
+            head,
+        )  # a tuple hides a head that is a module: its weights are the reader's, not the objective's
         self.chunk = chunk
 
     @property
@@ -36,9 +38,9 @@ class _ChunkedLoss(nn.Module):
         """Hidden states ``[n, d]`` to logits ``[n, vocabulary]``."""
         return self._held[0]
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def _logits(self, hidden: Tensor, head: Head | None = None) -> Tensor:
         """Logits in at least float32: a softmax over a large vocabulary is not for bfloat16."""
-        logits = self.head(hidden)
+        logits = (head or self.head)(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _rows(self, hidden: Tensor, other: Tensor) -> Tensor:
@@ -206,7 +208,7 @@ class KLDistillationLoss(_ChunkedLoss):
         teacher_head: Head | None = None,
     ) -> None:
         super().__init__(head, chunk)
-        self.teacher_head = teacher_head or head
+        self._held = (head, teacher_head or head)
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}.")
         if top_k is not None and top_k < 1:
@@ -215,7 +217,7 @@ class KLDistillationLoss(_ChunkedLoss):
 
     def _rows(self, hidden: Tensor, other: Tensor) -> Tensor:
         with torch.no_grad():
-            teacher = self.teacher_head(other).float() / self.temperature
+            teacher = self._logits(other, self._held[1]) / self.temperature
         student = self._logits(hidden) / self.temperature
         if self.top_k is not None and self.top_k < teacher.shape[-1]:
             kept = teacher.topk(self.top_k, dim=-1).indices

@@ -68,7 +68,7 @@ class Reading:
     """One prompt over an item's passages, what must follow it, and the objectives that are taken there.
 
     Attributes:
-        kind: `repeat`, `paraphrase`, `continue` or the name of a question template.
+        kind: `repeat`, `paraphrase`, `continue`, `match` (not read) or the name of a question template.
         target: the text that follows; `eos` closes it.
         wording: which of the paraphrase prompts.
     """
@@ -109,10 +109,11 @@ class ItemMaker:
     """Draws items; every method `_KIND(rng)` is one kind that a stage's `mix` may name.
 
     `human` and `made` are questions by people and by rule; `repeat` asks for the passage again (AE); `continue` for what
-    follows it; `paraphrase` for its text in one of several wordings (LM: xRAG's first stage).
+    follows it; `paraphrase` for its text in one of several wordings (LM: xRAG's first stage); `match` asks nothing, its
+    slots are compared with the passage's embeddings.
     """
 
-    KINDS = ("human", "made", "repeat", "continue", "paraphrase")
+    KINDS = ("human", "made", "repeat", "continue", "paraphrase", "match")
 
     def __init__(self, material: Material, data: CompressorData, stage: Stage) -> None:
         if unknown := sorted(set(stage.mix) - set(self.KINDS)):
@@ -165,6 +166,19 @@ class ItemMaker:
     def _continue(self, rng: random.Random) -> tuple[Sequence[str], list[Reading]]:
         passage, rest = self.material.text_and_continuation(rng)
         return [passage], [Reading("continue", rest, self.answering, eos=False)]
+
+    def _match(self, rng: random.Random) -> tuple[Sequence[str], list[Reading]]:
+        passage = self.draw_passage(self.material, rng)
+        return [passage], [
+            Reading("match", passage, ("match",) if self.stage.objectives.get("match") else (), eos=False)
+        ]
+
+    @staticmethod
+    def draw_passage(material: Material, rng: random.Random) -> str:
+        """A passage of either kind of material, half of them with questions where there are both."""
+        if material.asked and (not material.articles or rng.random() < 0.5):
+            return material.human(rng).passage
+        return material.paragraph(rng, rng.choice([150, 300, 500]))
 
     def _any_passage(self, rng: random.Random, max_chars: int) -> str:
         if self.material.articles:

@@ -7,6 +7,7 @@ the reader's hidden states at the target positions go to the objectives of the s
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import pretrained
 from ..compressors import CompressedPassage, Reader, SoftCompressor, make_compressor
+from ..compressors.matching import SlotMatchingLoss
 from ..compressors.objectives import AutoencodingLoss, KLDistillationLoss, LanguageModelingLoss
 from ..compressors.twin import pack
 from .compressor_eval import compressed_scores
@@ -26,6 +28,7 @@ from .corpus import Record
 from .records import Material, load_articles, load_records
 from .schema import Recipe, Stage, validate
 
+MATCH_SAMPLE = 2000  # passages on which the rarity of tokens is counted
 POSITIONS = 8192  # that one forward pass of the reader may take, padding counted
 
 
@@ -65,6 +68,7 @@ class CompressorModule(nn.Module):
         self.compressor: SoftCompressor = compressor
         self.weights: dict[str, float] = {}
         self.losses: dict[str, Any] = {}
+        self.matching: SlotMatchingLoss | None = None
 
     def set_objectives(self, stage: Stage) -> None:
         """Take the objectives, their weights, temperature and top-k from a stage."""
@@ -101,9 +105,15 @@ class CompressorModule(nn.Module):
         divisors = num_items_in_batch or counts
         total = sum((t.sum() * 0.0 for p in passages if (t := _some_tensor(p)) is not None), torch.zeros(()))
         sums: dict[str, Tensor] = {}
-        for chosen in pack([self._positions(batch, i, passages) for i in range(len(batch.readings))], POSITIONS):
-            for name, value in self._objectives(batch, chosen, passages).items():
+        read = [i for i, reading in enumerate(batch.readings) if reading.kind != "match"]
+        for group in pack([self._positions(batch, i, passages) for i in read], POSITIONS):
+            for name, value in self._objectives(batch, [read[g] for g in group], passages).items():
                 sums[name] = sums[name] + value if name in sums else value
+        if self.matching is not None and (matched := [i for i, r in enumerate(batch.readings) if r.kind == "match"]):
+            which = [j for i in matched for j in batch.contexts[i]]
+            loss, slots = self.matching([passages[j] for j in which], [batch.targets[i] for i in matched])
+            # A mean over slots, weighed by target tokens like the others: the divisor takes them out again.
+            sums["match"] = loss / max(1, slots) * counts["match"]
         out: dict[str, Any] = {}
         for name, value in sums.items():
             total = total.to(value.device) + self.weights[name] * value / max(1, divisors[name])
@@ -128,7 +138,7 @@ class CompressorModule(nn.Module):
         sums: dict[str, Tensor] = {}
         for name in self.weights:
             flags = [name in batch.readings[i].objectives for i in chosen]
-            if not any(flags):
+            if name == "match" or not any(flags):
                 continue
             rows = torch.tensor(flags, device=found.rows.device)[found.rows]
             hidden = found.hidden[rows]
@@ -177,6 +187,7 @@ class CompressorTask:
             raise ValueError(f"{type(compressor).__name__} selects text and has nothing to train with a reader.")
         self.compressor = compressor
         self.module = CompressorModule(compressor)
+        self._matching: SlotMatchingLoss | None = None
         self._material: Material | None = None
         self._dev: list[Record] | None = None
 
@@ -229,9 +240,23 @@ class CompressorTask:
 
         return collate
 
+    @property
+    def matching(self) -> SlotMatchingLoss:
+        """The `match` objective, its token statistics taken from `MATCH_SAMPLE` passages drawn from the material."""
+        if self._matching is None:
+            rng = random.Random(f"{self.recipe.seed}/match")
+            draw = ItemMaker.draw_passage
+            texts = [draw(self.material, rng) for _ in range(MATCH_SAMPLE)]
+            counts = torch.zeros(self.reader.vocab_size)
+            for ids in self.reader.tokenize_batch(texts):
+                counts[torch.tensor(sorted(set(ids)))] += 1
+            self._matching = SlotMatchingLoss(self.compressor.reader, counts, len(texts))
+        return self._matching
+
     def begin_stage(self, stage: Stage) -> None:
         """Freeze all but the stage's `trainable`: `all`, or names of parts such as `projector`, or patterns."""
         self.module.set_objectives(stage)
+        self.module.matching = self.matching if stage.objectives.get("match") else None
         wanted = [stage.trainable] if isinstance(stage.trainable, str) else stage.trainable
         state = self.compressor.trainable_state()
         matched: set[str] = set()

@@ -86,6 +86,16 @@ def test_training_lowers_the_loss_and_leaves_the_reader_alone(folder, tmp_path, 
     assert torch.equal(loaded.compress([text])[0].embeds, task.compressor.compress([text])[0].embeds)
 
 
+def test_slots_can_be_matched_to_their_tokens_before_anything_is_read(folder, tmp_path, zoo):
+    stages = [{"steps": 30, "objectives": {"match": 1.0}, "mix": {"match": 1.0}, "ratios": None}]
+    compressor = {"method": "icae", "mem_size": 16, "r": 4, "residual": False}
+    task = CompressorTask(recipe_for(folder, stages=stages, compressor=compressor), zoo.reader())
+    run_recipe(task.recipe, task, tmp_path)
+    log = read_log(tmp_path)
+    assert log[-1]["loss/match"] < 0.8 * log[0]["loss/match"]
+    assert log[-1]["loss"] == pytest.approx(log[-1]["loss/match"], rel=1e-5)
+
+
 def test_only_the_intended_parameters_change(folder, tmp_path, zoo):
     stages = [{"name": "first", "trainable": ["memory"]}, {"name": "second", "trainable": ["lora"], "steps": 4}]
     task = CompressorTask(recipe_for(folder, stages=stages), zoo.reader())

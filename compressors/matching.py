@@ -1,0 +1,78 @@
+"""A start for soft slots: each made to resemble the pooled embeddings of the tokens that it stands for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .passage import CompressedPassage
+from .reader import Reader
+
+NORM = 2.0  # a slot speaks for many tokens, and is heard when it is about twice as long as one of them
+
+
+class SlotMatchingLoss(nn.Module):
+    r"""For slot z with the tokens t it stands for, :math:`1 - \cos(z, y) + (\log \lVert z \rVert - \log 2e)^2`, where
+    :math:`y = \sum_t w_t^2 E_t` over the different tokens, E the reader's embeddings, e their mean norm and
+    :math:`w_t = \log (D / (1 + d_t))` the inverse document frequency.
+
+    The reader copies from its context by comparing embeddings. Rare tokens, weighted as in a search index, are what
+    questions name and answers are, so slots near their sum can be read before any training with the reader, and that
+    training starts where there is a gradient to follow. It needs one pass of the compressor and none of the reader. Not in
+    any of the papers; the idea of a start at pooled embeddings is that of mean pooling.
+
+    Args:
+        reader: the reader whose embeddings are matched.
+        counts: ``[vocabulary]`` number of the `documents` that hold each token.
+        documents: D.
+
+    Raises:
+        ValueError: if ``counts`` has another length than the reader's vocabulary.
+    """
+
+    def __init__(self, reader: Reader, counts: Tensor, documents: int) -> None:
+        super().__init__()
+        if counts.shape != (reader.vocab_size,):
+            raise ValueError(f"counts must be [{reader.vocab_size}], one a token, got {list(counts.shape)}.")
+        self._held = (reader,)
+        self.weights = torch.log(documents / (1.0 + counts.float())).clamp(min=0).square()
+
+    def forward(self, passages: Sequence[CompressedPassage], ids: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
+        """The loss summed over slots, and their number.
+
+        Args:
+            passages: compressed to ``embeds``, differentiable.
+            ids: the reader's tokens of each passage.
+
+        Raises:
+            ValueError: for passages of another interface.
+        """
+        (reader,) = self._held
+        slots, wanted = [], []
+        for passage, tokens in zip(passages, ids, strict=True):
+            if passage.embeds is None:
+                raise ValueError(f"Slots are matched as embeddings, not as {passage.interface!r}; leave out match.")
+            if not passage.slots:
+                continue
+            slots.append(passage.embeds)
+            row = torch.tensor(tokens)
+            ends = [math.ceil(len(row) * (j + 1) / passage.slots) for j in range(passage.slots)]
+            wanted += [self._pooled(row[a:b]) for a, b in zip([0, *ends], ends)]
+        if not slots:
+            return torch.zeros((), device=reader.device), 0
+        found, target = torch.cat(slots).float(), torch.stack(wanted)
+        length = torch.log(found.norm(dim=-1).clamp(min=1e-6) / (NORM * reader.embedding_norm))
+        return (1 - F.cosine_similarity(found, target, dim=-1) + length.square()).sum(), len(target)
+
+    @torch.no_grad()
+    def _pooled(self, row: Tensor) -> Tensor:
+        (reader,) = self._held
+        kinds = row.unique()
+        weights = self.weights[kinds]
+        if not bool(weights.any()):
+            weights = torch.ones_like(weights)
+        return (reader.embed(kinds.to(reader.device)).float() * weights.to(reader.device)[:, None]).sum(0)
