@@ -84,8 +84,8 @@ def self_information(
     nll = [torch.full((len(ids),), math.log(scorer.vocab_size)) for ids, _ in encoded]
     jobs = [job for i, (ids, _) in enumerate(encoded) for job in _jobs(i, ids, [*opening, *heads[i]], room)]
     if padding is None:
-        padding = 0.03 if scorer.device.type == "cpu" else 0.5
-    for batch in _batches([len(job.row) - 1 for job in jobs], batch_positions, padding):
+        padding = padding_share(scorer.device)
+    for batch in batches([len(job.row) - 1 for job in jobs], batch_positions, padding):
         found = _score(scorer, [jobs[i] for i in batch])
         for i, values in zip(batch, found):
             job = jobs[i]
@@ -120,7 +120,23 @@ def _jobs(text: int, ids: list[int], head: list[int], room: int) -> Iterator[_Jo
         start = end
 
 
-def _batches(lengths: Sequence[int], positions: int, padding: float) -> Iterator[list[int]]:
+@torch.no_grad()
+def next_token_losses(scorer: Reader, ids: Sequence[int]) -> Tensor:
+    """``[len(ids) - 1]`` losses of a row read as it stands, without BOS: entry i is ``-log p(ids[i + 1] | ids[: i + 1])``.
+
+    Float32 on the CPU; empty where the row has fewer than two tokens.
+    """
+    if len(ids) < 2:
+        return torch.zeros(0)
+    return _score(scorer, [_Job(0, len(ids), list(ids), len(ids) - 1)])[0]
+
+
+def padding_share(device: torch.device) -> float:
+    """The share of a batch that may be padding: little on a CPU, where padding costs time."""
+    return 0.03 if device.type == "cpu" else 0.5
+
+
+def batches(lengths: Sequence[int], positions: int, padding: float) -> Iterator[list[int]]:
     """Batches of like length, the longest first, within the positions and the share of padding that are allowed."""
     batch: list[int] = []
     used = 0

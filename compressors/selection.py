@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from .base import CompressorConfig, TextCompressor
 from .budget import join, select
 from .passage import CompressedPassage
 from .scoring import TokenScores
-from .units import LEVELS, carve, keep_spans, split_units, unit_scores
+from .units import LEVELS, Span, carve, keep_spans, split_units, unit_scores
 
 
 @dataclass
@@ -73,6 +74,41 @@ class SelectingCompressor(TextCompressor):
         """The reader's tokens decide what fits."""
         return [self.reader.fingerprint]
 
+    @property
+    def level(self) -> str:
+        """The units that are kept or dropped whole, one of `LEVELS`."""
+        return self.config.unit
+
+    def unit_values(self, units: Sequence[Span], scores: TokenScores) -> Tensor:
+        """``[units]`` what each unit is worth: the mean of its tokens' scores."""
+        return unit_scores(units, scores.offsets, scores.nll)
+
+    @property
+    def pools_budget(self) -> bool:
+        """Whether the passages of one call share one budget, which `share_budget` divides."""
+        return False
+
+    def share_budget(
+        self,
+        texts: Sequence[str],
+        queries: Sequence[str | None],
+        lengths: Sequence[int],
+        targets: Sequence[int],
+        found: Mapping[int, TokenScores],
+    ) -> tuple[list[int], list[dict[str, Any]]]:
+        """Moves budget between the passages of a call.
+
+        Args:
+            texts, queries: the passages and their questions.
+            lengths: the reader's tokens of each passage.
+            targets: the tokens that each would have on its own.
+            found: scores by index of every passage that is not empty.
+
+        Returns:
+            New targets with the same sum, and for each passage what to say of it in ``info``.
+        """
+        return list(targets), [{} for _ in texts]
+
     def _compress(
         self,
         texts: list[str],
@@ -100,8 +136,12 @@ class SelectingCompressor(TextCompressor):
         lengths = [len(ids) for ids in self.reader.tokenize_batch(texts)]
         # The small term keeps 30 / 1.2 at 25 in spite of floating point.
         targets = [math.floor(n / asked + 1e-9) if target_tokens is None else target_tokens for n in lengths]
-        todo = [i for i, n in enumerate(lengths) if with_scores or 0 < targets[i] < n]
+        pooled = self.pools_budget and len(texts) > 1
+        todo = [i for i, n in enumerate(lengths) if with_scores or (pooled and n) or 0 < targets[i] < n]
         found = dict(zip(todo, self.score([texts[i] for i in todo], [queries[i] for i in todo])))
+        notes: list[dict[str, Any]] = [{} for _ in texts]
+        if pooled:
+            targets, notes = self.share_budget(texts, queries, lengths, targets, found)
         info: dict[str, Any] = {"method": self.config.method, "unit": self.config.unit, "joiner": self.config.joiner}
         info |= {"ratio_asked": float(asked)} if target_tokens is None else {"target_tokens": target_tokens}
         passages = []
@@ -120,7 +160,7 @@ class SelectingCompressor(TextCompressor):
                     text=kept,
                     spans=spans,
                     n_tokens=self._count(kept),
-                    info=info | extra,
+                    info=info | notes[i] | extra,
                 )
             )
         return passages
@@ -134,9 +174,9 @@ class SelectingCompressor(TextCompressor):
         config = self.config
         kept = keep_spans(text, config.keep, config.keep_patterns, config.keep_digits, config.keep_names)
         # Where not one unit fits, finer ones are taken: half of a long sentence tells more than nothing.
-        for level in reversed(LEVELS[: LEVELS.index(config.unit) + 1]):
+        for level in reversed(LEVELS[: LEVELS.index(self.level) + 1]):
             units = split_units(text, level, scores.offsets)
-            values = unit_scores(units, scores.offsets, scores.nll)
+            values = self.unit_values(units, scores)
             must = [False] * len(units)
             if kept:
                 units, parents, must = carve(units, kept, text)

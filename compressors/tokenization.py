@@ -79,8 +79,11 @@ class PromptTokenizer:
         encodings = self._plain.encode_batch_fast(marked, add_special_tokens=False)
         return [e.ids if opens else e.ids[1:] for e, (_, opens) in zip(encodings, runs)]
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of a plain run that opens no prompt, and each token's ``(start, end)`` characters in the text."""
+    def encode_with_offsets(self, text: str, opens: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a plain run, and each token's ``(start, end)`` characters in the text; ``opens`` as in `encode`."""
+        if opens:
+            encoding = self._plain.encode(clean(text), add_special_tokens=False)
+            return encoding.ids, encoding.offsets
         encoding = self._plain.encode(self._sentinel + clean(text), add_special_tokens=False)
         shift = len(self._sentinel)
         return encoding.ids[1:], [(a - shift, b - shift) for a, b in encoding.offsets[1:]]
