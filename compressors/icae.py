@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .base import CompressorConfig, Query, SoftCompressor
 from .passage import CompressedPassage, Interface
+from .pooling import GatedPool
 from .reader import Reader
 from .registry import register_compressor
 from .twin import LoRATwin, pack
@@ -48,7 +49,7 @@ class ICAEConfig(CompressorConfig):
     )
     residual: bool = field(
         default=True,
-        metadata={"help": "add the pooled embeddings of the tokens that each slot stands for; not in the paper"},
+        metadata={"help": "add the gated pooled embeddings of the tokens that each slot stands for; not in the paper"},
     )
     special_tokens: bool = field(
         default=False, metadata={"help": "learned [AE], [LM] and [FT] embeddings, as in the paper"}
@@ -112,9 +113,9 @@ class ICAECompressor(SoftCompressor):
     passage never grows and one checkpoint serves every ratio (train it on random ratios); the slots start on the scale of
     the reader's embeddings; memory tokens start as embeddings of random tokens; and their position ids are spread over the
     segment, so that a memory token attends to what it stands for from nearby (arXiv 2409.14364), which rotary attention
-    learns much sooner than a distance that differs from slot to slot; and (``residual``) every slot starts as the pooled
-    embeddings of its tokens, sum over the square root of their number, so that training begins with slots that can be read
-    and the encoder learns what to add. ``fixed_slots=True`` is the paper's
+    learns much sooner than a distance that differs from slot to slot; and (``residual``) every slot starts as
+    the pooled embeddings of its tokens under a gate that learns which of them matter (`GatedPool`), so that training begins
+    with slots that can be read and the encoder learns what to add. ``fixed_slots=True`` is the paper's
     behaviour, in which every segment gets ``mem_size`` slots and a passage of 20 tokens may become 128.
 
     Args:
@@ -152,7 +153,7 @@ class ICAECompressor(SoftCompressor):
         start = start * (reader.embedding_norm / start.norm(dim=-1, keepdim=True).clamp(min=1e-6))
         self.memory = nn.Parameter(start[: config.mem_size].clone())
         self.special = nn.Parameter(start[config.mem_size :].clone()) if config.special_tokens else None
-        self.pool_scale = nn.Parameter(torch.ones((), device=reader.device)) if config.residual else None
+        self.pool = GatedPool(reader) if config.residual else None
         factor = self._matching_factor() * (_RESIDUAL_START if config.residual else 1.0)
         self.log_scale = self.linear = None
         if config.projector == "scale":
@@ -233,8 +234,8 @@ class ICAECompressor(SoftCompressor):
             owned.append(sum(n for _, n in cut))
         found = torch.cat(self._forward(pieces, slots)) if pieces else self.memory.new_zeros(0, self.reader.width)
         found = self._project(found)
-        if self.pool_scale is not None and pieces:
-            found = found + self._pool(pieces, slots).to(found.device) * self.pool_scale
+        if self.pool is not None and pieces:
+            found = found + self.pool(pieces, slots).to(found.device)
         rows = found.to(self.reader.device, self.reader.dtype).split(owned) if ids else ()
         origin = self._origin()
         info = {"method": "icae", "ratio_asked": float(ratio or self.config.ratio), **self.reader.identity_card.runs_as}
@@ -299,20 +300,6 @@ class ICAECompressor(SoftCompressor):
             for i, found in zip(batch, hidden[where].split([slots[i] for i in batch])):
                 out[i] = found
         return [h for h in out if h is not None]
-
-    def _pool(self, pieces: Sequence[list[int]], slots: Sequence[int]) -> Tensor:
-        """``[all slots, width]``: each slot's own run of its segment's token embeddings, summed over sqrt(its length)."""
-        device = self.reader.device
-        of, first = [], 0
-        for piece, n in zip(pieces, slots):
-            of.append(torch.arange(len(piece)) * n // len(piece) + first)
-            first += n
-        where = torch.cat(of).to(device)
-        with torch.no_grad():
-            tokens = self.reader.embed(torch.tensor([i for piece in pieces for i in piece], device=device)).float()
-            total = tokens.new_zeros(first, tokens.shape[1]).index_add_(0, where, tokens)
-            counts = torch.bincount(where, minlength=first).clamp(min=1).sqrt()
-        return total / counts[:, None]
 
     def _project(self, hidden: Tensor) -> Tensor:
         if self.linear is not None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from nutgraf.compressors import Reader
 from nutgraf.compressors.icae import ICAECompressor, ICAEConfig
+from nutgraf.compressors.pooling import GatedPool
 from nutgraf.compressors.twin import LoRATwin, attention_inputs, pack
 from peft import LoraConfig, get_peft_model
 
@@ -99,6 +100,22 @@ def test_the_residual_is_the_pooled_embeddings(reader):
         runs = [segment[[i for i in range(length) if i * slots // length == j]] for j in range(slots)]
         want += [reader.embed(run).sum(0) / len(run) ** 0.5 for run in runs]
     assert torch.allclose(passage.embeds, torch.stack(want), atol=1e-5)
+
+
+def test_the_gate_says_which_tokens_are_pooled(reader):
+    pool = GatedPool(reader)
+    ids = reader.tokenize(PASSAGE)[:6]
+    embeds = reader.embed(torch.tensor(ids))
+    with torch.no_grad():
+        pool.scale.fill_(3.0)
+        pool.gate.copy_(0.1 * torch.randn(1, reader.width, generator=torch.Generator().manual_seed(0)))
+    unit = embeds * reader.width**0.5 / reader.embedding_norm
+    weights = torch.exp(8 * torch.tanh(unit @ pool.gate[0] / 8))
+    want = [
+        3 * (weights[a:b, None] * embeds[a:b]).sum(0) / weights[a:b].square().sum().sqrt() for a, b in ((0, 3), (3, 6))
+    ]
+    assert torch.allclose(pool([ids], [2]), torch.stack(want), atol=1e-5)
+    assert torch.allclose(pool([ids[:2], ids], [1, 2])[1:], torch.stack(want), atol=1e-5)
 
 
 def test_fixed_slots_is_the_papers_behaviour(reader):
