@@ -117,14 +117,10 @@ class KVPlacement:
 
     def check_length(self, length: int) -> None:
         """Refuses prompts whose positions these keys cannot represent. ``length`` counts logical positions."""
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        kind = rope.get("rope_type", "default")
-        limit = rope.get("original_max_position_embeddings") or getattr(
-            self.config, "original_max_position_embeddings", 0
-        )
-        if kind in _LENGTH_DEPENDENT and limit and length > limit:
+        limit = self.rotary_limit
+        if limit is not None and length > limit:
             raise ValueError(
-                f"With {kind} RoPE a KV passage can be read in prompts of up to {limit} positions, got {length}; "
+                f"With {self._rope_type} RoPE a KV passage can be read in prompts of up to {limit} positions, got {length}; "
                 "its keys were rotated with the frequencies of short prompts."
             )
         window = self.window
@@ -133,6 +129,24 @@ class KVPlacement:
                 f"This reader's sliding window spans {window} positions and the prompt has {length}: KV passages can be "
                 "read in prompts of up to one window; use an embeds method for longer ones."
             )
+
+    @property
+    def _rope_type(self) -> str:
+        return (getattr(self.config, "rope_parameters", None) or {}).get("rope_type", "default")
+
+    @property
+    def rotary_limit(self) -> int | None:
+        """Positions up to which the rotation's frequencies do not depend on the prompt's length; ``None``: no bound."""
+        if self._rope_type not in _LENGTH_DEPENDENT:
+            return None
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        original = getattr(self.config, "original_max_position_embeddings", None)
+        return rope.get("original_max_position_embeddings") or original or None
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest prompt that `check_length` takes; ``None``: any."""
+        return min((n for n in (self.rotary_limit, self.window) if n), default=None)
 
     @property
     def window(self) -> int | None:
@@ -158,11 +172,13 @@ class KVPlacement:
         # A padding row sees itself, so that no softmax runs over nothing.
         own = own | torch.eye(time, dtype=torch.bool, device=row.device)
         allowed = torch.cat([past & layout.valid[:, :, None], own], dim=-1)[:, None]
-        additive = torch.zeros(allowed.shape, dtype=dtype, device=row.device)
+        return self.additive(allowed, dtype)  # the prompt fits one window (check_length), so all layers see the same
+
+    def additive(self, allowed: Tensor, dtype: torch.dtype) -> Any:
+        """A bool mask ``[batch, 1, rows, columns]`` as the model takes it: added to the scores, by layer type where it asks."""
+        additive = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
         additive.masked_fill_(~allowed, torch.finfo(dtype).min)
-        if "sliding_attention" in self.types:  # the prompt fits one window (check_length), so both see the same
-            return dict.fromkeys(set(self.types), additive)
-        return additive
+        return dict.fromkeys(set(self.types), additive) if "sliding_attention" in self.types else additive
 
 
 def join(

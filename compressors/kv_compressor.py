@@ -1,0 +1,244 @@
+"""What the methods share whose slots are keys and values: settings, segments, and the way from texts to KV passages."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .base import CompressorConfig, Query, SoftCompressor
+from .kv_slots import KVSlots, cached_layers, check_movable, encode_kv
+from .passage import CompressedPassage, Interface
+from .reader import Reader
+from .twin import Twin
+
+
+@dataclass
+class KVSlotConfig(CompressorConfig):
+    """Settings that methods with keys and values as slots share."""
+
+    most_field: ClassVar[str]  # the field that says how many slots a segment gets at most
+
+    ratio: float | None = field(
+        default=None,
+        metadata={"help": "compression ratio where none is asked for; null: as many slots as there may be"},
+    )
+    fixed_slots: bool = field(
+        default=False,
+        metadata={"help": "every segment gets all its slots, as in the paper, even where that makes it longer"},
+    )
+    segment_tokens: int | None = field(
+        default=None, metadata={"help": "longest segment; default: what the slots allow"}
+    )
+    positions: Literal["append", "spread"] = field(
+        default="append",
+        metadata={
+            "help": "position ids of the slots: 'append' counts on after the segment (the paper), 'spread' puts each at the "
+            "middle of the tokens that it stands for"
+        },
+    )
+    bos: bool = field(
+        default=True, metadata={"help": "put the tokenizer's BOS, if it has one, in front of every segment"}
+    )
+    r: int = field(default=32, metadata={"help": "LoRA rank"})
+    alpha: float = field(default=32.0, metadata={"help": "LoRA scale: updates are multiplied by alpha / r"})
+    dropout: float = field(default=0.0, metadata={"help": "LoRA dropout in training"})
+    target_modules: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "modules that get LoRA; default: query and value projections, or the fused one"}
+    )
+
+    @property
+    def most_slots(self) -> int:
+        """Slots that a segment gets at most."""
+        return getattr(self, self.most_field)
+
+    def __post_init__(self) -> None:
+        for name in (self.most_field, "r", "segment_tokens"):
+            value = getattr(self, name)
+            if value is None and name == "segment_tokens":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+        if self.ratio is not None and not (math.isfinite(self.ratio) and self.ratio >= 1):
+            raise ValueError(
+                f"ratio is source tokens per slot and must be a finite number of at least 1, or null, got {self.ratio!r}."
+            )
+        if self.positions not in ("append", "spread"):
+            raise ValueError(f"positions must be 'append' or 'spread', got {self.positions!r}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}.")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be positive, got {self.alpha!r}.")
+        if self.target_modules is not None:
+            if isinstance(self.target_modules, str) or not self.target_modules:
+                raise ValueError(
+                    f"target_modules must be a list of at least one module name, got {self.target_modules!r}; leave it "
+                    "out for the default."
+                )
+            self.target_modules = tuple(self.target_modules)
+
+
+class KVSlotCompressor(SoftCompressor):
+    """What the methods share whose slots are a tuned reader's keys and values at memory tokens.
+
+    Each segment of a passage is read on its own as ``[BOS][segment][memory tokens]``; the slots of all segments follow one
+    another. A subclass makes its ``encoder`` (a twin of the reader) and says what its memory tokens are.
+
+    Attributes:
+        batch_positions: positions that one forward pass of the encoder may take (memory against speed; changes no result).
+        slot_shapes: ``(kv_heads, width of a key, width of a value)`` of every layer.
+
+    Raises:
+        ValueError: if the reader's keys cannot move (GPT-2, OPT, ALiBi), or it has too few positions for the slots.
+    """
+
+    interface: ClassVar[Interface] = "kv"
+    config: KVSlotConfig
+    encoder: Twin
+
+    def __init__(self, config: KVSlotConfig, reader: Reader) -> None:
+        super().__init__(config, reader)
+        check_movable(reader)
+        self.batch_positions = 16384
+        self.slot_shapes = self._probe_shapes()
+        self._longest_segment(config.ratio)
+
+    @torch.no_grad()
+    def _probe_shapes(self) -> list[tuple[int, int, int]]:
+        reader = self.base_reader
+        ids = torch.zeros(1, 1, dtype=torch.long, device=reader.device)
+        layers = cached_layers(reader.model.get_decoder(), reader.embed(ids), torch.ones_like(ids), ids)
+        return [(k.shape[1], k.shape[3], v.shape[3]) for k, v in layers]
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """Bytes of one slot's keys and values in the reader's dtype; its position takes 8 more."""
+        return self.base_reader.dtype.itemsize * sum(heads * (k + v) for heads, k, v in self.slot_shapes)
+
+    def identity_parts(self) -> list[Any]:
+        """The slots depend on the base weights too."""
+        return [self.base_reader.fingerprint]
+
+    def gradient_checkpointing_enable(self, **settings: Any) -> None:
+        """Raises ``ValueError``: what is wanted here is the cache, which checkpointing drops."""
+        raise ValueError(
+            f"{type(self).__name__} keeps keys and values, which transformers drops while it checkpoints gradients; set "
+            "gradient_checkpointing: false, and lower batch_size or batch_positions to save memory."
+        )
+
+    @abstractmethod
+    def memory_rows(self) -> Tensor:
+        """``[most slots, width]`` embeddings of the memory tokens, differentiable."""
+
+    def declared_positions(self, computed: Tensor) -> Tensor:
+        """The positions that a passage says its keys were computed at, from which the reader moves them."""
+        return computed
+
+    # -- segments --------------------------------------------------------------------------------------------------
+
+    def _longest_segment(self, ratio: float | None) -> int | None:
+        config, reader = self.config, self.base_reader
+        limits = [reader.max_positions, reader.kv_placement.max_length]
+        room = min((n for n in limits if n is not None), default=None)
+        if room is not None:
+            room -= config.most_slots + (len(reader.bos_ids) if config.bos else 0)
+            if room < 1:
+                raise ValueError(
+                    f"{config.most_slots} slots leave no room for a passage in the positions of {reader.name!r}; choose a "
+                    f"smaller {config.most_field}."
+                )
+        asked = None if ratio is None else math.floor(config.most_slots * ratio + 1e-6)
+        return min((n for n in (room, asked, config.segment_tokens) if n is not None), default=None)
+
+    def segments(self, n_tokens: int, ratio: float | None = None) -> list[tuple[int, int]]:
+        """How a passage is cut: ``(tokens, slots)`` of each segment, in order. Segments are equally long, but for the last."""
+        if not n_tokens:
+            return []
+        ratio = self.config.ratio if ratio is None else float(ratio)
+        count = -(-n_tokens // (self._longest_segment(ratio) or n_tokens))
+        length = -(-n_tokens // count)
+        lengths = [min(length, n_tokens - start) for start in range(0, n_tokens, length)]
+        most = self.config.most_slots
+        if self.config.fixed_slots:
+            return [(n, most) for n in lengths]
+        return [(n, min(n if ratio is None else math.ceil(n / ratio - 1e-6), most)) for n in lengths]
+
+    def _memory_positions(self, start: int, tokens: int, slots: int) -> Tensor:
+        if self.config.positions == "append":
+            return torch.arange(start + tokens, start + tokens + slots)
+        return start + ((torch.arange(slots) + 0.5) * (tokens / slots)).long()
+
+    # -- encoding --------------------------------------------------------------------------------------------------
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        query: Query = None,
+        ratio: float | None = None,
+        vectors: Sequence[Any] | None = None,
+    ) -> list[CompressedPassage]:
+        """Compresses passages, differentiably in what is tuned and in the memory embeddings.
+
+        Args:
+            texts: the passages.
+            query: ignored: the slots serve all questions.
+            ratio: any real number of at least 1; ``None``: the config's.
+            vectors: ignored.
+        """
+        ids = self.base_reader.tokenize_batch(self._check_texts(texts))
+        bos = list(self.base_reader.bos_ids) if self.config.bos else []
+        pieces: list[list[int]] = []
+        cuts = [self.segments(len(passage), ratio) for passage in ids]
+        for passage, cut in zip(ids, cuts):
+            ends = accumulate(n for n, _ in cut)
+            pieces += [bos + passage[end - n : end] for (n, _), end in zip(cut, ends)]
+        flat = [pair for cut in cuts for pair in cut]
+        found = iter(
+            encode_kv(
+                self.encoder,
+                pieces,
+                [slots for _, slots in flat],
+                self.memory_rows(),
+                [self._memory_positions(len(bos), tokens, slots) for tokens, slots in flat],
+                budget=self.batch_positions,
+            )
+        )
+        # In training the weights change with every step, and hashing them each time would be waste.
+        origin = "training" if self.training and torch.is_grad_enabled() else self.fingerprint
+        reader = self.reader.fingerprint
+        asked = self.config.ratio if ratio is None else float(ratio)
+        info = {"method": self.config.method, "ratio_asked": asked, **self.base_reader.identity_card.runs_as}
+        out = []
+        for passage, cut in zip(ids, cuts):
+            keys, values, positions = self._joined([next(found) for _ in cut])
+            out.append(
+                CompressedPassage(
+                    "kv",
+                    len(passage),
+                    origin,
+                    reader,
+                    keys=keys,
+                    values=values,
+                    positions=self.declared_positions(positions),
+                    info=dict(info),
+                )
+            )
+        return out
+
+    def _joined(self, parts: Sequence[KVSlots]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+        """The slots of a passage's segments, one after another, in the reader's dtype."""
+        dtype, device = self.base_reader.dtype, self.base_reader.device
+        if not parts:
+            keys = tuple(torch.zeros(heads, 0, k, dtype=dtype, device=device) for heads, k, _ in self.slot_shapes)
+            values = tuple(torch.zeros(heads, 0, v, dtype=dtype, device=device) for heads, _, v in self.slot_shapes)
+            return keys, values, torch.zeros(0, dtype=torch.long)
+        layers = range(len(self.slot_shapes))
+        keys = tuple(torch.cat([part.keys[i] for part in parts], dim=1).to(dtype) for i in layers)
+        values = tuple(torch.cat([part.values[i] for part in parts], dim=1).to(dtype) for i in layers)
+        return keys, values, torch.cat([part.positions for part in parts])

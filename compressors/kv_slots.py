@@ -1,0 +1,143 @@
+"""Slots that are keys and values: a tuned reader reads a passage and memory tokens, and its cache at those is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from .kv import FIXED, position_arguments
+from .reader import Reader
+from .twin import LoRATwin, Twin, pack
+
+
+@dataclass
+class KVSlots:
+    """Keys and values at some tokens.
+
+    Attributes:
+        keys, values: one ``[kv_heads, slots, head_dim]`` tensor per layer.
+        positions: ``[slots]`` int64, the positions at which the keys were computed.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    positions: Tensor
+
+
+def cached_layers(decoder: Any, embeds: Tensor, mask: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values ``[batch, kv_heads, time, head_dim]`` of every layer, differentiable.
+
+    Args:
+        decoder: the body of a causal LM.
+        embeds: ``[batch, time, width]``.
+        mask: ``[batch, time]``, 0 for padding, which stands on the right.
+        positions: ``[batch, time]``.
+
+    Raises:
+        RuntimeError: if the model does not keep the keys and values of every position.
+    """
+    cache = DynamicCache()  # without the config: a sliding layer's own cache would keep its window alone
+    decoder(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=True,
+        **position_arguments(decoder, positions),
+    )
+    layers: list[Any] = cache.layers
+    if not layers or any(layer.keys is None or layer.keys.shape[2] != embeds.shape[1] for layer in layers):
+        raise RuntimeError(
+            f"{type(decoder).__name__} kept no keys and values of this pass, so there is nothing to store; a model that "
+            "checkpoints gradients in training drops them: switch gradient checkpointing off."
+        )
+    return [(layer.keys, layer.values) for layer in layers]
+
+
+def encode_kv(
+    twin: Twin,
+    texts: Sequence[Sequence[int]],
+    slots: Sequence[int],
+    memory: Tensor,
+    positions: Sequence[Tensor],
+    *,
+    budget: int = 16384,
+) -> list[KVSlots]:
+    """Reads ``[text][memory tokens]`` and returns the keys and values at the memory tokens; batched as one by one.
+
+    Differentiable in the memory embeddings and in what of the twin is tuned.
+
+    Args:
+        twin: the tuned reader.
+        texts: token ids of each sequence, BOS included; they stand at positions 0, 1, 2, ...
+        slots: how many memory tokens follow each text, at least 1.
+        memory: ``[most slots, width]`` memory embeddings; a sequence takes the first ones.
+        positions: position ids ``[slots]`` of each sequence's memory tokens.
+        budget: positions that one forward pass may take, padding counted.
+
+    Returns:
+        The `KVSlots` of each sequence, in order.
+    """
+    embed = twin.lm.get_input_embeddings()
+    device = embed.weight.device
+    lengths = [len(text) + n for text, n in zip(texts, slots)]
+    out: list[KVSlots | None] = [None] * len(texts)
+    for batch in pack(lengths, budget):
+        longest = lengths[batch[0]]
+        ids = torch.zeros(len(batch), longest, dtype=torch.long)
+        mask = torch.zeros(len(batch), longest, dtype=torch.long)
+        at = torch.arange(longest).repeat(len(batch), 1)
+        rows: list[int] = []
+        columns: list[int] = []
+        which: list[int] = []
+        for row, i in enumerate(batch):
+            n = len(texts[i])
+            ids[row, :n] = torch.tensor(texts[i], dtype=torch.long)
+            mask[row, : lengths[i]] = 1
+            at[row, n : lengths[i]] = positions[i]
+            rows += [row] * slots[i]
+            columns += range(n, lengths[i])
+            which += range(slots[i])
+        where = (torch.tensor(rows), torch.tensor(columns))  # indices on the CPU serve tensors on any device
+        tokens = embed(ids.to(device))
+        source = memory[torch.tensor(which)].to(tokens.device, tokens.dtype)
+        layers = cached_layers(twin.decoder, tokens.index_put(where, source), mask.to(device), at.to(device))
+        for row, i in enumerate(batch):
+            span = slice(len(texts[i]), lengths[i])
+            # Cloned: a view would keep the whole batch's cache in memory.
+            keys = tuple(k[row, :, span].clone() for k, _ in layers)
+            out[i] = KVSlots(keys, tuple(v[row, :, span].clone() for _, v in layers), positions[i])
+    return [found for found in out if found is not None]
+
+
+def check_movable(reader: Reader) -> None:
+    """Raises ``ValueError`` if keys of this reader cannot be read at another position than their own."""
+    if FIXED in reader.kv_placement.kinds:
+        raise ValueError(
+            f"{type(reader.model).__name__} mixes positions into its keys (learned positions or an unknown rotation), so "
+            "keys and values computed behind a passage cannot be read anywhere else; use an embeds method such as icae, "
+            "or a text method, with this reader."
+        )
+
+
+def drop_idle_lora(twin: Twin) -> None:
+    """Drops the LoRA matrices that no key or value depends on: in the last layer, all but those of keys and values.
+
+    For a twin that only encodes. They would never get a gradient, yet be saved and trained.
+    """
+    if not isinstance(twin, LoRATwin):
+        return
+    embed = twin.lm.get_input_embeddings()
+    ids = torch.zeros(1, 2, dtype=torch.long, device=embed.weight.device)
+    with torch.enable_grad():
+        layers = cached_layers(twin.decoder, embed(ids), torch.ones_like(ids), torch.arange(2, device=ids.device)[None])
+        total = sum((k.float().sum() + v.float().sum() for k, v in layers), torch.zeros((), device=ids.device))
+        names = list(twin.lora)
+        found = torch.autograd.grad(total, [twin.lora[name] for name in names], allow_unused=True)
+    for name, gradient in zip(names, found):
+        if gradient is None:
+            twin.lora.pop(name).requires_grad_(False)  # its product is zero, and stays so
