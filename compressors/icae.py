@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -57,6 +58,24 @@ class ICAEConfig(CompressorConfig):
     bos: bool = field(
         default=True, metadata={"help": "put the tokenizer's BOS, if it has one, in front of every segment"}
     )
+    bos_once: bool = field(
+        default=False,
+        metadata={"help": "BOS is the passage's own first token, counted and cut with it, as in the authors' code"},
+    )
+    as_prompt: bool = field(
+        default=False,
+        metadata={
+            "help": "tokenise a passage as the start of a prompt, where SentencePiece tokenizers put a space in front, as in "
+            "the authors' code; default: as it stands inside a prompt"
+        },
+    )
+    truncate: int | None = field(
+        default=None,
+        metadata={
+            "help": "read one segment of at most so many tokens (BOS counted) and drop the rest with a warning: ICAE v1's own "
+            "code alone does this; default: long passages become several segments"
+        },
+    )
     r: int = field(default=32, metadata={"help": "LoRA rank"})
     alpha: float = field(default=32.0, metadata={"help": "LoRA scale: updates are multiplied by alpha / r"})
     dropout: float = field(default=0.0, metadata={"help": "LoRA dropout in training"})
@@ -65,9 +84,9 @@ class ICAEConfig(CompressorConfig):
     )
 
     def __post_init__(self) -> None:
-        for name in ("mem_size", "r", "segment_tokens"):
+        for name in ("mem_size", "r", "segment_tokens", "truncate"):
             value = getattr(self, name)
-            if value is None and name == "segment_tokens":
+            if value is None and name in ("segment_tokens", "truncate"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
@@ -83,6 +102,10 @@ class ICAEConfig(CompressorConfig):
             raise ValueError(f"projector must be 'none', 'scale' or 'linear', got {self.projector!r}.")
         if self.positions not in ("spread", "append"):
             raise ValueError(f"positions must be 'spread' or 'append', got {self.positions!r}.")
+        if self.truncate is not None and not self.fixed_slots:
+            raise ValueError(
+                "truncate is for imported ICAE v1 checkpoints, whose slots are fixed: set fixed_slots too."
+            )
         if isinstance(self.target_modules, str):
             raise ValueError(f"target_modules must be a list of module names, got one string {self.target_modules!r}.")
         if self.target_modules is not None:
@@ -197,6 +220,8 @@ class ICAECompressor(SoftCompressor):
         ratio = self.config.ratio if ratio is None else float(ratio)
         if not n_tokens:
             return []
+        if self.config.truncate is not None:
+            return [(min(n_tokens, self.config.truncate), self.config.mem_size)]
         count = -(-n_tokens // self._longest_segment(ratio))
         length = -(-n_tokens // count)
         lengths = [min(length, n_tokens - start) for start in range(0, n_tokens, length)]
@@ -222,12 +247,25 @@ class ICAECompressor(SoftCompressor):
             vectors: ignored.
         """
         texts = self._check_texts(texts)
-        ids = self.reader.tokenize_batch(texts)
+        if self.config.as_prompt:
+            return self.encode_ids(self.reader.prompts.encode_batch([(text, True) for text in texts]), ratio)
+        return self.encode_ids(self.reader.tokenize_batch(texts), ratio)
+
+    def encode_ids(self, ids: Sequence[Sequence[int]], ratio: float | None = None) -> list[CompressedPassage]:
+        """`encode` for passages given as token ids, BOS not among them."""
         pieces: list[list[int]] = []
         slots: list[int] = []
         owned: list[int] = []
-        for passage in ids:
+        bos = self.reader.bos_ids if self.config.bos and self.config.bos_once else []
+        for tokens in ids:
+            passage = [*bos, *tokens] if len(tokens) else []
             cut = self.segments(len(passage), ratio)
+            if (read := sum(length for length, _ in cut)) < len(passage):
+                warnings.warn(
+                    f"A passage of {len(passage)} tokens was cut to its first {read}, as ICAE v1 does (truncate="
+                    f"{self.config.truncate}); split longer passages, or set truncate to None.",
+                    stacklevel=2,
+                )
             ends = accumulate(length for length, _ in cut)
             pieces += [passage[end - length : end] for (length, _), end in zip(cut, ends)]
             slots += [n for _, n in cut]
@@ -267,7 +305,7 @@ class ICAECompressor(SoftCompressor):
     def _forward(self, pieces: Sequence[list[int]], slots: Sequence[int]) -> list[Tensor]:
         """For each segment's ids the hidden states ``[slots, width]`` at its memory tokens, in batches of like length."""
         reader = self.reader
-        bos = list(reader.bos_ids) if self.config.bos else []
+        bos = list(reader.bos_ids) if self.config.bos and not self.config.bos_once else []
         lengths = [len(bos) + len(piece) + n for piece, n in zip(pieces, slots)]
         out: list[Tensor | None] = [None] * len(pieces)
         for batch in pack(lengths, self.batch_positions):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .passage import CompressedPassage
-from .tokenization import PromptTokenizer, Special
+from .tokenization import PromptTokenizer, Special, TokenIds
 
 Prompt = Any  # a str, or a sequence of str and CompressedPassage in reading order
 TOKEN, SOFT, KV = 0, 1, 2
@@ -60,7 +60,7 @@ def merge_atoms(atoms: Iterable[Any]) -> list[Any]:
                 atom = atom.text
             elif atom.slots == 0:
                 continue
-        if not isinstance(atom, str | CompressedPassage | Special):
+        if not isinstance(atom, str | CompressedPassage | Special | TokenIds):
             raise TypeError(
                 f"A prompt holds strings and compressed passages, got {type(atom).__name__}; "
                 "a batch is a list of prompts, each of them a list."
@@ -83,13 +83,15 @@ def plan_prompts(batch: Sequence[Sequence[Any]], tokenizer: PromptTokenizer, bos
     plans = []
     for atoms, opens in zip(merged, bos):
         plan = PromptPlan()
-        if opens:
+        if opens and not (atoms and isinstance(atoms[0], TokenIds)):
             plan.add_tokens(tokenizer.bos_ids)
         for atom in atoms:
             if isinstance(atom, str):
                 plan.add_tokens(next(encoded))
             elif isinstance(atom, Special):
                 plan.add_tokens([atom.id])
+            elif isinstance(atom, TokenIds):
+                plan.add_tokens(atom.ids)
             else:
                 plan.add_passage(atom)
         plans.append(plan)

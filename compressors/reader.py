@@ -19,7 +19,7 @@ from .kv import KVPlacement, join, position_arguments
 from .passage import CompressedPassage
 from .plan import KV, Layout, Prompt, PromptPlan, plan_prompts
 from .reader_identity import ReaderIdentity
-from .tokenization import PromptTokenizer
+from .tokenization import PromptTokenizer, TokenIds
 
 IDENTITY = "identity"
 
@@ -232,6 +232,8 @@ class Reader:
 
     def _check_passages(self, atoms: Sequence[Any]) -> None:
         for atom in atoms:
+            if isinstance(atom, TokenIds) and (bad := [i for i in atom.ids if not 0 <= i < self.vocab_size]):
+                raise ValueError(f"Token ids must lie in 0..{self.vocab_size - 1} for {self.name!r}, got {bad[0]}.")
             if not isinstance(atom, CompressedPassage) or atom.interface == "text":
                 continue
             if atom.reader != self.fingerprint:

@@ -27,6 +27,16 @@ class Special:
     id: int
 
 
+@dataclass(frozen=True)
+class TokenIds:
+    """Literal token ids in a prompt, where a format cannot be spelled in text (special tokens, a tokenisation of its own).
+
+    A prompt that opens with them opens with nothing else: no BOS is put in front, so ``TokenIds(())`` leaves it out.
+    """
+
+    ids: tuple[int, ...]
+
+
 class PromptTokenizer:
     """Tokenises the strings of a prompt.
 

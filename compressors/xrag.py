@@ -15,7 +15,9 @@ from .embedders import MINILM, Embedder, load_embedder
 from .passage import CompressedPassage, Interface
 from .reader import Reader
 from .registry import register_compressor
+from .xrag_reference import load_last_token_embedder
 
+UNKNOWN = "unknown"
 _PROBES = 256  # random inputs on which the output scale is matched
 
 
@@ -53,7 +55,19 @@ class XRAGConfig(CompressorConfig):
     vector_size: int | None = field(
         default=None, metadata={"help": "width of the vectors; filled in from the embedder"}
     )
-    embedder_hash: str | None = field(default=None, metadata={"help": "the embedder's fingerprint; filled in"})
+    embedder_hash: str | None = field(
+        default=None,
+        metadata={
+            "help": "the embedder's fingerprint; filled in ('unknown': imported without having seen the embedder)"
+        },
+    )
+    pooling: Literal["own", "last"] = field(
+        default="own",
+        metadata={
+            "help": "'own': the vectors that sentence-transformers makes with this embedder; 'last': the bare last hidden "
+            "state at its last token, as the authors' code takes it"
+        },
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.embedder, str) or not self.embedder:
@@ -62,6 +76,8 @@ class XRAGConfig(CompressorConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+        if self.pooling not in ("own", "last"):
+            raise ValueError(f"pooling must be 'own' or 'last', got {self.pooling!r}.")
         if self.scale not in ("matched", "none"):
             raise ValueError(f"scale must be 'matched' or 'none', got {self.scale!r}.")
         if self.vector_size is not None and self.vector_size < 1:
@@ -128,13 +144,16 @@ class XRAGCompressor(SoftCompressor):
         """
         with self._lock:
             if self._embedder is None:
-                found = load_embedder(self.config.embedder, self.reader.device)
+                load = load_embedder if self.config.pooling == "own" else load_last_token_embedder
+                found = load(self.config.embedder, self.reader.device)
                 self._check_embedder(found)
                 self._embedder = found
             return self._embedder
 
     def _check_embedder(self, embedder: Embedder) -> None:
         wanted = self.config.embedder_hash
+        if wanted == UNKNOWN and embedder.dim == self.config.vector_size:
+            return
         if wanted is not None and embedder.fingerprint != wanted:
             raise ValueError(
                 f"The embedder {embedder.name!r} ({embedder.fingerprint}, {embedder.dim} wide) is not the one this xRAG "
