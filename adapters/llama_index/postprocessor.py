@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,10 +16,12 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, Query
 from ...compressors import CompressedPassage, Compressor
 from ..passage_cache import PassageCache
 from ..placeholders import Issued, PlaceholderStore, ReadingLLM, escape_placeholders, holds_placeholder, shared_store
+from ..store import PassageStore, explain_missing, get_or_compress, keys_for
 from .events import CompressionEvent
 from .nodes import read_as, text_of
 
 _dispatcher = get_dispatcher(__name__)
+_log = logging.getLogger(__name__)
 
 
 class CompressedContextPostprocessor(BaseNodePostprocessor):
@@ -45,6 +48,8 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
         as_text: insist on text for the LLM, that is, on a compressor to ``text``.
         cache: where compressed passages are kept, or a whole `PlaceholderStore`; default: one that all adapters for the
             reader share.
+        store: a `nutgraf.adapters.store.PassageStore` in which passages were put when they were indexed: what is there is
+            read and not compressed. What is not there is compressed now and, unless the store is read-only, put there.
         batch_size: passages compressed at a time.
 
     Raises:
@@ -67,6 +72,8 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
     _compressor: Compressor = PrivateAttr()
     _reader: str | None = PrivateAttr()  # fingerprint
     _store: PlaceholderStore = PrivateAttr()
+    _indexed: PassageStore | None = PrivateAttr(default=None)
+    _warned: bool = PrivateAttr(default=False)
 
     def __init__(
         self,
@@ -79,6 +86,7 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
         reuse_vectors: bool = False,
         as_text: bool = False,
         cache: PassageCache | PlaceholderStore | None = None,
+        store: PassageStore | None = None,
         batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -102,6 +110,7 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
         super().__init__(**settings, **kwargs)
         self._compressor = compressor
         self._reader = None if compressor.reader is None else compressor.reader.fingerprint
+        self._indexed = store
         if isinstance(cache, PlaceholderStore):
             self._store = cache
         elif cache is None and self._reader is not None:
@@ -154,8 +163,9 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
         missed: list[int] = []
 
         def compress(places: Sequence[int]) -> list[CompressedPassage]:
-            missed.extend(places)
-            return self._run([texts[i] for i in places], query, [vectors[i] for i in places])
+            made, compressed = self._look_up_or_run([texts[i] for i in places], query, [vectors[i] for i in places])
+            missed.extend(places[i] for i in compressed)
+            return made
 
         passages = self.cache.get_or_compress(keys, compress)
         event = CompressionEvent(
@@ -175,6 +185,30 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
         )
         return [placeholder if passage.slots else "" for placeholder, passage in zip(placeholders, passages)]
 
+    def _look_up_or_run(
+        self, texts: Sequence[str], query: str | None, vectors: Sequence[list[float] | None]
+    ) -> tuple[list[CompressedPassage], list[int]]:
+        """The passages, from the store where it has them, and the places of those that were compressed."""
+        if self._indexed is None:
+            return self._run(texts, query, vectors), list(range(len(texts)))
+        keys = keys_for(self._compressor, texts, ratio=self.ratio, query=query)
+        passages, compressed = get_or_compress(
+            self._indexed,
+            keys,
+            texts,
+            lambda places: self._run([texts[i] for i in places], query, [vectors[i] for i in places]),
+        )
+        if compressed and not self._warned:
+            self._warned = True  # once, not at each request
+            _log.warning(
+                "%d of %d passages were not in the store %s and were compressed at query time%s",
+                len(compressed),
+                len(texts),
+                self._indexed.name,
+                explain_missing(self._indexed, keys[compressed[0]].maker),
+            )
+        return passages, compressed
+
     def _run(
         self, texts: Sequence[str], query: str | None, vectors: Sequence[list[float] | None]
     ) -> list[CompressedPassage]:
@@ -184,7 +218,7 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
         )
 
     def _again(self, text: str, query: str | None, vector: list[float] | None) -> CompressedPassage:
-        return self._run([text], query, [vector])[0]
+        return self._look_up_or_run([text], query, [vector])[0][0]
 
     def _vector(self, node: BaseNode) -> list[float] | None:
         return node.embedding if self.reuse_vectors else None

@@ -1,0 +1,160 @@
+"""A compressed passage as a JSON header and one run of bytes that tensors can be views of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...compressors import CompressedPassage
+from .base import StoreError
+from .quantize import LEVELS, Quantisation, Quantised, dequantise, groups, quantise
+
+ALIGNMENT = 64  # bytes; a cache line, and a multiple of every element's size
+_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.int64)}
+_FLOATS = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How slots are stored.
+
+    Attributes:
+        dtype: ``"float16"``, ``"bfloat16"`` or ``"float32"``; ``None``: as the compressor made them.
+        quantize: ``"int8"`` or ``"int4"``; they come back in the dtype in which they were made.
+        group: neighbouring dimensions that share a scale (see `nutgraf.adapters.store.quantize`).
+
+    Raises:
+        ValueError: for anything else, or if both are given.
+    """
+
+    dtype: str | None = None
+    quantize: Quantisation | None = None
+    group: int = 64
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in _FLOATS:
+            raise ValueError(
+                f"Slots are stored as {', '.join(_FLOATS)} or as they were made, got dtype={self.dtype!r}."
+            )
+        if self.quantize is not None and self.quantize not in LEVELS:
+            raise ValueError(f"quantize must be one of {sorted(LEVELS)} or None, got {self.quantize!r}.")
+        if self.dtype is not None and self.quantize is not None:
+            raise ValueError(f"Give dtype or quantize, not both: got {self.dtype!r} and {self.quantize!r}.")
+        if not 2 <= self.group <= 4096:
+            raise ValueError(f"A group holds 2 to 4096 dimensions, got {self.group}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.quantize}, groups of {self.group}" if self.quantize else self.dtype or "as made"
+
+
+def encode(passage: CompressedPassage, encoding: Encoding) -> tuple[str, bytes]:
+    """The passage's JSON header and its tensors' bytes.
+
+    Raises:
+        ValueError: if its numbers do not fit the encoding (too large for float16, say).
+    """
+    run = bytearray()
+    specs = [_write(run, name, tensor, encoding) for name, tensor in passage._tensors().items()]
+    header = {
+        "interface": passage.interface,
+        "source_tokens": passage.source_tokens,
+        "compressor": passage.compressor,
+        "reader": passage.reader,
+        "text": passage.text,
+        "spans": passage.spans,
+        "n_tokens": passage.n_tokens,
+        "info": dict(passage.info) | ({"quantized": encoding.quantize} if encoding.quantize and specs else {}),
+        "tensors": specs,
+    }
+    return json.dumps(header), bytes(run)
+
+
+def decode(header: Mapping[str, Any], data: Any) -> CompressedPassage:
+    """The passage of a header (parsed) and its bytes; its tensors are views of ``data`` unless they were quantised.
+
+    Args:
+        header: what `encode` made, parsed.
+        data: a writable buffer of at least the passage's bytes.
+
+    Raises:
+        StoreError: if the two do not fit.
+    """
+    try:
+        tensors = {spec["name"]: _read(data, spec) for spec in header["tensors"]}
+        layers = sum(name.startswith("keys.") for name in tensors)
+        kv = header["interface"] == "kv"
+        return CompressedPassage(
+            interface=header["interface"],
+            source_tokens=header["source_tokens"],
+            compressor=header["compressor"],
+            reader=header["reader"],
+            embeds=tensors.get("embeds"),
+            keys=tuple(tensors[f"keys.{i}"] for i in range(layers)) if kv else None,
+            values=tuple(tensors[f"values.{i}"] for i in range(layers)) if kv else None,
+            positions=tensors.get("positions"),
+            text=header["text"],
+            spans=None if header["spans"] is None else tuple((a, b) for a, b in header["spans"]),
+            n_tokens=header["n_tokens"],
+            info=header["info"],
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise StoreError(f"A stored passage's header does not fit its bytes: {error!r}.") from error
+
+
+def _write(run: bytearray, name: str, tensor: Tensor, encoding: Encoding) -> dict[str, Any]:
+    """Appends a tensor to the run of bytes, and says how it is to be read."""
+    made = str(tensor.dtype).removeprefix("torch.")
+    if made not in _DTYPES:
+        raise ValueError(f"A store holds {', '.join(_DTYPES)}, but the passage's {name} are {made}.")
+    spec: dict[str, Any] = {"name": name, "shape": list(tensor.shape), "dtype": made}
+    if not tensor.is_floating_point():
+        return spec | {"at": _append(run, tensor)}
+    if encoding.quantize is not None:
+        group = min(encoding.group, max(tensor.shape[-1], 2))
+        quantised = quantise(tensor, encoding.quantize, group)
+        spec |= {"quantize": encoding.quantize, "group": group}
+        return spec | {"at": _append(run, quantised.numbers), "scales_at": _append(run, quantised.scales)}
+    if encoding.dtype is not None:
+        tensor = tensor.to(_DTYPES[encoding.dtype])
+        spec["dtype"] = encoding.dtype
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"The passage's {name} do not fit {encoding.dtype}; store them as bfloat16 or float32.")
+    return spec | {"at": _append(run, tensor)}
+
+
+def _append(run: bytearray, tensor: Tensor) -> int:
+    run.extend(bytes(-len(run) % ALIGNMENT))
+    start = len(run)
+    run.extend(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return start
+
+
+def _read(data: Any, spec: Mapping[str, Any]) -> Tensor:
+    shape, dtype = spec["shape"], _DTYPES[spec["dtype"]]
+    kind = spec.get("quantize")
+    if kind is None:
+        return _view(data, spec["at"], dtype, shape)
+    group, (*rows, width) = spec["group"], shape
+    count = groups(width, group)
+    packed = (torch.int8, group) if kind == "int8" else (torch.uint8, -(-group // 2))
+    numbers = _view(data, spec["at"], packed[0], [*rows, count, packed[1]])
+    scales = _view(data, spec["scales_at"], torch.float16, [*rows, count])
+    return dequantise(Quantised(numbers, scales), kind, group, width).to(dtype)
+
+
+def _view(data: Any, start: int, dtype: torch.dtype, shape: list[int]) -> Tensor:
+    count = 1
+    for size in shape:
+        count *= size
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype, count=count, offset=start).view(shape)

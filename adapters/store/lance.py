@@ -1,0 +1,280 @@
+"""`LanceStore`: compressed passages in a LanceDB table, with their texts and retrieval vectors.
+
+Layout of a local store::
+
+    passages.lance/   the table: one row a passage; where its slots stand; their checksum
+    slabs/*.slab      the slots (see `nutgraf.adapters.store.slabs`)
+
+Slots stand beside the table because that is faster: benchmarks/results/store.jsonl. On object storage, where no file can be
+mapped, they stand in the table. A put writes and syncs the slots first and then commits the rows, all of them or none: what
+was acknowledged is there after a kill, and what was not acknowledged is not seen.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import secrets
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from ...compressors import CompressedPassage
+from .base import Entry, Hit, Maker, PassageKey, PassageStore, StoreError, StoreStats
+from .codec import Encoding, decode, encode
+from .rows import PLACE, Place, key_of, row_of, text_and_about
+from .table import FIELDS, VECTOR, PassageTable, of_maker, writable
+
+Layout = Literal["slabs", "table"]
+_MAX_REFS = 2**16
+
+
+class LanceStore(PassageStore):
+    """Compressed passages on disk or object storage. Safe to share by threads and by processes.
+
+    Args:
+        uri: a folder, or a URI that LanceDB takes (``s3://...``).
+        dtype, quantize, group: how slots are stored, see `Encoding`; fixed when the store is made, and by default that of
+            an existing store, or as the compressor makes them.
+        layout: ``"slabs"`` or ``"table"``; default: slabs in a folder, and the table elsewhere.
+        read_only: refuse `put_many`; also true of a folder that may not be written.
+        create: make the store if there is none.
+        storage_options: LanceDB's, for object storage.
+
+    Raises:
+        ValueError: if the settings differ from those of the existing store.
+        StoreError: if it cannot be opened.
+    """
+
+    def __init__(
+        self,
+        uri: str | os.PathLike[str],
+        *,
+        dtype: str | None = None,
+        quantize: Literal["int8", "int4"] | None = None,
+        group: int | None = None,
+        layout: Layout | None = None,
+        read_only: bool = False,
+        create: bool = True,
+        storage_options: Mapping[str, str] | None = None,
+    ) -> None:
+        self.uri = os.fspath(uri)
+        wanted = Encoding(dtype, quantize, 64 if group is None else group)
+        local = "://" not in self.uri
+        if layout not in (None, "slabs", "table"):
+            raise ValueError(f'layout must be "slabs" or "table", got {layout!r}.')
+        if layout == "slabs" and not local:
+            raise ValueError(f'Slabs are mapped files, which {self.uri} cannot have; use layout="table".')
+        settings = {
+            "name": secrets.token_hex(8),
+            "layout": layout or ("slabs" if local and os.name == "posix" else "table"),
+            "encoding": wanted.to_dict(),
+        }
+        self._options = storage_options
+        self.read_only = read_only or not writable(self.uri)
+        self._table = PassageTable(self.uri, settings, create=create and not self.read_only, options=storage_options)
+        self.encoding = Encoding(**self._table.settings["encoding"])
+        if (dtype or quantize or group) and wanted != self.encoding:
+            raise ValueError(
+                f"The store {self.uri} holds slots {self.encoding}, not {wanted}; open it without these settings, "
+                f"or copy it: nutgraf store migrate {self.uri} --to NEW --quantize int8."
+            )
+        if layout is not None and layout != self._table.settings["layout"]:
+            raise ValueError(f"The store {self.uri} has the layout {self._table.settings['layout']!r}, not {layout!r}.")
+        self.layout: Layout = self._table.settings["layout"]
+        self.name = f"{self.uri}#{self._table.settings['name']}"
+        self._slabs: Any = None
+        if self.layout == "slabs":
+            from .slabs import Slabs  # POSIX alone
+
+            self._slabs = Slabs(Path(self.uri) / "slabs")
+        self._refs: OrderedDict[str, Place] = OrderedDict()
+        self._lock = threading.Lock()  # guards the refs; held for moments
+        self._writing = threading.Lock()
+
+    def __reduce__(self) -> Any:  # to a worker process, as a path
+        opened = functools.partial(LanceStore, read_only=self.read_only, create=False, storage_options=self._options)
+        return opened, (self.uri,)
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def get_many(self, keys: Sequence[PassageKey]) -> list[CompressedPassage | None]:
+        """The passages under the keys, in order; ``None`` where there is none (see `PassageStore.get_many`)."""
+        found = self._read(keys, self._find(keys))
+        return [found.get(key.id) for key in keys]
+
+    def _read(self, keys: Sequence[PassageKey], refs: dict[str, Any]) -> dict[str, CompressedPassage]:
+        out: dict[str, CompressedPassage] = {}
+        for key in keys:
+            if key.id in out or key.id not in refs:
+                continue
+            try:
+                out[key.id] = self._passage(key, *refs[key.id])
+            except StoreError as error:
+                if not isinstance(error.__cause__, FileNotFoundError):
+                    raise
+                self._forget()  # another process has compacted the store
+                again = self._find([key])
+                if key.id in again:
+                    out[key.id] = self._passage(key, *again[key.id])
+        return out
+
+    def _find(self, keys: Iterable[PassageKey]) -> dict[str, tuple[Place, bytes | None]]:
+        """Where the passages stand, by key: from memory, or from the table, which is read anew for what it lacks."""
+        wanted = list(dict.fromkeys(key.id for key in keys))
+        found: dict[str, tuple[Place, bytes | None]] = {}
+        with self._lock:
+            for key in wanted:
+                if (ref := self._refs.get(key)) is not None:
+                    self._refs.move_to_end(key)
+                    found[key] = (ref, None)
+        columns = ("key", *PLACE) if self._slabs is not None else ("key", *PLACE, "data")
+        for fresh in (False, True):
+            unknown = [key for key in wanted if key not in found]
+            if not unknown or (fresh and not self._table.refresh()):
+                break
+            for row in self._table.look_up(unknown, columns):
+                ref = Place.of(row)
+                found[row["key"]] = (ref, row.get("data"))
+                if self._slabs is not None:
+                    self._remember(row["key"], ref)
+        return found
+
+    def _passage(self, key: PassageKey, ref: Place, data: bytes | None) -> CompressedPassage:
+        if ref.slab is not None:
+            run: Any = self._slabs.read(ref.slab, ref.start, ref.nbytes)
+        else:
+            run = bytearray(data or b"")  # what Arrow gives is not writable, and torch wants it to be
+        if not ref.known_good and (len(run) != ref.nbytes or zlib.crc32(run) != ref.crc):
+            raise StoreError(
+                f"The passage {key.id} of the store {self.uri} is damaged: its checksum is wrong. "
+                "Run `nutgraf store verify DIR --drop`, then compress the lost passages again."
+            )
+        if ref.header.get("compressor") != key.compressor or ref.header.get("reader") not in (None, key.reader):
+            raise StoreError(f"The passage {key.id} of the store {self.uri} was made by another compressor or reader.")
+        passage = decode(ref.header, run)
+        if not ref.known_good:
+            passage.check()
+            ref.known_good = True
+        return passage
+
+    def _remember(self, key: str, ref: Place) -> None:
+        with self._lock:
+            self._refs[key] = ref
+            while len(self._refs) > _MAX_REFS:
+                self._refs.popitem(last=False)
+
+    def _forget(self) -> None:
+        with self._lock:
+            self._refs.clear()
+        self._table.refresh()
+
+    def missing(self, keys: Iterable[PassageKey]) -> list[PassageKey]:
+        """The distinct keys under which nothing is stored, in order."""
+        distinct = list(dict.fromkeys(keys))
+        with self._lock:
+            unknown = [key for key in distinct if key.id not in self._refs]
+        stored: set[str] = set()
+        for fresh in (False, True):
+            left = [key.id for key in unknown if key.id not in stored]
+            if left and (not fresh or self._table.refresh()):
+                stored |= {row["key"] for row in self._table.look_up(left, ["key"])}
+        return [key for key in unknown if key.id not in stored]
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def put_many(self, entries: Sequence[Entry]) -> None:
+        """Keeps entries that are not stored yet; when it returns they survive a kill (see `PassageStore.put_many`)."""
+        if self.read_only:
+            raise StoreError(f"The store {self.uri} is read-only: it was opened so, or its folder may not be written.")
+        distinct: dict[PassageKey, Entry] = {}
+        for entry in entries:
+            distinct.setdefault(entry.key, entry.check())
+        encoded = {key: encode(entry.passage, self.encoding) for key, entry in distinct.items()}
+        with self._writing:
+            new = self.missing(distinct)
+            if not new:
+                return
+            sizes = {len(entry.vector) for key in new if (entry := distinct[key]).vector is not None}
+            if len(sizes) > 1:
+                raise ValueError(f"Retrieval vectors of one store have one size, got {sorted(sizes)}.")
+            if sizes:
+                self._table.hold_vectors(*sizes)
+            rows = [row_of(distinct[key], *encoded[key]) | ({VECTOR: None} if sizes else {}) for key in new]
+            if sizes:
+                for row, key in zip(rows, new):
+                    row[VECTOR] = distinct[key].vector
+            self._place(rows, [encoded[key][1] for key in new])
+            self._table.add(rows)
+
+    def _place(self, rows: list[dict[str, Any]], runs: list[bytes]) -> None:
+        """Puts the slots where they belong, and says so in the rows."""
+        if self._slabs is None:
+            for row, run in zip(rows, runs):
+                row |= {"slab": None, "start": None, "data": run}
+            return
+        places = iter(self._slabs.append([run for run in runs if run]))
+        for row, run in zip(rows, runs):
+            slab, start = next(places) if run else (None, None)
+            row |= {"slab": slab, "start": start, "data": None}
+
+    # -- all of it -------------------------------------------------------------------------------------------------
+
+    def entries(self, maker: Maker | None = None) -> Iterator[Entry]:
+        """All entries (of one maker) that were there at the first."""
+        self._table.refresh()
+        seen: set[str] = set()
+        for rows in self._table.batches(self._columns(), of_maker(maker)):
+            for row in rows:
+                if row["key"] not in seen:  # two writers may have stored one passage at the same moment
+                    seen.add(row["key"])
+                    yield self._entry(row)
+
+    def search(
+        self, vector: Sequence[float], k: int = 5, maker: Maker | None = None, *, metric: str = "l2"
+    ) -> list[Hit]:
+        """The entries whose retrieval vectors are nearest: text to cite and slots to read, out of one table.
+
+        Args:
+            vector: the question's vector.
+            k: how many.
+            maker: only those that it made; give one where a text is stored for several.
+            metric: ``"l2"``, ``"cosine"`` or ``"dot"``.
+
+        Raises:
+            ValueError: if the store holds no vectors, or of another size.
+        """
+        size = self._table.vector_size or (self._table.refresh() and self._table.vector_size)
+        if size != len(vector):
+            held = f"vectors of {size} dimensions" if size else "no retrieval vectors"
+            raise ValueError(f"The store {self.uri} holds {held}; the one searched for has {len(vector)}.")
+        rows = self._table.nearest(vector, k, self._columns(), of_maker(maker), metric)
+        return [Hit(self._entry(row), float(row["_distance"])) for row in rows]
+
+    def _columns(self) -> list[str]:
+        names = [field.name for field in FIELDS if self._slabs is None or field.name != "data"]
+        return names + ([VECTOR] if self._table.vector_size else [])
+
+    def _entry(self, row: Mapping[str, Any]) -> Entry:
+        key = key_of(row)
+        text, about = text_and_about(row)
+        return Entry(key, self._passage(key, Place.of(row), row.get("data")), text, row.get(VECTOR), about)
+
+    @property
+    def stats(self) -> StoreStats:
+        """What the store holds, counted now; ``info`` has layout, encoding, versions, and bytes of the slabs."""
+        self._table.refresh()
+        makers = self._table.count_makers()
+        info = {"layout": self.layout, "encoding": str(self.encoding), "versions": self._table.versions}
+        info |= {"vector_size": self._table.vector_size}
+        if self._slabs is not None:
+            info["slab_bytes"] = sum(self._slabs.sizes().values())
+        return StoreStats(sum(made.passages for made in makers), sum(made.nbytes for made in makers), makers, info)
+
+    def close(self) -> None:
+        """Lets go of the slabs; passages that were given out stay readable."""
+        if self._slabs is not None:
+            self._slabs.close()

@@ -1,0 +1,90 @@
+"""A store in memory: the default for scripts and notebooks."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from ...compressors import CompressedPassage
+from .base import Entry, Maker, PassageKey, PassageStore, StoreStats, count_makers
+
+GIBIBYTE = 2**30
+
+
+class MemoryStore(PassageStore):
+    """Compressed passages in memory, least recently used first out.
+
+    Args:
+        max_bytes: the most bytes of slots and texts that are kept; an entry that alone is larger is not kept.
+        keep_texts: keep the original texts too.
+
+    Raises:
+        ValueError: if ``max_bytes`` is not positive.
+    """
+
+    def __init__(self, max_bytes: int = 4 * GIBIBYTE, *, keep_texts: bool = True) -> None:
+        if max_bytes < 1:
+            raise ValueError(f"A store must hold at least one byte, got {max_bytes=}.")
+        self.max_bytes = max_bytes
+        self.keep_texts = keep_texts
+        self.name = f"memory:{secrets.token_hex(8)}"
+        self._entries: OrderedDict[PassageKey, Entry] = OrderedDict()
+        self._nbytes = 0
+        self._lock = threading.Lock()
+
+    def get_many(self, keys: Sequence[PassageKey]) -> list[CompressedPassage | None]:
+        """The passages under the keys, in order; they count as just used."""
+        with self._lock:
+            for key in keys:
+                if key in self._entries:
+                    self._entries.move_to_end(key)
+            return [entry.passage if (entry := self._entries.get(key)) is not None else None for key in keys]
+
+    def put_many(self, entries: Sequence[Entry]) -> None:
+        """Keeps entries, and lets the least recently used ones go where they would pass the bound."""
+        checked = [entry.check() for entry in entries]
+        with self._lock:
+            for entry in checked:
+                own = replace(entry, passage=_own(entry.passage), text=entry.text if self.keep_texts else None)
+                size = _size(own)
+                if entry.key in self._entries or size > self.max_bytes:
+                    continue
+                self._entries[entry.key] = own
+                self._nbytes += size
+            while self._nbytes > self.max_bytes:
+                _, oldest = self._entries.popitem(last=False)
+                self._nbytes -= _size(oldest)
+
+    def missing(self, keys: Iterable[PassageKey]) -> list[PassageKey]:
+        """The distinct keys under which nothing is stored, in order."""
+        with self._lock:
+            return [key for key in dict.fromkeys(keys) if key not in self._entries]
+
+    def entries(self, maker: Maker | None = None) -> Iterator[Entry]:
+        """All entries (of one maker) that are there now."""
+        with self._lock:
+            found = list(self._entries.values())
+        return (entry for entry in found if maker is None or entry.key.maker == maker)
+
+    @property
+    def stats(self) -> StoreStats:
+        """What is kept now; ``nbytes`` counts slots alone."""
+        with self._lock:
+            entries = list(self._entries.values())
+        makers = count_makers(
+            (e.key.maker, e.passage.interface, e.passage.slots, e.passage.source_tokens, e.passage.nbytes)
+            for e in entries
+        )
+        return StoreStats(len(entries), sum(made.nbytes for made in makers), makers, {"max_bytes": self.max_bytes})
+
+
+def _own(passage: CompressedPassage) -> CompressedPassage:
+    """On the CPU, in memory of its own: a view would keep the whole batch that it was cut from."""
+    return passage.detach()._map(lambda tensor: tensor.cpu().clone())
+
+
+def _size(entry: Entry) -> int:
+    return entry.passage.nbytes + len((entry.text or "").encode("utf-8", "surrogatepass")) + 8 * len(entry.vector or ())

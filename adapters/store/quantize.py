@@ -1,0 +1,89 @@
+"""Slots in 8 or 4 bits: symmetric linear quantisation, one float16 scale for each group of dimensions.
+
+A group is ``group`` neighbouring numbers of the last axis (the last group may be shorter). With ``q = 127`` levels each way
+for 8 bits and 7 for 4, a group whose largest number has magnitude ``a`` gets the smallest float16 scale ``s >= a / q``, and
+
+    |x - s * round(x / s)| <= s / 2,   where s <= (a / q) * (1 + 2**-10) + 2**-24.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Quantisation = Literal["int8", "int4"]
+LEVELS: dict[str, int] = {"int8": 127, "int4": 7}
+_LARGEST = float(np.finfo(np.float16).max)
+
+
+class Quantised(NamedTuple):
+    """Quantised numbers of a tensor ``[..., d]`` in ``g`` groups.
+
+    Attributes:
+        numbers: ``[..., g, group]`` int8, or ``[..., g, ceil(group / 2)]`` uint8 with two 4-bit numbers a byte.
+        scales: ``[..., g]`` float16.
+    """
+
+    numbers: Tensor
+    scales: Tensor
+
+
+def quantise(tensor: Tensor, kind: Quantisation, group: int) -> Quantised:
+    """Quantises the last axis of a floating tensor.
+
+    Args:
+        tensor: ``[..., d]``, finite.
+        kind: ``"int8"`` or ``"int4"``.
+        group: numbers that share a scale.
+
+    Raises:
+        ValueError: if a number is too large for a float16 scale, NaN or infinite.
+    """
+    levels = LEVELS[kind]
+    wide = tensor.detach().cpu().to(torch.float32)
+    short = -wide.shape[-1] % group
+    grouped = torch.nn.functional.pad(wide, (0, short)).unflatten(-1, (-1, group))
+    largest = grouped.abs().amax(-1)
+    if largest.numel() and not bool((largest <= _LARGEST * levels).all()):
+        raise ValueError(
+            f"A slot holds numbers up to {largest.max().item():g}, which {kind} cannot hold with float16 scales; "
+            "store these passages without quantisation."
+        )
+    scales = _round_up(largest / levels)
+    divisor = scales.to(torch.float32).clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+    numbers = (grouped / divisor).round().clamp(-levels, levels).to(torch.int8)
+    return Quantised(_pack(numbers) if kind == "int4" else numbers, scales)
+
+
+def dequantise(quantised: Quantised, kind: Quantisation, group: int, width: int) -> Tensor:
+    """The numbers back, ``[..., width]`` float32; ``kind``, ``group`` and ``width`` are those of `quantise`."""
+    numbers, scales = quantised
+    if kind == "int4":
+        numbers = _unpack(numbers, group)
+    wide = numbers.to(torch.float32) * scales.to(torch.float32)[..., None]
+    return wide.flatten(-2)[..., :width]
+
+
+def groups(width: int, group: int) -> int:
+    """How many groups a row of ``width`` numbers has."""
+    return -(-width // group)
+
+
+def _round_up(scales: Tensor) -> Tensor:
+    """The smallest float16 numbers that are not below: a scale rounded down would clip the group's largest number."""
+    half = scales.to(torch.float16)
+    up = torch.from_numpy(np.nextafter(half.numpy(), np.float16(np.inf)))
+    return torch.where(half.to(torch.float32) < scales, up, half)
+
+
+def _pack(numbers: Tensor) -> Tensor:
+    nibbles = torch.nn.functional.pad(numbers, (0, numbers.shape[-1] % 2)).to(torch.int16) + 8
+    return (nibbles[..., 0::2] | nibbles[..., 1::2] << 4).to(torch.uint8)
+
+
+def _unpack(packed: Tensor, group: int) -> Tensor:
+    pairs = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+    return pairs[..., :group].to(torch.int8) - 8

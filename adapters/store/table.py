@@ -1,0 +1,296 @@
+"""The LanceDB table of a store: one row a passage. Errors of lancedb become `StoreError`s that say what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .base import Maker, MakerStats, StoreError
+
+try:
+    import lancedb
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    from lancedb.index import BTree
+except ImportError as error:  # pragma: no cover
+    raise ImportError("LanceStore needs lancedb: pip install nutgraf[store].") from error
+
+T = TypeVar("T")
+NAME = "passages"
+FORMAT = 1
+VECTOR = "vector"
+_SETTINGS = b"nutgraf"  # the schema's metadata entry that holds the store's settings
+_LOOKED_UP = 1000  # keys of one query
+_ATTEMPTS = 8  # of a commit that other writers get in the way of
+
+FIELDS = [
+    pa.field("key", pa.string(), nullable=False),
+    pa.field("text_hash", pa.string(), nullable=False),
+    pa.field("compressor", pa.string(), nullable=False),
+    pa.field("reader", pa.string()),
+    pa.field("ratio", pa.float64()),
+    pa.field("query_hash", pa.string()),
+    pa.field("interface", pa.string(), nullable=False),
+    pa.field("source_tokens", pa.int64(), nullable=False),
+    pa.field("slots", pa.int64(), nullable=False),
+    pa.field("text", pa.string()),
+    pa.field("about", pa.string()),
+    pa.field("header", pa.string(), nullable=False),
+    pa.field("slab", pa.string()),
+    pa.field("start", pa.int64()),
+    pa.field("nbytes", pa.int64(), nullable=False),
+    pa.field("crc", pa.int64(), nullable=False),
+    pa.field("data", pa.large_binary()),
+]
+
+
+class PassageTable:
+    """The table, opened, or made with the settings given.
+
+    Args:
+        uri: a folder, or anything that ``lancedb.connect`` takes.
+        settings: JSON-able settings of a new table; those of an existing one are `settings`.
+        create: make it if there is none.
+        options: ``storage_options`` of object storage.
+
+    Raises:
+        StoreError: if there is none, it cannot be read, or was written by a newer version.
+    """
+
+    def __init__(
+        self, uri: str, settings: Mapping[str, Any], *, create: bool, options: Mapping[str, str] | None = None
+    ) -> None:
+        self.uri = uri
+        local = "://" not in uri
+        if local and not create and not (Path(uri) / f"{NAME}.lance").is_dir():
+            raise StoreError(
+                f"{uri} holds no store of compressed passages; `nutgraf compress ... --store {uri}` makes one."
+            )
+        with self._errors("opened"):
+            self._db = lancedb.connect(uri, storage_options=None if options is None else dict(options))
+            self._table = self._open(settings, create)
+        self.settings = self._read_settings()
+
+    def _open(self, settings: Mapping[str, Any], create: bool) -> Any:
+        schema = pa.schema(FIELDS, metadata={_SETTINGS: json.dumps({"format": FORMAT, **settings})})
+        for _ in range(_ATTEMPTS):
+            with contextlib.suppress(ValueError):  # there is none
+                return self._db.open_table(NAME)
+            if not create:
+                break
+            try:
+                return self._db.create_table(NAME, schema=schema)
+            except (ValueError, RuntimeError, OSError):
+                if not _exists(self._db):
+                    raise
+                # another process was faster
+        raise StoreError(f"{self.uri} holds no store of compressed passages.")
+
+    def _read_settings(self) -> dict[str, Any]:
+        raw = (self._table.schema.metadata or {}).get(_SETTINGS)
+        found = json.loads(raw) if raw else {}
+        if found.get("format") != FORMAT:
+            raise StoreError(
+                f"{self.uri} is of format {found.get('format')!r}, and this version reads format {FORMAT}; "
+                "install the version that wrote it, or make a new store."
+            )
+        return dict(found)
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    @property
+    def vector_size(self) -> int | None:
+        """Dimensions of the retrieval vectors; ``None``: it holds none."""
+        schema = self._table.schema
+        return schema.field(VECTOR).type.list_size if VECTOR in schema.names else None
+
+    def look_up(self, keys: Sequence[str], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """The rows under the keys, as far as this handle sees (see `refresh`)."""
+        for start in range(0, len(keys), _LOOKED_UP):
+            listed = ", ".join(map(quoted, keys[start : start + _LOOKED_UP]))
+            found = self._read(lambda listed=listed: self._scan(columns, f"key IN ({listed})").to_arrow())
+            yield from found.to_pylist()
+
+    def column_table(self, columns: Sequence[str], where: str | None = None) -> pa.Table:
+        """Columns of all rows; ``_rowid`` is one of them if asked for."""
+        return self._read(lambda: self._scan(columns, where).to_arrow())
+
+    def batches(
+        self, columns: Sequence[str], where: str | None = None, size: int = 256
+    ) -> Iterator[list[dict[str, Any]]]:
+        """All rows, ``size`` at a time; the rows there were at the first."""
+        with self._errors("read"):
+            self._table.checkout_latest()
+            for batch in self._scan(columns, where).to_batches(size):
+                yield batch.to_pylist()
+
+    def nearest(self, vector: Sequence[float], k: int, columns: Sequence[str], where: str | None, metric: str) -> Any:
+        """The rows whose retrieval vectors are nearest, with their ``_distance``, nearest first."""
+        self.refresh()
+        with self._errors("searched"):
+            query = self._table.search(list(vector), vector_column_name=VECTOR).distance_type(metric)
+            query = query.where(where, prefilter=True) if where else query
+            return query.limit(k).select([*columns, "_distance"]).to_arrow().to_pylist()
+
+    def count_makers(self) -> tuple[MakerStats, ...]:
+        """What there is of each maker, the largest first."""
+        by = ["compressor", "reader", "ratio", "interface"]
+        rows = self.column_table(["key", *by, "slots", "source_tokens", "nbytes"])
+        if pc.count_distinct(rows["key"]).as_py() < len(rows):  # two writers stored a passage at the same moment
+            numbered = rows.append_column("row", pa.array(range(len(rows))))
+            rows = rows.take(numbered.group_by("key").aggregate([("row", "min")])["row_min"])
+        sums = rows.group_by(by).aggregate(
+            [("key", "count"), *((n, "sum") for n in ("slots", "source_tokens", "nbytes"))]
+        )
+        made = (
+            MakerStats(
+                Maker(row["compressor"], row["reader"], row["ratio"]),
+                row["interface"],
+                row["key_count"],
+                row["slots_sum"],
+                row["source_tokens_sum"],
+                row["nbytes_sum"],
+            )
+            for row in sums.to_pylist()
+        )
+        return tuple(sorted(made, key=lambda one: -one.passages))
+
+    def refresh(self) -> bool:
+        """Sees what others have written; whether there was anything new."""
+        with self._errors("read"):
+            before = self._table.version
+            self._table.checkout_latest()
+            return bool(self._table.version != before)
+
+    def _scan(self, columns: Sequence[str], where: str | None) -> Any:
+        query = self._table.search().select([column for column in columns if column != "_rowid"]).limit(None)
+        query = query.where(where) if where else query
+        return query.with_row_id(True) if "_rowid" in columns else query
+
+    def _read(self, read: Callable[[], T]) -> T:
+        try:
+            return read()
+        except (RuntimeError, OSError, ValueError):
+            self.refresh()  # the version that was held may have been cleaned up
+        with self._errors("read"):
+            return read()
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Appends rows in one commit."""
+        fields = [field for field in self._table.schema if field.name in rows[0]]
+        data = pa.Table.from_pylist(list(rows), schema=pa.schema(fields))
+        self._write(lambda: self._table.add(data))
+
+    def replace(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+        """Overwrites columns of rows, found by ``key``, in one commit."""
+        fields = [field for field in FIELDS if field.name in ("key", *columns)]
+        data = pa.Table.from_pylist(list(rows), schema=pa.schema(fields))
+        self._write(lambda: self._table.merge_insert("key").when_matched_update_all().execute(data))
+
+    def delete(self, where: str) -> None:
+        """Deletes rows in one commit."""
+        self._write(lambda: self._table.delete(where))
+
+    def hold_vectors(self, size: int) -> None:
+        """Makes room for retrieval vectors.
+
+        Raises:
+            ValueError: if the table holds vectors of another size.
+        """
+        have = self.vector_size
+        if have is None:
+            with contextlib.suppress(StoreError):  # another writer may have been faster
+                self._write(lambda: self._table.add_columns(pa.field(VECTOR, pa.list_(pa.float32(), size))))
+            self.refresh()
+            have = self.vector_size
+        if have is None:
+            raise StoreError(f"{self.uri} could not be given a column of retrieval vectors; try again.")
+        if have != size:
+            raise ValueError(
+                f"The store {self.uri} holds retrieval vectors of {have} dimensions, got one of {size}; "
+                "embed with the model that the store was made with, or make another store."
+            )
+
+    def optimize(self, keep: timedelta) -> None:
+        """Joins small files, brings the index of keys up to date, and forgets versions older than ``keep``."""
+        with self._errors("compacted"):
+            if self._table.count_rows() and not self._table.list_indices():
+                self._table.create_index("key", config=BTree())
+            self._table.optimize(cleanup_older_than=keep)
+        self.refresh()
+
+    def _write(self, write: Callable[[], Any]) -> None:
+        for attempt in range(_ATTEMPTS):
+            try:
+                with self._errors("written"):
+                    write()
+                return
+            except StoreError as error:
+                if "conflict" not in str(error).lower() or attempt == _ATTEMPTS - 1:
+                    raise
+                time.sleep(random.uniform(0.01, 0.05) * 2**attempt)  # two writers must not retry in step
+                self.refresh()
+
+    @contextlib.contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, OSError, ValueError) as error:
+            if isinstance(error, StoreError):
+                raise
+            raise StoreError(f"The store {self.uri} cannot be {what}: {_short(error)}.{_advice(what)}") from error
+
+    @property
+    def versions(self) -> int:
+        """How many versions of the table there are."""
+        with self._errors("read"):
+            return len(self._table.list_versions())
+
+
+def quoted(text: str) -> str:
+    """A string in a SQL filter."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def of_maker(maker: Maker | None) -> str | None:
+    """The SQL filter for one maker's rows."""
+    if maker is None:
+        return None
+    reader = "reader IS NULL" if maker.reader is None else f"reader = {quoted(maker.reader)}"
+    ratio = "ratio IS NULL" if maker.ratio is None else f"ratio = {maker.ratio!r}"
+    return f"compressor = {quoted(maker.compressor)} AND {reader} AND {ratio}"
+
+
+def _exists(db: Any) -> bool:
+    try:
+        db.open_table(NAME)
+    except (ValueError, RuntimeError, OSError):
+        return False
+    return True
+
+
+def _short(error: BaseException) -> str:
+    """The error without the places in Lance's own source."""
+    text = str(error).split(", /rustc/")[0].split(", /root/")[0].strip().rstrip(".")
+    return text if len(text) < 500 else text[:500] + "..."
+
+
+def _advice(what: str) -> str:
+    if what == "written":
+        return " What was not acknowledged was not stored; free space or mend permissions, and go on."
+    return " A file of it may be missing or damaged: `nutgraf store verify DIR` tells."
+
+
+def writable(uri: str) -> bool:
+    """Whether a local store's folder may be written; other stores are taken to be."""
+    folder = Path(uri)
+    return "://" in uri or not folder.exists() or os.access(folder, os.W_OK)
