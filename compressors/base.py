@@ -7,7 +7,7 @@ import json
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -270,6 +270,14 @@ class SoftCompressor(Compressor):
         vectors: Sequence[Any] | None = None,
     ) -> list[CompressedPassage]:
         """Like `compress`, but differentiable in the trained parameters; what training calls."""
+
+    def own_objectives(self) -> dict[str, Callable[..., tuple[Tensor, int]]]:
+        """Objectives that the method takes on whole documents by itself, by their names in recipes; none as a rule.
+
+        Each is called as ``objective(texts, rng, ratio)``, with documents, a ``random.Random`` and a compression ratio (or
+        ``None``), and returns the sum of its losses over tokens, differentiable, and their number.
+        """
+        return {}
 
     def _compress(
         self, texts: list[str], queries: list[str | None], ratio: float | None, *, vectors: Any, **options: Any

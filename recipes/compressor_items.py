@@ -25,6 +25,7 @@ from .templates import (
     paraphrase_prompt,
 )
 
+NOT_READ = ("match", "documents")  # kinds of readings that put nothing into a prompt
 BLOCK = 16  # batches drawn together and sorted by length, so that a batch holds items of like length
 
 
@@ -34,7 +35,7 @@ class CompressorData(BaseModel):
     Attributes:
         dir: folder of the files.
         texts, questions: sources (see `records`); `documents` articles of each text source are kept.
-        max_chars: the longest passage, in characters.
+        max_chars: the longest passage, in characters; `document_chars` the longest document (`documents` in `mix`).
         max_answer_words, verbatim: which answers count (see `Material`).
         shares: weight of each question source, by the start of its name.
         questions_per_passage: prompts that read one compressed passage; it is encoded once for all of them.
@@ -51,6 +52,7 @@ class CompressorData(BaseModel):
     questions: list[str] = []
     documents: int | None = Field(default=None, gt=0)
     max_chars: int = Field(default=1600, ge=80)
+    document_chars: int = Field(default=3000, ge=80)
     max_answer_words: int = Field(default=12, gt=0)
     verbatim: bool = True
     shares: dict[str, float] | None = None
@@ -68,8 +70,8 @@ class Reading:
     """One prompt over an item's passages, what must follow it, and the objectives that are taken there.
 
     Attributes:
-        kind: `repeat`, `paraphrase`, `continue`, `match` (not read) or the name of a question template.
-        target: the text that follows; `eos` closes it.
+        kind: `repeat`, `paraphrase`, `continue`, the name of a question template, or one of `NOT_READ`.
+        target: the text that follows, or the document; `eos` closes it.
         wording: which of the paraphrase prompts.
     """
 
@@ -101,8 +103,8 @@ class Item:
 
     @property
     def size(self) -> int:
-        """Characters of the passages: what batches are sorted by."""
-        return sum(map(len, self.passages))
+        """Characters of the passages, or of the document where there are none: what batches are sorted by."""
+        return sum(map(len, self.passages or (reading.target for reading in self.readings)))
 
 
 class ItemMaker:
@@ -110,10 +112,10 @@ class ItemMaker:
 
     `human` and `made` are questions by people and by rule; `repeat` asks for the passage again (AE); `continue` for what
     follows it; `paraphrase` for its text in one of several wordings (LM: xRAG's first stage); `match` asks nothing, its
-    slots are compared with the passage's embeddings.
+    slots are compared with the passage's embeddings; `documents` are texts for the method's own objective `segments`.
     """
 
-    KINDS = ("human", "made", "repeat", "continue", "paraphrase", "match")
+    KINDS = ("human", "made", "repeat", "continue", "paraphrase", "match", "documents")
 
     def __init__(self, material: Material, data: CompressorData, stage: Stage) -> None:
         if unknown := sorted(set(stage.mix) - set(self.KINDS)):
@@ -122,6 +124,8 @@ class ItemMaker:
             raise ValueError(f"Stage {stage.name!r} needs mix: kinds of items, each with a weight of at least 0.")
         if unknown := sorted(set(data.templates) - set(QUESTION_TEMPLATES)):
             raise ValueError(f"data.templates names {unknown[0]!r}; the formats are {', '.join(QUESTION_TEMPLATES)}.")
+        if bool(stage.mix.get("documents")) != bool(stage.objectives.get("segments")):
+            raise ValueError(f"Stage {stage.name!r}: the objective segments and documents in mix need each other.")
         if stage.teacher_top_k is not None and not stage.objectives.get("kl"):
             raise ValueError(f"Stage {stage.name!r} sets teacher_top_k but gives the objective kl no weight.")
         self.material, self.data, self.stage = material, data, stage
@@ -172,6 +176,10 @@ class ItemMaker:
         return [passage], [
             Reading("match", passage, ("match",) if self.stage.objectives.get("match") else (), eos=False)
         ]
+
+    def _documents(self, rng: random.Random) -> tuple[Sequence[str], list[Reading]]:
+        text = self.material.document(rng, self.data.document_chars)
+        return [], [Reading("documents", text, ("segments",), eos=False)]
 
     @staticmethod
     def draw_passage(material: Material, rng: random.Random) -> str:

@@ -23,7 +23,7 @@ from ..compressors.matching import SlotMatchingLoss
 from ..compressors.objectives import AutoencodingLoss, KLDistillationLoss, LanguageModelingLoss
 from ..compressors.twin import pack
 from .compressor_eval import compressed_scores
-from .compressor_items import CompressorData, CompressorItems, Item, ItemMaker, Reading, draw_ratio
+from .compressor_items import NOT_READ, CompressorData, CompressorItems, Item, ItemMaker, Reading, draw_ratio
 from .corpus import Record
 from .records import Material, load_articles, load_records
 from .schema import Recipe, Stage, validate
@@ -41,6 +41,7 @@ class CompressorBatch:
         ratio: compression ratio of the whole batch, None for the compressor's own.
         readings, contexts: each reading and the indices into `texts` of its passages.
         targets: each reading's target ids.
+        key: seeds what a method draws for the batch.
     """
 
     texts: list[str]
@@ -49,6 +50,7 @@ class CompressorBatch:
     readings: list[Reading]
     contexts: list[list[int]]
     targets: list[list[int]]
+    key: str = ""
 
     def count(self, objective: str) -> int:
         """Target tokens that an objective is taken on."""
@@ -74,6 +76,11 @@ class CompressorModule(nn.Module):
         """Take the objectives, their weights, temperature and top-k from a stage."""
         head = self.compressor.reader.head
         self.weights = {name: weight for name, weight in stage.objectives.items() if weight}
+        if "segments" in self.weights and "segments" not in self.compressor.own_objectives():
+            raise ValueError(
+                f"Stage {stage.name!r} asks for the objective segments, which the method "
+                f"{self.compressor.config.method!r} does not have; give it no weight, or train an autocompressor."
+            )
         self.losses = {
             "ae": AutoencodingLoss(head),
             "lm": LanguageModelingLoss(head),
@@ -100,12 +107,12 @@ class CompressorModule(nn.Module):
             `loss`, the plain means `loss/<objective>`, `ratio` (source tokens per slot) and `tokens` (of the passages and
             targets).
         """
-        passages = self.compressor.encode(batch.texts, batch.queries, batch.ratio)
+        passages = self.compressor.encode(batch.texts, batch.queries, batch.ratio) if batch.texts else []
         counts = {name: batch.count(name) for name in self.weights}
         divisors = num_items_in_batch or counts
         total = sum((t.sum() * 0.0 for p in passages if (t := _some_tensor(p)) is not None), torch.zeros(()))
         sums: dict[str, Tensor] = {}
-        read = [i for i, reading in enumerate(batch.readings) if reading.kind != "match"]
+        read = [i for i, reading in enumerate(batch.readings) if reading.kind not in NOT_READ]
         for group in pack([self._positions(batch, i, passages) for i in read], POSITIONS):
             for name, value in self._objectives(batch, [read[g] for g in group], passages).items():
                 sums[name] = sums[name] + value if name in sums else value
@@ -114,12 +121,17 @@ class CompressorModule(nn.Module):
             loss, slots = self.matching([passages[j] for j in which], [batch.targets[i] for i in matched])
             # A mean over slots, weighed by target tokens like the others: the divisor takes them out again.
             sums["match"] = loss / max(1, slots) * counts["match"]
+        if documents := [reading.target for reading in batch.readings if reading.kind == "documents"]:
+            for name, objective in self.compressor.own_objectives().items():
+                if name in self.weights:
+                    sums[name], _ = objective(documents, random.Random(f"{batch.key}/{name}"), batch.ratio)
         out: dict[str, Any] = {}
         for name, value in sums.items():
             total = total.to(value.device) + self.weights[name] * value / max(1, divisors[name])
             out[f"loss/{name}"] = value.detach() / max(1, counts[name])
         sources = sum(p.source_tokens for p in passages)
-        out["ratio"] = sources / max(1, sum(p.slots for p in passages))
+        if passages:
+            out["ratio"] = sources / max(1, sum(p.slots for p in passages))
         out["tokens"] = sources + sum(map(len, batch.targets))
         return {"loss": total, **out}
 
@@ -138,7 +150,7 @@ class CompressorModule(nn.Module):
         sums: dict[str, Tensor] = {}
         for name in self.weights:
             flags = [name in batch.readings[i].objectives for i in chosen]
-            if name == "match" or not any(flags):
+            if name not in self.losses or not any(flags):
                 continue
             rows = torch.tensor(flags, device=found.rows.device)[found.rows]
             hidden = found.hidden[rows]
@@ -235,6 +247,7 @@ class CompressorTask:
                 readings,
                 contexts,
                 targets,
+                items[0].key,
             )
             return {"batch": batch, "num_items": {name: batch.count(name) for name, w in stage.objectives.items() if w}}
 

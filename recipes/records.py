@@ -157,6 +157,11 @@ class Material:
         rest = text[cut : cut + self.max_chars // 2]
         return text[:cut], rest if len(rest) < self.max_chars // 2 else rest.rsplit(" ", 1)[0]
 
+    def document(self, rng: random.Random, max_chars: int) -> str:
+        """Paragraphs of an article that follow one another, from one in its first half on, cut at a sentence."""
+        article = self._article(rng)
+        return cut_at_sentence("\n\n".join(article[rng.randrange(-(-len(article) // 2)) :]), max_chars)
+
     def distractor(self, rng: random.Random, other_than: str) -> str:
         """A passage to stand beside `other_than`."""
         for _ in range(8):

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .yaml_values import load_yaml, parse_value
 
-Objective = Literal["ae", "lm", "kl", "match"]
+Objective = Literal["ae", "lm", "kl", "match", "segments"]
 Positive = Annotated[int, Field(gt=0)]
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -71,7 +71,8 @@ class Stage(_Strict):
         min_lr: where the rate ends, as a share of `lr`.
         precision: `auto` takes bfloat16 autocast where the device computes in it, float32 elsewhere.
         trainable: what trains, in the task's own words (`projector`, `lora`, `all`, ...).
-        objectives: weights of autoencoding, language modelling, distillation and slot matching (compressor recipes).
+        objectives: weights of autoencoding, language modelling, distillation and slot matching, and of `segments`, which is
+            AutoCompressor's own (compressor recipes).
         temperature, teacher_top_k: of the distillation objective.
         ratios: compression ratios to draw from, one a batch; None leaves the compressor's own.
         passages: how many passages stand in a prompt; a number, a list to draw from or a range.

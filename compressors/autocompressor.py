@@ -1,0 +1,383 @@
+"""AutoCompressor: a passage is read segment by segment, the summary vectors of the segments so far in front of the next."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .base import CompressorConfig, Query, SoftCompressor
+from .kv import position_arguments
+from .passage import CompressedPassage, Interface
+from .reader import Reader
+from .registry import register_compressor
+from .segment_training import segment_losses
+from .twin import Twin, pack, tune
+
+_PROBE_TOKENS = 32  # length of the random text on which the output scale is matched
+
+
+@dataclass
+class AutoCompressorConfig(CompressorConfig):
+    """Settings of AutoCompressor. ``AutoCompressorConfig.faithful()`` gives the paper's form."""
+
+    method: ClassVar[str] = "autocompressor"
+
+    summary_length: int = field(
+        default=64, metadata={"help": "summary tokens, and the most summary vectors that a segment gets"}
+    )
+    ratio: float = field(default=4.0, metadata={"help": "compression ratio where none is asked for"})
+    fixed_slots: bool = field(
+        default=False,
+        metadata={
+            "help": "every segment gets all summary_length vectors, as in the paper, even where it has fewer tokens"
+        },
+    )
+    segment_tokens: int | None = field(
+        default=None, metadata={"help": "longest segment; default: summary_length * ratio"}
+    )
+    accumulate_summary: bool = field(
+        default=True,
+        metadata={"help": "the soft prompt is the summaries of all segments so far, and not only of the last one"},
+    )
+    scale: Literal["matched", "none"] = field(
+        default="matched",
+        metadata={
+            "help": "'matched': a learned factor that starts at the reader's embedding norm; 'none' (the paper): raw states"
+        },
+    )
+    positions: Literal["count", "paper"] = field(
+        default="count",
+        metadata={
+            "help": "position ids: 'count': 0, 1, 2, ... over all that is read; 'paper': the same for rotary models, while "
+            "in OPT slots and summary tokens take the padding position and a segment's tokens count from 0"
+        },
+    )
+    bos: bool = field(
+        default=True,
+        metadata={"help": "put the tokenizer's BOS, if it has one, in front of every pass, as the reader does"},
+    )
+    tuning: Literal["lora", "full", "none"] = field(
+        default="lora", metadata={"help": "what of the model trains, beside the summary tokens"}
+    )
+    adapt_reader: bool = field(
+        default=True, metadata={"help": "the tuned model reads the slots too (the paper); else the reader as it is"}
+    )
+    r: int = field(default=16, metadata={"help": "LoRA rank"})
+    alpha: float = field(default=16.0, metadata={"help": "LoRA scale: updates are multiplied by alpha / r"})
+    dropout: float = field(default=0.0, metadata={"help": "LoRA dropout in training"})
+    target_modules: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "modules that get LoRA; default: query and value projections, or the fused one"}
+    )
+    train_segments: int = field(default=4, metadata={"help": "segments that a document is cut into in training"})
+    segments_per_substep: int = field(
+        default=2, metadata={"help": "segments in a row between which gradients flow through the soft prompt"}
+    )
+
+    def __post_init__(self) -> None:
+        least = {"summary_length": 1, "r": 1, "segment_tokens": 1, "train_segments": 2, "segments_per_substep": 2}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is None and name == "segment_tokens":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}.")
+        if not (math.isfinite(self.ratio) and self.ratio >= 1):
+            raise ValueError(
+                f"ratio is source tokens per slot and must be a finite number of at least 1, got {self.ratio!r}."
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}.")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be positive, got {self.alpha!r}.")
+        choices = {"scale": ("matched", "none"), "positions": ("count", "paper"), "tuning": ("lora", "full", "none")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
+        if isinstance(self.target_modules, str):
+            raise ValueError(f"target_modules must be a list of module names, got one string {self.target_modules!r}.")
+        if self.target_modules is not None:
+            self.target_modules = tuple(self.target_modules)
+
+    @classmethod
+    def faithful(cls, **changes: Any) -> AutoCompressorConfig:
+        """The paper's form for Llama: 50 raw summary vectors a segment of up to 2,048 tokens, LoRA on all of attention.
+
+        For OPT, which the paper tunes whole: ``faithful(tuning="full", target_modules=None)``.
+        """
+        paper: dict[str, Any] = {"summary_length": 50, "ratio": 40.96, "fixed_slots": True, "scale": "none"}
+        paper |= {"positions": "paper", "bos": False, "r": 16, "alpha": 16.0, "dropout": 0.05}
+        paper |= {"target_modules": ("q_proj", "k_proj", "v_proj", "o_proj")}
+        return cls(**{**paper, **changes})
+
+
+@register_compressor
+class AutoCompressor(SoftCompressor):
+    """AutoCompressor (Chevalier et al., arXiv 2305.14788).
+
+    A passage of L tokens is cut into ``n = ceil(L / (summary_length * ratio))`` segments of ``ceil(L / n)`` tokens, the last
+    one shorter. The tuned model reads one after the other as ``[BOS][soft prompt][segment][summary tokens]``; its last
+    hidden states (after the final norm) at the summary tokens are the segment's summary vectors. The soft prompt of a
+    segment is all summary vectors so far (``accumulate_summary``), or those of the segment before it, and what is left
+    after the last segment are the slots. The same tuned model reads them: use ``compressor.reader``.
+
+    Beyond the paper: a segment of S tokens gets ``ceil(S / ratio)`` summary vectors, the first of the summary tokens, so that
+    a short passage never grows and one checkpoint serves every ratio (train it on random ratios); summary vectors are
+    brought to the scale of the reader's embeddings; BOS stands in front of every pass, as it does where the reader reads the
+    slots; and the reader may stay as it is (``adapt_reader=False``). ``fixed_slots=True`` is the paper's behaviour, in which
+    a passage of 20 tokens may become 50 slots.
+
+    With ``positions="paper"`` slots and summary tokens take row 1 of OPT's position table (its padding row, position id
+    -1) and the tokens of each segment rows 2, 3, ... That holds for compressing and for `segment_losses`; a `Reader` gives
+    slots in a prompt their ordinary positions.
+
+    Training: the objective ``segments`` (`segment_losses`), beside those that read the slots.
+
+    Args:
+        config: the settings.
+        reader: the reader that the model is tuned from. With ``tuning="none"`` only the summary tokens (and the scale)
+            train, and the reader is not adapted.
+
+    Attributes:
+        encoder: the reader's `LoRATwin` or `FullTwin`, or ``None`` (``tuning="none"``).
+        summary: ``[summary_length, width]`` summary embeddings; they start as the embedding of the end-of-sequence token.
+        log_scale: logarithm of the output factor (``scale="matched"`` only).
+        batch_positions: positions that one forward pass may take (memory against speed; changes no result).
+
+    Raises:
+        ValueError: if the reader cannot take its own hidden states as embeddings, has too few positions, or has positions
+            that ``positions="paper"`` has no rule for.
+    """
+
+    config_class = AutoCompressorConfig
+    interface: ClassVar[Interface] = "embeds"
+    config: AutoCompressorConfig
+
+    def __init__(self, config: AutoCompressorConfig, reader: Reader) -> None:
+        super().__init__(config, reader)
+        self.batch_positions = 16384
+        self.bos: list[int] = list(reader.bos_ids) if config.bos else []
+        kind = reader.model.config.get_text_config().model_type
+        self._skips = config.positions == "paper" and kind == "opt"
+        if config.positions == "paper" and not self._skips and not hasattr(reader.model.get_decoder(), "rotary_emb"):
+            raise ValueError(
+                f"positions='paper' knows rotary models and OPT, and {reader.name!r} is a {kind}; use positions='count'."
+            )
+        self.encoder: Twin | None = None
+        if config.tuning != "none":
+            lora = {"r": config.r, "alpha": config.alpha, "dropout": config.dropout}
+            self.encoder = tune(reader.model, config.tuning, **lora, target_modules=config.target_modules)
+            if config.adapt_reader:
+                self.adapt_reader(self.encoder)
+        with torch.no_grad():
+            rows = range(reader.vocab_size) if reader.eos_id is None else [reader.eos_id]
+            start = reader.embed(torch.tensor(list(rows), device=reader.device)).float().mean(dim=0)
+        self.summary = nn.Parameter(start.repeat(config.summary_length, 1))
+        self.log_scale = None
+        if config.scale == "matched":
+            self.log_scale = nn.Parameter(torch.tensor(math.log(self._matching_factor()), device=reader.device))
+
+    @property
+    def lm(self) -> Any:
+        """The causal LM that makes the summaries: the tuned one, or the reader's own."""
+        return self.base_reader.model if self.encoder is None else self.encoder.lm
+
+    @property
+    def reads_itself(self) -> bool:
+        """Whether the model that makes the summaries is also the one that reads them."""
+        return self.reader.model is self.lm
+
+    def identity_parts(self) -> list[Any]:
+        """The slots depend on the base weights too."""
+        return [self.base_reader.fingerprint]
+
+    def own_objectives(self) -> dict[str, Callable[..., tuple[Tensor, int]]]:
+        """``segments``: language modelling over the segments of documents."""
+        return {"segments": self.segment_losses}
+
+    def segment_losses(
+        self, texts: Sequence[str], rng: random.Random, ratio: float | None = None
+    ) -> tuple[Tensor, int]:
+        """The sum of the token losses over all segments of documents, and their number; see `segment_losses`."""
+        return segment_losses(self, self._check_texts(texts), rng, ratio)
+
+    @torch.no_grad()
+    def _matching_factor(self) -> float:
+        """What brings hidden states at the summary tokens to the mean norm of the reader's embeddings."""
+        n = min(_PROBE_TOKENS, self.longest_segment(self.config.ratio))
+        ids = torch.randint(self.base_reader.vocab_size, (n,), generator=torch.Generator().manual_seed(0)).tolist()
+        slots = self.config.summary_length
+        (row,) = self.read(self.lm, [self.no_slots()], [ids], [slots])
+        norm = float(row[-slots:].float().norm(dim=-1).mean())
+        return self.base_reader.embedding_norm / max(norm, 1e-6)
+
+    # -- segments --------------------------------------------------------------------------------------------------
+
+    def longest_segment(self, ratio: float) -> int:
+        """Tokens that one segment may have."""
+        config, reader = self.config, self.base_reader
+        longest = math.floor(config.summary_length * ratio + 1e-6)
+        if config.segment_tokens is not None:
+            longest = min(longest, config.segment_tokens)
+        if reader.max_positions is not None:
+            taken = 0 if self._skips else config.summary_length
+            longest = min(longest, reader.max_positions - taken - len(self.bos))
+        if longest < 1:
+            raise ValueError(
+                f"{config.summary_length} summary tokens leave no room for a passage in the {reader.max_positions} "
+                f"positions of {reader.name!r}; choose a smaller summary_length."
+            )
+        return longest
+
+    def slots_for(self, n_tokens: int, ratio: float) -> int:
+        """Summary vectors of a segment."""
+        if self.config.fixed_slots:
+            return self.config.summary_length
+        return min(math.ceil(n_tokens / ratio - 1e-6), self.config.summary_length)
+
+    def segments(self, n_tokens: int, ratio: float | None = None) -> list[tuple[int, int]]:
+        """How a passage is cut: ``(tokens, summary vectors)`` of each segment, in order.
+
+        Raises:
+            ValueError: if the summaries so far and a segment do not fit the reader's positions.
+        """
+        ratio = self.config.ratio if ratio is None else float(ratio)
+        if not n_tokens:
+            return []
+        count = -(-n_tokens // self.longest_segment(ratio))
+        length = -(-n_tokens // count)
+        lengths = [min(length, n_tokens - start) for start in range(0, n_tokens, length)]
+        cut = [(n, self.slots_for(n, ratio)) for n in lengths]
+        self.check_room(cut, ratio)
+        return cut
+
+    def check_room(self, cut: Sequence[tuple[int, int]], ratio: float) -> None:
+        """Refuses segments that do not fit the reader's positions behind the soft prompt before them."""
+        limit = self.base_reader.max_positions
+        if limit is None or self._skips:
+            return
+        soft = needed = 0
+        for length, slots in cut:
+            needed = max(needed, len(self.bos) + soft + length + slots)
+            soft = soft + slots if self.config.accumulate_summary else slots
+        if needed > limit:
+            raise ValueError(
+                f"A passage of {sum(n for n, _ in cut)} tokens at ratio {ratio:g} takes {needed} positions, its summaries "
+                f"beside a segment, but {self.base_reader.name!r} has {limit}; ask for a higher ratio, compress it in "
+                "parts, or use accumulate_summary=False."
+            )
+
+    # -- encoding --------------------------------------------------------------------------------------------------
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        query: Query = None,
+        ratio: float | None = None,
+        vectors: Sequence[Any] | None = None,
+    ) -> list[CompressedPassage]:
+        """Compresses passages, differentiably in the tuned weights and the summary embeddings, through all segments.
+
+        All first segments are read in one pass, then all second ones, and so on.
+
+        Args:
+            texts: the passages.
+            query: ignored: the slots serve all questions.
+            ratio: any real number of at least 1; ``None``: the config's. With ``fixed_slots`` it sets the segments' length.
+            vectors: ignored.
+
+        Raises:
+            ValueError: if a passage's summaries and a segment do not fit the reader's positions.
+        """
+        ids = self.reader.tokenize_batch(self._check_texts(texts))
+        cuts = [self.segments(len(passage), ratio) for passage in ids]
+        soft = [self.no_slots() for _ in ids]
+        starts = [0] * len(ids)
+        for step in range(max(map(len, cuts), default=0)):
+            who = [i for i, cut in enumerate(cuts) if step < len(cut)]
+            pieces = [ids[i][starts[i] : starts[i] + cuts[i][step][0]] for i in who]
+            slots = [cuts[i][step][1] for i in who]
+            rows = self.read(self.lm, [soft[i] for i in who], pieces, slots)
+            for i, row, piece, n in zip(who, rows, pieces, slots):
+                soft[i] = self.extend(soft[i], row[-n:])
+                starts[i] += len(piece)
+        # In training the weights change with every step, and hashing them each time would be waste.
+        origin = "training" if self.training and torch.is_grad_enabled() else self.fingerprint
+        card = self.base_reader.identity_card.runs_as
+        info = {"method": "autocompressor", "ratio_asked": float(ratio or self.config.ratio), **card}
+        return [
+            CompressedPassage("embeds", len(p), origin, self.reader.fingerprint, embeds=e, info=dict(info))
+            for p, e in zip(ids, soft)
+        ]
+
+    def no_slots(self) -> Tensor:
+        """The soft prompt before the first segment, ``[0, width]``."""
+        reader = self.base_reader
+        return torch.zeros(0, reader.width, device=reader.device, dtype=reader.dtype)
+
+    def extend(self, soft: Tensor, states: Tensor) -> Tensor:
+        """The soft prompt after a segment.
+
+        Args:
+            soft: ``[slots, width]``, the one before it.
+            states: ``[n, width]`` hidden states at its summary tokens.
+        """
+        if self.log_scale is not None:
+            states = states.to(self.log_scale.device, self.log_scale.dtype) * self.log_scale.exp()
+        states = states.to(soft.device, soft.dtype)
+        return torch.cat([soft, states]) if self.config.accumulate_summary else states
+
+    def read(self, lm: Any, soft: Sequence[Tensor], pieces: Sequence[list[int]], slots: Sequence[int]) -> list[Tensor]:
+        """Last hidden states ``[BOS + soft prompt + piece + slots, hidden]`` of each pass, in batches of like length.
+
+        Args:
+            lm: the causal LM that reads.
+            soft: ``[n, width]`` soft prompts.
+            pieces: token ids of the segments.
+            slots: how many summary tokens follow each.
+        """
+        head = len(self.bos)
+        lengths = [head + len(s) + len(piece) + n for s, piece, n in zip(soft, pieces, slots)]
+        embed, decoder, device = lm.get_input_embeddings(), lm.get_decoder(), self.base_reader.device
+        out: dict[int, Tensor] = {}
+        for batch in pack(lengths, self.batch_positions):
+            longest = lengths[batch[0]]
+            ids = torch.zeros(len(batch), longest, dtype=torch.long)
+            mask = torch.zeros(len(batch), longest, dtype=torch.long)
+            positions = torch.arange(longest).repeat(len(batch), 1)
+            rows: list[int] = []
+            columns: list[int] = []
+            given: list[Tensor] = []
+            for row, i in enumerate(batch):
+                first, last = head + len(soft[i]), head + len(soft[i]) + len(pieces[i])
+                ids[row, :head] = torch.tensor(self.bos, dtype=torch.long)
+                ids[row, first:last] = torch.tensor(pieces[i], dtype=torch.long)
+                mask[row, : lengths[i]] = 1
+                where = [*range(head, first), *range(last, lengths[i])]
+                rows += [row] * len(where)
+                columns += where
+                given += [soft[i], self.summary[: slots[i]]]
+                if self._skips:
+                    positions[row, first:last] = torch.arange(head, head + len(pieces[i]))
+                    positions[row, where] = -1
+            tokens = embed(ids.to(device))
+            put = (torch.tensor(rows, dtype=torch.long), torch.tensor(columns, dtype=torch.long))
+            source = torch.cat([g.to(tokens.device, tokens.dtype) for g in given])
+            hidden = decoder(
+                inputs_embeds=tokens.index_put(put, source),
+                attention_mask=mask.to(device),
+                use_cache=False,
+                **position_arguments(decoder, positions.to(device)),
+            ).last_hidden_state
+            if hidden.shape[-1] != tokens.shape[-1]:
+                raise ValueError(
+                    f"{self.base_reader.name!r} has hidden states of width {hidden.shape[-1]} and embeddings of width "
+                    f"{tokens.shape[-1]}; AutoCompressor needs both alike."
+                )
+            out.update((i, hidden[row, : lengths[i]]) for row, i in enumerate(batch))
+        return [out[i] for i in range(len(pieces))]
