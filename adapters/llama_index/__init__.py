@@ -19,6 +19,7 @@ from ..passage_cache import PassageCache
 from ..placeholders import PlaceholderError, PlaceholderStore, escape_placeholders
 from .embedding import SentenceTransformerEmbedding
 from .events import CompressionEvent
+from .ingestion import CompressPassages, PassagesStoredEvent, StoreRetriever
 from .llm import CompressedContextLLM
 from .nodes import CompressedDocument, CompressedIndexNode, CompressedNode, CompressedTextNode
 from .postprocessor import CompressedContextPostprocessor
@@ -26,6 +27,7 @@ from .prompt_helper import SlotAwarePromptHelper, SlotAwareTokenizer
 from .reading import ReaderRefusedError
 
 __all__ = [
+    "CompressPassages",
     "CompressedContextLLM",
     "CompressedContextPostprocessor",
     "CompressedDocument",
@@ -34,11 +36,13 @@ __all__ = [
     "CompressedTextNode",
     "CompressionEvent",
     "PassageCache",
+    "PassagesStoredEvent",
     "PlaceholderError",
     "PlaceholderStore",
     "ReaderRefusedError",
     "SentenceTransformerEmbedding",
     "SlotAwarePromptHelper",
     "SlotAwareTokenizer",
+    "StoreRetriever",
     "escape_placeholders",
 ]

@@ -27,7 +27,7 @@ from llama_index.core.response_synthesizers import BaseSynthesizer, get_response
 from ...compressors import CompressedPassage, Reader
 from ..placeholders import PlaceholderStore, ReadingLLM, read_placeholders, shared_store
 from .prompt_helper import SlotAwarePromptHelper
-from .reading import Answer, ReaderCall, ReaderRefusedError, from_thread
+from .reading import Answer, ReaderCall, ReaderRefusedError, check_reads_slots, from_thread
 
 
 class CompressedContextLLM(CustomLLM):
@@ -49,7 +49,8 @@ class CompressedContextLLM(CustomLLM):
         kwargs: as for LlamaIndex's ``LLM`` (``system_prompt``, ``completion_to_prompt``, ``callback_manager``, ...).
 
     Raises:
-        ValueError: if ``chat`` is asked of a tokenizer without a chat template, or a number is out of range.
+        ValueError: if ``chat`` is asked of a tokenizer without a chat template, a number is out of range, or the reader is a
+            state-space model that would misread compressed passages.
     """
 
     context_window: int = Field(gt=0, description="Positions that a prompt and its answer may take.")
@@ -82,6 +83,7 @@ class CompressedContextLLM(CustomLLM):
                 f"chat=True needs a chat template, and the tokenizer of {reader.name!r} has none; "
                 "set tokenizer.chat_template, or use chat=False."
             )
+        check_reads_slots(reader)
         window = context_window or reader.max_positions or DEFAULT_CONTEXT_WINDOW
         if reader.max_positions is not None and window > reader.max_positions:
             raise ValueError(
@@ -178,6 +180,27 @@ class CompressedContextLLM(CustomLLM):
         """`stream_chat` in a worker thread."""
         stream = from_thread(lambda: self._chat_call(messages, kwargs).stream())
         return (_reply(answer) async for answer in stream)
+
+    # -- scoring ---------------------------------------------------------------------------------------------------
+
+    def answer_logprobs(self, prompts: Sequence[str | Sequence[ChatMessage]], answer: str) -> list[float]:
+        """The log-likelihood in nats, summed over its tokens, of one answer after each of the prompts.
+
+        Args:
+            prompts: completion prompts or lists of messages, which may hold placeholders; read one at a time.
+            answer: what is scored, as it follows the prompt.
+
+        Raises:
+            ReaderRefusedError: if the answer is empty, or prompt and answer do not fit the window.
+        """
+        return [self._answer_logprob(prompt, answer) for prompt in prompts]
+
+    def _answer_logprob(self, prompt: str | Sequence[ChatMessage], answer: str) -> float:
+        if isinstance(prompt, str):
+            call = self._completion_call(prompt, False, {})
+        else:
+            call = self._chat_call(prompt, {})
+        return call.logprob(answer)
 
     # -- prompts ---------------------------------------------------------------------------------------------------
 

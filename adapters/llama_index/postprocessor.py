@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
@@ -15,10 +15,12 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, Query
 
 from ...compressors import CompressedPassage, Compressor
 from ..passage_cache import PassageCache
-from ..placeholders import Issued, PlaceholderStore, ReadingLLM, escape_placeholders, holds_placeholder, shared_store
-from ..store import PassageStore, explain_missing, get_or_compress, keys_for
+from ..placeholders import PlaceholderStore, ReadingLLM, escape_placeholders, holds_placeholder, shared_store
+from ..store import PassageStore
 from .events import CompressionEvent
 from .nodes import read_as, text_of
+from .policy import Form, Policy, as_policy, policy_to_dict
+from .request import PassageSource, Request
 
 _dispatcher = get_dispatcher(__name__)
 _log = logging.getLogger(__name__)
@@ -36,7 +38,8 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
     Args:
         compressor: compresses the nodes' texts.
         ratio: compression ratio L / l in place of the compressor's own.
-        top_text: so many nodes at the head of the list are left as text.
+        policy: which nodes the LLM reads as text, which compressed and by what ratio: `TextForTop`, `TextAbove`,
+            `TokenBudget`, `AutoBudget` or a `Policy` of your own; default: all compressed.
         keep_metadata: put the metadata that LlamaIndex would show the LLM as text in front of the compressed passage;
             otherwise the LLM does not see it.
         query_aware: pass the question to the compressor and keep one result a question; default: what the compressor's
@@ -51,9 +54,11 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
         store: a `nutgraf.adapters.store.PassageStore` in which passages were put when they were indexed: what is there is
             read and not compressed. What is not there is compressed now and, unless the store is read-only, put there.
         batch_size: passages compressed at a time.
+        fallback: let the LLM read the text of a passage that cannot be compressed, or takes more slots than a prompt has
+            room for, instead of raising; the log and the `CompressionEvent` say so.
 
     Raises:
-        TypeError: if ``compressor`` is none.
+        TypeError: if ``compressor`` or ``policy`` is none.
         ValueError: if ``as_text`` is asked of a compressor that gives no text, or a number is out of range.
 
     Example::
@@ -64,23 +69,23 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
     """
 
     ratio: float | None = Field(default=None, ge=1, description="Compression ratio L / l.")
-    top_text: int = Field(default=0, ge=0, description="Nodes at the head of the list that stay text.")
+    policy: dict[str, Any] = Field(description="Which nodes stay text, by name and settings.")
     keep_metadata: bool = Field(default=False, description="Show the LLM the nodes' metadata as text.")
     query_aware: bool = Field(default=False, description="Pass the question to the compressor.")
     reuse_vectors: bool = Field(default=False, description="Pass the nodes' retrieval vectors to the compressor.")
     batch_size: int | None = Field(default=None, ge=1, description="Passages compressed at a time.")
+    fallback: bool = Field(default=False, description="Text for what cannot be compressed.")
     _compressor: Compressor = PrivateAttr()
-    _reader: str | None = PrivateAttr()  # fingerprint
+    _policy: Policy = PrivateAttr()
     _store: PlaceholderStore = PrivateAttr()
-    _indexed: PassageStore | None = PrivateAttr(default=None)
-    _warned: bool = PrivateAttr(default=False)
+    _source: PassageSource = PrivateAttr()
 
     def __init__(
         self,
         compressor: Compressor,
         *,
         ratio: float | None = None,
-        top_text: int = 0,
+        policy: Policy | Mapping[str, Any] | None = None,
         keep_metadata: bool = False,
         query_aware: bool | None = None,
         reuse_vectors: bool = False,
@@ -88,6 +93,7 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
         cache: PassageCache | PlaceholderStore | None = None,
         store: PassageStore | None = None,
         batch_size: int | None = None,
+        fallback: bool = False,
         **kwargs: Any,
     ) -> None:
         if not hasattr(compressor, "compress") or not hasattr(compressor, "interface"):
@@ -99,24 +105,27 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
             )
         if query_aware is None:
             query_aware = bool(getattr(compressor, "query_aware", False))
+        chosen = as_policy(policy)
         settings: dict[str, Any] = {
             "ratio": ratio,
-            "top_text": top_text,
+            "policy": policy_to_dict(chosen),
             "keep_metadata": keep_metadata,
             "query_aware": query_aware,
             "reuse_vectors": reuse_vectors,
             "batch_size": batch_size,
+            "fallback": fallback,
         }
         super().__init__(**settings, **kwargs)
         self._compressor = compressor
-        self._reader = None if compressor.reader is None else compressor.reader.fingerprint
-        self._indexed = store
+        self._policy = chosen
+        reader = None if compressor.reader is None else compressor.reader.fingerprint
         if isinstance(cache, PlaceholderStore):
             self._store = cache
-        elif cache is None and self._reader is not None:
-            self._store = shared_store(self._reader)
+        elif cache is None and reader is not None:
+            self._store = shared_store(reader)
         else:
             self._store = PlaceholderStore(cache)
+        self._source = PassageSource(compressor, self._store.cache, store, batch_size)
 
     @classmethod
     def class_name(cls) -> str:
@@ -131,124 +140,130 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
+        start = time.perf_counter()
         query = None if query_bundle is None else query_bundle.query_str
         if query is not None and holds_placeholder(query):
             raise ValueError(
                 "The question holds a placeholder of a compressed passage, which only a copy from a prompt or a log can "
                 "bring there; remove it, or run escape_placeholders over the question."
             )
-        texts = {i: text for i, n in enumerate(nodes) if i >= self.top_text and (text := text_of(n.node)) is not None}
-        contents = iter(self._compress([nodes[i].node for i in texts], list(texts.values()), query))
+        places = [place for place, scored in enumerate(nodes) if text_of(scored.node) is not None]
+        request = Request(
+            self._source,
+            [nodes[place] for place in places],
+            query=query if self.query_aware else None,
+            ratio=self.ratio,
+            vectors=self.reuse_vectors,
+            around=self._around,
+            fallback=self.fallback,
+        )
+        forms = self._choose(request) if places else []
+        read, event = self._read(request, [nodes[place].node for place in places], forms)
+        reads = dict(zip(places, read))
+        left_out = {place for place, form in zip(places, forms) if form.read == "left out"}
+        event.as_text = sum(reads.get(place) is None for place in range(len(nodes))) - len(left_out)
+        event.ms = (time.perf_counter() - start) * 1e3
+        if nodes:
+            _dispatcher.event(event)
         out = []
-        for i, scored in enumerate(nodes):
-            node = self._compressed(scored.node, next(contents)) if i in texts else self._escaped(scored.node)
-            out.append(NodeWithScore.model_construct(node=node, score=scored.score))
+        for place, scored in enumerate(nodes):
+            if place not in left_out:
+                content = reads.get(place)
+                node = self._escaped(scored.node) if content is None else self._compressed(scored.node, content)
+                out.append(NodeWithScore.model_construct(node=node, score=scored.score))
         return out
 
-    # -- compressing -----------------------------------------------------------------------------------------------
+    # -- reading ---------------------------------------------------------------------------------------------------
 
-    def _compress(self, nodes: Sequence[BaseNode], texts: Sequence[str], query: str | None) -> list[str]:
-        """What the LLM is to read for each node, metadata aside: a placeholder or a shorter text."""
-        if not nodes:
-            return []
-        start = time.perf_counter()
-        compressor, query = self._compressor, query if self.query_aware else None
-        vectors = [self._vector(node) for node in nodes]
-        if compressor.interface != "text":
+    def _choose(self, request: Request) -> list[Form]:
+        forms = list(self._policy.choose(request))
+        if len(forms) != len(request.scores) or not all(isinstance(form, Form) for form in forms):
+            raise ValueError(
+                f"{self._policy!r} must choose one Form for each of {len(request.scores)} passages, got {forms!r:.200}."
+            )
+        if left_out := sum(form.read == "left out" for form in forms):
+            _log.warning("%d of %d passages found no room in %r and are left out.", left_out, len(forms), self._policy)
+        return forms
+
+    def _read(
+        self, request: Request, nodes: Sequence[BaseNode], forms: Sequence[Form]
+    ) -> tuple[list[str | None], CompressionEvent]:
+        """What the LLM is to read of each node, metadata aside: a placeholder, a shorter text or (``None``) its text."""
+        places = [place for place, form in enumerate(forms) if form.read == "compressed"]
+        if places and self._compressor.interface != "text":
             self._check_llm()
-        key = functools.partial(
-            self.cache.key, compressor=compressor.fingerprint, reader=self._reader, query=query, ratio=self.ratio
-        )
-        keys = [key(text, vector=vector) for text, vector in zip(texts, vectors)]
-        missed: list[int] = []
-
-        def compress(places: Sequence[int]) -> list[CompressedPassage]:
-            made, compressed = self._look_up_or_run([texts[i] for i in places], query, [vectors[i] for i in places])
-            missed.extend(places[i] for i in compressed)
-            return made
-
-        passages = self.cache.get_or_compress(keys, compress)
+        found: dict[int, CompressedPassage | None] = {}
+        for ratio in dict.fromkeys(forms[place].ratio for place in places):  # those of a ratio together
+            same = [place for place in places if forms[place].ratio == ratio]
+            found.update(zip(same, request.passages(ratio, same)))
+        passages = {
+            place: passage for place in places if (passage := self._fitting(nodes[place], found[place])) is not None
+        }
         event = CompressionEvent(
             passages=len(passages),
-            compressed=len(missed),
-            source_tokens=sum(p.source_tokens for p in passages),
-            slots=sum(p.slots for p in passages),
-            ms=(time.perf_counter() - start) * 1e3,
+            compressed=request.compressed,
+            cache_hits=request.cache_hits,
+            source_tokens=sum(p.source_tokens for p in passages.values()),
+            slots=sum(p.slots for p in passages.values()),
+            fallbacks=len(places) - len(passages),
+            left_out=sum(form.read == "left out" for form in forms),
+            ms=0.0,
         )
-        _dispatcher.event(event)
-        if compressor.interface == "text":
-            return [escape_placeholders(passage.text or "") for passage in passages]
-        self._check_window(nodes, passages)
-        again = [functools.partial(self._again, text, query, vector) for text, vector in zip(texts, vectors)]
-        placeholders = self._store.issue(
-            [Issued(key, passage.slots, passage.reader, f) for key, passage, f in zip(keys, passages, again)]
-        )
-        return [placeholder if passage.slots else "" for placeholder, passage in zip(placeholders, passages)]
-
-    def _look_up_or_run(
-        self, texts: Sequence[str], query: str | None, vectors: Sequence[list[float] | None]
-    ) -> tuple[list[CompressedPassage], list[int]]:
-        """The passages, from the store where it has them, and the places of those that were compressed."""
-        if self._indexed is None:
-            return self._run(texts, query, vectors), list(range(len(texts)))
-        keys = keys_for(self._compressor, texts, ratio=self.ratio, query=query)
-        passages, compressed = get_or_compress(
-            self._indexed,
-            keys,
-            texts,
-            lambda places: self._run([texts[i] for i in places], query, [vectors[i] for i in places]),
-        )
-        if compressed and not self._warned:
-            self._warned = True  # once, not at each request
-            _log.warning(
-                "%d of %d passages were not in the store %s and were compressed at query time%s",
-                len(compressed),
-                len(texts),
-                self._indexed.name,
-                explain_missing(self._indexed, keys[compressed[0]].maker),
-            )
-        return passages, compressed
-
-    def _run(
-        self, texts: Sequence[str], query: str | None, vectors: Sequence[list[float] | None]
-    ) -> list[CompressedPassage]:
-        given = list(vectors) if any(vector is not None for vector in vectors) else None
-        return self._compressor.compress(
-            texts, query=query, ratio=self.ratio, vectors=given, batch_size=self.batch_size
-        )
-
-    def _again(self, text: str, query: str | None, vector: list[float] | None) -> CompressedPassage:
-        return self._look_up_or_run([text], query, [vector])[0][0]
-
-    def _vector(self, node: BaseNode) -> list[float] | None:
-        return node.embedding if self.reuse_vectors else None
+        read: list[str | None] = [None] * len(nodes)
+        if self._compressor.interface == "text":
+            for place, passage in passages.items():
+                read[place] = escape_placeholders(passage.text or "")
+            return read, event
+        issued = [
+            self._source.issued(request.wanted(place, forms[place].ratio), passage)
+            for place, passage in passages.items()
+        ]
+        for place, placeholder in zip(passages, self._store.issue(issued) if issued else ()):
+            read[place] = placeholder if passages[place].slots else ""
+        return read, event
 
     # -- checks ----------------------------------------------------------------------------------------------------
 
     def _check_llm(self) -> None:
-        if not ReadingLLM.of(self._reader):
+        if ReadingLLM.of(self._source.reader):
+            return
+        compressor = self._compressor
+        if getattr(compressor, "base_reader", compressor.reader) is not compressor.reader:
             raise ValueError(
-                "No CompressedContextLLM reads with the compressor's reader, so that nothing could read the compressed "
-                "passages; pass llm=CompressedContextLLM(reader) to the query engine, or use a compressor to text."
+                f"{type(compressor).__name__} tunes its reader, and no CompressedContextLLM reads with that one: build "
+                "the LLM with CompressedContextLLM(compressor.reader)."
             )
+        raise ValueError(
+            "No CompressedContextLLM reads with the compressor's reader, so that nothing could read the compressed "
+            "passages; pass llm=CompressedContextLLM(reader) to the query engine, or use a compressor to text."
+        )
 
-    def _check_window(self, nodes: Sequence[BaseNode], passages: Sequence[CompressedPassage]) -> None:
-        rooms = [llm.window - llm.num_output if llm.window else float("inf") for llm in ReadingLLM.of(self._reader)]
-        room = max(rooms, default=float("inf"))
-        for node, passage in zip(nodes, passages):
-            if passage.slots > room:
-                raise ValueError(
-                    f"Node {node.node_id} takes {passage.slots} slots, but a prompt has {room} positions beside the "
-                    "answer; use smaller chunks, a higher compression ratio or a smaller max_new_tokens."
-                )
+    def _fitting(self, node: BaseNode, passage: CompressedPassage | None) -> CompressedPassage | None:
+        """The passage, or ``None`` for text where it has none or fits no prompt and text is allowed instead."""
+        if passage is None or passage.interface == "text":
+            return passage
+        rooms = [llm.window - llm.num_output if llm.window else math.inf for llm in ReadingLLM.of(self._source.reader)]
+        if passage.slots <= (room := max(rooms, default=math.inf)):
+            return passage
+        sentence = (
+            f"Node {node.node_id} takes {passage.slots} slots, but a prompt has {room} positions beside the answer"
+        )
+        if self.fallback:
+            _log.warning("%s; it is read as text.", sentence)
+            return None
+        raise ValueError(f"{sentence}; use smaller chunks, a higher compression ratio or a smaller max_new_tokens.")
 
     # -- nodes -----------------------------------------------------------------------------------------------------
 
     def _compressed(self, node: BaseNode, content: str) -> BaseNode:
+        return read_as(node, self._around(node, content) if content else content, self._store)
+
+    def _around(self, node: BaseNode, content: str = "") -> str:
+        """What the LLM reads of a node whose compressed passage is ``content``, metadata included."""
         metadata = escape_placeholders(node.get_metadata_str(MetadataMode.LLM).strip()) if self.keep_metadata else ""
-        if metadata and content:
-            content = node.text_template.format(content=content, metadata_str=metadata).strip()  # type: ignore[attr-defined]
-        return read_as(node, content, self._store)
+        if not metadata:
+            return content
+        return node.text_template.format(content=content, metadata_str=metadata).strip()  # type: ignore[attr-defined]
 
     @staticmethod
     def _escaped(node: BaseNode) -> BaseNode:

@@ -11,7 +11,10 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
+
 from ...compressors import CompressedPassage, Reader
+from ...compressors.plan import PromptPlan
 
 ItemT = TypeVar("ItemT")
 _END = object()
@@ -69,11 +72,11 @@ class ReaderCall:
         """The answer as it grows; at least one, which is empty if the answer is. A refusal is raised at once."""
         start = time.perf_counter()
         with _refusals():
-            prompt = self.make_prompt()
-            pieces = self.reader.stream(prompt, **self.options)
-        return self._grow(prompt, pieces, start)
+            plan, counts = self._plan()
+            pieces = self.reader.stream(plan, **self.options)
+        return self._grow(counts, pieces, start)
 
-    def _grow(self, prompt: list[Any], pieces: Iterator[str], start: float) -> Iterator[Answer]:
+    def _grow(self, counts: dict[str, int | float], pieces: Iterator[str], start: float) -> Iterator[Answer]:
         text = ""
         raw: dict[str, int | float] = {}
         try:
@@ -81,7 +84,7 @@ class ReaderCall:
                 with _refusals():
                     piece = next(pieces, None)
                 now = (time.perf_counter() - start) * 1e3
-                raw = {**(raw or {**self._counts(prompt), "ttft_ms": now}), "ms": now}
+                raw = {**(raw or {**counts, "ttft_ms": now}), "ms": now}
                 if piece is None:
                     break
                 text += piece
@@ -93,20 +96,62 @@ class ReaderCall:
     def _run_beams(self) -> Answer:
         start = time.perf_counter()
         with _refusals():
-            prompt = self.make_prompt()
-            text = self.reader.generate([prompt], **self.options)[0]
+            plan, counts = self._plan()
+            text = self.reader.generate([plan], **self.options)[0]
         now = (time.perf_counter() - start) * 1e3
-        return Answer(text, text, {**self._counts(prompt), "ttft_ms": now, "ms": now})
+        return Answer(text, text, {**counts, "ttft_ms": now, "ms": now})
 
-    def _counts(self, prompt: list[Any]) -> dict[str, int | float]:
+    def logprob(self, answer: str) -> float:
+        """The log-likelihood in nats of a given answer, summed over its tokens."""
+        with _refusals(), torch.no_grad():
+            (logits,) = self.reader.target_logits([self.make_prompt()], [answer], chat=self.options["chat"])
+        ids = torch.tensor(self.reader.tokenize(answer), device=logits.device)
+        return float(logits.float().log_softmax(-1).gather(-1, ids[:, None]).sum())
+
+    def _plan(self) -> tuple[PromptPlan, dict[str, int | float]]:
+        """The prompt, laid out once, and what it holds."""
+        prompt = self.make_prompt()
+        (plan,) = self.reader.plan([prompt], chat=self.options["chat"], **(self.options.get("template") or {}))
         atoms = [atom for item in prompt for atom in (item["content"] if isinstance(item, dict) else [item])]
         passages = [atom for atom in atoms if isinstance(atom, CompressedPassage)]
-        return {
-            "reader_tokens": self.reader.length(prompt, chat=self.options["chat"]),
+        return plan, {
+            "reader_tokens": len(plan),
             "passages": len(passages),
             "slots": sum(passage.slots for passage in passages),
             "source_tokens": sum(passage.source_tokens for passage in passages),
         }
+
+
+_PROBE, _SHORT = "The treaty was signed in 1648.", "It was."
+
+
+def check_reads_slots(reader: Reader) -> None:
+    """Raises ``ValueError`` for a state-space reader that would misread compressed passages.
+
+    Some of them (Mamba) read embeddings as they read text; others (RWKV) pay no heed to padding, or take no embeddings. So
+    each of them has to read a short text both ways, beside a shorter one. Transformers are not probed.
+    """
+    if not getattr(reader.model, "_is_stateful", False):
+        return
+    try:
+        with torch.no_grad():
+            (wanted,) = reader.target_logits([_SHORT], [_PROBE])
+            found, as_slots = reader.target_logits([_SHORT, [reader.identity(_PROBE * 2), _SHORT]], [_PROBE, _PROBE])
+            (as_text,) = reader.target_logits([_PROBE * 2 + _SHORT], [_PROBE])
+        reads = _close(found, wanted) and _close(as_slots, as_text)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError):
+        reads = False
+    if not reads:
+        raise ValueError(
+            f"{reader.name!r} ({type(reader.model).__name__}) is a state-space model that does not read embeddings in a padded "
+            "batch as it reads text, so that compressed passages would be misread; use a transformer as the reader, or give "
+            "this model text (with a compressor to text, if you like) through an LLM class of LlamaIndex's."
+        )
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    tolerance = 1e-3 if a.dtype in (torch.float32, torch.float64) else 5e-2
+    return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max())))
 
 
 @contextmanager

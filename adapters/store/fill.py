@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from ...compressors import CompressedPassage, Compressor
@@ -16,10 +16,22 @@ BATCH = 64  # passages compressed and stored at a time
 
 @dataclass(frozen=True)
 class Filled:
-    """What `fill` did: distinct passages that were stored before, and those compressed now."""
+    """What `fill` did.
 
-    found: int
-    compressed: int
+    Attributes:
+        found: distinct passages that were stored before.
+        compressed: those compressed now.
+        source_tokens: reader tokens of the texts compressed now.
+        slots: reader positions that these take.
+    """
+
+    found: int = 0
+    compressed: int = 0
+    source_tokens: int = 0
+    slots: int = 0
+
+    def __add__(self, other: Filled) -> Filled:
+        return Filled(*(a + b for a, b in zip(astuple(self), astuple(other))))
 
 
 def keys_for(
@@ -78,6 +90,7 @@ def fill(
     first = {key: place for place, key in reversed(list(enumerate(keys)))}
     wanted = sorted(first[key] for key in store.missing(keys))
     _tell(done, len(texts) - len(wanted))
+    filled = Filled(found=len(first) - len(wanted))
     for places in _batches(wanted, batch_size or BATCH):
         given = [vectors[i] for i in places] if vectors is not None and reuse_vectors else None
         passages = compressor.compress(
@@ -98,7 +111,9 @@ def fill(
             ]
         )
         _tell(done, len(places))
-    return Filled(len(first) - len(wanted), len(wanted))
+        sizes = (sum(p.source_tokens for p in passages), sum(p.slots for p in passages))
+        filled += Filled(0, len(places), *sizes)
+    return filled
 
 
 def get_or_compress(

@@ -200,7 +200,7 @@ def recompress(
 
     Entries whose text was not kept, or that were made for a question, are passed over.
     """
-    found = compressed = 0
+    total = Filled()
     seen: set[str] = set()
     for batch in _batches(store.entries()):
         texts: list[Entry] = []
@@ -208,7 +208,7 @@ def recompress(
             if entry.text is not None and entry.key.query is None and entry.key.text not in seen:
                 seen.add(entry.key.text)
                 texts.append(entry)
-        filled = fill(
+        total += fill(
             store,
             compressor,
             [entry.text or "" for entry in texts],
@@ -218,8 +218,7 @@ def recompress(
             batch_size=batch_size,
             done=done,
         )
-        found, compressed = found + filled.found, compressed + filled.compressed
-    return Filled(found, compressed)
+    return total
 
 
 def drop(store: LanceStore, maker: Maker) -> None:
