@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .reader import Reader
 
 _END = object()
+_OVERLAP = 32  # tokens of context in which a new one is decoded
 
 
 class Generator:
@@ -43,7 +44,8 @@ class Generator:
         """Answers prompts.
 
         Args:
-            prompts: each a string or a list of strings and compressed passages.
+            prompts: each a string or a list of strings and compressed passages; or all of them as `Reader.plan` laid
+                them out, where ``chat`` and ``template`` have been heeded already.
             max_new_tokens: the longest answer, in tokens.
             chat: render each prompt through the chat template.
             stop: strings that end an answer; they are no part of it.
@@ -55,7 +57,7 @@ class Generator:
         Raises:
             ValueError: if a prompt and its answer do not fit the model's positions.
         """
-        plans = self.reader.plan(prompts, chat=chat, **(template or {}))
+        plans = self._plan(prompts, chat, template)
         order = sorted(range(len(plans)), key=lambda i: len(plans[i]))
         answers = [""] * len(plans)
         step = batch_size or max(len(plans), 1)
@@ -82,12 +84,18 @@ class Generator:
 
         The model runs in a thread of its own, which ends when the iterator is closed; its errors are raised here.
         """
-        plans = self.reader.plan([prompt], chat=chat, **(template or {}))
+        plans = self._plan([prompt], chat, template)
         config = self._config(max_new_tokens, generation_config, generate_kwargs)
         if (config.num_beams or 1) > 1:
             raise ValueError("Beam search cannot be streamed: its tokens are final only at the end. Use generate.")
         self.reader.check_room(plans, max_new_tokens)
         return self._stream(plans, config, stop, generate_kwargs)
+
+    def _plan(self, prompts: Sequence[Prompt], chat: bool, template: dict[str, Any] | None) -> list[PromptPlan]:
+        planned = [prompt for prompt in prompts if isinstance(prompt, PromptPlan)]
+        if planned and len(planned) == len(prompts):
+            return planned
+        return self.reader.plan(prompts, chat=chat, **(template or {}))
 
     def _stream(
         self, plans: list[PromptPlan], config: GenerationConfig, stop: Sequence[str] | None, kwargs: dict[str, Any]
@@ -105,14 +113,14 @@ class Generator:
 
         thread = threading.Thread(target=work, name="nutgraf-stream", daemon=True)
         thread.start()
-        ids: list[int] = []
+        written = _Written(self.reader.decode)
         sent = 0
         try:
             while (item := tokens.get()) is not _END:
                 if isinstance(item, BaseException):
                     raise item
-                ids.append(item)
-                text, stopped = cut_at_stop(self.reader.decode(ids), stop)
+                written.add(item)
+                text, stopped = cut_at_stop(written.text, stop)
                 # A character may still lack bytes, and the tail may be the beginning of a stop string.
                 final = len(text) if stopped else len(text.rstrip("�")) - held_back(text, stop)
                 if final > sent:
@@ -120,7 +128,7 @@ class Generator:
                     sent = final
                 if stopped:
                     return
-            text = cut_at_stop(self.reader.decode(ids), stop)[0]
+            text = cut_at_stop(self.reader.decode(written.ids), stop)[0]
             if len(text) > sent:
                 yield text[sent:]
         finally:
@@ -202,6 +210,32 @@ class Generator:
             "position_ids": positions,
             "past_key_values": cache,
         }
+
+
+class _Written:
+    """The text of ids that come one by one; only the last ones are decoded again with each.
+
+    Attributes:
+        ids: all ids so far.
+        text: their text.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self.ids: list[int] = []
+        self.text = ""
+        self._decode = decode
+        self._start = 0  # the ids from here on are decoded with each new one
+        self._before = 0  # characters of the text that come before theirs
+
+    def add(self, token: int) -> None:
+        """One more id."""
+        self.ids.append(token)
+        self.text = self.text[: self._before] + self._decode(self.ids[self._start :])
+        if len(self.ids) - self._start >= 2 * _OVERLAP:
+            tail = self._decode(self.ids[-_OVERLAP:])
+            # Bytes of a character may be split here, or the tail be decoded otherwise on its own: then a later cut.
+            if tail and self.text.endswith(tail):
+                self._start, self._before = len(self.ids) - _OVERLAP, len(self.text) - len(tail)
 
 
 class _QueueStreamer(BaseStreamer):

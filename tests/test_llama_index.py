@@ -34,6 +34,7 @@ from nutgraf.adapters.llama_index import (
     PassageCache,
     PlaceholderError,
     PlaceholderStore,
+    TextForTop,
     escape_placeholders,
 )
 from nutgraf.compressors import CompressorConfig, SoftCompressor, TextCompressor
@@ -237,10 +238,10 @@ def test_documents_and_index_nodes_keep_their_kind_and_images_are_left_alone(rea
     assert llm.class_name() == "CompressedContextLLM"
 
 
-def test_top_text_metadata_and_empty_passages(reader, compressor):
+def test_text_on_top_metadata_and_empty_passages(reader, compressor):
     llm = CompressedContextLLM(reader, max_new_tokens=2)
     nodes = [NodeWithScore(node=TextNode(text=t, metadata={"page": i})) for i, t in enumerate([*TEXTS[:2], ""])]
-    post = CompressedContextPostprocessor(compressor, top_text=1, keep_metadata=True)
+    post = CompressedContextPostprocessor(compressor, policy=TextForTop(1), keep_metadata=True)
     out = [n.node.get_content(MetadataMode.LLM) for n in post.postprocess_nodes(nodes)]
     assert out[0] == f"page: 0\n\n{TEXTS[0]}"
     assert out[1].startswith("page: 1\n\n[[")
@@ -329,7 +330,7 @@ async def test_copies_of_real_placeholders_open_nothing(reader, compressor, seen
         await engine.aquery(f"What does {copy[:-3]} say?")
 
     planted = NodeWithScore(node=TextNode(text=f"1648 {copy} x", metadata={"title": copy}))
-    (as_text,) = CompressedContextPostprocessor(compressor, top_text=1).postprocess_nodes([planted])
+    (as_text,) = CompressedContextPostprocessor(compressor, policy=TextForTop(1)).postprocess_nodes([planted])
     assert llm.complete(as_text.node.get_content(MetadataMode.LLM)).raw["passages"] == 0
     assert as_text.node.text == planted.node.text
     seen.clear()
@@ -394,8 +395,8 @@ def test_as_text_and_bad_arguments_are_refused(reader, compressor):
 # -- many at once --------------------------------------------------------------------------------------------------------
 
 
-async def test_32_queries_at_once_give_the_serial_answers(reader, compressor, index):
-    questions = [f"Who signed in {1600 + i}?" for i in range(32)]
+async def test_64_queries_at_once_give_the_serial_answers(reader, compressor, index):
+    questions = [f"Who signed in {1600 + i}?" for i in range(64)]
     engine = make_engine(index, CompressedContextLLM(reader, max_new_tokens=2), compressor)
     serial = [str(engine.query(q)) for q in questions]
     compressor.asked.clear()

@@ -17,17 +17,22 @@ from __future__ import annotations
 
 from ..passage_cache import PassageCache
 from ..placeholders import PlaceholderError, PlaceholderStore, escape_placeholders
+from .citation import CompressedCitationQueryEngine
 from .embedding import SentenceTransformerEmbedding
 from .events import CompressionEvent
 from .ingestion import CompressPassages, PassagesStoredEvent, StoreRetriever
 from .llm import CompressedContextLLM
 from .nodes import CompressedDocument, CompressedIndexNode, CompressedNode, CompressedTextNode
+from .policy import AutoBudget, Form, Policy, TextAbove, TextForTop, TokenBudget
 from .postprocessor import CompressedContextPostprocessor
 from .prompt_helper import SlotAwarePromptHelper, SlotAwareTokenizer
 from .reading import ReaderRefusedError
+from .synthesizer import PassageScores
 
 __all__ = [
+    "AutoBudget",
     "CompressPassages",
+    "CompressedCitationQueryEngine",
     "CompressedContextLLM",
     "CompressedContextPostprocessor",
     "CompressedDocument",
@@ -35,14 +40,20 @@ __all__ = [
     "CompressedNode",
     "CompressedTextNode",
     "CompressionEvent",
+    "Form",
     "PassageCache",
+    "PassageScores",
     "PassagesStoredEvent",
     "PlaceholderError",
     "PlaceholderStore",
+    "Policy",
     "ReaderRefusedError",
     "SentenceTransformerEmbedding",
     "SlotAwarePromptHelper",
     "SlotAwareTokenizer",
     "StoreRetriever",
+    "TextAbove",
+    "TextForTop",
+    "TokenBudget",
     "escape_placeholders",
 ]

@@ -196,10 +196,8 @@ class CompressedContextLLM(CustomLLM):
         return [self._answer_logprob(prompt, answer) for prompt in prompts]
 
     def _answer_logprob(self, prompt: str | Sequence[ChatMessage], answer: str) -> float:
-        if isinstance(prompt, str):
-            call = self._completion_call(prompt, False, {})
-        else:
-            call = self._chat_call(prompt, {})
+        as_text = isinstance(prompt, str)
+        call = self._completion_call(prompt, False, {}) if as_text else self._chat_call(prompt, {})
         return call.logprob(answer)
 
     # -- prompts ---------------------------------------------------------------------------------------------------
