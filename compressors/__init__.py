@@ -6,7 +6,7 @@ if __name__ != "nutgraf.compressors":
     # Under a bare name this would be a second copy of every class and of the registry.
     raise ImportError(f"Import nutgraf.compressors, not {__name__}: the repository root is the package nutgraf.")
 
-from . import autocompressor, gist, icae, kv_memory, selective_context, xrag  # each registers its method
+from . import autocompressor, gist, icae, kv_memory, mean_pool, selective_context, xrag  # each registers its method
 from .base import CheckpointError, Compressor, CompressorConfig, ReaderMismatchError, SoftCompressor, TextCompressor
 from .passage import CompressedPassage
 from .reader import Reader, Targets
@@ -29,6 +29,7 @@ __all__ = [
     "kv_memory",
     "load_compressor",
     "make_compressor",
+    "mean_pool",
     "register_compressor",
     "selective_context",
     "xrag",

@@ -238,7 +238,7 @@ class AutoCompressor(SoftCompressor):
         """Summary vectors of a segment."""
         if self.config.fixed_slots:
             return self.config.summary_length
-        return min(math.ceil(n_tokens / ratio - 1e-6), self.config.summary_length)
+        return min(max(math.ceil(n_tokens / ratio - 1e-6), 1), self.config.summary_length)
 
     def segments(self, n_tokens: int, ratio: float | None = None) -> list[tuple[int, int]]:
         """How a passage is cut: ``(tokens, summary vectors)`` of each segment, in order.

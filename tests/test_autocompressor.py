@@ -210,13 +210,13 @@ def test_random_segments():
     assert torch.allclose(means, torch.full((4,), 1536.0), atol=40)  # no place is favoured
 
 
-@pytest.mark.parametrize("ratio", [1, 1.7, 4, 9.5, 1000])
+@pytest.mark.parametrize("ratio", [1, 1.7, 4, 9.5, 1e8])
 def test_slots_follow_the_segments_length(reader, ratio):
     compressor = build(reader)
     for n in (0, 1, 2, 7, 31, 100, 301):
         cut = compressor.segments(n, ratio)
         assert sum(length for length, _ in cut) == n
-        assert all(slots == min(6, math.ceil(length / ratio - 1e-6)) for length, slots in cut)
+        assert all(slots == min(6, math.ceil(length / ratio)) for length, slots in cut)
         assert sum(slots for _, slots in cut) <= n
     assert compressor.compress([PASSAGE], ratio=ratio)[0].slots == sum(
         slots for _, slots in compressor.segments(len(reader.tokenize(PASSAGE)), ratio)

@@ -39,6 +39,7 @@ SETTINGS: dict[str, dict] = {
     "500x": {"num_mem": 6, "ratio": 4.0, "r": 4},
     "icae": {"mem_size": 6, "ratio": 4.0, "r": 4, "projector": "linear", "special_tokens": True},
     "autocompressor": {"summary_length": 6, "ratio": 4.0, "r": 4},
+    "mean-pool": {"weighting": "learned", "r": 4, "chunk_tokens": 40},
     "selective-context": {"unit": "word", "keep_digits": True},
 }
 SOFT = [name for name in sorted(SETTINGS) if issubclass(COMPRESSORS[name], SoftCompressor)]

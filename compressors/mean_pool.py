@@ -1,0 +1,299 @@
+"""Mean-pooled windows: the states of a few neighbouring tokens, averaged and projected, are read in the tokens' place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .base import CompressorConfig, Query, SoftCompressor
+from .embedders import MINILM, Embedder, load_embedder
+from .passage import CompressedPassage, Interface
+from .reader import Reader
+from .registry import register_compressor
+from .twin import LoRATwin, pack
+
+
+@dataclass
+class MeanPoolConfig(CompressorConfig):
+    """Settings of mean-pooled windows."""
+
+    method: ClassVar[str] = "mean-pool"
+
+    encoder: Literal["reader", "embeddings", "minilm"] = field(
+        default="reader",
+        metadata={
+            "help": "whose token states are pooled: 'reader': the reader plus LoRA; 'embeddings': the reader's token "
+            "embeddings; 'minilm': a frozen small sentence-transformers model, which reads in both directions"
+        },
+    )
+    ratio: float = field(default=4.0, metadata={"help": "tokens a window, where no ratio is asked for"})
+    weighting: Literal["uniform", "learned"] = field(
+        default="uniform",
+        metadata={
+            "help": "weights inside a window: equal, or a softmax over a learned score of each vocabulary entry plus a "
+            "linear score of the state, which starts equal"
+        },
+    )
+    hidden_size: int | None = field(
+        default=None, metadata={"help": "width of the MLP's hidden layer; default: twice the reader's embedding width"}
+    )
+    chunk_tokens: int = field(
+        default=1024, metadata={"help": "the longest stretch that encoder 'reader' reads at once"}
+    )
+    bos: bool = field(
+        default=True, metadata={"help": "put the tokenizer's BOS, if it has one, in front of every stretch"}
+    )
+    r: int = field(default=32, metadata={"help": "LoRA rank (encoder 'reader')"})
+    alpha: float = field(default=32.0, metadata={"help": "LoRA scale: updates are multiplied by alpha / r"})
+    dropout: float = field(default=0.0, metadata={"help": "LoRA dropout in training"})
+    target_modules: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "modules that get LoRA; default: query and value projections, or the fused one"}
+    )
+    embedder: str = field(
+        default=MINILM, metadata={"help": "sentence-transformers id or folder of the frozen encoder ('minilm')"}
+    )
+    state_size: int | None = field(default=None, metadata={"help": "width of its token states; filled in"})
+    embedder_hash: str | None = field(default=None, metadata={"help": "its fingerprint; filled in"})
+
+    def __post_init__(self) -> None:
+        for name in ("r", "chunk_tokens", "hidden_size", "state_size"):
+            value = getattr(self, name)
+            if value is None and name in ("hidden_size", "state_size"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+        if not (math.isfinite(self.ratio) and self.ratio >= 1):
+            raise ValueError(f"ratio is tokens a window and must be a finite number of at least 1, got {self.ratio!r}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}.")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be positive, got {self.alpha!r}.")
+        choices = {"encoder": ("reader", "embeddings", "minilm"), "weighting": ("uniform", "learned")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
+        if isinstance(self.target_modules, str):
+            raise ValueError(f"target_modules must be a list of module names, got one string {self.target_modules!r}.")
+        if self.target_modules is not None:
+            self.target_modules = tuple(self.target_modules)
+
+
+@register_compressor
+class MeanPoolCompressor(SoftCompressor):
+    r"""Mean-pooled windows (as in arXiv 2510.20797 and LCLM, arXiv 2606.09659), read by the reader as it is.
+
+    A passage of L tokens is cut into ``n = ceil(L / ratio)`` windows: window k is the reader's tokens from
+    ``floor(k * ratio)`` up to ``floor((k + 1) * ratio)``, the last one shorter. With weights :math:`w` that add up to 1 in
+    each window, token states :math:`h` and the reader's token embeddings :math:`e`,
+
+    .. math:: slot_k = A \frac{\sum_t w_t e_t}{\sqrt{\sum_t w_t^2}}
+              + s \cdot \mathrm{MLP}\big(\mathrm{RMSNorm}(\sum_t w_t h_t)\big).
+
+    A starts as the identity and the MLP's last layer at zero, so training begins with the window's embeddings, summed over
+    the square root of their number, which keeps their norm; at ratio 1 these are the passage's own embeddings. s is a
+    learned factor that starts at the root mean square of the reader's embeddings. The weights are 1 over the window's
+    length, or learned: a softmax over the window of a score of the token's vocabulary entry plus a linear score of its
+    state, both zero at first. Nothing depends on the ratio, so one checkpoint serves every ratio: train it on random ones.
+
+    The papers' encoders read in both directions. A causal reader cannot: with ``encoder="reader"`` a token's state knows
+    what comes before it in its stretch of ``chunk_tokens`` tokens, and nothing after it. ``"minilm"`` reads in both
+    directions; its tokens are aligned with the reader's by their characters. Windows cross the borders of stretches.
+
+    Args:
+        config: the settings.
+        reader: the reader.
+        embedder: for ``encoder="minilm"`` an embedder or a SentenceTransformer in place of loading ``config.embedder``. It
+            must be the one that the compressor was trained with.
+
+    Attributes:
+        encoder: the reader's `LoRATwin` (``encoder="reader"`` only).
+        linear: A, ``[width, width]``.
+        norm, mlp: the RMSNorm over pooled states, and Linear, GELU, Linear from its output to ``width``.
+        log_scale: logarithm of s.
+        token_score: ``[vocabulary]``; `state_score`: linear, from a state to a number (``weighting="learned"`` only).
+        batch_positions: positions that one forward pass of the encoder may take (memory against speed; changes no result).
+
+    Raises:
+        ValueError: if the embedder is not the one that the compressor was made with, or the reader has too few positions.
+    """
+
+    config_class = MeanPoolConfig
+    interface: ClassVar[Interface] = "embeds"
+    config: MeanPoolConfig
+
+    def __init__(self, config: MeanPoolConfig, reader: Reader, *, embedder: Any = None) -> None:
+        super().__init__(config, reader)
+        self.batch_positions = 16384
+        self._embedder: Embedder | None = None
+        if embedder is not None and config.encoder != "minilm":
+            raise ValueError(
+                f"encoder={config.encoder!r} uses no embedder; leave embedder out, or set encoder='minilm'."
+            )
+        self.encoder: LoRATwin | None = None
+        self.bos: list[int] = list(reader.bos_ids) if config.bos else []
+        size = reader.width
+        if config.encoder == "reader":
+            lora: dict[str, Any] = {"r": config.r, "alpha": config.alpha, "dropout": config.dropout}
+            self.encoder = LoRATwin(reader.model, **lora, target_modules=config.target_modules)
+            if reader.max_positions is not None and reader.max_positions <= len(self.bos):
+                raise ValueError(f"{reader.name!r} has {reader.max_positions} positions, none of them for a passage.")
+            with torch.no_grad():  # the width of hidden states, which is not that of the embeddings in every model
+                size = self._encode([[0]])[0].shape[1]
+        elif config.encoder == "minilm":
+            size = self._use_embedder(embedder)
+        hidden = config.hidden_size or 2 * reader.width
+        self.norm = nn.RMSNorm(size, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(size, hidden), nn.GELU(), nn.Linear(hidden, reader.width))
+        self.linear = nn.Linear(reader.width, reader.width, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(reader.embedding_norm / math.sqrt(reader.width))))
+        self.token_score = self.state_score = None
+        if config.weighting == "learned":
+            self.token_score = nn.Parameter(torch.zeros(reader.vocab_size))
+            self.state_score = nn.Linear(size, 1, bias=False)
+            nn.init.zeros_(self.state_score.weight)
+        nn.init.eye_(self.linear.weight)
+        nn.init.zeros_(self.mlp[2].weight)  # type: ignore[arg-type]
+        nn.init.zeros_(self.mlp[2].bias)  # type: ignore[arg-type]
+        self.to(reader.device)
+
+    def identity_parts(self) -> list[Any]:
+        """The slots depend on the reader's weights and on the embedder's too."""
+        return [self.reader.fingerprint, self.config.embedder_hash]
+
+    def _use_embedder(self, given: Any) -> int:
+        """Loads the frozen encoder, or checks the one that is given; its width."""
+        config = self.config
+        self._embedder = load_embedder(given if given is not None else config.embedder, self.reader.device)
+        found, size = self._embedder.fingerprint, self._embedder.token_states(["a"])[0][1].shape[1]
+        if config.embedder_hash not in (None, found):
+            raise ValueError(
+                f"The embedder {self._embedder.name!r} ({found}) is not the one this compressor was made with "
+                f"({config.embedder!r}, {config.embedder_hash}); pass that one as embedder=..., or train a compressor for "
+                "this one."
+            )
+        self.config = replace(config, embedder_hash=found, state_size=size)
+        return size
+
+    # -- encoding --------------------------------------------------------------------------------------------------
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        query: Query = None,
+        ratio: float | None = None,
+        vectors: Sequence[Any] | None = None,
+    ) -> list[CompressedPassage]:
+        """Compresses passages, differentiably in the LoRA matrices, the projector and the window weights.
+
+        Args:
+            texts: the passages.
+            query: ignored: the slots serve all questions.
+            ratio: tokens a window, any real number of at least 1; ``None``: the config's.
+            vectors: ignored.
+        """
+        texts = self._check_texts(texts)
+        ratio = self.config.ratio if ratio is None else float(ratio)
+        ids = self.reader.tokenize_batch(texts)
+        lengths = [window_lengths(len(passage), ratio) for passage in ids]
+        rows = self._slots(texts, ids, [n for windows in lengths for n in windows]).split([len(w) for w in lengths])
+        # In training the weights change with every step, and hashing them each time would be waste.
+        origin = "training" if self.training and torch.is_grad_enabled() else self.fingerprint
+        info = {"method": "mean-pool", "ratio_asked": ratio, **self.reader.identity_card.runs_as}
+        return [
+            CompressedPassage("embeds", len(p), origin, self.reader.fingerprint, embeds=e, info=dict(info))
+            for p, e in zip(ids, rows if ids else ())
+        ]
+
+    def _slots(self, texts: list[str], ids: list[list[int]], windows: list[int]) -> Tensor:
+        """``[windows, width]`` slots of all passages, one after the other, from their windows' lengths."""
+        reader, dtype = self.reader, self.linear.weight.dtype
+        device = reader.device
+        if not windows:
+            return torch.zeros(0, reader.width, device=device, dtype=reader.dtype)
+        flat = torch.tensor([i for passage in ids for i in passage], device=device)
+        with torch.no_grad():
+            embeds = reader.embed(flat).to(dtype)
+        states = embeds if self.config.encoder == "embeddings" else self._states(texts, ids).to(device, dtype)
+        n = len(windows)
+        where = torch.repeat_interleave(torch.arange(n), torch.tensor(windows)).to(device)
+        weights = self._weights(flat, states, where, n)
+        pooled = embeds.new_zeros(n, embeds.shape[1]).index_add(0, where, embeds * weights[:, None])
+        length = weights.new_zeros(n).index_add(0, where, weights.square()).sqrt()
+        means = states.new_zeros(n, states.shape[1]).index_add(0, where, states * weights[:, None])
+        out = self.linear(pooled / length[:, None]) + self.mlp(self.norm(means)) * self.log_scale.exp()
+        return out.to(reader.dtype)
+
+    def _weights(self, ids: Tensor, states: Tensor, where: Tensor, n: int) -> Tensor:
+        """``[tokens]`` weights that add up to 1 in each of the ``n`` windows."""
+        if self.token_score is None or self.state_score is None:
+            return 1 / torch.bincount(where, minlength=n).to(states.dtype)[where]
+        normed = nn.functional.rms_norm(states, states.shape[-1:], eps=1e-6)
+        scores = self.token_score[ids] + self.state_score(normed)[:, 0]
+        highest = scores.detach().new_full((n,), -math.inf).scatter_reduce(0, where, scores.detach(), "amax")
+        powers = (scores - highest[where]).exp()
+        return powers / powers.new_zeros(n).index_add(0, where, powers)[where]
+
+    # -- token states ----------------------------------------------------------------------------------------------
+
+    def _states(self, texts: list[str], ids: list[list[int]]) -> Tensor:
+        """``[tokens, state width]``: a state for every reader token of every passage."""
+        if self.encoder is None:
+            return torch.cat([self._aligned(text) for text, passage in zip(texts, ids) if passage])
+        longest = self.config.chunk_tokens
+        if self.reader.max_positions is not None:
+            longest = min(longest, self.reader.max_positions - len(self.bos))
+        pieces: list[list[int]] = []
+        for passage in ids:
+            size = -(-len(passage) // max(-(-len(passage) // longest), 1))  # stretches of equal length
+            pieces += [passage[start : start + size] for start in range(0, len(passage), size or 1)]
+        return torch.cat(self._encode(pieces))
+
+    def _encode(self, pieces: Sequence[list[int]]) -> list[Tensor]:
+        """For each stretch of ids the tuned reader's last hidden states ``[tokens, hidden]``."""
+        reader, head = self.reader, len(self.bos)
+        lengths = [head + len(piece) for piece in pieces]
+        out: dict[int, Tensor] = {}
+        for batch in pack(lengths, self.batch_positions):
+            longest = lengths[batch[0]]
+            rows = torch.tensor([self.bos + pieces[i] + [0] * (longest - lengths[i]) for i in batch])
+            mask = (torch.arange(longest) < torch.tensor([lengths[i] for i in batch])[:, None]).long()
+            hidden = self.encoder(reader.embed(rows.to(reader.device)), mask.to(reader.device))  # type: ignore[misc]
+            out.update((i, hidden[row, head : lengths[i]]) for row, i in enumerate(batch))
+        return [out[i] for i in range(len(pieces))]
+
+    def _aligned(self, text: str) -> Tensor:
+        """``[reader tokens, state width]``: the mean of the embedder's states over each reader token's characters.
+
+        A reader token that the embedder has nothing for (white space, say) gets a state of zeros.
+        """
+        embedder: Any = self._embedder
+        spans = embedder.shard(text, embedder.max_tokens)
+        owner = torch.full((len(text),), -1)  # the embedder token that each character belongs to
+        found: list[Tensor] = [torch.zeros(0, self.config.state_size or 0)]
+        count = 0
+        for (start, _), (offsets, states) in zip(spans, embedder.token_states([text[a:b] for a, b in spans])):
+            for a, b in offsets:
+                owner[start + a : start + b] = count
+                count += 1
+            found.append(states)
+        offsets = self.reader.tokenize_with_offsets(text)[1]
+        token = torch.tensor([t for t, (a, b) in enumerate(offsets) for _ in range(a, b)], dtype=torch.long)
+        characters = torch.tensor([c for a, b in offsets for c in range(a, b)], dtype=torch.long)
+        known = owner[characters] >= 0
+        token, states = token[known], torch.cat(found)[owner[characters[known]]]
+        total = states.new_zeros(len(offsets), states.shape[1]).index_add(0, token, states)
+        return total / torch.bincount(token, minlength=len(offsets)).clamp(min=1)[:, None]
+
+
+def window_lengths(n_tokens: int, ratio: float) -> list[int]:
+    """Lengths of the windows of a passage: borders at ``floor(k * ratio)``, the last window shorter."""
+    if not n_tokens:
+        return []
+    count = max(math.ceil(n_tokens / ratio - 1e-6), 1)
+    borders = [min(math.floor(k * ratio + 1e-6), n_tokens) for k in range(count)] + [n_tokens]
+    return [b - a for a, b in zip(borders, borders[1:])]
