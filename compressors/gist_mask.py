@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,18 +82,19 @@ def _causal(seen: Tensor, valid: Tensor) -> Tensor:
 
 @dataclass
 class _Row:
-    """A prompt in full: ids (0 at gist tokens), logical positions, block numbers, and the gist token (-1: none)."""
+    """A prompt in full: ids (0 at gist tokens), logical positions, block numbers, 1 at gist tokens; and its segments."""
 
     ids: list[int]
     positions: list[int]
     block: list[int]
     gist: list[int]
+    segments: list[tuple[list[int], int]]
 
-    def add(self, ids: Sequence[int], start: int, block: int, gist: Iterable[int] | None = None) -> None:
+    def add(self, ids: Sequence[int], start: int, block: int, gist: bool = False) -> None:
         self.ids += ids
         self.positions += range(start, start + len(ids))
         self.block += [block] * len(ids)
-        self.gist += [-1] * len(ids) if gist is None else gist
+        self.gist += [int(gist)] * len(ids)
 
 
 def masked_logits(
@@ -136,15 +137,16 @@ def masked_logits(
         return torch.tensor([part + [fill] * (time - len(part)) for part in lists], device=reader.device)
 
     ids, block = stack([row.ids for row in rows], 0), stack([row.block for row in rows], 0)
-    positions, which = stack([row.positions for row in rows], 0), stack([row.gist for row in rows], -1)
+    positions, gist = stack([row.positions for row in rows], 0), stack([row.gist for row in rows], 0).bool()
     valid = stack([[1] * len(row.ids) for row in rows], 0).bool()
-    allowed = passages_mask(block, which >= 0, valid)
+    allowed = passages_mask(block, gist, valid)
     reader.kv_placement.check_length(int(positions.max()) + 1)
     tokens = reader.embed(ids)
-    source = compressor.memory_rows()[which[which >= 0]].to(tokens.dtype)
+    segments = [segment for row in rows for segment in row.segments]
+    source = compressor.memory_inputs([ids for ids, _ in segments], [slots for _, slots in segments]).to(tokens.dtype)
     decoder = compressor.encoder.decoder
     hidden = decoder(
-        inputs_embeds=tokens.index_put(torch.where(which >= 0), source),
+        inputs_embeds=tokens.index_put(torch.where(gist), source),
         attention_mask=reader.kv_placement.additive(allowed, reader.dtype),
         position_ids=positions,
         use_cache=False,
@@ -172,7 +174,7 @@ def _lay_out(compressor: GistCompressor, prompt: Sequence[Any], target: Sequence
         raise ValueError("A prompt must end with text, and a target needs at least one token.")
     plan.add_tokens(target[:-1])
     starts = {start: passage for (start, _), passage in zip(plan.soft, passages)}
-    row = _Row([], [], [], [])
+    row = _Row([], [], [], [], [])
     at = blocks = 0
     while at < len(plan):
         if at not in starts:
@@ -182,10 +184,11 @@ def _lay_out(compressor: GistCompressor, prompt: Sequence[Any], target: Sequence
         ids, cut = starts[at]
         for tokens, slots in cut:
             blocks += 1
+            row.segments.append((ids[:tokens], slots))
             hidden = bos + ids[:tokens]
             ids = ids[tokens:]
             row.add(hidden, at - len(hidden), blocks)
-            row.add([0] * slots, at, blocks, range(slots))
+            row.add([0] * slots, at, blocks, gist=True)
             at += slots
     shift = max(
         0, -min(row.positions)

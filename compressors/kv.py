@@ -61,13 +61,16 @@ class KVPlacement:
     def _encode(self, ids: Tensor, offset: int) -> list[tuple[Tensor, Tensor]]:
         positions = torch.arange(ids.shape[1], device=ids.device)[None] + offset
         cache = DynamicCache()
-        self.decoder(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            use_cache=True,
-            **position_arguments(self.decoder, positions),
-        )
+        with torch.autocast(
+            ids.device.type, enabled=False
+        ):  # the first use may be in training, where it would blur the keys
+            self.decoder(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=cache,
+                use_cache=True,
+                **position_arguments(self.decoder, positions),
+            )
         layers: list[Any] = cache.layers
         return [(layer.keys[0], layer.values[0]) for layer in layers]
 

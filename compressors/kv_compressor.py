@@ -43,6 +43,13 @@ class KVSlotConfig(CompressorConfig):
             "middle of the tokens that it stands for"
         },
     )
+    residual: bool = field(
+        default=False,
+        metadata={
+            "help": "add to every memory token's embedding the pooled embeddings of the tokens that it stands for, so that "
+            "training begins with slots that can be read; not in the papers"
+        },
+    )
     bos: bool = field(
         default=True, metadata={"help": "put the tokenizer's BOS, if it has one, in front of every segment"}
     )
@@ -140,6 +147,30 @@ class KVSlotCompressor(SoftCompressor):
         """The positions that a passage says its keys were computed at, from which the reader moves them."""
         return computed
 
+    def memory_inputs(self, pieces: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
+        """``[all slots, width]``: what is put in for the memory tokens of segments, differentiable.
+
+        Args:
+            pieces: token ids of each segment, BOS left out.
+            slots: slots of each segment.
+        """
+        rows = self.memory_rows()
+        found = rows[torch.tensor([k for n in slots for k in range(n)], dtype=torch.long)]
+        return found + self._pooled(pieces, slots).to(found.device) if self.config.residual else found
+
+    def _pooled(self, pieces: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
+        """``[all slots, width]`` float32: each slot's own run of token embeddings, summed over sqrt(its length)."""
+        embed = self.encoder.lm.get_input_embeddings()
+        of, first = [torch.zeros(0, dtype=torch.long)], 0
+        for piece, n in zip(pieces, slots):
+            of.append(torch.arange(len(piece)) * n // len(piece) + first)
+            first += n
+        where = torch.cat(of).to(embed.weight.device)
+        ids = torch.tensor([i for piece in pieces for i in piece], dtype=torch.long, device=where.device)
+        tokens = embed(ids).float()
+        total = tokens.new_zeros(first, tokens.shape[1]).index_add(0, where, tokens)
+        return total / torch.bincount(where, minlength=first).clamp(min=1).sqrt()[:, None]
+
     # -- segments --------------------------------------------------------------------------------------------------
 
     def _longest_segment(self, ratio: float | None) -> int | None:
@@ -197,15 +228,16 @@ class KVSlotCompressor(SoftCompressor):
         cuts = [self.segments(len(passage), ratio) for passage in ids]
         for passage, cut in zip(ids, cuts):
             ends = accumulate(n for n, _ in cut)
-            pieces += [bos + passage[end - n : end] for (n, _), end in zip(cut, ends)]
+            pieces += [passage[end - n : end] for (n, _), end in zip(cut, ends)]
         flat = [pair for cut in cuts for pair in cut]
+        slots = [n for _, n in flat]
         found = iter(
             encode_kv(
                 self.encoder,
-                pieces,
-                [slots for _, slots in flat],
-                self.memory_rows(),
-                [self._memory_positions(len(bos), tokens, slots) for tokens, slots in flat],
+                [bos + piece for piece in pieces],
+                slots,
+                self.memory_inputs(pieces, slots),
+                [self._memory_positions(len(bos), *pair) for pair in flat],
                 budget=self.batch_positions,
             )
         )

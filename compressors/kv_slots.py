@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def encode_kv(
         twin: the tuned reader.
         texts: token ids of each sequence, BOS included; they stand at positions 0, 1, 2, ...
         slots: how many memory tokens follow each text, at least 1.
-        memory: ``[most slots, width]`` memory embeddings; a sequence takes the first ones.
+        memory: ``[all slots, width]`` memory embeddings, sequence after sequence.
         positions: position ids ``[slots]`` of each sequence's memory tokens.
         budget: positions that one forward pass may take, padding counted.
 
@@ -85,6 +86,7 @@ def encode_kv(
     embed = twin.lm.get_input_embeddings()
     device = embed.weight.device
     lengths = [len(text) + n for text, n in zip(texts, slots)]
+    starts = [0, *accumulate(slots)]
     out: list[KVSlots | None] = [None] * len(texts)
     for batch in pack(lengths, budget):
         longest = lengths[batch[0]]
@@ -101,7 +103,7 @@ def encode_kv(
             at[row, n : lengths[i]] = positions[i]
             rows += [row] * slots[i]
             columns += range(n, lengths[i])
-            which += range(slots[i])
+            which += range(starts[i], starts[i + 1])
         where = (torch.tensor(rows), torch.tensor(columns))  # indices on the CPU serve tensors on any device
         tokens = embed(ids.to(device))
         source = memory[torch.tensor(which)].to(tokens.device, tokens.dtype)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +18,7 @@ from .records import Material
 from .schema import Objective, Span, Stage
 from .templates import (
     QUESTION_TEMPLATES,
+    SEPARATOR,
     UNANSWERABLE,
     Piece,
     Prompt,
@@ -73,6 +75,7 @@ class Reading:
         kind: `repeat`, `paraphrase`, `continue`, the name of a question template, or one of `NOT_READ`.
         target: the text that follows, or the document; `eos` closes it.
         wording: which of the paraphrase prompts.
+        lead: text between the passages of `continue` and the target.
     """
 
     kind: str
@@ -81,6 +84,7 @@ class Reading:
     question: str = ""
     wording: int = 0
     eos: bool = True
+    lead: str = ""
 
     def prompt(self, context: Sequence[Piece]) -> Prompt:
         """The prompt over `context`: texts for the teacher, compressed passages for the student."""
@@ -89,8 +93,21 @@ class Reading:
         if self.kind == "paraphrase":
             return paraphrase_prompt(context[0], self.wording)
         if self.kind == "continue":
-            return continuation_prompt(context)
+            return [*continuation_prompt(context), *([self.lead] if self.lead else [])]
         return QUESTION_TEMPLATES[self.kind](context, self.question)
+
+    def behind_kv(self) -> Reading:
+        """The same reading for passages of keys and values, behind which something must be run before a token is predicted.
+
+        A continuation's first word moves from the target into the prompt.
+        """
+        if self.kind != "continue" or self.lead:
+            return self
+        first = re.match(r"\s*\S+", self.target)
+        rest = self.target[first.end() :] if first else ""
+        if not first or not rest.strip():
+            return replace(self, lead=SEPARATOR)
+        return replace(self, lead=first.group(), target=rest)
 
 
 @dataclass(frozen=True)

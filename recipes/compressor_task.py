@@ -234,7 +234,7 @@ class CompressorTask:
             for item in items:
                 for reading in item.readings:
                     contexts.append(list(range(len(texts), len(texts) + len(item.passages))))
-                    readings.append(reading)
+                    readings.append(reading.behind_kv() if self.compressor.interface == "kv" else reading)
                 texts += item.passages
                 queries += [item.readings[0].question or None] * len(item.passages)
             ids = self.reader.tokenize_batch([reading.target for reading in readings])

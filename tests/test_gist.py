@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
+from nutgraf import load_compressor
 from nutgraf.compressors import Reader, make_compressor
 from nutgraf.compressors.gist import GistCompressor, GistConfig, mean_row
 from nutgraf.compressors.gist_mask import Gisted, gist_mask, masked_logits
 from nutgraf.compressors.kv_slots import encode_kv
 from nutgraf.compressors.plan import plan_prompts
+from nutgraf.recipes.compressor_items import Reading
+from nutgraf.recipes.compressor_task import CompressorTask
+from nutgraf.recipes.schema import parse_recipe
+from nutgraf.recipes.trainer import run_recipe
 from torch.nn.functional import cross_entropy
 
 LONG = "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911)."
@@ -71,7 +77,9 @@ def test_stored_slots_equal_the_masked_pass(zoo, architecture):
     assert not agree(stored, masked_logits(gist, PROMPTS, TARGETS, ratio=3.0))
 
 
-@pytest.mark.parametrize("settings", [{"tuning": "full"}, {"shared_embedding": False}, {"bos": False}])
+@pytest.mark.parametrize(
+    "settings", [{"tuning": "full"}, {"shared_embedding": False}, {"bos": False}, {"residual": True}]
+)
 def test_both_readings_agree_in_every_form(reader, settings):
     gist = build(reader, **settings)
     assert agree(stored_logits(gist, PROMPTS, TARGETS, 4), masked_logits(gist, PROMPTS, TARGETS, ratio=4))
@@ -237,6 +245,17 @@ def test_faithful_is_the_papers_form(reader):
     assert sum(p.numel() for p in gist.parameters()) > sum(p.numel() for p in reader.model.parameters())
 
 
+def test_the_residual_is_the_pooled_embeddings(reader):
+    gist = build(reader, residual=True, ratio=3.0)
+    pieces, slots = [[5, 6, 7, 8, 9], [20, 21]], [2, 1]
+    runs = [[5, 6, 7], [8, 9], [20, 21]]
+    want = torch.stack([reader.embed(torch.tensor(run)).sum(0) / len(run) ** 0.5 for run in runs])
+    rows = gist.memory_rows()
+    assert torch.allclose(gist.memory_inputs(pieces, slots) - rows[[0, 1, 0]], want, atol=1e-5)
+    plain = build(reader, ratio=3.0)
+    assert torch.equal(plain.memory_inputs(pieces, slots), plain.memory_rows()[[0, 1, 0]])
+
+
 def test_spread_slots_stand_in_the_middle_of_their_tokens(reader):
     gist = build(reader, positions="spread", ratio=4.0)
     (passage,) = gist.compress(["word " * 4])
@@ -300,13 +319,13 @@ def test_a_few_steps_lower_the_loss(zoo, tuning):
 
 def test_encode_kv_is_differentiable_in_the_memory_tokens(reader):
     gist = build(reader)
-    memory = torch.randn(5, reader.width, requires_grad=True)
+    memory = torch.randn(7, reader.width, requires_grad=True)
     texts = [[1, 7, 8, 9], [1, 5]]
     found = encode_kv(gist.encoder, texts, [2, 4], memory, [torch.arange(4, 6), torch.arange(2, 6)])
     assert [f.keys[0].shape[1] for f in found] == [2, 4]
     sum(t.square().sum() for f in found for t in f.keys + f.values).backward()
     moved = memory.grad.abs().sum(-1) > 0
-    assert moved.tolist() == [True, True, True, True, False]
+    assert moved.tolist() == [True] * 6 + [False]
 
 
 @pytest.mark.parametrize(
@@ -329,3 +348,50 @@ def test_encode_kv_is_differentiable_in_the_memory_tokens(reader):
 def test_config_is_validated(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         GistConfig.from_dict(settings)
+
+
+# -- under the trainer ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{"method": "gist", "n_gist": 16}, {"method": "500x", "num_mem": 16}])
+def test_the_trainer_lowers_the_loss(zoo, tmp_path, settings):
+    cities = ["Bergen", "Oslo", "Lima", "Cairo", "Kyoto", "Quito"]
+    paragraphs = [f"The town of {{}} stands on hill {n}. " * 3 + "Many people live there." for n in range(4)]
+    articles = [f"# {city}\n\n" + "\n\n".join(p.replace("{}", city) for p in paragraphs) for city in cities]
+    (tmp_path / "text.txt").write_text("\n<|doc|>\n".join(articles))
+    stage = {
+        "name": "mixed",
+        "steps": 16,
+        "batch_size": 4,
+        "lr": 1e-2,
+        "schedule": "constant",
+        "objectives": {"ae": 0.3, "lm": 1.0, "kl": 1.0},
+        "ratios": [2, 4],
+        "mix": {"repeat": 0.3, "continue": 0.4, "made": 0.3},
+        "log_every": 4,
+    }
+    data = {"dir": str(tmp_path), "texts": ["text.txt"], "max_chars": 300}
+    raw = {"name": "toy", "kind": "compressor", "reader": "unused", "data": data}
+    recipe = parse_recipe({**raw, "compressor": {**settings, "r": 4, "residual": True}, "stages": [stage]})
+    task = CompressorTask(recipe, zoo.reader())
+    before = {name: p.detach().clone() for name, p in task.compressor.named_parameters()}
+    final = run_recipe(recipe, task, tmp_path / "run")
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert {"loss/ae", "loss/lm", "loss/kl"} <= set().union(*log)
+    assert log[-1]["loss"] < 0.9 * log[0]["loss"]
+    assert not any(torch.equal(p, before[name]) for name, p in task.compressor.named_parameters())
+    assert not any(p.requires_grad or p.grad is not None for p in task.compressor.base_reader.model.parameters())
+    loaded = load_compressor(final, task.compressor.base_reader)
+    one, other = (c.compress([LONG])[0] for c in (loaded, task.compressor))
+    assert all(torch.equal(a, b) for a, b in zip(one.keys + one.values, other.keys + other.values))
+    assert loaded.reader.generate([[one, QUESTION]], 3) == task.compressor.reader.generate([[other, QUESTION]], 3)
+
+
+def test_a_continuation_behind_kv_begins_with_a_word_of_text():
+    reading = Reading("continue", " the river runs\n\nto the sea", ("lm",), eos=False)
+    moved = reading.behind_kv()
+    assert moved.prompt(["Here"]) == ["Here", " the"]
+    assert "".join(moved.prompt(["Here"])) + moved.target == "Here" + reading.target
+    assert Reading("continue", " word", ("lm",)).behind_kv().prompt(["Here"]) == ["Here", "\n\n"]
+    asked = Reading("plain", " x", ("lm",), "who?")
+    assert asked.behind_kv() is asked
