@@ -78,6 +78,53 @@ def inspect(
         _show(made, found, passage_text, query)
 
 
+@app.command(name="import")
+def import_(
+    name: Annotated[str, typer.Argument(help="Whose layout: xrag, icae, pisco, cocom, autocompressor, gist, ...")],
+    path: Annotated[str, typer.Argument(help="The checkpoint's file or folder, or a hub id.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="What the checkpoint does not say, as in mean_compression_rate=4.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = ...,  # type: ignore[assignment]
+    reader: Annotated[str | None, typer.Option(help="The reader it was trained for: a folder or a hub id.")] = None,
+    device: Annotated[str, typer.Option(help="Where the models go that are built: cpu, cuda, auto.")] = "cpu",
+) -> None:
+    """Make a compressor out of a checkpoint that was published in its authors' own layout."""
+    with friendly_errors():
+        from .compressors.importers import describe_ignored, import_to
+        from .recipes.yaml_values import parse_value
+
+        given = {}
+        for setting in settings or []:
+            key, equals, value = setting.partition("=")
+            if not equals:
+                raise ValueError(f"Settings are written name=value, got {setting!r}.")
+            given[key] = parse_value(value)
+        found = _shipped(reader) if reader else None
+        ignored = import_to(name, path, out, found, device=device, **given)
+        for line in describe_ignored(ignored):
+            typer.echo(f"left out, {line}", err=True)
+        typer.echo(str(out))
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
+def compress(context: typer.Context) -> None:
+    """Compress a corpus into a store, once, when it is indexed."""
+    from .adapters.store.cli import compress as run
+
+    single = typer.Typer(add_completion=False)
+    single.command(help=run.__doc__)(run)
+    single(args=context.args or ["--help"], prog_name="nutgraf compress")
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
+def store(context: typer.Context) -> None:
+    """Show, verify, compact or migrate a store of compressed passages."""
+    from .adapters.store.cli import store_app
+
+    store_app(args=context.args or ["--help"], prog_name="nutgraf store")
+
+
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def bench(context: typer.Context) -> None:
     """Measure quality, reading, speed and cost on equal terms."""

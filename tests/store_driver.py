@@ -59,8 +59,10 @@ def fork(work: Callable[[], None]) -> int:
 def write_for_ever(folder: Path, first: int, ready: int, acknowledged: Path, compacting: bool) -> None:
     """Puts batch after batch, and notes each that was acknowledged."""
     log = os.open(acknowledged, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.write(ready, b"r")
+    if compacting:
+        os.write(ready, b"r")  # this one may be killed while it opens the store, or makes it
     store = LanceStore(folder)
+    os.write(ready, b"r")
     for batch in range(10_000):
         numbers = list(range(first + batch * BATCH, first + (batch + 1) * BATCH))
         store.put_many([entry(number) for number in numbers])

@@ -1,0 +1,258 @@
+"""`nutgraf compress` and `nutgraf store`: filling a store of compressed passages and looking after it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .base import MakerStats, StoreError
+
+store_app = typer.Typer(no_args_is_help=True, help="Look after a store of compressed passages.")
+
+Folder = Annotated[str, typer.Argument(help="The store: a folder, or a URI that LanceDB takes.")]
+CompressorName = Annotated[str, typer.Option("--compressor", "-c", help="A shipped compressor, a folder or a hub id.")]
+ReaderName = Annotated[str, typer.Option("--reader", "-r", help="A shipped reader, a folder or a hub id.")]
+Ratio = Annotated[float | None, typer.Option(help="Compression ratio; default: the compressor's own.")]
+Batch = Annotated[int, typer.Option(min=1, help="Passages compressed and stored at a time.")]
+Device = Annotated[str, typer.Option(help="Where the models run: auto, cpu, cuda, ...")]
+Dtype = Annotated[str | None, typer.Option(help="Slots of a new store as float16, bfloat16 or float32.")]
+Quantize = Annotated[str | None, typer.Option(help="Slots of a new store in int8 or int4.")]
+Group = Annotated[int | None, typer.Option(help="Dimensions that share a scale when quantised; default 64.")]
+
+
+def compress(
+    corpus: Annotated[
+        Path, typer.Argument(help="JSON lines or text files (.jsonl, .txt, .md; packed or not), or a folder.")
+    ],
+    store: Annotated[str, typer.Option("--store", "-s", help="The store, made if there is none.")],
+    compressor: CompressorName,
+    reader: ReaderName = "reader-small",
+    field: Annotated[str, typer.Option(help="The field of JSON lines that holds the text.")] = "text",
+    ratio: Ratio = None,
+    batch_size: Batch = 64,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
+    group: Group = None,
+    device: Device = "auto",
+    engine: Annotated[
+        str, typer.Option(help="local: this process; ray: Ray Data, on this machine or a cluster.")
+    ] = "local",
+    workers: Annotated[int, typer.Option(min=1, help="Processes of the engine ray.")] = 2,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs of each process of the engine ray.")] = 0.0,
+) -> None:
+    """Compress a corpus into a store. What is stored is skipped: stop it at any time and run it again to go on."""
+    with friendly_errors():
+        if engine not in ("local", "ray"):
+            raise ValueError(f"engine must be local or ray, got {engine!r}.")
+        from ..corpus import compress_corpus, compress_corpus_with_ray, read_corpus
+        from . import LanceStore
+
+        total = sum(1 for _ in read_corpus(corpus, field))  # a bad line is told before a model is loaded
+        with LanceStore(store, dtype=dtype, quantize=quantize, group=group) as opened, _progress(total) as done:  # type: ignore[arg-type]
+            passages = read_corpus(corpus, field)
+            if engine == "ray":
+                filled = compress_corpus_with_ray(
+                    passages,
+                    opened,
+                    _shipped(compressor),
+                    _shipped(reader),
+                    ratio=ratio,
+                    batch_size=batch_size,
+                    workers=workers,
+                    gpus=gpus,
+                    reader_options={"device": device},
+                    done=done,
+                )
+            else:
+                loaded = _load(compressor, reader, device)
+                filled = compress_corpus(passages, opened, loaded, ratio=ratio, batch_size=batch_size, done=done)
+        typer.echo(
+            f"{filled.compressed:,} passages compressed ({filled.source_tokens:,} tokens to {filled.slots:,} slots), "
+            f"{filled.found:,} were stored already, in {store}."
+        )
+
+
+@store_app.command()
+def show(folder: Folder) -> None:
+    """What a store holds, by compressor, reader and ratio."""
+    with friendly_errors(), _open(folder) as store:
+        from rich.console import Console
+        from rich.table import Table
+
+        stats = store.stats
+        table = Table(title=f"{folder}: {stats.passages:,} passages, {_bytes(stats.nbytes)} of slots")
+        for name in (
+            "compressor",
+            "reader",
+            "ratio asked",
+            "interface",
+            "passages",
+            "slots",
+            "ratio",
+            "bytes a passage",
+        ):
+            table.add_column(name, justify="left" if name in ("compressor", "reader", "interface") else "right")
+        for made in stats.makers:
+            table.add_row(*_cells(made))
+        console = Console()
+        console.print(table)
+        console.print(", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in stats.info.items()))
+
+
+@store_app.command()
+def verify(
+    folder: Folder,
+    drop: Annotated[bool, typer.Option("--drop", help="Delete damaged passages, to be compressed again.")] = False,
+) -> None:
+    """Read every passage and compare it with its checksum; exit status 1 if one is damaged."""
+    with friendly_errors(), _open(folder) as store:
+        from .upkeep import verify as run
+
+        with _progress(store.stats.passages) as done:
+            problems = run(store, drop=drop, done=done)
+        for problem in problems:
+            typer.echo(f"{problem.key}: {problem.what}", err=True)
+        typer.echo(f"{len(problems)} damaged passages{' were dropped' if drop and problems else ''}.")
+        if problems and not drop:
+            raise typer.Exit(1)
+
+
+@store_app.command()
+def compact(
+    folder: Folder,
+    keep_hours: Annotated[float, typer.Option(min=0, help="Keep versions that readers may still hold on to.")] = 24.0,
+) -> None:
+    """Free what nobody points at, join small files, bring the index up to date. Others may go on using the store."""
+    with friendly_errors(), _open(folder) as store:
+        from .upkeep import compact as run
+
+        made = run(store, keep_hours)
+        typer.echo(
+            f"Slabs: {_bytes(made.before)} before, {_bytes(made.after)} after; {made.duplicates} duplicates removed."
+        )
+
+
+@store_app.command()
+def migrate(
+    folder: Folder,
+    to: Annotated[str | None, typer.Option(help="Copy to a new store, in the encoding given.")] = None,
+    dtype: Dtype = None,
+    quantize: Quantize = None,
+    group: Group = None,
+    layout: Annotated[str | None, typer.Option(help="slabs or table; default: what suits the new place.")] = None,
+    compressor: Annotated[
+        str | None, typer.Option("--compressor", "-c", help="Compress the texts anew with it.")
+    ] = None,
+    reader: ReaderName = "reader-small",
+    ratio: Ratio = None,
+    batch_size: Batch = 64,
+    device: Device = "auto",
+    drop_old: Annotated[bool, typer.Option("--drop-old", help="Then delete what other makers made.")] = False,
+) -> None:
+    """Copy a store in another encoding (--to), or bring its texts to a new compressor or reader (--compressor)."""
+    with friendly_errors(), _open(folder) as store:
+        if (to is None) == (compressor is None):
+            raise ValueError("Give either --to NEW_STORE or --compressor NAME.")
+        if to is not None:
+            _copy(store, to, dtype=dtype, quantize=quantize, group=group, layout=layout)
+        else:
+            _recompress(store, _load(str(compressor), reader, device), ratio, batch_size, drop_old)
+
+
+def _copy(store: Any, to: str, **encoding: Any) -> None:
+    from . import LanceStore
+    from .upkeep import copy
+
+    with LanceStore(to, **encoding) as target, _progress(store.stats.passages) as done:
+        number = copy(store, target, done)
+    typer.echo(f"{number:,} passages copied to {to} ({target.encoding}).")
+
+
+def _recompress(store: Any, compressor: Any, ratio: float | None, batch_size: int, drop_old: bool) -> None:
+    from .fill import keys_for
+    from .upkeep import drop, recompress
+
+    with _progress(None) as done:
+        filled = recompress(store, compressor, ratio=ratio, batch_size=batch_size, done=done)
+    typer.echo(f"{filled.compressed:,} passages compressed, {filled.found:,} were stored already.")
+    ours = keys_for(compressor, [""], ratio=ratio)[0].maker
+    for made in store.stats.makers if drop_old else ():
+        if made.maker != ours:
+            drop(store, made.maker)
+            typer.echo(f"{made.passages:,} passages of the compressor {made.maker.compressor} deleted.")
+
+
+def _cells(made: MakerStats) -> list[str]:
+    maker = made.maker
+    return [
+        maker.compressor[:12],
+        "any" if maker.reader is None else maker.reader[:12],
+        "its own" if maker.ratio is None else f"{maker.ratio:g}",
+        made.interface,
+        f"{made.passages:,}",
+        f"{made.slots:,}",
+        f"{made.ratio:.2f}",
+        f"{made.nbytes / made.passages:,.0f}",
+    ]
+
+
+def _open(folder: str) -> Any:
+    from . import LanceStore
+
+    return LanceStore(folder, create=False)
+
+
+def _load(compressor: str, reader: str, device: str) -> Any:
+    from ...compressors import COMPRESSORS, Reader, load_compressor, make_compressor
+
+    loaded = Reader.from_pretrained(_shipped(reader), device=device)
+    method = COMPRESSORS.get(compressor)
+    if method is not None and method.interface == "text":
+        return make_compressor(compressor, loaded)
+    return load_compressor(_shipped(compressor), loaded)
+
+
+def _shipped(name: str) -> str:
+    """The folder of a shipped artefact, or `name` itself: a folder or a hub id."""
+    if "/" in name or Path(name).exists():
+        return name
+    from ... import pretrained
+
+    return pretrained(name)
+
+
+def _bytes(number: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:,.0f} {unit}" if unit == "bytes" else f"{number:,.1f} {unit}"
+        number /= 1024
+    return f"{number:,.1f} TiB"
+
+
+@contextlib.contextmanager
+def _progress(total: int | None) -> Iterator[Callable[[int], None]]:
+    """A progress bar of passages, on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = ("passages", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda number: progress.advance(task, number)
+
+
+@contextlib.contextmanager
+def friendly_errors() -> Iterator[None]:
+    """What a user can mend is told in one sentence and exit status 2; a stop by the user says how to go on."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, StoreError) as error:
+        typer.secho(str(error), fg=typer.colors.RED, err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as stop:
+        typer.echo("Stopped; what was done is stored. Run the same command again to go on.", err=True)
+        raise typer.Exit(130) from stop
