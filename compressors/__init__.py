@@ -6,7 +6,17 @@ if __name__ != "nutgraf.compressors":
     # Under a bare name this would be a second copy of every class and of the registry.
     raise ImportError(f"Import nutgraf.compressors, not {__name__}: the repository root is the package nutgraf.")
 
-from . import autocompressor, gist, icae, kv_memory, mean_pool, selective_context, xrag  # each registers its method
+from . import (  # each registers its method
+    autocompressor,
+    gist,
+    icae,
+    kv_memory,
+    llmlingua,
+    longllmlingua,
+    mean_pool,
+    selective_context,
+    xrag,
+)
 from .base import CheckpointError, Compressor, CompressorConfig, ReaderMismatchError, SoftCompressor, TextCompressor
 from .passage import CompressedPassage
 from .reader import Reader, Targets
@@ -27,7 +37,9 @@ __all__ = [
     "gist",
     "icae",
     "kv_memory",
+    "llmlingua",
     "load_compressor",
+    "longllmlingua",
     "make_compressor",
     "mean_pool",
     "register_compressor",
