@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
 
 from .embedders import Embedder
 from .passage import CompressedPassage
@@ -57,33 +61,60 @@ def xrag_prompt(
     return [*prompt, TokenIds(tuple(ids[start:]))]
 
 
+class LastTokenModel(nn.Module):
+    """A transformer as an embedder: its last hidden state, after the final norm, at each text's last token.
+
+    It offers what `Embedder` asks of a sentence-transformers model, and neither normalises nor adds a prompt.
+    """
+
+    def __init__(self, body: Any, tokenizer: Any) -> None:
+        super().__init__()
+        self.body = body
+        self.tokenizer = tokenizer
+        self.max_seq_length = getattr(body.config, "max_position_embeddings", None) or tokenizer.model_max_length
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter([self.body])
+
+    def get_embedding_dimension(self) -> int:
+        """Width of the vectors."""
+        return int(self.body.config.hidden_size)
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str], batch_size: int = 32, **_: Any) -> Tensor:
+        """Vectors ``[texts, dim]``; the tokenizer's own special tokens are part of each text."""
+        rows = []
+        device = next(self.body.parameters()).device
+        for start in range(0, len(texts), batch_size):
+            ids = [self.tokenizer(text)["input_ids"] for text in texts[start : start + batch_size]]
+            longest = max(map(len, ids))
+            padded = torch.zeros(len(ids), longest, dtype=torch.long)
+            mask = torch.zeros(len(ids), longest, dtype=torch.long)
+            for row, found in enumerate(ids):
+                padded[row, : len(found)] = torch.tensor(found)
+                mask[row, : len(found)] = 1
+            hidden = self.body(input_ids=padded.to(device), attention_mask=mask.to(device)).last_hidden_state
+            rows.append(hidden[torch.arange(len(ids)), mask.sum(-1) - 1])
+        return torch.cat(rows)
+
+
 def load_last_token_embedder(name: Any, device: Any = None) -> Embedder:
     """The embedder of xRAG's code: the last hidden state, after the final norm, at the last token; not normalised.
 
     Args:
         name: a Hugging Face model's id or folder.
-        device: where it runs; ``None`` leaves it to sentence-transformers.
+        device: where it runs; default: the CPU.
 
     Raises:
-        ImportError: if sentence-transformers is not installed.
         ValueError: if nothing of that name can be loaded.
     """
     if isinstance(name, Embedder):
         return name
     try:
-        from sentence_transformers import SentenceTransformer
-        from sentence_transformers.models import Pooling, Transformer
-    except ImportError as error:
-        raise ImportError(
-            "xRAG embeds passages with sentence-transformers, which is not installed; run `pip install nutgraf[embedders]`."
-        ) from error
-    try:
-        body = Transformer(str(name))
-        body.tokenizer.padding_side = "right"
-        pooling = Pooling(body.get_embedding_dimension(), pooling_mode="lasttoken")
-        model = SentenceTransformer(modules=[body, pooling], device=None if device is None else str(device))
+        body = AutoModel.from_pretrained(str(name), dtype="auto").to(device or "cpu")
+        tokenizer = AutoTokenizer.from_pretrained(str(name))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"The embedder {name!r} cannot be loaded: {error}. Give a Hugging Face id or folder."
         ) from error
-    return Embedder(model, str(name))
+    return Embedder(LastTokenModel(body, tokenizer), str(name))  # type: ignore[arg-type]

@@ -1,0 +1,172 @@
+"""Importers: compressors that others trained and published, in the layouts that their authors' code writes.
+
+`import_checkpoint` gives a `Compressor` that computes what the authors' code computes from the same weights; `import_to`
+writes it as a folder that `load_compressor` loads. Nothing is unpickled but tensors, every key of a checkpoint is used,
+left out for a reason that is reported, or refused by name, and damage is refused before anything is made of it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..base import Compressor
+from ..registry import READER_FOLDER, download
+from .layout import MissingOption, Source, listed
+
+if TYPE_CHECKING:
+    from ..reader import Reader
+
+# Name a user types -> module. The order is that in which `recognise` asks them.
+IMPORTERS = {
+    "xrag": "xrag",
+    "icae": "icae",
+}
+
+__all__ = ["IMPORTERS", "MissingOption", "import_checkpoint", "import_to", "options", "recognise"]
+
+
+def _module(name: str) -> Any:
+    if name not in IMPORTERS:
+        raise ValueError(f"There is no importer {name!r}; there are {', '.join(IMPORTERS)}.")
+    return importlib.import_module(f".{IMPORTERS[name]}", __name__)
+
+
+def options(name: str) -> dict[str, Any]:
+    """The hyper-parameters that an importer takes, each with its default (``None``: read from the checkpoint, or asked for)."""
+    parameters = list(inspect.signature(_module(name).load).parameters.values())[1:]
+    return {p.name: p.default for p in parameters}
+
+
+def recognise(path: str | Path) -> str | None:
+    """The importer whose layout a file or folder has, or ``None``."""
+    path = Path(path)
+    return next((name for name in IMPORTERS if _module(name).recognises(path)), None)
+
+
+def import_checkpoint(
+    name: str,
+    path: str | Path,
+    reader: Reader | str | Path | None = None,
+    *,
+    device: str | torch.device = "auto",
+    **hyper_parameters: Any,
+) -> Compressor:
+    """A compressor out of a published checkpoint.
+
+    Args:
+        name: the importer: a key of `IMPORTERS`.
+        path: the checkpoint's file or folder, or a hub id.
+        reader: the reader it was trained for, or its folder or hub id; not needed where the checkpoint holds the reader.
+        device: where the models go that are built from the checkpoint: ``"auto"`` is CUDA if there is one.
+        hyper_parameters: what the checkpoint does not say of itself (see `options`).
+
+    Returns:
+        The compressor, in eval mode. Its ``reader`` is the one given, or the one that the checkpoint holds.
+
+    Raises:
+        ValueError: for an unknown importer or hyper-parameter.
+        MissingOption: if a hyper-parameter or the reader must be given.
+        CheckpointError: if files or keys are missing, unknown, misshapen, not finite or not safe to load.
+    """
+    return _load(name, path, reader, device, hyper_parameters)[0]
+
+
+def _load(
+    name: str, path: str | Path, reader: Any, device: str | torch.device, hyper_parameters: dict[str, Any]
+) -> tuple[Compressor, Source]:
+    module = _module(name)
+    known = options(name)
+    if unknown := sorted(set(hyper_parameters) - set(known)):
+        raise ValueError(f"The importer {name!r} takes no {', '.join(unknown)}; it takes {', '.join(known) or 'none'}.")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = Path(path)
+    if not folder.exists():
+        folder = download(str(path), pickles=True)
+    if reader is not None and isinstance(reader, str | Path):
+        from ..reader import Reader
+
+        reader = Reader.from_pretrained(reader, device=device)
+    source = Source(folder, reader, device=device)
+    return module.load(source, **hyper_parameters).eval(), source
+
+
+def import_to(
+    name: str,
+    path: str | Path,
+    out: str | Path,
+    reader: Reader | str | Path | None = None,
+    *,
+    device: str | torch.device = "auto",
+    **hyper_parameters: Any,
+) -> dict[str, str]:
+    """Imports a checkpoint and writes it as a folder for `load_compressor`, whole or not at all.
+
+    The folder holds ``config.json``, ``model.safetensors`` and, where the checkpoint holds weights of the reader, that
+    reader as a Hugging Face folder ``reader``, which `load_compressor` then takes by itself.
+
+    Args:
+        out: the folder to write, which must not exist or be empty.
+        name, path, reader, device, hyper_parameters: as in `import_checkpoint`.
+
+    Returns:
+        The keys that were left out, each with the reason.
+
+    Raises:
+        ValueError: if ``out`` is taken; and as in `import_checkpoint`.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already and holds something; name a new folder.")
+    compressor, source = _load(name, path, reader, device, hyper_parameters)
+    whole = out.parent / f".{out.name}.{secrets.token_hex(4)}"
+    whole.mkdir(parents=True)
+    try:
+        if compressor.base_reader is not source.reader and compressor.interface != "text":
+            save_reader(compressor.base_reader, whole / READER_FOLDER)
+        compressor.save_pretrained(whole)
+        if out.exists():
+            out.rmdir()
+        os.replace(whole, out)
+    except BaseException:
+        shutil.rmtree(whole, ignore_errors=True)
+        raise
+    return source.ignored
+
+
+def save_reader(reader: Reader, folder: Path) -> None:
+    """Writes a reader as a Hugging Face folder: model and tokenizer."""
+    from .models import quietly
+
+    with quietly():
+        reader.model.save_pretrained(folder)
+        reader.tokenizer.save_pretrained(folder)
+
+
+def import_recognised(path: Path, reader: Reader | None, **hyper_parameters: Any) -> Compressor | None:
+    """`import_checkpoint` for whatever layout a file or folder has; ``None`` if it has none that is known."""
+    name = recognise(path)
+    return None if name is None else import_checkpoint(name, path, reader, **hyper_parameters)
+
+
+def describe_ignored(ignored: dict[str, str]) -> list[str]:
+    """One line a reason, with the keys that were left out for it."""
+    reasons: dict[str, list[str]] = {}
+    for key, reason in ignored.items():
+        reasons.setdefault(reason, []).append(key)
+    return [f"{reason}: {listed(keys, 3)}" for reason, keys in reasons.items()]
+
+
+def need(value: Any, name: str, what: str, path: Path) -> Any:
+    """The value, or `MissingOption` that asks for it by name."""
+    if value is None:
+        raise MissingOption(f"{path} does not say {what}; give {name}=... .")
+    return value

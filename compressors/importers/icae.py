@@ -1,0 +1,112 @@
+"""ICAE checkpoints: version 2 (LoRA and memory embeddings alone) and version 1 (base weights too)."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..base import CheckpointError
+from ..icae import TASKS, ICAECompressor, ICAEConfig
+from ..reader import Reader
+from .layout import PICKLES, Source, load_tensors, single_file
+from .models import body_prefix, build_model, fill_lora, lora_shape, make_reader, take_lora
+
+_ROOT = r"icae\.(?:base_model\.model\.)?"
+_MEMORY = "memory_token_embed.weight"
+
+
+def recognises(path: Path) -> bool:
+    """Whether it has ICAE's layout."""
+    try:
+        file = single_file(path)
+        return file.suffix in {".safetensors", *PICKLES} and _MEMORY in load_tensors(file)
+    except CheckpointError:
+        return False
+
+
+def load(
+    source: Source,
+    *,
+    mean_compression_rate: float | None = None,
+    version: int | None = None,
+    lora_alpha: float = 32.0,
+    max_tokens: int | None = None,
+    bos: bool = True,
+) -> ICAECompressor:
+    """Imports ICAE.
+
+    Args:
+        source: a file, or a folder with one file, of ``icae.*`` and ``memory_token_embed.weight``; it needs the reader (the
+            base model), whose weights a version 1 checkpoint may replace.
+        mean_compression_rate: source tokens a slot: with ``mem_size`` it says how long a segment may be. Version 2 needs it.
+        version: 1 or 2; default: 1 where base weights are there, else 2.
+        lora_alpha: the authors' code always has 32.
+        max_tokens: version 1 reads so many tokens of a passage, BOS counted, and no more; default: 512.
+        bos: passages open with BOS, as in pretraining and inference (the authors' instruction tuning leaves it out).
+    """
+    path = source.path
+    base_reader = source.need_reader("holds an ICAE without its reader")
+    keys = source.keys(load_tensors(single_file(path)))
+    prefix = body_prefix(base_reader.model)
+    memory = keys.take(_MEMORY, (None, base_reader.width))
+    lora = take_lora(keys, _ROOT + re.escape(prefix))
+    rank, targets = lora_shape(lora, path)
+    base = {name.replace(".base_layer.", "."): t for name, t in keys.take_all(_ROOT).items()}
+    if base:
+        keys.ignore(r"^decoder\.", "the second frozen copy of the base model")
+    keys.done()
+    version = version or (1 if base else 2)
+    if version not in (1, 2):
+        raise ValueError(f"version must be 1 or 2, got {version!r}.")
+    mem_size = len(memory) - len(TASKS)
+    if mem_size < 1:
+        raise CheckpointError(f"{path}: {_MEMORY} has {len(memory)} rows, wanted memory tokens and {len(TASKS)} more.")
+    if version == 2 and mean_compression_rate is None:
+        from . import need
+
+        need(None, "mean_compression_rate", "how many source tokens a slot stands for (4 in the released ones)", path)
+    reader = _reader(source, base, base_reader) if base else base_reader
+    config = ICAEConfig.faithful(
+        mem_size=mem_size,
+        ratio=float(mean_compression_rate or 4.0),
+        r=rank,
+        alpha=float(lora_alpha),
+        target_modules=targets,
+        bos=bos,
+        bos_once=True,
+        as_prompt=True,
+        truncate=(max_tokens or 512) if version == 1 else None,
+    )
+    try:
+        compressor = ICAECompressor(config, reader)
+    except ValueError as error:
+        raise CheckpointError(f"{path} does not fit the reader {reader.name!r}: {error}") from error
+    fill_lora(compressor.encoder, lora, path)
+    with torch.no_grad():
+        compressor.memory.copy_(memory[:mem_size])
+        compressor.special.copy_(memory[mem_size:])  # type: ignore[union-attr]
+    return compressor
+
+
+def _reader(source: Source, base: dict[str, Tensor], given: Reader) -> Reader:
+    """The reader of the checkpoint's own base weights, or the one given where these were zeroed for the release."""
+    matrices = [t for t in base.values() if t.dim() > 1]
+    if matrices and not any(bool(t.any()) for t in matrices):
+        source.ignored |= dict.fromkeys(base, "base weights that were zeroed for the release")
+        return given
+    table = next((t for n, t in base.items() if n.endswith("embed_tokens.weight")), None)
+    config = copy.deepcopy(given.model.config)
+    if table is not None:
+        config.get_text_config().vocab_size = len(table)
+    own = {name: t for name, t in given.model.state_dict().items() if torch.is_tensor(t)}
+    same = base.keys() <= own.keys() and all(
+        own[n].shape == t.shape and torch.equal(own[n].cpu(), t.to(own[n].dtype)) for n, t in base.items()
+    )
+    if same and own.keys() == base.keys():
+        source.ignored |= dict.fromkeys(base, "base weights that the reader holds already")
+        return given
+    return make_reader(build_model(config, base, source.path), given.tokenizer, source)

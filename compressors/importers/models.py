@@ -1,0 +1,254 @@
+"""Readers out of checkpoints: a causal LM from its weights, new embedding rows, LoRA put in or merged."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
+
+from ..base import CheckpointError
+from ..reader import Reader
+from ..twin import LoRATwin, share, short_name
+from .layout import Keys, Source, listed
+
+_LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(\.(?P<adapter>\w+))?(\.weight)?$")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """No progress bars and load reports: what they would say becomes an error here."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def model_config(settings: Mapping[str, Any], where: Path, drop: Iterable[str] = ()) -> Any:
+    """A ``transformers`` config of a dict, without settings that are not the model's own.
+
+    Raises:
+        CheckpointError: if the dict names no model type that is known.
+    """
+    kind = settings.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise CheckpointError(f"{where}/config.json names the model type {kind!r}, which transformers does not know.")
+    left_out = {*drop, "auto_map", "_name_or_path", "quantization_config"}
+    try:
+        return CONFIG_MAPPING[kind].from_dict({k: v for k, v in settings.items() if k not in left_out})
+    except Exception as error:  # configs validate in many ways of their own
+        raise CheckpointError(f"{where}/config.json describes no {kind}: {error}") from error
+
+
+def build_model(config: Any, state: Mapping[str, Tensor], where: Path, auto: Any = AutoModelForCausalLM) -> Any:
+    """A model of exactly these weights, in the dtype they are stored in.
+
+    Raises:
+        CheckpointError: with the names, if weights are missing, left over or misshapen.
+    """
+    with torch.device("meta"):
+        cls: Any = type(auto.from_config(config))
+    dtype = next((t.dtype for t in state.values() if t.is_floating_point() and t.dim() > 1), torch.float32)
+    try:
+        with quietly():
+            model, info = cls.from_pretrained(
+                None,
+                config=config,
+                state_dict=dict(state),
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, all at once
+            )
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{where} does not load as a {cls.__name__}: {error}") from error
+    problems = []
+    if info["missing_keys"]:
+        problems.append(f"missing {listed(info['missing_keys'])}")
+    if info["unexpected_keys"]:
+        problems.append(f"unknown {listed(info['unexpected_keys'])}")
+    problems += [f"{n} is {tuple(got)}, wanted {tuple(want)}" for n, got, want in sorted(info["mismatched_keys"])[:8]]
+    if problems:
+        raise CheckpointError(f"{where} does not fit a {cls.__name__}: {'; '.join(problems)}.")
+    return model
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer's files."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def load_tokenizer(folder: Path, source: Source) -> Any:
+    """The tokenizer of a folder, or the given reader's where the folder has none."""
+    if has_tokenizer(folder):
+        try:
+            return AutoTokenizer.from_pretrained(str(folder))
+        except Exception as error:  # tokenizers fail in many ways of their own
+            raise CheckpointError(f"The tokenizer in {folder} cannot be loaded: {error}") from error
+    return source.need_reader("holds no tokenizer").tokenizer
+
+
+def make_reader(model: Any, tokenizer: Any, source: Source) -> Reader:
+    """A reader of a model that was built from a checkpoint. Raises ``CheckpointError`` if it cannot be one."""
+    try:
+        return Reader(model.to(source.device), tokenizer, name=source.path.name)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{source.path} gives no reader: {error}") from error
+
+
+def graft_rows(
+    reader: Reader, source: Source, embed: Tensor | None, head: Tensor | None, tokenizer: Any = None
+) -> Reader:
+    """The reader with other embedding rows, as many as there are; every other weight is shared with it.
+
+    Args:
+        embed: ``[rows, width]`` input embeddings, or ``None`` to keep them.
+        head: ``[rows, hidden]`` output rows; ``None``: the input embeddings where the reader ties them, else as they are.
+        tokenizer: in place of the reader's own.
+    """
+    model = share(reader.model)
+    text = model.config.get_text_config()
+    table, output = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = output.weight is table.weight
+    dtype, device = table.weight.dtype, table.weight.device
+
+    def put(module: Any, rows: Tensor, what: str) -> None:
+        if rows.dim() != 2 or rows.shape[1] != module.weight.shape[1]:
+            raise CheckpointError(
+                f"{source.path}: {what} are {tuple(rows.shape)}, wanted rows of width {module.weight.shape[1]} "
+                f"for the reader {reader.name!r}."
+            )
+        module.weight = nn.Parameter(rows.to(device, dtype), requires_grad=False)
+
+    if tied and embed is not None and head is not None and torch.equal(embed, head):
+        head = None  # still one table
+    if embed is not None:
+        put(table, embed, "the embeddings")
+        table.num_embeddings = len(embed)
+        if tied and head is None:
+            output.weight = table.weight
+    if head is not None:
+        put(output, head, "the head's rows")
+        if tied:  # from here on they are two
+            model.config.tie_word_embeddings = text.tie_word_embeddings = False
+    output.out_features = output.weight.shape[0]
+    if output.weight.shape[0] != table.weight.shape[0]:
+        raise CheckpointError(
+            f"{source.path}: {table.weight.shape[0]} embeddings and {output.weight.shape[0]} rows of the head."
+        )
+    text.vocab_size = model.vocab_size = output.weight.shape[0]
+    return make_reader(model, tokenizer or reader.tokenizer, source)
+
+
+# -- LoRA --------------------------------------------------------------------------------------------------------------
+
+
+def body_prefix(model: Any) -> str:
+    """Where the decoder's body stands in a causal LM, as ``"model."``."""
+    body = model.get_decoder()
+    name = next(name for name, module in model.named_modules() if module is body)
+    return f"{name}." if name else ""
+
+
+def take_lora(keys: Keys, start: str, adapter: str = r"\w+") -> dict[str, Tensor]:
+    """LoRA matrices out of a checkpoint, by their module's path and side, as ``layers.0.self_attn.q_proj.lora_A``.
+
+    Args:
+        start: regular expression of what stands before the path in the decoder's body.
+        adapter: regular expression of the adapter's name.
+    """
+    found = {}
+    for name, tensor in keys.take_all(rf"{start}(?=.*\.lora_[AB](\.{adapter})?(\.weight)?$)").items():
+        match = _LORA.match(name)
+        if match is None:
+            raise CheckpointError(f"{keys.where}: {name} is no LoRA matrix of a known name.")
+        short = f"{match['module']}.lora_{match['side']}"
+        if short in found:
+            raise CheckpointError(f"{keys.where} holds {short} twice, for several adapters.")
+        found[short] = tensor
+    return found
+
+
+def lora_shape(lora: Mapping[str, Tensor], where: Path) -> tuple[int, list[str]]:
+    """Rank and target modules of a checkpoint's LoRA matrices.
+
+    Raises:
+        CheckpointError: if there are none, or their ranks differ.
+    """
+    if not lora:
+        raise CheckpointError(f"{where} holds no LoRA matrices.")
+    ranks = {t.shape[0 if name.endswith("lora_A") else 1] for name, t in lora.items() if t.dim() == 2}
+    if bad := [name for name, t in lora.items() if t.dim() != 2]:
+        raise CheckpointError(f"{where}: {bad[0]} is {tuple(lora[bad[0]].shape)}, wanted a matrix.")
+    if len(ranks) != 1:
+        raise CheckpointError(f"{where} holds LoRA matrices of ranks {sorted(ranks)}; one rank is wanted.")
+    return ranks.pop(), sorted({name.split(".")[-2] for name in lora})
+
+
+def fill_lora(twin: LoRATwin, lora: Mapping[str, Tensor], where: Path) -> None:
+    """Copies LoRA matrices into a twin. Raises ``CheckpointError`` with the names unless all match."""
+    found = {short_name(name): tensor for name, tensor in lora.items()}
+    wanted = dict(twin.lora.items())
+    problems = [f"missing {n.replace('/', '.')}" for n in sorted(wanted.keys() - found.keys())]
+    problems += [f"unknown {n.replace('/', '.')}" for n in sorted(found.keys() - wanted.keys())]
+    problems += [
+        f"{n.replace('/', '.')} is {tuple(found[n].shape)}, wanted {tuple(wanted[n].shape)}"
+        for n in sorted(wanted.keys() & found.keys())
+        if wanted[n].shape != found[n].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise CheckpointError(f"{where}: LoRA does not fit the reader: {'; '.join(problems[:8])}{more}.")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(found[name])
+
+
+def merge_lora(reader: Reader, source: Source, lora: Mapping[str, Tensor], scale: float) -> Reader:
+    """The reader with ``W + scale * B A`` in place of each ``W`` that has LoRA; every other weight is shared with it.
+
+    Raises:
+        CheckpointError: if a module does not exist, or matrices are missing or misshapen.
+    """
+    model = share(reader.model)
+    modules = dict(model.get_decoder().named_modules())
+    for path in sorted({name.rsplit(".lora_", 1)[0] for name in lora}):
+        module: Any = modules.get(path)
+        if not isinstance(module, nn.Linear):
+            raise CheckpointError(f"{source.path}: LoRA on {path}, which is no linear layer of {reader.name!r}.")
+        pair = [lora.get(f"{path}.lora_{side}") for side in "AB"]
+        if pair[0] is None or pair[1] is None:
+            raise CheckpointError(f"{source.path} lacks {path}.lora_{'A' if pair[0] is None else 'B'}.")
+        a, b = pair[0].float(), pair[1].float()
+        if a.shape[0] != b.shape[1] or (b.shape[0], a.shape[1]) != tuple(module.weight.shape):
+            raise CheckpointError(
+                f"{source.path}: LoRA on {path} is {tuple(b.shape)} x {tuple(a.shape)}, "
+                f"wanted a product of {tuple(module.weight.shape)}."
+            )
+        old = module.weight
+        new = old.float() + scale * (b @ a).to(old.device)
+        module.weight = nn.Parameter(new.to(old.dtype), requires_grad=False)
+    return make_reader(model, reader.tokenizer, source)
+
+
+def as_prompt(reader: Reader, tokenizer: Any, before: Sequence[int] = (), text: str = "a b") -> bool:
+    """Whether a tokenizer spells a text on its own (or behind special tokens) as `Reader` spells the start of a prompt.
+
+    SentencePiece tokenizers put a space in front there, which they do not inside a prompt.
+    """
+    opening = reader.prompts.encode(text, opens=True)
+    front = "".join(tokenizer.convert_ids_to_tokens(list(before)))
+    own = tokenizer(front + text, add_special_tokens=False)["input_ids"]
+    return list(own[-len(opening) :]) == opening

@@ -1,0 +1,133 @@
+"""xRAG checkpoints: the whole reader with its projector, or the projector with the embedding rows alone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..base import CheckpointError
+from ..reader import Reader
+from ..xrag import UNKNOWN, XRAGCompressor, XRAGConfig
+from ..xrag_reference import load_last_token_embedder
+from .layout import PICKLES, Keys, Source, load_model_state, load_tensors, peek_json, weight_files
+from .models import build_model, graft_rows, load_tokenizer, make_reader, model_config
+
+EMBEDDER = "Salesforce/SFR-Embedding-Mistral"
+_PROJECTOR = "projector.projector."
+_OWN_SETTINGS = ("projector_type", "retriever_hidden_size", "retriever_type")
+
+
+def recognises(path: Path) -> bool:
+    """Whether it has xRAG's layout."""
+    if path.is_dir():
+        return "projector_type" in peek_json(path / "config.json") or (path / "ckpt.pth").is_file()
+    if path.suffix not in {".safetensors", *PICKLES}:
+        return False
+    try:
+        return any(name.startswith(_PROJECTOR) for name in load_tensors(path))
+    except CheckpointError:
+        return False
+
+
+def load(
+    source: Source, *, embedder: Any = None, added_rows: bool = True, shard_tokens: int = 180, layers: int | None = None
+) -> XRAGCompressor:
+    """Imports xRAG.
+
+    Args:
+        source: a folder with ``config.json`` and the whole model's weights, or a file (or a folder with a ``ckpt.pth``) of
+            the projector and the embedding rows, which needs the reader.
+        embedder: the retriever: an id or folder; default: SFR-Embedding-Mistral, loaded when first needed.
+        added_rows: projector alone: give the reader the rows of ``<pad>`` and ``<xRAG>`` too, as the authors' code does, so
+            that its softmax runs over them; without them the reader stays as it is, and is not written again.
+        shard_tokens: longest piece, in the retriever's tokens, that one slot stands for.
+        layers: linear layers of the projector; default: as the config says, or as many as there are.
+    """
+    path = source.path
+    whole = path.is_dir() and bool(weight_files(path))
+    if whole:
+        keys = source.keys(load_model_state(path))
+    else:
+        keys = source.keys(load_tensors(path / "ckpt.pth" if path.is_dir() else path))
+    state = keys.take_all(re.escape(_PROJECTOR))
+    if not state:
+        raise CheckpointError(f"{path} lacks {_PROJECTOR}0.weight: it holds no xRAG projector.")
+    reader = _whole_reader(source, keys) if whole else _with_rows(source, keys, added_rows)
+    keys.done()
+
+    settings = source.config() if whole else {}
+    projector = Keys(dict(state), path)
+    depth = layers or _depth(settings.get("projector_type"), projector, path)
+    size = settings.get("retriever_hidden_size")
+    widths = [size, *[reader.width] * depth]
+    tensors = {}
+    for i in range(depth):
+        weight = projector.take(f"{2 * i}.weight", (reader.width, widths[i]))
+        tensors[f"{2 * i}.weight"] = weight
+        tensors[f"{2 * i}.bias"] = projector.take(f"{2 * i}.bias", (reader.width,))
+    projector.done()
+
+    found = None if embedder is None else load_last_token_embedder(embedder, reader.device)
+    width = tensors["0.weight"].shape[1]
+    if found is not None and found.dim != width:
+        raise CheckpointError(
+            f"{path} projects vectors of width {width}, but {found.name!r} makes {found.dim}; give the embedder it was "
+            "trained with."
+        )
+    config = XRAGConfig.faithful(
+        embedder=found.name if found else EMBEDDER,
+        pooling="last",
+        shard_tokens=shard_tokens,
+        layers=depth,
+        vector_size=width,
+        embedder_hash=found.fingerprint if found else UNKNOWN,
+    )
+    try:
+        compressor = XRAGCompressor(config, reader, embedder=found)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    with torch.no_grad():
+        for name, parameter in compressor.projector.named_parameters():
+            parameter.copy_(tensors[name])
+    return compressor
+
+
+def _whole_reader(source: Source, keys: Keys) -> Reader:
+    config = model_config(source.config(), source.path, drop=_OWN_SETTINGS)
+    state = keys.take_all(r"(?=model\.|lm_head\.)")
+    model = build_model(config, state, source.path)
+    return make_reader(model, load_tokenizer(source.path, source), source)
+
+
+def _with_rows(source: Source, keys: Keys, added_rows: bool) -> Reader:
+    """The reader given, with the checkpoint's rows behind its own; these must be the same."""
+    reader = source.need_reader("holds an xRAG projector without its reader")
+    output = reader.model.get_output_embeddings().weight
+    table = reader.model.get_input_embeddings().weight
+    rows = {}
+    for name, own in (("model.embed_tokens.weight", table), ("lm_head.weight", output)):
+        rows[name] = keys.take(name, (None, own.shape[1]))
+        n = min(len(own), len(rows[name]))
+        # The file is float32 of what the reader holds in its own dtype.
+        if not torch.allclose(rows[name][:n].to(own.device, own.dtype), own[:n], atol=1e-5, rtol=1e-2):
+            raise CheckpointError(
+                f"{source.path}: {name} differs from the reader's {reader.name!r}; the projector was trained for another one."
+            )
+    embed, head = rows["model.embed_tokens.weight"], rows["lm_head.weight"]
+    if not added_rows or len(embed) <= len(table):
+        source.ignored |= dict.fromkeys(rows, "rows that the reader holds already")
+        return reader
+    return graft_rows(reader, source, embed, head)
+
+
+def _depth(kind: Any, projector: Keys, path: Path) -> int:
+    held = sum(name.endswith(".weight") for name in projector)
+    if kind is None:
+        return held
+    match = re.fullmatch(r"mlp(\d+)x_gelu", str(kind))
+    if kind != "linear" and match is None:
+        raise CheckpointError(f"{path}/config.json: projector_type must be 'mlpNx_gelu', got {kind!r}.")
+    return int(match[1]) if match else 1
