@@ -241,11 +241,11 @@ class Reader:
                     f"This compressed passage was made for the reader {atom.reader}, but {self.name!r} is "
                     f"{self.fingerprint}; compress the passage again with a compressor for this reader."
                 )
-            if atom.embeds is not None:
-                if atom.embeds.shape[1] != self.width:
-                    raise ValueError(f"Slots must be {self.width} wide for this reader, got {atom.embeds.shape[1]}.")
-                if atom.embeds.requires_grad:
-                    continue  # in training a NaN shows in the loss; here the check would cost a synchronisation
+            if atom.embeds is not None and atom.embeds.shape[1] != self.width:
+                raise ValueError(f"Slots must be {self.width} wide for this reader, got {atom.embeds.shape[1]}.")
+            slots = atom.keys[0] if atom.keys else atom.embeds
+            if slots is not None and slots.requires_grad:
+                continue  # in training a NaN shows in the loss; here the check would cost a synchronisation
             atom.check()
 
     def length(self, prompt: Prompt, *, chat: bool = False) -> int:
