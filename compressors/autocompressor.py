@@ -16,6 +16,7 @@ from .kv import position_arguments
 from .passage import CompressedPassage, Interface
 from .reader import Reader
 from .registry import register_compressor
+from .segment_plan import SegmentPlan
 from .segment_training import segment_losses
 from .twin import Twin, pack, tune
 
@@ -145,6 +146,7 @@ class AutoCompressor(SoftCompressor):
 
     Attributes:
         encoder: the reader's `LoRATwin` or `FullTwin`, or ``None`` (``tuning="none"``).
+        plan: how passages are cut.
         summary: ``[summary_length, width]`` summary embeddings; they start as the embedding of the end-of-sequence token.
         log_scale: logarithm of the output factor (``scale="matched"`` only).
         batch_positions: positions that one forward pass may take (memory against speed; changes no result).
@@ -164,6 +166,7 @@ class AutoCompressor(SoftCompressor):
         self.bos: list[int] = list(reader.bos_ids) if config.bos else []
         kind = reader.model.config.get_text_config().model_type
         self._skips = config.positions == "paper" and kind == "opt"
+        self.plan = SegmentPlan(config, reader, len(self.bos), counts_slots=not self._skips)
         if config.positions == "paper" and not self._skips and not hasattr(reader.model.get_decoder(), "rotary_emb"):
             raise ValueError(
                 f"positions='paper' knows rotary models and OPT, and {reader.name!r} is a {kind}; use positions='count'."
@@ -209,36 +212,12 @@ class AutoCompressor(SoftCompressor):
     @torch.no_grad()
     def _matching_factor(self) -> float:
         """What brings hidden states at the summary tokens to the mean norm of the reader's embeddings."""
-        n = min(_PROBE_TOKENS, self.longest_segment(self.config.ratio))
+        n = min(_PROBE_TOKENS, self.plan.longest(self.config.ratio))
         ids = torch.randint(self.base_reader.vocab_size, (n,), generator=torch.Generator().manual_seed(0)).tolist()
         slots = self.config.summary_length
         (row,) = self.read(self.lm, [self.no_slots()], [ids], [slots])
         norm = float(row[-slots:].float().norm(dim=-1).mean())
         return self.base_reader.embedding_norm / max(norm, 1e-6)
-
-    # -- segments --------------------------------------------------------------------------------------------------
-
-    def longest_segment(self, ratio: float) -> int:
-        """Tokens that one segment may have."""
-        config, reader = self.config, self.base_reader
-        longest = math.floor(config.summary_length * ratio + 1e-6)
-        if config.segment_tokens is not None:
-            longest = min(longest, config.segment_tokens)
-        if reader.max_positions is not None:
-            taken = 0 if self._skips else config.summary_length
-            longest = min(longest, reader.max_positions - taken - len(self.bos))
-        if longest < 1:
-            raise ValueError(
-                f"{config.summary_length} summary tokens leave no room for a passage in the {reader.max_positions} "
-                f"positions of {reader.name!r}; choose a smaller summary_length."
-            )
-        return longest
-
-    def slots_for(self, n_tokens: int, ratio: float) -> int:
-        """Summary vectors of a segment."""
-        if self.config.fixed_slots:
-            return self.config.summary_length
-        return min(max(math.ceil(n_tokens / ratio - 1e-6), 1), self.config.summary_length)
 
     def segments(self, n_tokens: int, ratio: float | None = None) -> list[tuple[int, int]]:
         """How a passage is cut: ``(tokens, summary vectors)`` of each segment, in order.
@@ -246,31 +225,7 @@ class AutoCompressor(SoftCompressor):
         Raises:
             ValueError: if the summaries so far and a segment do not fit the reader's positions.
         """
-        ratio = self.config.ratio if ratio is None else float(ratio)
-        if not n_tokens:
-            return []
-        count = -(-n_tokens // self.longest_segment(ratio))
-        length = -(-n_tokens // count)
-        lengths = [min(length, n_tokens - start) for start in range(0, n_tokens, length)]
-        cut = [(n, self.slots_for(n, ratio)) for n in lengths]
-        self.check_room(cut, ratio)
-        return cut
-
-    def check_room(self, cut: Sequence[tuple[int, int]], ratio: float) -> None:
-        """Refuses segments that do not fit the reader's positions behind the soft prompt before them."""
-        limit = self.base_reader.max_positions
-        if limit is None or self._skips:
-            return
-        soft = needed = 0
-        for length, slots in cut:
-            needed = max(needed, len(self.bos) + soft + length + slots)
-            soft = soft + slots if self.config.accumulate_summary else slots
-        if needed > limit:
-            raise ValueError(
-                f"A passage of {sum(n for n, _ in cut)} tokens at ratio {ratio:g} takes {needed} positions, its summaries "
-                f"beside a segment, but {self.base_reader.name!r} has {limit}; ask for a higher ratio, compress it in "
-                "parts, or use accumulate_summary=False."
-            )
+        return self.plan.cut(n_tokens, self.config.ratio if ratio is None else float(ratio))
 
     # -- encoding --------------------------------------------------------------------------------------------------
 

@@ -77,14 +77,14 @@ def segment_losses(
     ratio = config.ratio if ratio is None else float(ratio)
     head_tokens = len(compressor.bos)
     documents = reader.tokenize_batch(texts)
-    longest = compressor.longest_segment(ratio)
+    longest = compressor.plan.longest(ratio)
     cuts: list[list[tuple[int, int]]] = []
     for document in documents:
         lengths = random_segments(len(document), config.train_segments, longest, rng)
         # Nobody reads the last segment's summary.
-        slots = [compressor.slots_for(n, ratio) for n in lengths[:-1]] + [0] * bool(lengths)
+        slots = [compressor.plan.slots(n, ratio) for n in lengths[:-1]] + [0] * bool(lengths)
         cuts.append(list(zip(lengths, slots)))
-        compressor.check_room(cuts[-1], ratio)
+        compressor.plan.check_room(cuts[-1], ratio)
     soft = [compressor.no_slots() for _ in documents]
     before: list[Tensor | None] = [None] * len(documents)  # the state that predicts a segment's first token
     starts = [0] * len(documents)

@@ -127,10 +127,10 @@ def test_summaries_and_losses_are_the_papers_equations(zoo, architecture, case):
     got = {name: p.grad.clone() for name, p in compressor.named_parameters() if p.grad is not None}
     compressor.zero_grad()
     rng, wanted, n = random.Random(7), 0.0, 0
-    longest = compressor.longest_segment(compressor.config.ratio)
+    longest = compressor.plan.longest(compressor.config.ratio)
     for ids in documents:
         lengths = random_segments(len(ids), 4, longest, rng)
-        cut = [(length, compressor.slots_for(length, compressor.config.ratio)) for length in lengths]
+        cut = [(length, compressor.plan.slots(length, compressor.config.ratio)) for length in lengths]
         if cut:
             cut[-1] = (cut[-1][0], 0)
         wanted = wanted + hand.run(ids, cut, detach_every=2)[1]
@@ -227,7 +227,7 @@ def test_faithful_is_the_papers_form(reader):
     config = AutoCompressorConfig.faithful()
     assert (config.summary_length, config.fixed_slots, config.scale, config.bos) == (50, True, "none", False)
     compressor = AutoCompressor(config, reader)
-    assert compressor.longest_segment(config.ratio) == 2048
+    assert compressor.plan.longest(config.ratio) == 2048
     assert compressor.segments(3) == [(3, 50)]
     assert [p.slots for p in compressor.compress(["ab", ""])] == [50, 0]
     eos = reader.embed(torch.tensor(reader.eos_id))
