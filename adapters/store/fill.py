@@ -150,13 +150,13 @@ def get_or_compress(
 
 def explain_missing(store: PassageStore, maker: Maker) -> str:
     """Why a store may lack what was asked of it: a changed compressor, reader or ratio; the end of a sentence."""
-    makers = [made.maker for made in store.stats.makers]
-    if not makers or maker in makers:
+    others = [made.maker for made in store.stats.makers if made.maker != maker]
+    if not others:
         return "."
     names = ("compressor", "reader", "ratio")
-    changed = [name for i, name in enumerate(names) if maker[i] not in {made[i] for made in makers}]
+    changed = [name for i, name in enumerate(names) if maker[i] not in {other[i] for other in others}]
     what = " and ".join(changed) or "combination of compressor, reader and ratio"
-    return f": all it holds is of another {what}. Was it changed since the passages were indexed?"
+    return f"; it holds passages of another {what}: was it changed since the passages were indexed?"
 
 
 def _batches(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:
