@@ -42,7 +42,7 @@ class GatedPool(nn.Module):
         with torch.no_grad():
             tokens = reader.embed(torch.tensor([i for piece in pieces for i in piece], device=reader.device)).float()
             unit = tokens * (tokens.shape[1] ** 0.5 / reader.embedding_norm)
-        strength = nn.functional.linear(unit, self.gate.float())[:, 0]
+        strength = (unit * self.gate).sum(-1)  # not a matrix product, which autocast would take to bfloat16
         weight = torch.exp(_LIMIT * torch.tanh(strength / _LIMIT))
         total = tokens.new_zeros(first, tokens.shape[1]).index_add(0, where, tokens * weight[:, None])
         size = tokens.new_zeros(first).index_add(0, where, weight.square()).sqrt()

@@ -147,3 +147,5 @@ class ReaderTask:
         self.tokenizer.backend_tokenizer.no_truncation()  # scoring leaves its own truncation and padding behind
         self.tokenizer.backend_tokenizer.no_padding()
         self.tokenizer.save_pretrained(folder)
+        for file in folder.iterdir():  # safetensors makes files that nobody else can read
+            file.chmod(0o644)

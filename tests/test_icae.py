@@ -116,6 +116,8 @@ def test_the_gate_says_which_tokens_are_pooled(reader):
     ]
     assert torch.allclose(pool([ids], [2]), torch.stack(want), atol=1e-5)
     assert torch.allclose(pool([ids[:2], ids], [1, 2])[1:], torch.stack(want), atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):  # as in training
+        assert torch.allclose(pool([ids], [2]), torch.stack(want), atol=1e-5)
 
 
 def test_fixed_slots_is_the_papers_behaviour(reader):
