@@ -166,8 +166,8 @@ def _lay_out(compressor: GistCompressor, prompt: Sequence[Any], target: Sequence
             ids = reader.tokenize(atom.text)
             cut = compressor.segments(len(ids), ratio)
             passages += [(ids, cut)] if cut else []
-            slots = torch.zeros(sum(n for _, n in cut), reader.width)  # a stand-in, for the planner to count
-            atom = CompressedPassage("embeds", len(ids), "stand-in", reader.fingerprint, embeds=slots)
+            counted = torch.zeros(sum(n for _, n in cut), reader.width)  # a stand-in, for the planner to count
+            atom = CompressedPassage("embeds", len(ids), "stand-in", reader.fingerprint, embeds=counted)
         atoms.append(atom)
     plan = reader.plan([atoms])[0]
     if not target or plan.kinds[-1] != TOKEN:
