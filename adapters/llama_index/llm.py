@@ -113,6 +113,13 @@ class CompressedContextLLM(CustomLLM):
         """The name under which LlamaIndex serialises and traces the LLM."""
         return "CompressedContextLLM"
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> CompressedContextLLM:
+        """An LLM from what ``to_dict`` wrote, with the reader given anew: ``from_dict(data, reader=reader)``."""
+        settings = {name: value for name, value in data.items() if name != "model_name"}
+        settings["chat"] = settings.pop("chat_model", False)
+        return super().from_dict(settings, **kwargs)
+
     @property
     def metadata(self) -> LLMMetadata:
         """What LlamaIndex plans prompts by."""

@@ -109,9 +109,12 @@ class TokenBudget(Policy):
 
     def choose(self, retrieved: Retrieved) -> list[Form]:
         """One `Form` a passage, in order."""
+        text = retrieved.text_positions()
+        if sum(text) <= self.n:
+            return [TEXT] * len(text)
         forms, costs = _shortest(self, self.n, None, retrieved)
         room = self.n - sum(costs)
-        for place, (tokens, cost) in enumerate(zip(retrieved.text_positions(), costs)):
+        for place, (tokens, cost) in enumerate(zip(text, costs)):
             room -= tokens - cost
             if room < 0:
                 break
@@ -147,10 +150,13 @@ class AutoBudget(Policy):
 
     def choose(self, retrieved: Retrieved) -> list[Form]:
         """One `Form` a passage, in order."""
+        text = retrieved.text_positions()
+        if sum(text) <= self.n:
+            return [TEXT] * len(text)
         ratios = self.ratios or (None,)
         forms, costs = _shortest(self, self.n, ratios[-1], retrieved)
         room = self.n - sum(costs)
-        for place, (tokens, cost) in enumerate(zip(retrieved.text_positions(), costs)):
+        for place, (tokens, cost) in enumerate(zip(text, costs)):
             more = tokens - cost
             if more <= room:
                 forms[place], room = TEXT, room - more
@@ -201,7 +207,8 @@ def as_policy(given: Any) -> Policy:
 def policy_to_dict(policy: Policy) -> dict[str, Any]:
     """A JSON-able dict of one of the policies here; of a user's own, its name alone."""
     kind = type(policy)
-    return {"policy": kind.__name__, **(asdict(policy) if kind.__module__ == __name__ else {})}  # type: ignore[call-overload]
+    settings = asdict(policy) if kind.__module__ == __name__ else {}  # type: ignore[call-overload]
+    return {"policy": kind.__name__, **{k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}}
 
 
 def _check_count(policy: str, name: str, value: Any, least: int) -> None:

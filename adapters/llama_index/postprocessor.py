@@ -258,7 +258,7 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
     def _compressed(self, node: BaseNode, content: str) -> BaseNode:
         return read_as(node, self._around(node, content) if content else content, self._store)
 
-    def _around(self, node: BaseNode, content: str = "") -> str:
+    def _around(self, node: BaseNode, content: str) -> str:
         """What the LLM reads of a node whose compressed passage is ``content``, metadata included."""
         metadata = escape_placeholders(node.get_metadata_str(MetadataMode.LLM).strip()) if self.keep_metadata else ""
         if not metadata:

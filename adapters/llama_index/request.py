@@ -17,6 +17,7 @@ from .nodes import text_of
 
 _log = logging.getLogger(__name__)
 _JOINT = "\n\n"  # LlamaIndex puts it between passages
+_SLOTS = "\0"
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Request:
         query: the question, for a compressor that reads it.
         ratio: the compression ratio where a policy asks for none.
         vectors: give the nodes' retrieval vectors to the compressor.
-        around: the text that stands around a node's compressed passage.
+        around: puts a node's metadata around its compressed passage.
         fallback: let a passage that cannot be compressed be text, instead of raising.
 
     Attributes:
@@ -129,7 +130,7 @@ class Request:
         query: str | None,
         ratio: float | None,
         vectors: bool,
-        around: Callable[[BaseNode], str],
+        around: Callable[[BaseNode, str], str],
         fallback: bool,
     ) -> None:
         self.scores = [scored.score for scored in nodes]
@@ -155,19 +156,23 @@ class Request:
 
     def compressed_positions(self, ratio: float | None, places: Sequence[int]) -> list[int]:
         """Reader positions of the passages at ``places``, compressed now by ``ratio`` (``None``: the postprocessor's)."""
-        positions = []
-        for place, passage in zip(places, self.passages(ratio, places)):
-            if passage is None:
-                positions.append(self._text_positions[place])
-            else:
-                positions.append(passage.slots + self._count(self._around(self._nodes[place])) if passage.slots else 0)
-        return positions
+        passages = zip(places, self.passages(ratio, places))
+        return [
+            self._text_positions[place] if passage is None else self._count_compressed(place, passage)
+            for place, passage in passages
+        ]
 
-    def _count(self, text: str) -> int:
+    def _count_compressed(self, place: int, passage: CompressedPassage) -> int:
+        if not passage.slots:
+            return 0
+        *before, after = self._around(self._nodes[place], _SLOTS).split(_SLOTS)
+        return passage.slots + sum(self._count(text, "") for text in before) + self._count(after)
+
+    def _count(self, text: str, joint: str = _JOINT) -> int:
         reader = self._source.compressor.reader
         if reader is None:
             raise ValueError("A budget in reader positions needs a reader to count them; give the compressor one.")
-        return len(reader.tokenize(text + _JOINT))
+        return len(reader.tokenize(text + joint)) if text + joint else 0
 
     # -- passages --------------------------------------------------------------------------------------------------
 

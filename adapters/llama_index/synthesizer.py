@@ -44,7 +44,9 @@ class PassageScores(BaseSynthesizer):
     Example::
 
         engine = index.as_query_engine(
-            response_synthesizer=PassageScores(llm), node_postprocessors=[CompressedContextPostprocessor(compressor)]
+            llm=llm,
+            response_synthesizer=PassageScores(llm),
+            node_postprocessors=[CompressedContextPostprocessor(compressor)],
         )
         response = engine.query("Who signed it?")
         response.metadata[response.source_nodes[0].node_id]["answer_logprob_gain"]
