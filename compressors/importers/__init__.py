@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..base import Compressor
+from ..quiet import quiet_loading
 from ..registry import READER_FOLDER, download
 from .layout import MissingOption, Source, listed
 
@@ -144,9 +145,7 @@ def import_to(
 
 def save_reader(reader: Reader, folder: Path) -> None:
     """Writes a reader as a Hugging Face folder: model and tokenizer."""
-    from .models import quietly
-
-    with quietly():
+    with quiet_loading():
         reader.model.save_pretrained(folder)
         reader.tokenizer.save_pretrained(folder)
 

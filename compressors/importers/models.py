@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import logging
 
 from ..base import CheckpointError
+from ..quiet import quiet_loading
 from ..reader import Reader
 from ..twin import LoRATwin, share, short_name
 from .layout import Keys, Source, listed
 
 _LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(\.(?P<adapter>\w+))?(\.weight)?$")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """No progress bars and load reports: what they would say becomes an error here."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def model_config(settings: Mapping[str, Any], where: Path, drop: Iterable[str] = ()) -> Any:
@@ -63,7 +48,7 @@ def build_model(config: Any, state: Mapping[str, Tensor], where: Path, auto: Any
         cls: Any = type(auto.from_config(config))
     dtype = next((t.dtype for t in state.values() if t.is_floating_point() and t.dim() > 1), torch.float32)
     try:
-        with quietly():
+        with quiet_loading():
             model, info = cls.from_pretrained(
                 None,
                 config=config,

@@ -1,0 +1,370 @@
+"""PISCO: a LoRA-tuned reader, or a small model of its own, compresses; a LoRA-tuned reader reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .base import CompressorConfig, Query, SoftCompressor
+from .body import BodyEncoder
+from .passage import CompressedPassage, Interface
+from .reader import Reader
+from .registry import register_compressor
+from .tokenization import PromptTokenizer
+from .twin import LoRATwin, Twin, pack, tune
+
+ENCODER_FOLDER = "encoder"
+_PROBE_TOKENS = 32  # length of the random text on which the output scale is matched
+
+
+@dataclass
+class PISCOConfig(CompressorConfig):
+    """Settings of PISCO. The imported checkpoints' forms are ``slots="plus-one"`` (2026) and ``"fixed"`` (2025, COCOM)."""
+
+    method: ClassVar[str] = "pisco"
+
+    ratio: float = field(default=16.0, metadata={"help": "compression ratio where none is asked for"})
+    segment_tokens: int = field(
+        default=128, metadata={"help": "longest piece, in encoder tokens, that is read at once"}
+    )
+    slots: Literal["proportional", "plus-one", "fixed"] = field(
+        default="proportional",
+        metadata={
+            "help": "'proportional': ceil(L / ratio) a passage, equally long segments; 'plus-one': segments of segment_tokens "
+            "(BOS counted), the last one shorter, floor(S / ratio) + 1 each; 'fixed': segment_tokens / ratio a segment"
+        },
+    )
+    memory_tokens: int = field(
+        default=1,
+        metadata={"help": "different <MEM> embeddings; 1: the same one in every place; else the most a segment gets"},
+    )
+    encoder: str = field(
+        default="lora", metadata={"help": "'lora': the reader plus LoRA; else the id or folder of a smaller causal LM"}
+    )
+    connector: Literal["none", "mlp"] | None = field(
+        default=None,
+        metadata={"help": "'mlp': Linear-ReLU-Linear; default: 'mlp' for an encoder of its own, else 'none'"},
+    )
+    connector_width: int = field(default=4096, metadata={"help": "width between the connector's two layers"})
+    scale: Literal["matched", "none"] = field(
+        default="matched", metadata={"help": "'matched': a learned factor that starts at the reader's embedding norm"}
+    )
+    decoder: Literal["lora", "none"] = field(
+        default="lora", metadata={"help": "'lora': the reader that reads is tuned too; 'none': it is taken as it is"}
+    )
+    r: int = field(default=16, metadata={"help": "LoRA rank, of encoder and decoder"})
+    alpha: float = field(default=32.0, metadata={"help": "LoRA scale: updates are multiplied by alpha / r"})
+    dropout: float = field(default=0.0, metadata={"help": "LoRA dropout in training"})
+    target_modules: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "modules that get LoRA; default: query and value projections, or the fused one"}
+    )
+    prefix: tuple[int, ...] | None = field(
+        default=None,
+        metadata={"help": "ids in front of each segment; default: what the encoder's tokenizer puts there"},
+    )
+    suffix: tuple[int, ...] = field(default=(), metadata={"help": "ids between each segment and its <MEM> tokens"})
+    as_prompt: bool = field(
+        default=False, metadata={"help": "tokenise a passage as the start of a prompt, as the authors' code does"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("segment_tokens", "memory_tokens", "connector_width", "r"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+        if not (math.isfinite(self.ratio) and self.ratio >= 1):
+            raise ValueError(f"ratio is source tokens per slot, a finite number of at least 1, got {self.ratio!r}.")
+        for name, known in (
+            ("slots", ("proportional", "plus-one", "fixed")),
+            ("connector", (None, "none", "mlp")),
+            ("scale", ("matched", "none")),
+            ("decoder", ("lora", "none")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")
+        if not isinstance(self.encoder, str) or not self.encoder:
+            raise ValueError(f"encoder must be 'lora' or the name of a causal LM, got {self.encoder!r}.")
+        if not 0 <= self.dropout < 1 or not self.alpha > 0:
+            raise ValueError(
+                f"dropout must lie in [0, 1) and alpha be positive, got {self.dropout!r} and {self.alpha!r}."
+            )
+        if self.slots == "fixed" and self.segment_tokens < self.ratio:
+            raise ValueError(f"{self.segment_tokens} tokens a segment give no slot at ratio {self.ratio:g}.")
+        if isinstance(self.target_modules, str):
+            raise ValueError(f"target_modules must be a list of module names, got one string {self.target_modules!r}.")
+        for name in ("target_modules", "prefix", "suffix"):
+            if getattr(self, name) is not None:
+                setattr(self, name, tuple(getattr(self, name)))
+
+
+@register_compressor
+class PISCOCompressor(SoftCompressor):
+    """PISCO (arXiv 2501.16075) and its forerunner COCOM (arXiv 2407.09252).
+
+    A segment of a passage is read by the encoder as ``[BOS][segment][<MEM> ...]``; the last hidden states (after the final
+    norm) at the <MEM> tokens, through the connector if there is one, are its slots. The encoder is the reader with LoRA of
+    its own, or a smaller causal LM that is trained whole. The reader that reads is tuned by LoRA too, so use
+    ``compressor.reader``, not the reader given.
+
+    Training is by sequence-level distillation: a teacher answers from the full text, and the loss is language modelling on
+    its answers. With the ordinary trainer that is the objective ``lm`` alone on records whose answers the teacher wrote
+    (``base_reader.generate`` over the passages as text); there is no KL and no pretraining in PISCO v1, and pretraining by
+    ``ae`` and ``lm`` (continuation) in COCOM and in the version of 2026.
+
+    Beyond the papers: slots are proportional to the passage (``ceil(L / ratio)`` of them, shared among equally long
+    segments), so that a passage never grows and nothing of a long one is cut, and they start on the scale of the reader's
+    embeddings. ``slots="plus-one"`` and ``"fixed"`` are what the authors' code does, in which a short passage may grow.
+
+    Args:
+        config: the settings.
+        reader: the reader as it is before tuning.
+        encoder_model: a `BodyEncoder` in place of loading ``config.encoder``.
+
+    Attributes:
+        encoder: a `LoRATwin` of the reader, or a `BodyEncoder`.
+        memory: ``[memory_tokens, encoder width]`` embeddings of the <MEM> tokens.
+        connector: ``[n, encoder width] -> [n, width]``, or ``None``.
+        decoder: the `LoRATwin` that ``reader`` reads with (``decoder="lora"`` only).
+        batch_positions: positions that one forward pass of the encoder may take (memory against speed; changes no result).
+
+    Raises:
+        ValueError: if the widths of encoder and reader differ and there is no connector, or positions are too few.
+    """
+
+    config_class = PISCOConfig
+    interface: ClassVar[Interface] = "embeds"
+    config: PISCOConfig
+
+    def __init__(self, config: PISCOConfig, reader: Reader, *, encoder_model: BodyEncoder | None = None) -> None:
+        super().__init__(config, reader)
+        self.batch_positions = 16384
+        lora = {
+            "r": config.r,
+            "alpha": config.alpha,
+            "dropout": config.dropout,
+            "target_modules": config.target_modules,
+        }
+        self.encoder: Twin
+        if config.encoder == "lora":
+            self.encoder = LoRATwin(reader.model, **lora)  # type: ignore[arg-type]
+        else:
+            self.encoder = (encoder_model or BodyEncoder.from_pretrained(config.encoder)).to(reader.device)
+        width = self._embed(torch.zeros(1, dtype=torch.long)).shape[-1]
+        with torch.no_grad():
+            rows = self._embed(torch.randperm(self._vocabulary)[: config.memory_tokens]).float()
+            rows = rows[torch.arange(config.memory_tokens) % len(rows)]
+        self.memory = nn.Parameter(rows.clone())
+        kind = config.connector or ("none" if config.encoder == "lora" else "mlp")
+        self.connector: nn.Sequential | None = None
+        if kind == "mlp":
+            self.connector = nn.Sequential(
+                nn.Linear(width, config.connector_width), nn.ReLU(), nn.Linear(config.connector_width, reader.width)
+            ).to(reader.device)
+        self.log_scale: nn.Parameter | None = None
+        if config.scale == "matched":
+            n = min(_PROBE_TOKENS, self._longest_segment)
+            ids = torch.randint(self._vocabulary, (n,), generator=torch.Generator().manual_seed(0)).tolist()
+            with torch.no_grad():
+                found = self._project(torch.cat(self._forward([ids], [1])))
+            factor = reader.embedding_norm / max(float(found.float().norm(dim=-1).mean()), 1e-6)
+            self.log_scale = nn.Parameter(torch.tensor(math.log(factor), device=reader.device))
+        else:
+            self._project(torch.cat(self._forward([[0]], [1])))  # refuses widths that do not fit
+        self.decoder: Twin | None = None
+        if config.decoder == "lora":
+            self.decoder = tune(reader.model, "lora", **lora)
+            self.adapt_reader(self.decoder)
+
+    @property
+    def _own(self) -> BodyEncoder | None:
+        """The encoder, where it is a model of its own."""
+        return self.encoder if isinstance(self.encoder, BodyEncoder) else None
+
+    @property
+    def tokenizer(self) -> PromptTokenizer:
+        """What segments are tokenised with."""
+        return self._own.prompts if self._own else self.base_reader.prompts
+
+    @property
+    def prefix(self) -> list[int]:
+        """Ids in front of each segment."""
+        return list(self.tokenizer.bos_ids if self.config.prefix is None else self.config.prefix)
+
+    @property
+    def _vocabulary(self) -> int:
+        return self._own.vocabulary if self._own else self.base_reader.vocab_size
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        ids = ids.to(self.base_reader.device)
+        return self._own.embed(ids) if self._own else self.base_reader.embed(ids)
+
+    def identity_parts(self) -> list[Any]:
+        """The slots depend on the base weights, or on the encoder's tokenizer, too."""
+        own = self._own.prompts.fingerprint_parts() if self._own else None
+        return [self.base_reader.fingerprint, own]
+
+    # -- segments --------------------------------------------------------------------------------------------------
+
+    @property
+    def _longest_segment(self) -> int:
+        limit = self._own.max_positions if self._own else self.base_reader.max_positions
+        longest = self.config.segment_tokens
+        if limit is not None:
+            longest = min(longest, limit - len(self.prefix) - len(self.config.suffix) - self._most_slots)
+        if longest < 1:
+            raise ValueError(f"The encoder's {limit} positions leave no room for a segment and its <MEM> tokens.")
+        return longest
+
+    @property
+    def _most_slots(self) -> int:
+        config = self.config
+        return config.memory_tokens if config.memory_tokens > 1 else math.ceil(config.segment_tokens / config.ratio) + 1
+
+    def _greedy(self, n_tokens: int, ratio: float) -> list[tuple[int, int]]:
+        """Segments of the authors' code: full ones and a shorter last one, one slot more than their share each."""
+        longest = self._longest_segment
+        cut = [min(longest, n_tokens - start) for start in range(0, n_tokens, longest)]
+        return [(n, int(n // ratio) + 1) for n in cut]
+
+    def segments(
+        self, n_tokens: int, ratio: float | None = None, source_tokens: int | None = None
+    ) -> list[tuple[int, int]]:
+        """How a passage is cut: ``(encoder tokens, slots)`` of each segment, in order.
+
+        Args:
+            n_tokens: its length in the encoder's tokens (``slots="plus-one"``: with its prefix).
+            ratio: ``None``: the config's.
+            source_tokens: its length in the reader's tokens, which the number of slots goes by; default: ``n_tokens``.
+        """
+        config = self.config
+        ratio = config.ratio if ratio is None else float(ratio)
+        source = n_tokens if source_tokens is None else source_tokens
+        if not n_tokens or not source:
+            return []
+        if config.slots == "plus-one":
+            return self._greedy(n_tokens, ratio)
+        count = -(-n_tokens // self._longest_segment)
+        total = math.ceil(source / ratio - 1e-6)
+        if config.slots == "proportional":
+            if config.memory_tokens > 1:
+                count = min(max(count, -(-total // config.memory_tokens)), n_tokens)
+                total = min(total, count * config.memory_tokens)
+            total = min(max(total, count), source)
+        ends = [i * n_tokens // count for i in range(count + 1)]
+        cut = [b - a for a, b in zip(ends, ends[1:])]
+        if config.slots == "fixed":
+            return [(n, math.ceil(config.segment_tokens / config.ratio - 1e-6)) for n in cut]
+        shares = [i * total // count for i in range(count + 1)]
+        return [(n, b - a) for n, a, b in zip(cut, shares, shares[1:])]
+
+    # -- encoding --------------------------------------------------------------------------------------------------
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        query: Query = None,
+        ratio: float | None = None,
+        vectors: Sequence[Any] | None = None,
+    ) -> list[CompressedPassage]:
+        """Compresses passages, differentiably in all that trains.
+
+        Args:
+            texts: the passages.
+            query: ignored: the slots serve all questions.
+            ratio: any real number of at least 1; ``None``: the config's. ``slots="fixed"`` knows its own alone.
+            vectors: ignored.
+        """
+        texts = self._check_texts(texts)
+        sources = [len(ids) for ids in self.reader.tokenize_batch(texts)]
+        return self.encode_ids(self.tokenizer.encode_batch([(t, self.config.as_prompt) for t in texts]), ratio, sources)
+
+    def encode_ids(
+        self, ids: Sequence[Sequence[int]], ratio: float | None = None, source_tokens: Sequence[int] | None = None
+    ) -> list[CompressedPassage]:
+        """`encode` for passages given as the encoder's token ids, `prefix` and suffix not among them."""
+        sources = [len(tokens) for tokens in ids] if source_tokens is None else source_tokens
+        prefix, suffix = self.prefix, list(self.config.suffix)
+        whole = self.config.slots == "plus-one"  # the prefix is the passage's own, and is cut with it
+        pieces: list[list[int]] = []
+        slots: list[int] = []
+        owned: list[int] = []
+        for tokens, source in zip(ids, sources):
+            passage = [*prefix, *tokens] if whole and len(tokens) else list(tokens)
+            cut = self.segments(len(passage), ratio, source)
+            ends = accumulate(length for length, _ in cut)
+            parts = [passage[end - length : end] for (length, _), end in zip(cut, ends)]
+            pieces += parts if whole else [[*prefix, *part, *suffix] for part in parts]
+            slots += [n for _, n in cut]
+            owned.append(sum(n for _, n in cut))
+        reader = self.reader
+        found = torch.cat(self._forward(pieces, slots)) if pieces else self.memory.new_zeros(0, self.memory.shape[1])
+        rows = self._project(found).to(reader.device, reader.dtype).split(owned) if len(ids) else ()
+        # In training the weights change with every step, and hashing them each time would be waste.
+        origin = "training" if self.training and torch.is_grad_enabled() else self.fingerprint
+        info = {"method": "pisco", "ratio_asked": float(ratio or self.config.ratio), **reader.identity_card.runs_as}
+        return [
+            CompressedPassage("embeds", n, origin, reader.fingerprint, embeds=e, info=dict(info))
+            for n, e in zip(sources, rows)
+        ]
+
+    def _forward(self, pieces: Sequence[list[int]], slots: Sequence[int]) -> list[Tensor]:
+        """For each segment's ids, special ones included, the hidden states ``[slots, encoder width]`` at its <MEM> tokens."""
+        lengths = [len(piece) + n for piece, n in zip(pieces, slots)]
+        device = self.base_reader.device
+        out: list[Tensor | None] = [None] * len(pieces)
+        for batch in pack(lengths, self.batch_positions):
+            longest = lengths[batch[0]]
+            ids = torch.zeros(len(batch), longest, dtype=torch.long)
+            mask = torch.zeros(len(batch), longest, dtype=torch.long)
+            rows: list[int] = []
+            columns: list[int] = []
+            which: list[int] = []
+            for row, i in enumerate(batch):
+                ids[row, : len(pieces[i])] = torch.tensor(pieces[i])
+                mask[row, : lengths[i]] = 1
+                rows += [row] * slots[i]
+                columns += range(len(pieces[i]), lengths[i])
+                which += [j % self.config.memory_tokens for j in range(slots[i])]
+            where = (torch.tensor(rows), torch.tensor(columns))  # indices on the CPU serve tensors on any device
+            tokens = self._embed(ids)
+            source = self.memory[torch.tensor(which)].to(tokens.device, tokens.dtype)
+            hidden = self.encoder(tokens.index_put(where, source), mask.to(device))
+            for i, found in zip(batch, hidden[where].split([slots[i] for i in batch])):
+                out[i] = found
+        return [h for h in out if h is not None]
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        if self.connector is not None:
+            weight = self.connector[0].weight
+            hidden = self.connector(hidden.to(weight.device, weight.dtype))
+        if hidden.shape[-1] != self.base_reader.width:
+            raise ValueError(
+                f"The encoder's hidden states are {hidden.shape[-1]} wide and {self.base_reader.name!r} takes embeddings "
+                f"of {self.base_reader.width}; set connector to 'mlp'."
+            )
+        if self.log_scale is not None:
+            hidden = hidden.to(self.log_scale.device, self.log_scale.dtype) * self.log_scale.exp()
+        return hidden
+
+    # -- saving and loading ----------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """As every compressor; an encoder of its own also leaves its config and tokenizer in ``encoder``."""
+        if self._own is not None:
+            self._own.save_description(Path(folder) / ENCODER_FOLDER)
+        super().save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, reader: Reader, **kwargs: Any) -> PISCOCompressor:
+        """As every compressor."""
+        described = Path(folder) / ENCODER_FOLDER
+        if described.is_dir():
+            kwargs.setdefault("encoder_model", BodyEncoder.from_description(described))
+        return super().from_pretrained(folder, reader, **kwargs)
