@@ -40,9 +40,18 @@ SETTINGS: dict[str, dict] = {
     "icae": {"mem_size": 6, "ratio": 4.0, "r": 4, "projector": "linear", "special_tokens": True},
     "autocompressor": {"summary_length": 6, "ratio": 4.0, "r": 4},
     "mean-pool": {"weighting": "learned", "r": 4, "chunk_tokens": 40},
+    "pisco": {
+        "ratio": 4.0,
+        "segment_tokens": 40,
+        "memory_tokens": 12,
+        "r": 4,
+        "connector": "mlp",
+        "connector_width": 16,
+    },
     "selective-context": {"unit": "word", "keep_digits": True},
     "llmlingua": {"keep_digits": True},
     "longllmlingua": {"question": "Who won a prize?"},
+    "llmlingua2": {"r": 2},
 }
 UNTRAINED = ("selective-context", "llmlingua", "longllmlingua")
 SOFT = [name for name in sorted(SETTINGS) if issubclass(COMPRESSORS[name], SoftCompressor)]

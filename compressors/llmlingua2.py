@@ -1,0 +1,243 @@
+"""LLMLingua-2: a token classifier says what is worth keeping."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .base import CompressorConfig
+from .embedders import MINILM
+from .fingerprint import hash_json
+from .passage import CompressedPassage
+from .reader import Reader
+from .registry import register_compressor
+from .scoring import TokenScores
+from .selection import SelectingCompressor, SelectionConfig
+from .token_classifier import (
+    ClassifierTokenizer,
+    LoRATagger,
+    Pieces,
+    check_classifier,
+    cut,
+    load_classifier,
+    load_encoder,
+    position_limit,
+    row_probabilities,
+    weights_hash,
+)
+from .word_merge import MERGES, spread_over_words
+from .word_threshold import PublishedWords
+
+
+@dataclass
+class LLMLingua2Config(SelectionConfig):
+    """Settings of LLMLingua-2. Force tokens are ``keep``, reserved digits ``keep_digits``."""
+
+    method: ClassVar[str] = "llmlingua2"
+
+    unit: str = field(default="word", metadata={"help": "what is kept or dropped whole"})
+    mode: Literal["fast", "faithful"] = field(
+        default="fast",
+        metadata={"help": "'fast': exact budget over the whole passage; 'faithful': the published threshold per chunk"},
+    )
+    classifier: str | None = field(
+        default=None,
+        metadata={
+            "help": "hub id or folder of a token-classification model; default: encoder, LoRA and a trained head"
+        },
+    )
+    encoder: str = field(default=MINILM, metadata={"help": "the frozen encoder below LoRA and head"})
+    frozen_hash: str | None = field(
+        default=None,
+        metadata={"help": "hash of the frozen weights and tokenizer; filled in when the compressor is made"},
+    )
+    merge: Literal["mean", "first"] = field(
+        default="mean", metadata={"help": "a word's probability: the mean of its tokens', or that of its first"}
+    )
+    window: int = field(
+        default=512, metadata={"help": "longest row that the classifier reads, special tokens included"}
+    )
+    drop_consecutive: bool = field(
+        default=False, metadata={"help": "of forced tokens in a row the first alone stays (faithful)"}
+    )
+    chunk_ends: tuple[str, ...] = field(
+        default=(".", "\n"), metadata={"help": "tokens after which a long text may be cut (faithful)"}
+    )
+    r: int = field(default=16, metadata={"help": "LoRA rank"})
+    alpha: float = field(default=32.0, metadata={"help": "LoRA scale: updates are multiplied by alpha / r"})
+    dropout: float = field(default=0.0, metadata={"help": "LoRA dropout in training"})
+    target_modules: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "modules that get LoRA; default: query and value projections"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode not in ("fast", "faithful"):
+            raise ValueError(f"mode must be 'fast' or 'faithful', got {self.mode!r}.")
+        if self.merge not in MERGES:
+            raise ValueError(f"merge must be one of {MERGES}, got {self.merge!r}.")
+        for name, least in (("window", 8), ("r", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}.")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be positive, got {self.alpha!r}.")
+        for name in ("chunk_ends", "target_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise ValueError(f"{name} must be a list of strings, got one string {value!r}.")
+            setattr(self, name, None if value is None else tuple(value))
+
+
+@register_compressor
+class LLMLingua2Compressor(SelectingCompressor):
+    """Keeps the words that a token classifier finds worth keeping (LLMLingua-2, arXiv 2403.12968).
+
+    The classifier is any token-classification model whose label 1 is "keep" (``classifier``), or a frozen encoder with
+    LoRA and a head of two labels, which are what training changes and what is saved (a few hundred kB).
+
+    ``mode="fast"``: a passage is read in rows cut at sentence ends, each token once, rows of like length together; a
+    word's probability is the mean (or first) of its tokens'; words compete over the whole passage for an exact budget in
+    the reader's tokens. ``keep`` are the paper's force tokens and ``keep_digits`` its reserved digits.
+
+    ``mode="faithful"``: the published threshold per chunk (see `word_threshold`); a result may exceed its budget, and
+    spaces are the classifier tokenizer's, not the text's.
+
+    Questions are ignored.
+
+    Args:
+        config: the settings.
+        reader: the reader; its tokens are what the budget counts.
+        classifier: ``(model, tokenizer)`` of a token classifier in place of loading ``config.classifier``.
+
+    Attributes:
+        tagger: the trained `LoRATagger`, or ``None`` beside a classifier of its own.
+        pieces: the classifier's tokenizer.
+        limit: the longest row it reads, special tokens included.
+
+    Raises:
+        ValueError: if the classifier or encoder cannot be loaded or is not the one that was trained with.
+    """
+
+    config_class: ClassVar[type[CompressorConfig]] = LLMLingua2Config
+    config: LLMLingua2Config
+
+    def __init__(self, config: LLMLingua2Config, reader: Reader, *, classifier: tuple[Any, Any] | None = None) -> None:
+        super().__init__(config, reader)
+        device = str(reader.device)
+        self.tagger: LoRATagger | None = None
+        if classifier is not None:
+            frozen, tokenizer = check_classifier(*classifier)
+        elif config.classifier is not None:
+            frozen, tokenizer = load_classifier(config.classifier, device)
+        else:
+            frozen, tokenizer = load_encoder(config.encoder, device)
+            self.tagger = LoRATagger(
+                frozen, r=config.r, alpha=config.alpha, dropout=config.dropout, target_modules=config.target_modules
+            )
+        self._frozen = (frozen,)  # a tuple, as for the reader: held, not owned
+        self.pieces = ClassifierTokenizer(tokenizer)
+        self.limit = min(config.window, position_limit(frozen, tokenizer))
+        found = hash_json(weights_hash(frozen), self.pieces.fingerprint_parts())
+        if config.frozen_hash not in (None, found):
+            raise ValueError(
+                f"The classifier's frozen weights ({found}) are not those that this LLMLingua-2 was made with "
+                f"({config.frozen_hash}); load the same encoder or classifier, as "
+                "classifier=(model, tokenizer) if it was given so."
+            )
+        self.config = replace(config, frozen_hash=found)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the classifier runs."""
+        return next(self._frozen[0].parameters()).device
+
+    def logits(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """``[batch, time, labels]`` for ids and mask ``[batch, time]``; differentiable in LoRA and head. Label 1 is "keep"."""
+        if self.tagger is not None:
+            return self.tagger(ids, mask)
+        return self._frozen[0](input_ids=ids, attention_mask=mask).logits
+
+    def rows(self, text: str) -> tuple[Pieces, list[tuple[int, int]]]:
+        """A text's tokens, and the ranges of them that are read together."""
+        pieces = self.pieces(text)
+        return pieces, cut(text, pieces, self.limit - self.pieces.added)
+
+    def probabilities(self, texts: Sequence[str]) -> list[tuple[Pieces, Tensor]]:
+        """For each text its tokens and their probabilities ``[tokens]`` of being worth keeping."""
+        read = [self.rows(text) for text in texts]
+        before, after = self.pieces.before, self.pieces.after
+        rows = [[*before, *pieces.ids[a:b], *after] for pieces, ranges in read for a, b in ranges]
+        found = iter(row_probabilities(self.logits, rows, self.pieces.pad, self.device))
+        out = []
+        for pieces, ranges in read:
+            parts = [next(found)[len(before) :][: b - a] for a, b in ranges]
+            out.append((pieces, torch.cat(parts) if parts else torch.zeros(0)))
+        return out
+
+    def score(self, texts: Sequence[str], queries: Sequence[str | None] | None = None) -> list[TokenScores]:
+        """For every token (of the classifier) its word's probability of being worth keeping; ``queries`` are ignored."""
+        return [
+            TokenScores(pieces.ids, pieces.offsets, spread_over_words(values, pieces.words, self.config.merge))
+            for pieces, values in self.probabilities(texts)
+        ]
+
+    # -- faithful --------------------------------------------------------------------------------------------------
+
+    def published(self) -> PublishedWords:
+        """The published computation with this compressor's classifier and settings."""
+        config = self.config
+        return PublishedWords(
+            self.pieces,
+            lambda rows: row_probabilities(self.logits, rows, self.pieces.pad, self.device),
+            count=self._count,
+            limit=self.limit,
+            merge=config.merge,
+            force=config.keep,
+            digits=config.keep_digits,
+            drop_consecutive=config.drop_consecutive,
+            chunk_ends=config.chunk_ends,
+        )
+
+    def keep_contexts(self, texts: Sequence[str], ratio: float | None = None) -> list[bool]:
+        """The published choice among contexts: those whose mean probability is at the percentile or above it.
+
+        Args:
+            texts: the contexts.
+            ratio: of the whole prompt; ``(1 + 1 / ratio) / 2`` of the contexts stay. Default: the config's.
+        """
+        with self._lock:
+            return self.published().keep_contexts(self._check_texts(texts), 1 / (ratio or self.config.ratio))
+
+    def _compress(
+        self,
+        texts: list[str],
+        queries: list[str | None],
+        ratio: float | None,
+        *,
+        vectors: Any,
+        target_tokens: int | None = None,
+        **options: Any,
+    ) -> list[CompressedPassage]:
+        if self.config.mode == "fast":
+            return super()._compress(texts, queries, ratio, vectors=vectors, target_tokens=target_tokens, **options)
+        if options:
+            raise TypeError(f"mode='faithful' has no options {sorted(options)}.")
+        asked = self.config.ratio if ratio is None else ratio
+        lengths = [self._count(text) for text in texts]
+        rates = [1 / asked if target_tokens is None else min(target_tokens / max(n, 1), 1.0) for n in lengths]
+        info: dict[str, Any] = {"method": self.config.method, "mode": "faithful"}
+        info |= {"ratio_asked": float(asked)} if target_tokens is None else {"target_tokens": target_tokens}
+        published = self.published()
+        out = []
+        for text, n, rate in zip(texts, lengths, rates):
+            kept = published.compress(text, rate)
+            origin = self.fingerprint
+            out.append(CompressedPassage("text", n, origin, text=kept, n_tokens=self._count(kept), info=dict(info)))
+        return out
