@@ -112,4 +112,4 @@ class PublishedWords:
         if len(means) < 2:
             return [True] * len(means)
         limit = np.percentile(means, int(100 * (1 - (rate + 1) / 2)))
-        return [mean >= limit for mean in means]
+        return [bool(mean >= limit) for mean in means]

@@ -231,3 +231,69 @@ def test_merge_joins_what_touches_and_trims_the_rest():
 def test_config_is_validated(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         SelectiveContextConfig.from_dict(settings)
+
+
+# -- as published --------------------------------------------------------------------------------------------------------
+
+
+def published_losses(reader: Reader, sentence: str) -> list[float]:
+    """The loss of each token of a sentence that stands alone behind the end-of-text token."""
+    ids = [reader.eos_id, *reader.prompts.encode(sentence, opens=True)]
+    with torch.no_grad():
+        logits = reader.model(input_ids=torch.tensor([ids])).logits[0, :-1].float()
+    return (-logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]).tolist()
+
+
+SENTENCES = [
+    "Marie Curie was born in Warsaw, e.g. in Poland.",
+    "Was the treaty signed in 1648?",
+    "Rivers carry sediment to the sea.",
+    "Dr. Smith knew it.",
+]
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1.5, 2, 4])
+@pytest.mark.parametrize("unit", ["token", "phrase", "sentence"])
+def test_faithful_drops_what_lies_below_the_percentile(reader, unit, ratio):
+    text = "  Marie Curie was born\n in Warsaw, e.g. in Poland.\tWas the treaty signed in 1648?  " + " ".join(
+        SENTENCES[2:]
+    )
+    pieces, values = [], []
+    for number, sentence in enumerate(SENTENCES):
+        losses = published_losses(reader, sentence)
+        if unit == "sentence":
+            pieces, values = [*pieces, sentence], [*values, sum(losses) / len(losses)]
+        elif unit == "token":
+            pieces += [reader.decode([i]) for i in reader.prompts.encode(sentence, opens=True)]
+            values += losses
+        else:
+            _, offsets = reader.prompts.encode_with_offsets(sentence, opens=True)
+            for a, b in split_units(sentence, "phrase"):
+                own = [loss for (x, y), loss in zip(offsets, losses) if a <= x and y <= b]
+                pieces.append((" " if number and not a else "") + sentence[a:b])
+                values.append(sum(own) / len(own))
+    ranked = sorted(values)
+    at = (1 - 1 / ratio) * (len(ranked) - 1)  # the percentile, interpolated
+    low = int(at)
+    limit = ranked[low] + (at - low) * (ranked[min(low + 1, len(ranked) - 1)] - ranked[low])
+    kept = [piece if value >= limit - 1e-6 else "" for piece, value in zip(pieces, values)]
+    want = (" " if unit == "sentence" else "").join(kept)
+    (found,) = build(reader, mode="faithful", unit=unit).compress([text], ratio=ratio)
+    assert found.text == want
+    assert found.n_tokens == len(reader.tokenize(want))
+    if unit == "token" and ratio == 1:
+        assert "Poland.Was the treaty" in found.text  # sentences run together
+    if unit == "sentence" and ratio == 4:
+        assert found.text.count("  ") or found.text != found.text.strip()  # what was dropped leaves its space
+
+
+def test_faithful_edges(reader, zoo):
+    assert [p.text for p in build(reader, mode="faithful").compress(["", " \n "])] == ["", ""]
+    with pytest.raises(TypeError, match="no options"):
+        build(reader, mode="faithful").compress([PASSAGE], target_tokens=4)
+    with pytest.raises(ValueError, match="not in the paper"):
+        build(reader, mode="faithful", unit="word")
+    with pytest.raises(ValueError, match="mode must be"):
+        build(reader, mode="paper")
+    with pytest.raises(ValueError, match="too long"):
+        build(zoo.reader("llama", max_position_embeddings=16), mode="faithful").compress([PASSAGE])
