@@ -260,7 +260,7 @@ class PISCOCompressor(SoftCompressor):
         ends = [i * n_tokens // count for i in range(count + 1)]
         cut = [b - a for a, b in zip(ends, ends[1:])]
         if config.slots == "fixed":
-            return [(n, math.ceil(config.segment_tokens / config.ratio - 1e-6)) for n in cut]
+            return [(n, int(config.segment_tokens / config.ratio + 1e-6)) for n in cut]
         shares = [i * total // count for i in range(count + 1)]
         return [(n, b - a) for n, a, b in zip(cut, shares, shares[1:])]
 
@@ -291,12 +291,12 @@ class PISCOCompressor(SoftCompressor):
         """`encode` for passages given as the encoder's token ids, `prefix` and suffix not among them."""
         sources = [len(tokens) for tokens in ids] if source_tokens is None else source_tokens
         prefix, suffix = self.prefix, list(self.config.suffix)
-        whole = self.config.slots == "plus-one"  # the prefix is the passage's own, and is cut with it
+        whole = self.config.slots == "plus-one"  # prefix and suffix are the passage's own, and are cut with it
         pieces: list[list[int]] = []
         slots: list[int] = []
         owned: list[int] = []
         for tokens, source in zip(ids, sources):
-            passage = [*prefix, *tokens] if whole and len(tokens) else list(tokens)
+            passage = [*prefix, *tokens, *suffix] if whole and len(tokens) else list(tokens)
             cut = self.segments(len(passage), ratio, source)
             ends = accumulate(length for length, _ in cut)
             parts = [passage[end - length : end] for (length, _), end in zip(cut, ends)]

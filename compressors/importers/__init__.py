@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # Name a user types -> module. The order is that in which `recognise` asks them.
 IMPORTERS = {
     "xrag": "xrag",
+    "pisco": "pisco",
+    "cocom": "cocom",
     "icae": "icae",
 }
 
@@ -162,10 +164,3 @@ def describe_ignored(ignored: dict[str, str]) -> list[str]:
     for key, reason in ignored.items():
         reasons.setdefault(reason, []).append(key)
     return [f"{reason}: {listed(keys, 3)}" for reason, keys in reasons.items()]
-
-
-def need(value: Any, name: str, what: str, path: Path) -> Any:
-    """The value, or `MissingOption` that asks for it by name."""
-    if value is None:
-        raise MissingOption(f"{path} does not say {what}; give {name}=... .")
-    return value

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..base import CheckpointError
 from ..icae import TASKS, ICAECompressor, ICAEConfig
 from ..reader import Reader
-from .layout import PICKLES, Source, load_tensors, single_file
+from .layout import PICKLES, Source, load_tensors, need, single_file
 from .models import body_prefix, build_model, fill_lora, lora_shape, make_reader, take_lora
 
 _ROOT = r"icae\.(?:base_model\.model\.)?"
@@ -65,10 +65,9 @@ def load(
     mem_size = len(memory) - len(TASKS)
     if mem_size < 1:
         raise CheckpointError(f"{path}: {_MEMORY} has {len(memory)} rows, wanted memory tokens and {len(TASKS)} more.")
-    if version == 2 and mean_compression_rate is None:
-        from . import need
-
-        need(None, "mean_compression_rate", "how many source tokens a slot stands for (4 in the released ones)", path)
+    if version == 2:
+        what = "how many source tokens a slot stands for (4 in the released ones)"
+        need(mean_compression_rate, "mean_compression_rate", what, path)
     reader = _reader(source, base, base_reader) if base else base_reader
     config = ICAEConfig.faithful(
         mem_size=mem_size,

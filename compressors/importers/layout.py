@@ -118,6 +118,13 @@ class Keys:
             raise CheckpointError(f"{self.where} holds keys that belong to no known part: {listed(self._left)}.")
 
 
+def need(value: Any, name: str, what: str, path: Path) -> Any:
+    """The value, or `MissingOption` that asks for it by name."""
+    if value is None:
+        raise MissingOption(f"{path} does not say {what}; give {name}=... .")
+    return value
+
+
 def listed(names: Any, limit: int = 8) -> str:
     """Names for an error message: the first ones, and how many more there are."""
     names = sorted(names)

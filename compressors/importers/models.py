@@ -15,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..base import CheckpointError
 from ..quiet import quiet_loading
 from ..reader import Reader
+from ..tokenization import PromptTokenizer
 from ..twin import LoRATwin, share, short_name
 from .layout import Keys, Source, listed
 
@@ -228,12 +229,13 @@ def merge_lora(reader: Reader, source: Source, lora: Mapping[str, Tensor], scale
     return make_reader(model, reader.tokenizer, source)
 
 
-def as_prompt(reader: Reader, tokenizer: Any, before: Sequence[int] = (), text: str = "a b") -> bool:
-    """Whether a tokenizer spells a text on its own (or behind special tokens) as `Reader` spells the start of a prompt.
+def as_prompt(prompts: PromptTokenizer, before: Sequence[int] = (), text: str = "a b") -> bool:
+    """Whether a tokenizer spells a text behind special tokens as it spells the start of a prompt.
 
     SentencePiece tokenizers put a space in front there, which they do not inside a prompt.
     """
-    opening = reader.prompts.encode(text, opens=True)
+    tokenizer = prompts.tokenizer
+    opening = prompts.encode(text, opens=True)
     front = "".join(tokenizer.convert_ids_to_tokens(list(before)))
     own = tokenizer(front + text, add_special_tokens=False)["input_ids"]
     return list(own[-len(opening) :]) == opening

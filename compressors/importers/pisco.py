@@ -1,0 +1,130 @@
+"""PISCO checkpoints of 2026: a compressor model, a connector, and the decoder's LoRA and embedding rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModel
+
+from ..base import CheckpointError
+from ..body import BodyEncoder
+from ..pisco import PISCOCompressor, PISCOConfig
+from ..reader import Reader
+from .layout import Keys, Source, load_model_state, load_tensors, need, peek_json, read_json
+from .models import build_model, graft_rows, load_tokenizer, lora_shape, merge_lora, model_config, take_lora
+
+MEM = "<MEM>"
+_FILES = ("connector.pt", "decoder_state.pt")
+
+
+def recognises(path: Path) -> bool:
+    """Whether it has the layout of 2026."""
+    return (path / "compressor" / "config.json").is_file() and any((path / name).is_file() for name in _FILES)
+
+
+def load(
+    source: Source,
+    *,
+    compr_rate: float | None = None,
+    segment_tokens: int = 128,
+    lora_alpha: float | None = None,
+) -> PISCOCompressor:
+    """Imports PISCO of 2026.
+
+    Args:
+        source: the folder; it needs the reader (the base decoder).
+        compr_rate: source tokens a slot; default: as the config says.
+        segment_tokens: longest piece, in the compressor's tokens, that is read at once; the release was tuned on 128.
+        lora_alpha: of the decoder's LoRA; default: twice its rank, as in the authors' code.
+    """
+    path = source.path
+    settings = peek_json(path / "config.json")
+    named = settings.get("decoder_model_name")
+    base = source.need_reader(f"holds no base decoder (it was trained on {named!r})")
+    rate = compr_rate or settings.get("compr_rate")
+    rate = float(need(rate, "compr_rate", "how many source tokens a slot stands for", path))
+    reader = _decoder(source, base, lora_alpha)
+    encoder, memory = _encoder(source, path)
+    keys = source.keys(load_tensors(path / "connector.pt"), path / "connector.pt")
+    width = encoder.body.config.get_text_config().hidden_size
+    first = keys.take("0.weight", (None, width))
+    connector = {
+        "0.weight": first,
+        "0.bias": keys.take("0.bias", (len(first),)),
+        "2.weight": keys.take("2.weight", (reader.width, len(first))),
+        "2.bias": keys.take("2.bias", (reader.width,)),
+    }
+    keys.done()
+    config = PISCOConfig(
+        ratio=rate,
+        segment_tokens=segment_tokens,
+        slots="plus-one",
+        memory_tokens=1,
+        encoder=str(settings.get("compressor_model_name") or "compressor"),
+        connector="mlp",
+        connector_width=len(first),
+        scale="none",
+        decoder="none",
+        suffix=_after(encoder.prompts.tokenizer),
+        as_prompt=True,
+    )
+    try:
+        compressor = PISCOCompressor(config, reader, encoder_model=encoder)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    with torch.no_grad():
+        compressor.memory.copy_(memory)
+        for name, parameter in compressor.connector.named_parameters():  # type: ignore[union-attr]
+            parameter.copy_(connector[name])
+    return compressor
+
+
+def _encoder(source: Source, path: Path) -> tuple[BodyEncoder, Tensor]:
+    """The compressor model with its tokenizer, and the <MEM> embedding ``[1, width]``."""
+    folder = path / "compressor"
+    config = model_config(read_json(folder / "config.json"), folder)
+    keys = source.keys(load_model_state(folder), folder)
+    keys.ignore(r"^lm_head\.", "the compressor's head, which nothing reads")
+    state: dict[str, Tensor] = keys.take_all(r"(?:model\.)?(?=.)")
+    body: Any = build_model(config, state, folder, AutoModel)
+    tokenizer = load_tokenizer(path / "compressor_tokenizer", source)
+    encoder = BodyEncoder(body.to(source.device), tokenizer)
+    index = tokenizer.get_vocab().get(MEM)
+    if index is None or index >= encoder.vocabulary:
+        raise CheckpointError(
+            f"{path}/compressor_tokenizer gives {MEM} the id {index}, but the compressor has {encoder.vocabulary} embeddings."
+        )
+    return encoder, encoder.embed(torch.tensor([index], device=source.device)).detach().clone()
+
+
+def _decoder(source: Source, base: Reader, lora_alpha: float | None) -> Reader:
+    """The reader: base decoder, its LoRA merged, with the trained embedding rows."""
+    path = source.path / "decoder_state.pt"
+    keys: Keys = source.keys(load_tensors(path), path)
+    keys.ignore(r"\.original_module\.", "the embedding rows as they were before training")
+    embed, head = _rows(keys, "embed_tokens"), _rows(keys, "lm_head")
+    lora = take_lora(keys, r"(?:.*?\.)?(?=layers\.)")
+    keys.done()
+    rank, _ = lora_shape(lora, path)
+    merged = merge_lora(base, source, lora, (lora_alpha or 2 * rank) / rank)
+    tokenizer = load_tokenizer(source.path / "decoder_tokenizer", source)
+    return graft_rows(merged, source, embed, head, tokenizer)
+
+
+def _rows(keys: Keys, name: str) -> Tensor | None:
+    """Trained rows of a module, out of peft's copies or as they are."""
+    for pattern in (rf"(?:.*\.)?{name}\.modules_to_save\.\w+\.", rf"(?:.*\.)?{name}\."):
+        if found := keys.take_all(rf"{pattern}(?=weight$)"):
+            return found["weight"]
+    return None
+
+
+def _after(tokenizer: Any) -> tuple[int, ...]:
+    """What a tokenizer puts behind each text (an end token, with some embedding models)."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+    return tuple(full[start + len(bare) :])
