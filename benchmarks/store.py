@@ -1,7 +1,8 @@
 """How fast stored passages are read: slabs beside the table against slots in the table, beside a plain copy of memory.
 
 Run it as ``python -m nutgraf.benchmarks.store --out benchmarks/results/store.jsonl``. Every method reads the same batches
-of passages, drawn anew for each repeat; methods take turns, and medians count. Reading ends with the slots of all passages
+of passages, drawn anew for each repeat; methods take turns, and the fastest repeat counts, which other work on the machine
+disturbed least. Reading ends with the slots of all passages
 copied into one tensor, as a prompt needs them, so that the pages of a mapped file are really touched. ``first`` rows read
 from a store that was just opened (files are in the page cache); the others are warm. ``copy_gbps`` is the same copy from
 tensors in memory, and ``share`` is the part of its rate that reading keeps.
@@ -10,7 +11,6 @@ tensors in memory, and ``share`` is the part of its rate that reading keeps.
 from __future__ import annotations
 
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -76,11 +76,11 @@ def measure(number: int, batch: int, slots: int, width: int, repeats: int, folde
             cold[name].append(_time(lambda opened=opened, drawn=drawn: read(opened, drawn)))  # type: ignore[misc]
             opened.close()
     size = batch * slots * width * 2  # of the slots as they are read, in float16
-    rate = size / statistics.median(copied) / 1e9
+    rate = size / min(copied) / 1e9
     rows = []
     for state, times in (("warm", warm), ("first", cold)):
         for name, taken in times.items():
-            seconds = statistics.median(taken)
+            seconds = min(taken)
             rows.append(
                 {
                     "method": name,

@@ -298,6 +298,9 @@ def test_numbers_that_do_not_fit_are_refused(tmp_path):
     huge = made("embeds")._map(lambda t: t * 1e30)
     with pytest.raises(ValueError, match="without quantisation"):
         LanceStore(tmp_path / "int8", quantize="int8").put_many([entry(huge, "t")])
+    brim = made("embeds", dtype=torch.float16)._map(lambda t: t.clamp(1, 1) * 65504)
+    with pytest.raises(ValueError, match="near the end of float16"):
+        LanceStore(tmp_path / "int8").put_many([entry(brim, "t")])
     with pytest.raises(ValueError, match="are float64"):
         LanceStore(tmp_path / "s").put_many([entry(made("embeds").to(dtype=torch.float64), "t")])
 

@@ -121,6 +121,11 @@ def _write(run: bytearray, name: str, tensor: Tensor, encoding: Encoding) -> dic
     if encoding.quantize is not None:
         group = min(encoding.group, max(tensor.shape[-1], 2))
         quantised = quantise(tensor, encoding.quantize, group)
+        largest = quantised.scales.float().max().item() * LEVELS[encoding.quantize] if tensor.numel() else 0.0
+        if largest > torch.finfo(tensor.dtype).max:
+            raise ValueError(
+                f"The passage's {name} are too near the end of {made} to be quantised; store them as made."
+            )
         spec |= {"quantize": encoding.quantize, "group": group}
         return spec | {"at": _append(run, quantised.numbers), "scales_at": _append(run, quantised.scales)}
     if encoding.dtype is not None:
@@ -145,10 +150,10 @@ def _read(data: Any, spec: Mapping[str, Any]) -> Tensor:
         return _view(data, spec["at"], dtype, shape)
     group, (*rows, width) = spec["group"], shape
     count = groups(width, group)
-    packed = (torch.int8, group) if kind == "int8" else (torch.uint8, -(-group // 2))
-    numbers = _view(data, spec["at"], packed[0], [*rows, count, packed[1]])
+    size = group if kind == "int8" else -(-group // 2)
+    numbers = _view(data, spec["at"], torch.int8, [*rows, count, size])
     scales = _view(data, spec["scales_at"], torch.float16, [*rows, count])
-    return dequantise(Quantised(numbers, scales), kind, group, width).to(dtype)
+    return dequantise(Quantised(numbers, scales), kind, group, width, dtype)
 
 
 def _view(data: Any, start: int, dtype: torch.dtype, shape: list[int]) -> Tensor:

@@ -23,7 +23,7 @@ class Quantised(NamedTuple):
     """Quantised numbers of a tensor ``[..., d]`` in ``g`` groups.
 
     Attributes:
-        numbers: ``[..., g, group]`` int8, or ``[..., g, ceil(group / 2)]`` uint8 with two 4-bit numbers a byte.
+        numbers: ``[..., g, group]`` int8, or ``[..., g, ceil(group / 2)]`` int8 with two signed 4-bit numbers a byte.
         scales: ``[..., g]`` float16.
     """
 
@@ -58,13 +58,17 @@ def quantise(tensor: Tensor, kind: Quantisation, group: int) -> Quantised:
     return Quantised(_pack(numbers) if kind == "int4" else numbers, scales)
 
 
-def dequantise(quantised: Quantised, kind: Quantisation, group: int, width: int) -> Tensor:
-    """The numbers back, ``[..., width]`` float32; ``kind``, ``group`` and ``width`` are those of `quantise`."""
+def dequantise(
+    quantised: Quantised, kind: Quantisation, group: int, width: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The numbers back, ``[..., width]``; ``kind``, ``group`` and ``width`` are those of `quantise`."""
     numbers, scales = quantised
     if kind == "int4":
         numbers = _unpack(numbers, group)
-    wide = numbers.to(torch.float32) * scales.to(torch.float32)[..., None]
-    return wide.flatten(-2)[..., :width]
+    # bfloat16 holds no float16 scale exactly; the others multiply in one pass, in float32 inside.
+    exact = torch.float32 if dtype == torch.bfloat16 else dtype
+    wide = (numbers * scales.to(exact)[..., None]).flatten(-2)
+    return wide[..., :width].contiguous().to(dtype)
 
 
 def groups(width: int, group: int) -> int:
@@ -80,10 +84,10 @@ def _round_up(scales: Tensor) -> Tensor:
 
 
 def _pack(numbers: Tensor) -> Tensor:
-    nibbles = torch.nn.functional.pad(numbers, (0, numbers.shape[-1] % 2)).to(torch.int16) + 8
-    return (nibbles[..., 0::2] | nibbles[..., 1::2] << 4).to(torch.uint8)
+    pairs = torch.nn.functional.pad(numbers, (0, numbers.shape[-1] % 2))
+    return pairs[..., 0::2] & 15 | pairs[..., 1::2] << 4
 
 
 def _unpack(packed: Tensor, group: int) -> Tensor:
-    pairs = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
-    return pairs[..., :group].to(torch.int8) - 8
+    pairs = torch.stack((packed << 4 >> 4, packed >> 4), dim=-1).flatten(-2)  # shifts of int8 keep the sign
+    return pairs[..., :group]
