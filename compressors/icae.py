@@ -227,7 +227,7 @@ class ICAECompressor(SoftCompressor):
         lengths = [min(length, n_tokens - start) for start in range(0, n_tokens, length)]
         if self.config.fixed_slots:
             return [(n, self.config.mem_size) for n in lengths]
-        return [(n, min(math.ceil(n / ratio - 1e-6), self.config.mem_size)) for n in lengths]
+        return [(n, min(max(math.ceil(n / ratio - 1e-6), 1), self.config.mem_size)) for n in lengths]
 
     # -- encoding --------------------------------------------------------------------------------------------------
 

@@ -198,7 +198,7 @@ class KVSlotCompressor(SoftCompressor):
         most = self.config.most_slots
         if self.config.fixed_slots:
             return [(n, most) for n in lengths]
-        return [(n, min(n if ratio is None else math.ceil(n / ratio - 1e-6), most)) for n in lengths]
+        return [(n, min(n if ratio is None else max(math.ceil(n / ratio - 1e-6), 1), most)) for n in lengths]
 
     def _memory_positions(self, start: int, tokens: int, slots: int) -> Tensor:
         if self.config.positions == "append":

@@ -177,6 +177,13 @@ def test_save_and_load_gives_bit_equal_slots(method, architecture, tmp_path):
         assert difference(a, back) == 0
 
 
+@pytest.mark.parametrize("method", SOFT)
+def test_no_ratio_is_high_enough_to_lose_a_passage(method):
+    compressor, found = pair(method, "llama")
+    made = compressor.compress(TEXTS, ratio=1e9)
+    assert [bool(p.slots) for p in made] == [bool(p.slots) for p in found]
+
+
 @pytest.mark.parametrize("method", [m for m in sorted(SETTINGS) if m not in UNTRAINED])
 def test_a_checkpoint_that_does_not_fit_is_refused_by_name(method, tmp_path):
     compressor, _ = pair(method, "llama")
