@@ -2,10 +2,10 @@
 
 Run it as ``python -m nutgraf.benchmarks.store --out benchmarks/results/store.jsonl``. Every method reads the same batches
 of passages, drawn anew for each repeat; methods take turns, and the fastest repeat counts, which other work on the machine
-disturbed least. Reading ends with the slots of all passages
-copied into one tensor, as a prompt needs them, so that the pages of a mapped file are really touched. ``first`` rows read
-from a store that was just opened (files are in the page cache); the others are warm. ``copy_gbps`` is the same copy from
-tensors in memory, and ``share`` is the part of its rate that reading keeps.
+disturbed least. Reading ends with the slots of all passages copied into one tensor, as a prompt needs them, so that the
+pages of a mapped file are really touched. ``first`` rows read from a store that was just opened (files are in the page
+cache); the others are warm. ``copy_gbps`` is the same copy from tensors in memory, and ``share`` is the part of its rate
+that reading keeps.
 """
 
 from __future__ import annotations
