@@ -38,7 +38,9 @@ def friendly_errors() -> Iterator[None]:
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe (xrag, icae, reader) or a YAML file.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A shipped recipe (xrag, icae, llmlingua2, reader, ...) or a YAML file.")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings, as in data.dir=corpus stages.0.steps=200 'stages.*.lr=1e-3'.")
     ] = None,

@@ -129,14 +129,15 @@ class Recipe(_Strict):
     """Everything that one training run needs. See `Stage` for the stages.
 
     Attributes:
-        reader: compressor recipes: folder, hub id or the name of a shipped reader.
-        compressor: compressor recipes: `method` and the settings of that method's config.
+        kind: `compressor` trains soft tokens through a reader, `tokens` a token classifier, `reader` a reader.
+        reader: compressor and token recipes: folder, hub id or the name of a shipped reader.
+        compressor: compressor and token recipes: `method` and the settings of that method's config.
         model, tokenizer: reader recipes: settings of the reader's own task.
         data: where the data lies (`dir`) and which files of it are read; checked by the task.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
-    kind: Literal["reader", "compressor"]
+    kind: Literal["reader", "compressor", "tokens"]
     description: str = ""
     seed: int = Field(default=0, ge=0)
     data: dict[str, Any] = {}
@@ -153,12 +154,13 @@ class Recipe(_Strict):
         names = [stage.name for stage in self.stages]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two stages are called {twice[0]!r}; stage names must differ")
-        if self.kind == "compressor":
+        if self.kind in ("compressor", "tokens"):
             if not self.compressor or "method" not in self.compressor:
                 raise ValueError("a compressor recipe needs compressor.method")
             if not self.reader:
                 raise ValueError("a compressor recipe needs reader: a folder, a hub id or a shipped reader's name")
-            if empty := [stage.name for stage in self.stages if not any(stage.objectives.values())]:
+            empty = [stage.name for stage in self.stages if not any(stage.objectives.values())]
+            if empty and self.kind == "compressor":
                 raise ValueError(f"stage {empty[0]!r} needs objectives with at least one weight above 0")
         elif self.model is None:
             raise ValueError("a reader recipe needs model")

@@ -61,6 +61,10 @@ def make_task(recipe: Recipe) -> TrainingTask:
         from .reader_task import ReaderTask
 
         return ReaderTask(recipe)
+    if recipe.kind == "tokens":
+        from .token_task import TokenTask
+
+        return TokenTask(recipe)
     from .compressor_task import CompressorTask
 
     return CompressorTask(recipe)
