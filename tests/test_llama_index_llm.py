@@ -23,7 +23,7 @@ from nutgraf.adapters.llama_index import (
     SentenceTransformerEmbedding,
     SlotAwareTokenizer,
 )
-from nutgraf.adapters.llama_index.reading import from_thread
+from nutgraf.adapters.threads import from_thread
 from nutgraf.adapters.placeholders import Issued, ReadingLLM, scan
 from nutgraf.compressors.xrag import XRAGCompressor, XRAGConfig
 

@@ -26,8 +26,9 @@ from llama_index.core.response_synthesizers import BaseSynthesizer, get_response
 
 from ...compressors import CompressedPassage, Reader
 from ..placeholders import PlaceholderStore, ReadingLLM, read_placeholders, shared_store
+from ..threads import from_thread
 from .prompt_helper import SlotAwarePromptHelper
-from .reading import Answer, ReaderCall, ReaderRefusedError, check_reads_slots, from_thread
+from .reading import Answer, ReaderCall, ReaderRefusedError, check_reads_slots
 
 
 class CompressedContextLLM(CustomLLM):
