@@ -23,8 +23,8 @@ from nutgraf.adapters.llama_index import (
     SentenceTransformerEmbedding,
     SlotAwareTokenizer,
 )
-from nutgraf.adapters.threads import from_thread
 from nutgraf.adapters.placeholders import Issued, ReadingLLM, scan
+from nutgraf.adapters.threads import from_thread
 from nutgraf.compressors.xrag import XRAGCompressor, XRAGConfig
 
 PROMPT = PromptTemplate("Context:\n{context_str}\nAnswer:")
