@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from .passage import CompressedPassage
 from .reader import Reader
 
+TOKENS = 8  # one vector cannot tell more of them apart; with all of a paragraph's tokens the reader made out less
 NORM = 2.0  # a slot speaks for many tokens, and is heard when it is about twice as long as one of them
 
 
 class SlotMatchingLoss(nn.Module):
     r"""For slot z with the tokens t it stands for, :math:`1 - \cos(z, y) + (\log \lVert z \rVert - \log 2e)^2`, where
-    :math:`y = \sum_t w_t^2 E_t` over the different tokens, E the reader's embeddings, e their mean norm and
+    :math:`y = \sum_t w_t^2 E_t` over the `TOKENS` different tokens of greatest weight, E the reader's embeddings, e their mean norm and
     :math:`w_t = \log (D / (1 + d_t))` the inverse document frequency.
 
     The reader copies from its context by comparing embeddings. Rare tokens, weighted as in a search index, are what
@@ -73,6 +74,9 @@ class SlotMatchingLoss(nn.Module):
         (reader,) = self._held
         kinds = row.unique()
         weights = self.weights[kinds]
+        if len(kinds) > TOKENS:
+            weights, best = weights.topk(TOKENS)
+            kinds = kinds[best]
         if not bool(weights.any()):
             weights = torch.ones_like(weights)
         return (reader.embed(kinds.to(reader.device)).float() * weights.to(reader.device)[:, None]).sum(0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nutgraf import CompressedPassage
-from nutgraf.compressors.matching import NORM, SlotMatchingLoss
+from nutgraf.compressors.matching import NORM, TOKENS, SlotMatchingLoss
 
 TEXT = "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911)."
 
@@ -26,9 +26,10 @@ def test_the_pooled_embeddings_themselves_cost_nothing(zoo):
     loss = loss_of(reader)
     half = -(-len(ids) // 2)
     rows = []
-    for part in (ids[:half], ids[half:]):  # by hand: different tokens, squared idf, twice the mean norm
-        kinds = sorted(set(part))
-        weights = torch.tensor([max(0.0, torch.log(torch.tensor(100 / (1 + i % 50))).item()) ** 2 for i in kinds])
+    for part in (ids[:half], ids[half:]):  # by hand: the rarest tokens, squared idf, twice the mean norm
+        idf = {i: max(0.0, torch.log(torch.tensor(100 / (1 + i % 50))).item()) for i in set(part)}
+        kinds = sorted(idf, key=lambda i: -idf[i])[:TOKENS]
+        weights = torch.tensor([idf[i] ** 2 for i in kinds])
         rows.append(F.normalize((reader.embed(torch.tensor(kinds)) * weights[:, None]).sum(0), dim=0))
     embeds = NORM * reader.embedding_norm * torch.stack(rows)
     value, slots = loss([passage_of(reader, embeds, len(ids))], [ids])
