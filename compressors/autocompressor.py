@@ -134,8 +134,7 @@ class AutoCompressor(SoftCompressor):
     a passage of 20 tokens may become 50 slots.
 
     With ``positions="paper"`` slots and summary tokens take row 1 of OPT's position table (its padding row, position id
-    -1) and the tokens of each segment rows 2, 3, ... That holds for compressing and for `segment_losses`; a `Reader` gives
-    slots in a prompt their ordinary positions.
+    -1) and the tokens of each segment rows 2, 3, ..., and so they do where a `Reader` reads them.
 
     Training: the objective ``segments`` (`segment_losses`), beside those that read the slots.
 
@@ -265,6 +264,8 @@ class AutoCompressor(SoftCompressor):
         origin = "training" if self.training and torch.is_grad_enabled() else self.fingerprint
         card = self.base_reader.identity_card.runs_as
         info = {"method": "autocompressor", "ratio_asked": float(ratio or self.config.ratio), **card}
+        if self._skips:
+            info["takes_positions"] = False
         return [
             CompressedPassage("embeds", len(p), origin, self.reader.fingerprint, embeds=e, info=dict(info))
             for p, e in zip(ids, soft)

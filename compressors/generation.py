@@ -184,7 +184,10 @@ class Generator:
             if layout.soft is None:
                 ids = layout.ids.masked_fill(~layout.valid, int(config.pad_token_id))  # type: ignore[arg-type]
                 return {"input_ids": ids, "attention_mask": mask}, ids.shape[1]
-            return {"inputs_embeds": layout.splice(reader.embed), "attention_mask": mask}, 0
+            inputs = {"inputs_embeds": layout.splice(reader.embed), "attention_mask": mask}
+            if any(plan.placeless for plan in plans):
+                inputs["position_ids"] = layout.positions
+            return inputs, 0
         return self._kv_inputs(plans, config), 0
 
     def _kv_inputs(self, plans: list[PromptPlan], config: GenerationConfig) -> dict[str, Any]:

@@ -28,8 +28,12 @@ class GistConfig(KVSlotConfig):
     shared_embedding: bool = field(
         default=True, metadata={"help": "one embedding for all gist tokens, as in the paper; false: one for each"}
     )
-    tuning: Literal["lora", "full"] = field(
-        default="lora", metadata={"help": "tune the model with LoRA, or a full copy of it (the paper)"}
+    tuning: Literal["lora", "full", "none"] = field(
+        default="lora",
+        metadata={
+            "help": "tune the model with LoRA, or a full copy of it (the paper); 'none': the reader is tuned already (imported "
+            "checkpoints), and only gist embeddings train"
+        },
     )
     adapt_reader: bool = field(
         default=True,
@@ -38,8 +42,8 @@ class GistConfig(KVSlotConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.tuning not in ("lora", "full"):
-            raise ValueError(f"tuning must be 'lora' or 'full', got {self.tuning!r}.")
+        if self.tuning not in ("lora", "full", "none"):
+            raise ValueError(f"tuning must be 'lora', 'full' or 'none', got {self.tuning!r}.")
 
     @classmethod
     def faithful(cls, **changes: Any) -> GistConfig:
@@ -82,7 +86,7 @@ class GistCompressor(KVSlotCompressor):
     def __init__(self, config: GistConfig, reader: Reader) -> None:
         super().__init__(config, reader)
         self.encoder = tune(reader.model, config.tuning, **_lora(config))
-        if config.adapt_reader:
+        if config.adapt_reader and config.tuning != "none":
             self.adapt_reader(self.encoder)
         else:
             drop_idle_lora(self.encoder)
@@ -103,7 +107,7 @@ def mean_row(reader: Reader) -> Tensor:
 
 
 def _lora(config: GistConfig) -> dict[str, Any]:
-    if config.tuning == "full":
+    if config.tuning != "lora":
         return {}
     return {
         "r": config.r,

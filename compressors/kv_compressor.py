@@ -53,6 +53,13 @@ class KVSlotConfig(CompressorConfig):
     bos: bool = field(
         default=True, metadata={"help": "put the tokenizer's BOS, if it has one, in front of every segment"}
     )
+    as_prompt: bool = field(
+        default=False,
+        metadata={
+            "help": "tokenise a passage as the start of a prompt, where SentencePiece tokenizers put a space in front, as in "
+            "the authors' code; default: as it stands inside a prompt"
+        },
+    )
     r: int = field(default=32, metadata={"help": "LoRA rank"})
     alpha: float = field(default=32.0, metadata={"help": "LoRA scale: updates are multiplied by alpha / r"})
     dropout: float = field(default=0.0, metadata={"help": "LoRA dropout in training"})
@@ -222,22 +229,31 @@ class KVSlotCompressor(SoftCompressor):
             ratio: any real number of at least 1; ``None``: the config's.
             vectors: ignored.
         """
-        ids = self.base_reader.tokenize_batch(self._check_texts(texts))
+        texts = self._check_texts(texts)
+        if self.config.as_prompt:
+            return self.encode_ids(self.base_reader.prompts.encode_batch([(text, True) for text in texts]), ratio)
+        return self.encode_ids(self.base_reader.tokenize_batch(texts), ratio)
+
+    def padded(self, piece: list[int]) -> list[int]:
+        """A segment's ids as they are read; a method may pad them."""
+        return piece
+
+    def encode_ids(self, ids: Sequence[Sequence[int]], ratio: float | None = None) -> list[CompressedPassage]:
+        """`encode` for passages given as token ids, BOS not among them."""
         bos = list(self.base_reader.bos_ids) if self.config.bos else []
         pieces: list[list[int]] = []
         cuts = [self.segments(len(passage), ratio) for passage in ids]
         for passage, cut in zip(ids, cuts):
             ends = accumulate(n for n, _ in cut)
-            pieces += [passage[end - n : end] for (n, _), end in zip(cut, ends)]
-        flat = [pair for cut in cuts for pair in cut]
-        slots = [n for _, n in flat]
+            pieces += [self.padded(list(passage[end - n : end])) for (n, _), end in zip(cut, ends)]
+        slots = [n for cut in cuts for _, n in cut]
         found = iter(
             encode_kv(
                 self.encoder,
                 [bos + piece for piece in pieces],
                 slots,
                 self.memory_inputs(pieces, slots),
-                [self._memory_positions(len(bos), *pair) for pair in flat],
+                [self._memory_positions(len(bos), len(piece), n) for piece, n in zip(pieces, slots)],
                 budget=self.batch_positions,
             )
         )

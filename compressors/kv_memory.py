@@ -41,8 +41,17 @@ class KVMemoryConfig(KVSlotConfig):
         },
     )
 
+    pad_to: int | None = field(
+        default=None,
+        metadata={
+            "help": "pad every segment with EOS to this length, and attend to the padding, as the paper's release does"
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.pad_to is not None and (not isinstance(self.pad_to, int) or self.pad_to < 1):
+            raise ValueError(f"pad_to must be an integer of at least 1, got {self.pad_to!r}.")
         if self.init not in ("tokens", "normal"):
             raise ValueError(f"init must be 'tokens' or 'normal', got {self.init!r}.")
 
@@ -110,6 +119,15 @@ class KVMemoryCompressor(KVSlotCompressor):
     def memory_rows(self) -> Tensor:
         """``[num_mem, width]`` memory embeddings."""
         return self.memory
+
+    def padded(self, piece: list[int]) -> list[int]:
+        """A segment's ids, with EOS behind them up to ``pad_to``."""
+        eos = self.base_reader.eos_id
+        if self.config.pad_to is None:
+            return piece
+        if eos is None:
+            raise ValueError(f"{self.base_reader.name!r} has no end-of-sequence token to pad with; set pad_to to None.")
+        return piece + [eos] * (self.config.pad_to - len(piece))
 
     def declared_positions(self, computed: Tensor) -> Tensor:
         """The positions that the keys were computed at, or 0, 1, 2, ... for ``reference_positions``."""

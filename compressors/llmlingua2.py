@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -31,6 +32,8 @@ from .token_classifier import (
 )
 from .word_merge import MERGES, spread_over_words
 from .word_threshold import PublishedWords
+
+CLASSIFIER_FOLDER = "classifier"  # beside an imported compressor: the classifier that came with it
 
 
 @dataclass
@@ -152,6 +155,19 @@ class LLMLingua2Compressor(SelectingCompressor):
                 "classifier=(model, tokenizer) if it was given so."
             )
         self.config = replace(config, frozen_hash=found)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, reader: Reader, **kwargs: Any) -> LLMLingua2Compressor:
+        """As every compressor; a classifier that lies in the folder is taken from there."""
+        own = Path(folder) / CLASSIFIER_FOLDER
+        if own.is_dir():
+            kwargs.setdefault("classifier", load_classifier(own, str(reader.device)))
+        return super().from_pretrained(folder, reader, **kwargs)
+
+    @property
+    def classifier(self) -> tuple[Any, Any]:
+        """The frozen classifier or encoder, and its tokenizer."""
+        return self._frozen[0], self.pieces.tokenizer
 
     @property
     def device(self) -> torch.device:

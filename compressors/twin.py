@@ -177,12 +177,30 @@ class FullTwin(Twin):
         self.train()
 
 
+class Untuned(Twin):
+    """The model as it is, where a twin is asked for: no parameters of its own, nothing to train."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self._held = (model,)  # a tuple hides the model from nn.Module's registration
+
+    @property
+    def lm(self) -> Any:  # type: ignore[override]
+        """The model."""
+        return self._held[0]
+
+    def train(self, mode: bool = True) -> Untuned:
+        """Sets this module's own flag alone."""
+        self.training = mode
+        return self
+
+
 def tune(model: PreTrainedModel, tuning: str, **lora: Any) -> Twin:
     """A twin of a causal LM.
 
     Args:
         model: the original, which stays as it is.
-        tuning: ``"lora"`` or ``"full"``.
+        tuning: ``"lora"``, ``"full"`` or ``"none"`` (the model itself).
         lora: arguments of `LoRATwin`.
 
     Raises:
@@ -192,7 +210,9 @@ def tune(model: PreTrainedModel, tuning: str, **lora: Any) -> Twin:
         return LoRATwin(model, **lora)
     if tuning == "full":
         return FullTwin(model)
-    raise ValueError(f"tuning must be 'lora' or 'full', got {tuning!r}.")
+    if tuning == "none":
+        return Untuned(model)
+    raise ValueError(f"tuning must be 'lora', 'full' or 'none', got {tuning!r}.")
 
 
 def short_name(name: str) -> str:

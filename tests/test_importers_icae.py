@@ -258,3 +258,23 @@ def test_the_prompt_helper_refuses_what_it_does_not_know(tmp_path, state, reader
         icae_prompt(icae, [], version=3)
     with pytest.raises(ValueError, match="Token ids must lie"):
         reader.plan([icae_prompt(icae, [], "ft", "x")])  # Mistral's ids are beyond this small vocabulary
+
+
+def test_the_command_line_imports(tmp_path, state, reader):
+    from nutgraf.cli import app
+    from typer.testing import CliRunner
+
+    base = tmp_path / "base"
+    reader.model.save_pretrained(base)
+    reader.tokenizer.save_pretrained(base)
+    path = write(tmp_path / "icae.pt", {**state, "icae.x.rotary_emb.inv_freq": torch.ones(2)})
+    command = ["import", "icae", str(path), "-o", str(tmp_path / "out"), "--reader", str(base)]
+    asked = CliRunner().invoke(app, command)
+    assert asked.exit_code == 2
+    assert "mean_compression_rate" in asked.output
+    assert not (tmp_path / "out").exists()
+    done = CliRunner().invoke(app, [*command, f"mean_compression_rate={RATE}"])
+    assert done.exit_code == 0, done.output
+    assert "follow from the config: icae.x.rotary_emb.inv_freq" in done.output
+    loaded = load_compressor(tmp_path / "out", Reader.from_pretrained(base))
+    assert loaded.config.ratio == RATE

@@ -30,7 +30,11 @@ IMPORTERS = {
     "xrag": "xrag",
     "pisco": "pisco",
     "cocom": "cocom",
+    "autocompressor": "autocompressor",
     "icae": "icae",
+    "500x": "fivehundred",
+    "llmlingua2": "llmlingua2",
+    "gist": "gist",
 }
 
 __all__ = ["IMPORTERS", "MissingOption", "import_checkpoint", "import_to", "options", "recognise"]
@@ -136,6 +140,8 @@ def import_to(
         if compressor.base_reader is not source.reader and compressor.interface != "text":
             save_reader(compressor.base_reader, whole / READER_FOLDER)
         compressor.save_pretrained(whole)
+        if hasattr(_module(name), "write_extras"):
+            _module(name).write_extras(compressor, whole)
         if out.exists():
             out.rmdir()
         os.replace(whole, out)

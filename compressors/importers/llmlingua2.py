@@ -1,0 +1,60 @@
+"""LLMLingua-2 checkpoints: any Hugging Face token classifier of two labels, whatever its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from transformers import AutoModelForTokenClassification
+
+from ..base import CheckpointError
+from ..llmlingua2 import CLASSIFIER_FOLDER, LLMLingua2Compressor, LLMLingua2Config
+from ..quiet import quiet_loading
+from .layout import MissingOption, Source, load_model_state, peek_json
+from .models import build_model, has_tokenizer, load_tokenizer, model_config
+
+
+def recognises(path: Path) -> bool:
+    """Whether it is a token classifier."""
+    names = peek_json(path / "config.json").get("architectures") or []
+    return any(str(name).endswith("ForTokenClassification") for name in names)
+
+
+def load(
+    source: Source, *, mode: Literal["fast", "faithful"] = "faithful", merge: str = "mean", ratio: float = 2.0
+) -> LLMLingua2Compressor:
+    """Imports LLMLingua-2.
+
+    Args:
+        source: the folder of a token classifier with its tokenizer; it needs a reader, whose tokens are counted.
+        mode: ``"faithful"``: the published threshold per chunk; ``"fast"``: an exact budget over the whole passage.
+        merge: a word's probability: the mean of its tokens', or that of its ``"first"``.
+        ratio: compression ratio where none is asked for.
+    """
+    path = source.path
+    reader = source.need_reader("is a token classifier, and kept tokens are counted in a reader's")
+    if not has_tokenizer(path):
+        raise MissingOption(f"{path} holds no tokenizer; put the classifier's tokenizer files beside its weights.")
+    settings = source.config()
+    config = model_config(settings, path)
+    if config.num_labels != 2:
+        raise CheckpointError(f"{path} has {config.num_labels} labels; LLMLingua-2 has two, drop and keep.")
+    keys = source.keys(load_model_state(path))
+    keys.ignore(r"(^|\.)position_ids$", "position ids, which are counted")
+    keys.ignore(r"(^|\.)pooler\.", "the pooler, which token classification does not use")
+    model = build_model(config, keys.take_all(r""), path, AutoModelForTokenClassification).float().to(source.device)
+    chosen = LLMLingua2Config(
+        classifier=path.name, mode=mode, merge=merge, ratio=ratio
+    )  # type: ignore[arg-type]
+    try:
+        return LLMLingua2Compressor(chosen, reader, classifier=(model, load_tokenizer(path, source)))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def write_extras(compressor: LLMLingua2Compressor, folder: Path) -> None:
+    """The classifier itself, beside the compressor's config."""
+    model, tokenizer = compressor.classifier
+    with quiet_loading():
+        model.save_pretrained(folder / CLASSIFIER_FOLDER)
+        tokenizer.save_pretrained(folder / CLASSIFIER_FOLDER)
