@@ -1,0 +1,242 @@
+"""What is sent to a serving engine and what comes back, in the three forms that take prompt embeddings.
+
+* vLLM, ``/v1/completions``: ``prompt_embeds`` is the base64 of what ``torch.save`` writes of a ``[tokens, width]`` tensor.
+* vLLM, ``/v1/chat/completions``: content parts ``{"type": "prompt_embeds", "data": <base64>}`` between text parts; the
+  server applies the chat template.
+* SGLang, ``/generate``: ``input_embeds``, the rows as lists of numbers.
+
+A prompt without slots is sent as token ids where the form has them, so that it is tokenised as the local reader does it.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...compressors import CompressedPassage
+from ...compressors.plan import PromptPlan, merge_atoms
+from ...compressors.tokenization import clean
+from .embeddings import EmbeddingTable
+from .errors import UnexpectedAnswerError
+
+SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+
+
+def encode_tensor(embeds: Tensor) -> str:
+    """The base64 of a ``torch.save`` file that holds one dense CPU tensor and nothing else."""
+    file = io.BytesIO()
+    torch.save(embeds.detach().cpu().contiguous().clone(), file)  # a view would be saved with all that it views
+    return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an answer is made.
+
+    Attributes:
+        max_new_tokens: the longest answer, in tokens.
+        stop: strings that end an answer.
+        sampling: temperature and the like, 0 for greedy.
+    """
+
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    sampling: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, max_new_tokens: int, stop: Sequence[str] | None, options: Mapping[str, Any]) -> Settings:
+        """Checks a call's options. Raises ``ValueError`` for those that a serving engine does not have."""
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+        given = {name: value for name, value in options.items() if value is not None}
+        sample = given.pop("do_sample", "temperature" in given)
+        if unknown := sorted(given.keys() - set(SAMPLING)):
+            raise ValueError(f"A serving engine has no options {unknown}; it has do_sample and {sorted(SAMPLING)}.")
+        sampling = {**given, "temperature": float(given.get("temperature", 1.0)) if sample else 0.0}
+        return cls(max_new_tokens, (stop,) if isinstance(stop, str) else tuple(stop or ()), sampling)
+
+
+class Form(Protocol):
+    """One engine's way of asking and answering."""
+
+    path: str
+
+    def body(self, prompt: Any, chat: bool, template: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+        """The JSON body of a request, but for the model and whether it is streamed."""
+        ...
+
+    def answer(self, reply: Any) -> str:
+        """The text of a reply."""
+        ...
+
+    def pieces(self, events: Iterable[Any]) -> Iterator[str]:
+        """The pieces of text in the events of a stream."""
+        ...
+
+
+class VLLMCompletions:
+    """vLLM's completions with ``prompt_embeds``; what other servers of that form take as well (``nutgraf serve``)."""
+
+    path = "/v1/completions"
+
+    def __init__(self, table: EmbeddingTable, dtype: torch.dtype) -> None:
+        self.table = table
+        self.dtype = dtype
+
+    def body(self, prompt: Any, chat: bool, template: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+        """Token ids, or (``prompt`` is empty then) prompt embeddings."""
+        plan = _plan(self.table, prompt, chat, template)
+        body = _openai_options(settings)
+        if not plan.soft:
+            return {"prompt": plan.ids, **body}
+        return {"prompt": "", "prompt_embeds": encode_tensor(self.table.embed(plan).to(self.dtype)), **body}
+
+    def answer(self, reply: Any) -> str:
+        """The first choice's text."""
+        return _text(_choice(reply).get("text"))
+
+    def pieces(self, events: Iterable[Any]) -> Iterator[str]:
+        """The choices' texts."""
+        for event in events:
+            if event.get("choices"):
+                yield self.answer(event)
+
+
+class VLLMChat:
+    """vLLM's chat completions with ``prompt_embeds`` parts.
+
+    vLLM tokenises each text part itself and, for models whose template takes strings, joins parts by newlines; special
+    tokens in a text are recognised. Where that matters, use completions with ``chat=True``: the template is then applied
+    here.
+    """
+
+    path = "/v1/chat/completions"
+
+    def __init__(self, table: EmbeddingTable, dtype: torch.dtype) -> None:
+        self.table = table
+        self.dtype = dtype
+
+    def body(self, prompt: Any, chat: bool, template: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+        """Messages of text and embeddings; a prompt that is none is one message of the user's."""
+        if isinstance(prompt, PromptPlan):
+            raise ValueError("The chat form takes messages, not a prompt that is laid out; use engine='vllm'.")
+        atoms = [prompt] if isinstance(prompt, str | CompressedPassage) else list(prompt)
+        messages = atoms if atoms and isinstance(atoms[0], dict) else [{"role": "user", "content": atoms}]
+        body = {"messages": [{**m, "content": self._content(m["content"])} for m in messages]}
+        if template:
+            body["chat_template_kwargs"] = dict(template)
+        return {**body, **_openai_options(settings)}
+
+    def _content(self, content: Any) -> Any:
+        parts: list[dict[str, Any]] = []
+        for atom in merge_atoms([content] if isinstance(content, str | CompressedPassage) else content):
+            if isinstance(atom, str):
+                parts.append({"type": "text", "text": clean(atom)})
+            elif isinstance(atom, CompressedPassage):
+                self.table.check(atom)
+                parts.append({"type": "prompt_embeds", "data": encode_tensor(atom.embeds.to(self.dtype))})  # type: ignore[union-attr]
+            else:
+                raise TypeError(f"A message holds strings and compressed passages, got {type(atom).__name__}.")
+        if not any(part["type"] == "prompt_embeds" for part in parts):
+            return "".join(part["text"] for part in parts)
+        return parts
+
+    def answer(self, reply: Any) -> str:
+        """The first choice's message."""
+        return _text((_choice(reply).get("message") or {}).get("content") or "")
+
+    def pieces(self, events: Iterable[Any]) -> Iterator[str]:
+        """The choices' deltas."""
+        for event in events:
+            if event.get("choices"):
+                yield _text((_choice(event).get("delta") or {}).get("content") or "")
+
+
+class SGLangGenerate:
+    """SGLang's ``/generate`` with ``input_embeds``; the server must run with ``--disable-radix-cache``."""
+
+    path = "/generate"
+
+    def __init__(self, table: EmbeddingTable, dtype: torch.dtype) -> None:
+        self.table = table
+        self.dtype = dtype
+
+    def body(self, prompt: Any, chat: bool, template: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+        """Token ids or embeddings."""
+        plan = _plan(self.table, prompt, chat, template)
+        sampling = dict(settings.sampling)
+        if "seed" in sampling:
+            sampling["sampling_seed"] = sampling.pop("seed")
+        params: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, **sampling}
+        if settings.stop:
+            params["stop"] = list(settings.stop)
+        if not plan.soft:
+            return {"input_ids": plan.ids, "sampling_params": params}
+        return {"input_embeds": self.table.embed(plan).to(self.dtype).float().tolist(), "sampling_params": params}
+
+    def answer(self, reply: Any) -> str:
+        """The reply's text."""
+        return _text(reply.get("text") if isinstance(reply, dict) else None)
+
+    def pieces(self, events: Iterable[Any]) -> Iterator[str]:
+        """What each event's text has more than the one before: SGLang sends the whole text with each."""
+        sent = ""
+        for event in events:
+            text = self.answer(event)
+            if not text.startswith(sent):
+                raise UnexpectedAnswerError(
+                    "SGLang's stream does not repeat the text so far with each event; start the server without "
+                    "--stream-output (--incremental-streaming-output)."
+                )
+            yield text[len(sent) :]
+            sent = text
+
+
+FORMS: dict[str, type[VLLMCompletions] | type[VLLMChat] | type[SGLangGenerate]] = {
+    "vllm": VLLMCompletions,
+    "vllm-chat": VLLMChat,
+    "sglang": SGLangGenerate,
+}
+
+
+def _plan(table: EmbeddingTable, prompt: Any, chat: bool, template: Mapping[str, Any]) -> PromptPlan:
+    if not isinstance(prompt, PromptPlan):
+        return table.plan([prompt], chat=chat, **template)[0]
+    for _, passage in prompt.kv:
+        table.check(passage)
+    return prompt
+
+
+def _openai_options(settings: Settings) -> dict[str, Any]:
+    options: dict[str, Any] = {"max_tokens": settings.max_new_tokens, **settings.sampling}
+    if settings.stop:
+        options["stop"] = list(settings.stop)
+    return options
+
+
+def _choice(reply: Any) -> dict[str, Any]:
+    choices = reply.get("choices") if isinstance(reply, dict) else None
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        raise UnexpectedAnswerError(f"The server's answer holds no choices: {reply!r:.300}.")
+    return choices[0]
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise UnexpectedAnswerError(f"The server's answer holds {value!r:.100} where its text should be.")
+    return value

@@ -1,0 +1,205 @@
+"""Requests to a serving engine over HTTP: bounded retries, deadlines, server-sent events, clear errors."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import httpx
+
+from .errors import (
+    RequestRefusedError,
+    ServerFaultError,
+    ServerTimeoutError,
+    ServerUnavailableError,
+    ServingError,
+    StreamCutError,
+    UnexpectedAnswerError,
+)
+
+AnswerT = TypeVar("AnswerT")
+_MAX_ANSWER = 2**26  # bytes of an answer that is not streamed
+_MAX_WAIT = 30.0  # seconds between two tries
+_QUOTED = 500  # characters of a server's message that are repeated
+
+
+class Transport:
+    """A connection pool to one server; safe to share by threads.
+
+    Args:
+        root: the server's address, without ``/v1``.
+        headers: sent with every request.
+        timeout: seconds to wait for a whole answer, or for the next piece of a stream.
+        retries: tries after the first one, when a connection fails or the server answers 429 or 5xx.
+        backoff: seconds before the first retry; each further one waits twice as long, and a little less by chance.
+    """
+
+    def __init__(self, root: str, headers: Mapping[str, str], timeout: float, retries: int, backoff: float) -> None:
+        self.root = root
+        self.timeout = timeout
+        self.retries = retries
+        self.backoff = backoff
+        self._client = httpx.Client(base_url=root, headers=dict(headers), timeout=timeout)
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._client.close()
+
+    def get(self, path: str) -> httpx.Response | None:
+        """A page of the server's, or ``None`` if it has none; tried once."""
+        try:
+            response = self._client.get(path, timeout=min(self.timeout, 10.0))
+        except httpx.HTTPError:
+            return None
+        return response if response.is_success else None
+
+    def post(self, path: str, body: Mapping[str, Any], *, retries: int | None = None) -> Any:
+        """The server's answer to a JSON request.
+
+        Raises:
+            ServingError: when the last try fails, or at once when another would not help.
+        """
+        return self._retry(lambda: self._post(path, body), self.retries if retries is None else retries)
+
+    def stream(self, path: str, body: Mapping[str, Any], *, retries: int | None = None) -> Iterator[Any]:
+        """The events of a streamed answer. Tried again only until the first of them has come.
+
+        Raises:
+            StreamCutError: if the stream ends before the server says so.
+            ServingError: for everything else.
+        """
+        left = self.retries if retries is None else retries
+        delays = self._delays()
+        while True:
+            begun = False
+            try:
+                for event in self._events(path, body):
+                    begun = True
+                    yield event
+                return
+            except ServingError as error:
+                if begun or not error.transient or not left:
+                    raise
+                time.sleep(_wait(error, next(delays)))
+            left -= 1
+
+    def _retry(self, attempt: Callable[[], AnswerT], retries: int) -> AnswerT:
+        delays = self._delays()
+        for left in range(retries, -1, -1):
+            try:
+                return attempt()
+            except ServingError as error:
+                if not error.transient or not left:
+                    raise
+                time.sleep(_wait(error, next(delays)))
+        raise AssertionError("unreachable")
+
+    def _delays(self) -> Iterator[float]:
+        delay = self.backoff
+        while True:
+            yield min(delay, _MAX_WAIT) * random.uniform(0.75, 1.0)
+            delay *= 2
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> Any:
+        deadline = time.monotonic() + self.timeout
+        data = bytearray()
+        with _translated(self), self._client.stream("POST", path, json=body) as response:
+            self._check(response)
+            for chunk in response.iter_bytes():
+                data += chunk
+                if time.monotonic() > deadline:  # httpx counts the seconds between chunks alone
+                    raise ServerTimeoutError(f"{self.root} had not answered in full after {self.timeout:g} s.")
+                if len(data) > _MAX_ANSWER:
+                    raise UnexpectedAnswerError(f"{self.root} answered with more than {_MAX_ANSWER:,} bytes.")
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise UnexpectedAnswerError(
+                f"{self.root} answered with what is not JSON: {bytes(data[:80])!r}; is it the engine that was named?"
+            ) from error
+
+    def _events(self, path: str, body: Mapping[str, Any]) -> Iterator[Any]:
+        with _translated(self), self._client.stream("POST", path, json={**body, "stream": True}) as response:
+            self._check(response)
+            for line in response.iter_lines():
+                if not line.startswith("data:"):
+                    continue
+                data = line.removeprefix("data:").strip()
+                if data == "[DONE]":
+                    return
+                try:
+                    event = json.loads(data)
+                except ValueError as error:
+                    raise UnexpectedAnswerError(f"{self.root} streams what is not JSON: {data!r:.200}.") from error
+                if not isinstance(event, dict):
+                    raise UnexpectedAnswerError(f"{self.root} streams what is no JSON object: {data!r:.200}.")
+                if "error" in event:
+                    raise ServerFaultError(f"{self.root} gave up: {_message(event)}", response.status_code)
+                yield event
+        raise StreamCutError(f"{self.root} ended the stream before the answer was complete.")
+
+    def _check(self, response: httpx.Response) -> None:
+        if response.is_success:
+            return
+        status = response.status_code
+        data = response.read()
+        try:
+            said = _message(json.loads(data))
+        except ValueError:
+            said = data.decode("utf-8", "replace")
+        said = said[:_QUOTED] or response.reason_phrase
+        if status == 429 or status >= 500:
+            raise ServerFaultError(f"{self.root} answered {status}: {said}", status, _seconds(response))
+        raise RequestRefusedError(f"{self.root} refused the request ({status}): {said}{_hint(said)}", status)
+
+
+class _translated:
+    """Turns httpx's errors into ours."""
+
+    def __init__(self, transport: Transport) -> None:
+        self.transport = transport
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        root, timeout = self.transport.root, self.transport.timeout
+        if isinstance(error, httpx.TimeoutException):
+            raise ServerTimeoutError(f"{root} did not answer within {timeout:g} s ({type(error).__name__}).") from error
+        if isinstance(error, httpx.RemoteProtocolError | httpx.ReadError):
+            raise StreamCutError(f"{root} cut the connection before the answer was complete: {error}") from error
+        if isinstance(error, httpx.HTTPError):
+            raise ServerUnavailableError(f"{root} cannot be reached: {error or type(error).__name__}") from error
+
+
+def _wait(error: ServingError, delay: float) -> float:
+    asked = getattr(error, "retry_after", None)
+    return delay if asked is None else min(max(asked, delay), _MAX_WAIT)
+
+
+def _seconds(response: httpx.Response) -> float | None:
+    try:
+        return max(0.0, float(response.headers.get("retry-after", "")))
+    except ValueError:
+        return None  # absent, or a date
+
+
+def _message(answer: Any) -> str:
+    """The message in an error of OpenAI's form, of vLLM's older one or of FastAPI's."""
+    if isinstance(answer, dict):
+        inner = answer.get("error", answer)
+        if isinstance(inner, dict):
+            inner = inner.get("message", inner.get("detail", inner))
+        return inner if isinstance(inner, str) else json.dumps(inner)
+    return json.dumps(answer)
+
+
+def _hint(said: str) -> str:
+    if "radix" in said:
+        return " Start SGLang with --disable-radix-cache."
+    if "prompt_embeds" in said and "enable" in said:
+        return " Start vLLM with --enable-prompt-embeds."
+    return ""

@@ -1,0 +1,229 @@
+"""A small OpenAI-compatible server for a reader, which takes prompt embeddings as vLLM does."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+try:
+    from fastapi import FastAPI, Request
+    from fastapi.responses import JSONResponse, Response, StreamingResponse
+    from starlette.exceptions import HTTPException
+except ImportError as error:  # an extra of the package
+    raise ImportError("Serving needs FastAPI and uvicorn: pip install 'nutgraf[serve]'.") from error
+
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from ...compressors import Reader
+from ...compressors.plan import PromptPlan
+from ..threads import from_thread
+from .batching import Answered, Batcher, Settings
+from .errors import RequestError
+from .limits import Limits
+from .replies import ChatReply, CompletionReply, Reply, Usage
+from .requests import ChatRequest, CompletionRequest, Prompts, parse
+
+_log = logging.getLogger(__name__)
+READER_HEADER = "X-Nutgraf-Reader"
+
+
+def create_app(
+    reader: Reader, *, name: str | None = None, limits: Limits | None = None, api_key: str | None = None
+) -> FastAPI:
+    """An application with ``/v1/completions``, ``/v1/chat/completions``, ``/v1/models`` and ``/health``.
+
+    Prompts that come at about the same time are read in one batch; a streamed answer is read on its own. Special tokens in
+    texts are plain text.
+
+    Args:
+        reader: answers.
+        name: what clients call the model; default: the reader's name.
+        limits: what clients may ask for.
+        api_key: what clients must send as a bearer token; default: nothing.
+
+    Raises:
+        TypeError: if ``reader`` is none.
+        ValueError: if it is a state-space model that would misread embeddings.
+    """
+    if not isinstance(reader, Reader):
+        raise TypeError(f"reader must be a nutgraf Reader, got {type(reader).__name__}; see Reader.from_pretrained.")
+    if getattr(reader.model, "_is_stateful", False):
+        from ..llama_index.reading import check_reads_slots
+
+        check_reads_slots(reader)
+    server = _Server(reader, name or reader.name, limits or Limits(), api_key)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(server.batcher.close)
+
+    app = FastAPI(title="nutgraf", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.batcher = server.batcher
+
+    @app.exception_handler(RequestError)
+    async def refused(request: Request, error: RequestError) -> JSONResponse:
+        headers = {"Retry-After": "1"} if error.status in (429, 503) else None
+        return JSONResponse(error.body(), error.status, headers)
+
+    @app.exception_handler(HTTPException)
+    async def no_such_page(request: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse(RequestError(str(error.detail), error.status_code).body(), error.status_code)
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        _log.error("A request failed", exc_info=error)
+        return JSONResponse(RequestError("The reader failed; the server's log says why.", 500).body(), 500)
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        alive = server.batcher.alive
+        status = {"status": "ok" if alive else "down", "model": server.name, "waiting": server.batcher.waiting}
+        return JSONResponse(status, 200 if alive else 503)
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> dict[str, Any]:
+        server.check_key(request)
+        return {"object": "list", "data": [server.card]}
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await server.answer(request, CompletionRequest, CompletionReply, server.prompts.of_completion)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await server.answer(request, ChatRequest, ChatReply, server.prompts.of_chat)
+
+    return app
+
+
+class _Server:
+    """What the pages of an application share."""
+
+    def __init__(self, reader: Reader, name: str, limits: Limits, api_key: str | None) -> None:
+        self.reader = reader
+        self.name = name
+        self.limits = limits
+        self.prompts = Prompts(reader, limits)
+        self.batcher = Batcher(reader, limits)
+        self.streams = asyncio.Semaphore(limits.max_streams)
+        self._key = api_key
+        self.card = {
+            "id": name,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "nutgraf",
+            "max_model_len": self.prompts.max_positions,
+            "reader": reader.fingerprint,
+            "width": reader.width,
+        }
+
+    def check_key(self, request: Request) -> None:
+        given = request.headers.get("authorization", "").encode()
+        if self._key is not None and not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
+            raise RequestError("The API key is missing or wrong.", 401)
+
+    async def answer(
+        self, http: Request, kind: type[Any], reply: type[Reply], make: Callable[[Any], list[PromptPlan]]
+    ) -> Response:
+        """One request's answer, whole or streamed."""
+        self.check_key(http)
+        request = parse(kind, await self._json(http))
+        self._check_who(request, http)
+        plans = await asyncio.to_thread(make, request)
+        settings = self.prompts.settings(request, plans)
+        form = reply(self.name, f"{reply.prefix}-{uuid.uuid4().hex}", int(time.time()))
+        if request.stream:
+            if len(plans) != 1:
+                raise RequestError("One prompt at a time can be streamed.", 400, "stream")
+            events = self._events(plans[0], settings, form, request.wants_usage())
+            first = await anext(events)  # so that an early refusal has its status
+            return StreamingResponse(_prepend(first, events), media_type="text/event-stream")
+        answers = await self._read(plans, settings)
+        usage = Usage(sum(map(len, plans)), sum(answer.tokens for answer in answers))
+        return JSONResponse(form.whole(answers, usage))
+
+    async def _read(self, plans: list[PromptPlan], settings: Settings) -> list[Answered]:
+        futures = [asyncio.wrap_future(future) for future in self.batcher.submit(plans, settings)]
+        try:
+            return list(await asyncio.wait_for(asyncio.gather(*futures), self.limits.timeout_s))
+        except TimeoutError as error:
+            raise RequestError(f"There was no answer after {self.limits.timeout_s:g} s.", 504) from error
+
+    async def _events(self, plan: PromptPlan, settings: Settings, form: Reply, usage: bool) -> AsyncIterator[bytes]:
+        try:
+            await asyncio.wait_for(self.streams.acquire(), self.limits.timeout_s)
+        except TimeoutError as error:
+            raise RequestError("Too many answers are being streamed; try again later.", 429) from error
+        try:
+            steps = _Steps()
+            options: dict[str, Any] = {**settings.options(), "logits_processor": LogitsProcessorList([steps])}
+            try:
+                for event in form.opening():
+                    yield _sse(event)
+                async for piece in from_thread(lambda: self.reader.stream(plan, **options)):
+                    yield _sse(form.piece(piece))
+            except Exception as error:
+                _log.error("A stream failed", exc_info=error)
+                yield _sse(RequestError("The reader failed; the server's log says why.", 500).body())
+                return  # without [DONE]: the answer is not complete
+            yield _sse(form.closing("length" if steps.taken >= settings.max_new_tokens else "stop"))
+            if usage:
+                yield _sse(form.usage(Usage(len(plan), steps.taken)))
+            yield b"data: [DONE]\n\n"
+        finally:
+            self.streams.release()
+
+    async def _json(self, http: Request) -> Any:
+        most = self.limits.max_body_bytes
+        body = bytearray()
+        async for chunk in http.stream():
+            body += chunk
+            if len(body) > most:
+                raise RequestError(f"A request may hold {most:,} bytes.", 413)
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"The request is not JSON: {error}.") from error
+
+    def _check_who(self, request: Any, http: Request) -> None:
+        if request.model is not None and request.model != self.name:
+            raise RequestError(f"There is no model {request.model!r:.100} here; it is {self.name!r}.", 404, "model")
+        reader = http.headers.get(READER_HEADER)
+        if reader is not None and reader != self.reader.fingerprint:
+            raise RequestError(
+                f"The prompt was embedded for the reader {reader:.80}, but this is {self.reader.fingerprint}; compress the "
+                "passages for this reader.",
+                409,
+            )
+
+
+class _Steps(LogitsProcessor):
+    """Changes nothing; counts the tokens made."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.taken += 1
+        return scores
+
+
+def _sse(event: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(event).encode() + b"\n\n"
+
+
+async def _prepend(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    try:
+        yield first
+        async for event in rest:
+            yield event
+    finally:
+        await rest.aclose()  # type: ignore[attr-defined]

@@ -1,0 +1,211 @@
+"""Dynamic batching: prompts that come at about the same time are read together."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from ...compressors import Reader
+from ...compressors.generation import cut_at_end, cut_at_stop
+from ...compressors.plan import PromptPlan
+from .errors import RequestError
+from .limits import Limits
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an answer is made; prompts with equal settings can be read together.
+
+    Attributes:
+        max_new_tokens: the longest answer, in tokens.
+        stop: strings that end an answer.
+        sampling: what else the reader's ``generate`` takes, as sorted pairs; empty for greedy.
+    """
+
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    sampling: tuple[tuple[str, Any], ...] = ()
+
+    def options(self) -> dict[str, Any]:
+        """Arguments for the reader's ``generate`` and ``stream``."""
+        return {"max_new_tokens": self.max_new_tokens, "stop": list(self.stop) or None, **dict(self.sampling)}
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An answer.
+
+    Attributes:
+        text: the answer.
+        tokens: how many were made for it.
+        finish: ``"stop"`` where the model or a stop string ended it, ``"length"`` where its room did.
+    """
+
+    text: str
+    tokens: int
+    finish: str
+
+
+@dataclass
+class _Job:
+    plan: PromptPlan
+    settings: Settings
+    future: Future[Answered] = field(default_factory=Future)
+
+
+class Batcher:
+    """One thread that drains a queue of prompts into calls of the reader; safe to share by threads.
+
+    The oldest prompt is always in the next batch, and those behind it that have the same settings join it.
+
+    Args:
+        reader: reads the prompts.
+        limits: ``max_batch``, ``max_batch_positions``, ``max_wait_ms`` and ``max_queue`` are heeded here.
+
+    Attributes:
+        batches: sizes of the latest batches.
+    """
+
+    def __init__(self, reader: Reader, limits: Limits) -> None:
+        self.reader = reader
+        self.limits = limits
+        self.batches: deque[int] = deque(maxlen=1000)
+        self._jobs: deque[_Job] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="nutgraf-batcher", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Prompts in the queue."""
+        return len(self._jobs)
+
+    @property
+    def alive(self) -> bool:
+        """Whether prompts are being read."""
+        return self._thread.is_alive() and not self._closed
+
+    def submit(self, plans: Sequence[PromptPlan], settings: Settings) -> list[Future[Answered]]:
+        """Queues prompts. Raises ``RequestError`` (429) if too many wait, (503) if the server is going down."""
+        jobs = [_Job(plan, settings) for plan in plans]
+        with self._changed:
+            if not self.alive:
+                raise RequestError("The server is shutting down.", 503)
+            if len(self._jobs) + len(jobs) > self.limits.max_queue:
+                raise RequestError(f"{len(self._jobs)} prompts are waiting already; try again later.", 429)
+            self._jobs.extend(jobs)
+            self._changed.notify()
+        return [job.future for job in jobs]
+
+    def close(self) -> None:
+        """Lets the running batch finish and refuses the rest."""
+        with self._changed:
+            self._closed = True
+            left = list(self._jobs)
+            self._jobs.clear()
+            self._changed.notify()
+        for job in left:
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_exception(RequestError("The server is shutting down.", 503))
+        self._thread.join()
+
+    def _work(self) -> None:
+        while batch := self._next():
+            self.batches.append(len(batch))
+            try:
+                answers = generate(self.reader, [job.plan for job in batch], batch[0].settings)
+            except BaseException as error:
+                if len(batch) == 1:
+                    batch[0].future.set_exception(error)
+                else:
+                    self._one_by_one(batch, error)
+                continue
+            for job, answer in zip(batch, answers):
+                job.future.set_result(answer)
+
+    def _one_by_one(self, batch: Sequence[_Job], error: BaseException) -> None:
+        """After a batch failed, so that one bad prompt, or too little memory for all, spoils no other's answer."""
+        _log.warning("A batch of %d prompts failed (%s); they are read one by one.", len(batch), error)
+        for job in batch:
+            try:
+                job.future.set_result(generate(self.reader, [job.plan], job.settings)[0])
+            except BaseException as own:
+                job.future.set_exception(own)
+
+    def _next(self) -> list[_Job]:
+        """The next batch, or nothing when it is time to go; blocks."""
+        while not (batch := self._take()) and not self._closed:
+            pass  # all that waited had been cancelled
+        return batch
+
+    def _take(self) -> list[_Job]:
+        with self._changed:
+            while not self._jobs and not self._closed:
+                self._changed.wait()
+            until = time.monotonic() + self.limits.max_wait_ms / 1e3
+            while not self._closed and len(self._jobs) < self.limits.max_batch:
+                left = until - time.monotonic()
+                if left <= 0 or not self._changed.wait(left):
+                    break
+            batch: list[_Job] = []
+            later: list[_Job] = []
+            longest = 0
+            while self._jobs:
+                job = self._jobs.popleft()
+                widest = max(longest, len(job.plan) + job.settings.max_new_tokens)
+                fits = len(batch) < self.limits.max_batch
+                fits = fits and (not batch or widest * (len(batch) + 1) <= self.limits.max_batch_positions)
+                if not fits or (batch and job.settings != batch[0].settings):
+                    later.append(job)
+                elif job.future.set_running_or_notify_cancel():
+                    batch.append(job)
+                    longest = widest
+            self._jobs.extend(later)
+            return batch
+
+
+def generate(reader: Reader, plans: Sequence[PromptPlan], settings: Settings) -> list[Answered]:
+    """Answers to prompts of equal settings, read together, each with its number of tokens and why it ended."""
+    order = sorted(range(len(plans)), key=lambda i: len(plans[i]))  # as the reader orders them
+    seen = _Seen()
+    texts = reader.generate(
+        [plans[i] for i in order], **settings.options(), stopping_criteria=StoppingCriteriaList([seen])
+    )
+    answers: list[Answered | None] = [None] * len(plans)
+    for i, text, row in zip(order, texts, seen.rows()):
+        ids = cut_at_end(row, reader.eos_ids)
+        stopped = cut_at_stop(reader.decode(ids), settings.stop)[1]
+        made = len(ids) if not stopped else len(reader.tokenize(text))
+        ended = stopped or len(ids) < settings.max_new_tokens
+        answers[i] = Answered(text, made, "stop" if ended else "length")
+    return answers  # type: ignore[return-value]
+
+
+class _Seen(StoppingCriteria):
+    """Stops nothing; keeps the ids that generate has made."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.ids: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        self.steps += 1
+        self.ids = input_ids
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def rows(self) -> list[list[int]]:
+        """The new ids of each prompt."""
+        return [] if self.ids is None else self.ids[:, -self.steps :].tolist()

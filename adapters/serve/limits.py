@@ -1,0 +1,43 @@
+"""What the server lets its clients ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on the size, shape and number of requests.
+
+    Attributes:
+        max_body_bytes: of a request.
+        max_prompts: prompts in one completion request.
+        max_new_tokens: tokens of an answer.
+        max_positions: positions of a prompt and its answer; ``None``: as many as the reader has, or 32,768.
+        max_batch: prompts that the reader reads together.
+        max_batch_positions: positions of such a batch, padding included (one prompt alone may be longer).
+        max_wait_ms: how long a prompt waits for others to be read with.
+        max_queue: prompts that may wait; more are refused with 429.
+        max_streams: streamed answers at a time; others wait for their turn.
+        timeout_s: seconds until a request that has no answer gets 504; and, for a stream, until it has its turn.
+    """
+
+    max_body_bytes: int = 64 * 2**20
+    max_prompts: int = 64
+    max_new_tokens: int = 2048
+    max_positions: int | None = None
+    max_batch: int = 16
+    max_batch_positions: int = 65_536
+    max_wait_ms: float = 5.0
+    max_queue: int = 256
+    max_streams: int = 8
+    timeout_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "max_positions" and value is None:
+                continue
+            least = 0 if field.name == "max_wait_ms" else 1e-3 if field.name == "timeout_s" else 1
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
+                raise ValueError(f"{field.name} must be at least {least:g}, got {value!r}.")

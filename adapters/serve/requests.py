@@ -1,0 +1,208 @@
+"""Requests in OpenAI's form, checked and turned into prompts for the reader."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ...compressors import CompressedPassage, Reader
+from ...compressors.plan import PromptPlan
+from ...compressors.tokenization import TokenIds
+from .batching import Settings
+from .errors import RequestError
+from .limits import Limits
+from .tensors import decode_embeds
+
+_NOT_SERVED = {
+    "n": (None, 1),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+    "suffix": (None, ""),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "logit_bias": (None, {}),
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "min_tokens": (None, 0),
+}
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    model: str | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=100)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = None
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+
+    def wants_usage(self) -> bool:
+        """Whether a stream is to end with the counts of its tokens."""
+        return bool((self.stream_options or {}).get("include_usage"))
+
+
+class CompletionRequest(_Request):
+    """``/v1/completions``: text, token ids or prompt embeddings."""
+
+    prompt: str | list[str] | list[int] | list[list[int]] | None = None
+    prompt_embeds: str | list[str] | None = None
+
+
+class ChatRequest(_Request):
+    """``/v1/chat/completions``: messages of text and prompt embeddings."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+def parse(kind: type[Any], data: Any) -> Any:
+    """A request of a kind. Raises ``RequestError`` that names the field which is wrong, or is not served."""
+    if not isinstance(data, dict):
+        raise RequestError(f"A request must be a JSON object, got {type(data).__name__}.")
+    try:
+        request = kind.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = str(first["loc"][0]) if first["loc"] else None
+        where = ".".join(str(step) for step in first["loc"])
+        raise RequestError(f"{where or 'The request'}: {first['msg']}.", 400, field) from error
+    for name, allowed in _NOT_SERVED.items():
+        if name in data and data[name] not in allowed:
+            raise RequestError(f"{name}={data[name]!r:.60} is not served here; leave it out.", 400, name)
+    return request
+
+
+class Prompts:
+    """Makes prompts out of requests.
+
+    Args:
+        reader: is to read them.
+        limits: what they may ask for.
+    """
+
+    def __init__(self, reader: Reader, limits: Limits) -> None:
+        self.reader = reader
+        self.limits = limits
+        known = [n for n in (reader.max_positions, limits.max_positions) if n is not None]
+        self.max_positions = min(known, default=32_768)
+
+    def of_completion(self, request: CompletionRequest) -> list[PromptPlan]:
+        """The prompts of a completion: those given as embeddings first, as vLLM orders them."""
+        embeds = request.prompt_embeds if isinstance(request.prompt_embeds, list) else [request.prompt_embeds]
+        given: list[Any] = [self._embeds(data, "prompt_embeds") for data in embeds if data is not None]
+        prompt = request.prompt
+        if isinstance(prompt, str):
+            texts: list[Any] = [prompt] if prompt or not given else []  # OpenAI's client insists on a prompt
+        elif prompt and isinstance(prompt[0], int):
+            texts = [prompt]
+        else:
+            texts = list(prompt or [])
+        if len(given) + len(texts) > self.limits.max_prompts:
+            raise RequestError(
+                f"A request may hold {self.limits.max_prompts} prompts, got {len(given) + len(texts)}.", 400, "prompt"
+            )
+        prompts = [[TokenIds(()), passage] for passage in given]
+        prompts += [text if isinstance(text, str) else [TokenIds(tuple(text))] for text in texts]
+        if not prompts:
+            raise RequestError("A completion needs a prompt or prompt_embeds.", 400, "prompt")
+        return self._plan(prompts, request.max_tokens, "prompt")
+
+    def of_chat(self, request: ChatRequest) -> list[PromptPlan]:
+        """The one prompt of a chat."""
+        messages = []
+        for i, message in enumerate(request.messages):
+            if not isinstance(message.get("role"), str):
+                raise RequestError(f"messages.{i} needs a role.", 400, "messages")
+            messages.append({**message, "content": self._content(message.get("content"), f"messages.{i}.content")})
+        options = request.chat_template_kwargs
+        if reserved := sorted(options.keys() & {"tokenize", "return_tensors", "return_dict", "chat_template", "chat"}):
+            raise RequestError(f"chat_template_kwargs must not set {reserved}.", 400, "chat_template_kwargs")
+        return self._plan([messages], request.max_completion_tokens or request.max_tokens, "messages", options)
+
+    def settings(self, request: _Request, plans: list[PromptPlan]) -> Settings:
+        """How the answers are made."""
+        asked = getattr(request, "max_completion_tokens", None) or request.max_tokens
+        most = max(1, min(self.limits.max_new_tokens, self.max_positions - max(map(len, plans))))
+        default = 16 if isinstance(request, CompletionRequest) else most  # OpenAI's
+        temperature = 1.0 if request.temperature is None else request.temperature
+        sampled: dict[str, Any] = {}
+        if request.repetition_penalty not in (None, 1.0):
+            if any(plan.soft for plan in plans):
+                raise RequestError(
+                    "repetition_penalty counts the prompt's tokens, which embeddings do not have; leave it out.",
+                    400,
+                    "repetition_penalty",
+                )
+            sampled["repetition_penalty"] = request.repetition_penalty
+        if temperature > 0:
+            if request.seed is not None:
+                raise RequestError(
+                    "seed is not served: answers are sampled in batches; use temperature=0 for the same answer each time.",
+                    400,
+                    "seed",
+                )
+            sampled |= {"do_sample": True, "temperature": temperature, "top_k": 0}
+            for name in ("top_p", "min_p"):
+                if getattr(request, name) is not None:
+                    sampled[name] = getattr(request, name)
+            if request.top_k is not None and request.top_k > 0:
+                sampled["top_k"] = request.top_k
+        stop = [request.stop] if isinstance(request.stop, str) else list(request.stop or [])
+        if len(stop) > 16 or any(not s or len(s) > 256 for s in stop):
+            raise RequestError("stop takes up to 16 strings of 1 to 256 characters.", 400, "stop")
+        return Settings(min(asked or default, most), tuple(stop), tuple(sorted(sampled.items())))
+
+    def _content(self, content: Any, where: str) -> list[Any]:
+        if content is None or isinstance(content, str):
+            return [content or ""]
+        if not isinstance(content, list):
+            raise RequestError(f"{where} must be a string or a list of parts.", 400, "messages")
+        atoms: list[Any] = []
+        for i, part in enumerate(content):
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind == "text" and isinstance(part.get("text"), str):
+                atoms.append(part["text"])
+            elif kind == "prompt_embeds":
+                atoms.append(self._embeds(part.get("data"), f"{where}.{i}.data"))
+            else:
+                raise RequestError(
+                    f"{where}.{i} must be a text or a prompt_embeds part, got {kind!r:.60}.", 400, "messages"
+                )
+        return atoms
+
+    def _embeds(self, data: Any, param: str) -> CompressedPassage:
+        embeds = decode_embeds(data, self.reader.width, self.max_positions, param=param)
+        return CompressedPassage("embeds", len(embeds), "client", self.reader.fingerprint, embeds=embeds)
+
+    def _plan(
+        self, prompts: list[Any], asked: int | None, param: str, template: dict[str, Any] | None = None
+    ) -> list[PromptPlan]:
+        if asked is not None and asked > self.limits.max_new_tokens:
+            raise RequestError(
+                f"An answer may have {self.limits.max_new_tokens} tokens, {asked} were asked for.", 400, "max_tokens"
+            )
+        try:
+            plans = self.reader.plan(prompts, chat=param == "messages", **(template or {}))
+        except (ValueError, TypeError) as error:
+            raise RequestError(str(error), 400, param) from error
+        except Exception as error:  # chat templates raise what they like
+            raise RequestError(f"The chat template refuses the messages: {error}", 400, param) from error
+        longest = max(map(len, plans))
+        if longest + (asked or 1) > self.max_positions:
+            raise RequestError(
+                f"The prompt takes {longest} positions and {asked or 1} more are asked for, but there are "
+                f"{self.max_positions}; shorten it.",
+                400,
+                param,
+            )
+        return plans
