@@ -128,6 +128,16 @@ def store(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_PASS_ON, add_help_option=False)
+def serve(context: typer.Context) -> None:
+    """Serve a reader to OpenAI clients, prompt embeddings included."""
+    from .adapters.serve.cli import serve as run
+
+    single = typer.Typer(add_completion=False)
+    single.command(help=run.__doc__)(run)
+    single(args=context.args or ["--help"], prog_name="nutgraf serve")
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
 def bench(context: typer.Context) -> None:
     """Measure quality, reading, speed and cost on equal terms."""
     from .benchmarks.cli import bench_app
