@@ -123,11 +123,17 @@ class EqualBudget:
 
     def contexts(self, reader: Reader, records: Sequence[Record]) -> list[list[Piece]]:
         baseline = BASELINES[self.name]
-        budgets = map(reader.length, prompts(self.of, reader, records))
+        budgets = map(reader_of(self.of, reader).length, prompts(self.of, reader, records))
         return [
             list(baseline(reader, record.question, record.passages, budget, random.Random(f"{self.seed}/{i}")))
             for i, (record, budget) in enumerate(zip(records, budgets))
         ]
+
+
+def reader_of(method: Method, reader: Reader) -> Reader:
+    """Who reads a line's prompts: `reader`, or the one that was tuned together with the line's compressor."""
+    compressed = method.of if isinstance(method, Shuffled) else method
+    return compressed.compressor.reader if isinstance(compressed, Compressed) else reader
 
 
 def prompts(method: Method, reader: Reader, records: Sequence[Record]) -> list[list[Piece]]:

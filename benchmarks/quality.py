@@ -18,7 +18,7 @@ from ..compressors import CompressedPassage, Compressor, Reader
 from ..recipes.corpus import Record
 from ..recipes.templates import Piece, question_prompt
 from . import metrics
-from .methods import EqualBudget, Method, Shuffled
+from .methods import EqualBudget, Method, Shuffled, reader_of
 from .rows import Row, clean, provenance
 from .scoring import Likelihood, answers, kl_divergence, likelihoods
 
@@ -89,15 +89,16 @@ def evaluate(reader: Reader, methods: Sequence[Method], records: Sequence[Record
             advance = functools.partial(bar.advance, task)
             contexts = method.contexts(reader, kept)
             prompts = [question_prompt(pieces, record.question) for pieces, record in zip(contexts, kept)]
+            reads = reader_of(method, reader)
             predictions = answers(
-                reader, prompts, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size, advance=advance
+                reads, prompts, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size, advance=advance
             )
             scores = _text_scores(reader, predictions, kept, references, settings.beta)
-            scores["reader_tokens"] = np.array([reader.length(prompt) for prompt in prompts])
+            scores["reader_tokens"] = np.array([reads.length(prompt) for prompt in prompts])
             scores["slots"] = np.array([sum(_size(reader, piece) for piece in pieces) for pieces in contexts])
             scores["source_tokens"] = sources
             if settings.likelihood:
-                likely = likelihoods(reader, prompts, references, batch_size=settings.batch_size, advance=advance)
+                likely = likelihoods(reads, prompts, references, batch_size=settings.batch_size, advance=advance)
                 full = likely if full is None else full
                 scores["nll"] = np.array([-float(item.log_probs.sum()) for item in likely])
                 scores["answer_tokens"] = np.array([len(item.log_probs) for item in likely])

@@ -39,6 +39,10 @@ class Contender:
     compressor: Compressor | None = None
     ratio: float | None = None
 
+    def reads(self, reader: Reader) -> Reader:
+        """Who reads: `reader`, or the one that was tuned together with the compressor."""
+        return reader if self.compressor is None else self.compressor.reader
+
 
 @dataclass
 class Cost:
@@ -159,6 +163,7 @@ def _time_request(
 ) -> None:
     clock = _Clock(reader)
     compressor = contender.compressor
+    reader = contender.reads(reader)
     texts = list(request.passages)
 
     def compressed() -> list[Any]:
@@ -197,6 +202,7 @@ def _cost(
     taken: _Samples,
 ) -> Cost:
     request, files = requests[0], stored[0]
+    reader = contender.reads(reader)
     pieces = load(files, reader) if files else list(request.passages)
     prompt = question_prompt(pieces, request.question)
     lengths, slots, sizes = [], [], []

@@ -13,7 +13,7 @@ import pytest
 import torch
 from nutgraf.benchmarks import baselines, quality, reading, rows, scoring, speed, timing
 from nutgraf.benchmarks import methods as lines
-from nutgraf.compressors import CompressedPassage, CompressorConfig, Reader, SoftCompressor
+from nutgraf.compressors import CompressedPassage, CompressorConfig, Reader, SoftCompressor, make_compressor
 from nutgraf.recipes.corpus import Record
 from nutgraf.recipes.templates import question_prompt
 
@@ -87,8 +87,29 @@ def test_evaluate_gives_a_row_for_each_line(reader: Reader, compressor: Strided)
         assert by_name[name]["budget_of"] == "strided-test"
 
 
+def test_a_tuned_reader_reads_its_own_lines_and_no_others(reader: Reader) -> None:
+    gist = make_compressor("gist", reader, r=4, ratio=3.0).eval()
+    with torch.no_grad():
+        for parameter in gist.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    compressed = lines.Compressed(gist)
+    assert lines.reader_of(compressed, reader) is gist.reader
+    assert lines.reader_of(lines.Shuffled(compressed), reader) is gist.reader
+    table = lines.lines([compressed], baselines=["truncate"], shuffled=True)
+    found = {line.method: line for line in quality.evaluate(reader, table, RECORDS, QUIET)}
+    prompts = lines.prompts(compressed, reader, RECORDS)
+    assert found["gist"].predictions == [a.strip() for a in gist.reader.generate(prompts, 4)]
+    full = [question_prompt(list(r.passages), r.question) for r in RECORDS]
+    assert found["full"].predictions == [a.strip() for a in reader.generate(full, 4)]
+    assert found["truncate"].row["reader_tokens"] <= found["gist"].row["reader_tokens"]
+    request = timing.Request(RECORDS[0].question, tuple(RECORDS[0].passages))
+    contenders = [timing.Contender("full"), timing.Contender("gist", gist)]
+    costs = timing.time_contenders(reader, contenders, [request], repeats=1, warmup=0, decode_tokens=2)
+    assert costs[1].slots < costs[0].slots
+
+
 def test_fixed_lines_are_what_the_reader_says(reader: Reader) -> None:
-    full, none = quality.evaluate(reader, [lines.FullText(), lines.NoContext()], RECORDS[:3], QUIET)
+    full, none = quality.evaluate(reader, [lines.FullText(), lines.NoContext()], RECORDS, QUIET)
     question = f"Question: {RECORDS[0].question}\nAnswer:"
     text = "\n\n".join([*RECORDS[0].passages, question])
     assert full.predictions[0] == reader.generate([text], 4, stop=["\n"])[0].strip()
