@@ -151,6 +151,7 @@ def question_labels(passage: str, pairs: Iterable[tuple[str, str]], *, whole: in
     spans = words_of(passage)
     stems = [stem(passage[a:b]) for a, b in spans]
     content = [passage[a:b].casefold() not in _SMALL and passage[a].isalnum() for a, b in spans]
+    vocabulary = {word for word, counts in zip(stems, content) if counts}
     borders = sentences(passage)
     inside = _sentence_of(spans, [a for a, _ in borders])
     members: list[list[int]] = [[] for _ in borders]
@@ -160,7 +161,8 @@ def question_labels(passage: str, pairs: Iterable[tuple[str, str]], *, whole: in
     touched: set[int] = set()
     for question, answer in pairs:
         asked = {stem(w) for w in _WORD.findall(question) if w.casefold() not in _SMALL and w[0].isalnum()}
-        shared = {s: [i for i in part if content[i] and _known(stems[i], asked)] for s, part in enumerate(members)}
+        said_here = {word for word in vocabulary if _known(word, asked)}
+        shared = {s: [i for i in part if content[i] and stems[i] in said_here] for s, part in enumerate(members)}
         overlap = {s: len({stems[i] for i in part}) for s, part in shared.items()}
         chosen = {max(overlap, key=lambda s: (overlap[s], -s))} if overlap and max(overlap.values()) else set()
         if (place := _find(passage, answer, spans, inside, overlap)) is not None:

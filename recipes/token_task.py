@@ -39,6 +39,8 @@ class TokenData(BaseModel):
         max_chars: the longest passage; longer ones are left out.
         max_answer_words: longer answers do not count.
         min_questions: passages with fewer questions are left out.
+        questions_per_passage: at most so many questions, drawn anew each time, label a passage: where a sentence was asked
+            dozens of questions, all of them together would keep nearly every word.
         shares: weight of each question source, by the start of its name; sources that are not named are left out.
         whole: questions from which on a passage counts as asked out (see `question_labels`).
         names: names and numbers beside what was asked are kept.
@@ -54,6 +56,7 @@ class TokenData(BaseModel):
     max_chars: int = Field(default=1600, ge=80)
     max_answer_words: int = Field(default=12, gt=0)
     min_questions: int = Field(default=3, gt=0)
+    questions_per_passage: int = Field(default=6, gt=0)
     shares: dict[str, float] | None = None
     whole: int = Field(default=4, gt=0)
     names: bool = True
@@ -183,8 +186,9 @@ class TokenTask:
                 raise ValueError("data.pairs holds no usable pair; give JSON lines with 'original' and 'compressed'.")
         return self._pairs
 
-    def _labels(self, asked: Asked) -> Labels:
-        return question_labels(asked.passage, asked.pairs, whole=self.data.whole, names=self.data.names)
+    def _labels(self, asked: Asked, rng: random.Random) -> Labels:
+        pairs = rng.sample(asked.pairs, min(self.data.questions_per_passage, len(asked.pairs)))
+        return question_labels(asked.passage, pairs, whole=self.data.whole, names=self.data.names)
 
     def make(self, key: str, mix: dict[str, float]) -> TokenItem:
         """The item of a key: always the same one."""
@@ -193,7 +197,7 @@ class TokenTask:
             passage, labels = rng.choice(self.pairs)
         else:
             asked = self.material.human(rng)
-            passage, labels = asked.passage, self._labels(asked)
+            passage, labels = asked.passage, self._labels(asked, rng)
         return TokenItem(passage, labels, key)
 
     def dataset(self, stage: Stage) -> CompressorItems:
@@ -257,7 +261,7 @@ class TokenTask:
             held = self._passages([self.data.dev], self.data.dev_half)
             asked = [one for source in held.asked.values() for one in source]
             asked = asked[:: max(1, len(asked) // self.data.dev_limit)][: self.data.dev_limit]
-            self._dev = [(one.passage, self._labels(one)) for one in asked]
+            self._dev = [(one.passage, self._labels(one, random.Random(one.passage))) for one in asked]
         rarity = self._rarity()
         training = self.compressor.training
         found = self.compressor.eval().probabilities([passage for passage, _ in self._dev])
