@@ -342,7 +342,7 @@ class PISCOCompressor(SoftCompressor):
 
     def _project(self, hidden: Tensor) -> Tensor:
         if self.connector is not None:
-            weight = self.connector[0].weight
+            weight: Any = self.connector[0].weight
             hidden = self.connector(hidden.to(weight.device, weight.dtype))
         if hidden.shape[-1] != self.base_reader.width:
             raise ValueError(

@@ -21,7 +21,11 @@ def recognises(path: Path) -> bool:
 
 
 def load(
-    source: Source, *, mode: Literal["fast", "faithful"] = "faithful", merge: str = "mean", ratio: float = 2.0
+    source: Source,
+    *,
+    mode: Literal["fast", "faithful"] = "faithful",
+    merge: Literal["mean", "first"] = "mean",
+    ratio: float = 2.0,
 ) -> LLMLingua2Compressor:
     """Imports LLMLingua-2.
 
@@ -43,9 +47,7 @@ def load(
     keys.ignore(r"(^|\.)position_ids$", "position ids, which are counted")
     keys.ignore(r"(^|\.)pooler\.", "the pooler, which token classification does not use")
     model = build_model(config, keys.take_all(r""), path, AutoModelForTokenClassification).float().to(source.device)
-    chosen = LLMLingua2Config(
-        classifier=path.name, mode=mode, merge=merge, ratio=ratio
-    )  # type: ignore[arg-type]
+    chosen = LLMLingua2Config(classifier=path.name, mode=mode, merge=merge, ratio=ratio)  # type: ignore[arg-type]
     try:
         return LLMLingua2Compressor(chosen, reader, classifier=(model, load_tokenizer(path, source)))
     except (ValueError, TypeError) as error:

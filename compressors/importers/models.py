@@ -29,7 +29,7 @@ def model_config(settings: Mapping[str, Any], where: Path, drop: Iterable[str] =
     Raises:
         CheckpointError: if the dict names no model type that is known.
     """
-    kind = settings.get("model_type")
+    kind = str(settings.get("model_type"))
     if kind not in CONFIG_MAPPING:
         raise CheckpointError(f"{where}/config.json names the model type {kind!r}, which transformers does not know.")
     left_out = {*drop, "auto_map", "_name_or_path", "quantization_config"}
