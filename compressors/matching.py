@@ -13,11 +13,11 @@ from .passage import CompressedPassage
 from .reader import Reader
 
 TOKENS = 8  # one vector cannot tell more of them apart; with all of a paragraph's tokens the reader made out less
-NORM = 2.0  # a slot speaks for many tokens, and is heard when it is about twice as long as one of them
+NORM = 1.0  # of a slot, in mean embedding norms
 
 
 class SlotMatchingLoss(nn.Module):
-    r"""For slot z with the tokens t it stands for, :math:`1 - \cos(z, y) + (\log \lVert z \rVert - \log 2e)^2`, where
+    r"""For slot z with the tokens t it stands for, :math:`1 - \cos(z, y) + (\log \lVert z \rVert - \log e)^2`, where
     :math:`y = \sum_t w_t^2 E_t` over the `TOKENS` different tokens of greatest weight, E the reader's embeddings, e their mean norm and
     :math:`w_t = \log (D / (1 + d_t))` the inverse document frequency.
 

@@ -208,7 +208,9 @@ class CompressorTask:
         """The training data, read at first use; question files only if a stage asks questions by people."""
         if self._material is None:
             data = self.data
-            human = data.mismatch > 0 or any(stage.mix.get("human") for stage in self.recipe.stages)
+            human = data.mismatch > 0 or any(
+                stage.mix.get("human") or stage.mix.get("match") for stage in self.recipe.stages
+            )
             self._material = Material(
                 load_records(data.questions, data.dir) if human else [],
                 load_articles(data.texts, data.dir, data.documents),
