@@ -198,8 +198,8 @@ def engine(server) -> Engine:
     return server
 
 
-def served(engine: Engine, reader: Any, **options: Any) -> ServedReader:
-    return ServedReader(f"{engine.url}/v1", "tiny", reader, **{"backoff": 0.01, "timeout": 20.0, **options})
+def served(server: Engine, reader: Any, **options: Any) -> ServedReader:
+    return ServedReader(f"{server.url}/v1", "tiny", reader, **{"backoff": 0.01, "timeout": 20.0, **options})
 
 
 ENGINES = ["vllm", "vllm-chat", "sglang"]

@@ -276,7 +276,6 @@ def test_a_full_queue_and_a_slow_reader(zoo):
     ("body", "said"),
     [
         ({}, "needs a prompt"),
-        ({"prompt": ""}, "empty"),
         ({"prompt": []}, "needs a prompt"),
         ({"prompt": 3}, "prompt"),
         ({"prompt": ["a", 3]}, "prompt"),

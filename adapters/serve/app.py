@@ -32,6 +32,7 @@ from .requests import ChatRequest, CompletionRequest, Prompts, parse
 
 _log = logging.getLogger(__name__)
 READER_HEADER = "X-Nutgraf-Reader"
+_FAILED = "The reader failed; the server's log says why."
 
 
 def create_app(
@@ -80,7 +81,7 @@ def create_app(
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
         _log.error("A request failed", exc_info=error)
-        return JSONResponse(RequestError("The reader failed; the server's log says why.", 500).body(), 500)
+        return JSONResponse(RequestError(_FAILED, 500).body(), 500)
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -156,6 +157,11 @@ class _Server:
             return list(await asyncio.wait_for(asyncio.gather(*futures), self.limits.timeout_s))
         except TimeoutError as error:
             raise RequestError(f"There was no answer after {self.limits.timeout_s:g} s.", 504) from error
+        except RequestError:
+            raise
+        except Exception as error:  # past here, the connection would be closed with the answer still in it
+            _log.error("A batch failed", exc_info=error)
+            raise RequestError(_FAILED, 500) from error
 
     async def _events(self, plan: PromptPlan, settings: Settings, form: Reply, usage: bool) -> AsyncIterator[bytes]:
         try:
@@ -172,7 +178,7 @@ class _Server:
                     yield _sse(form.piece(piece))
             except Exception as error:
                 _log.error("A stream failed", exc_info=error)
-                yield _sse(RequestError("The reader failed; the server's log says why.", 500).body())
+                yield _sse(RequestError(_FAILED, 500).body())
                 return  # without [DONE]: the answer is not complete
             yield _sse(form.closing("length" if steps.taken >= settings.max_new_tokens else "stop"))
             if usage:

@@ -1,0 +1,84 @@
+"""Haystack: components that compress retrieved documents and read them.
+
+``retriever -> CompressedContextDocuments -> PromptBuilder -> CompressedContextGenerator``. With a compressor to ``text``
+the documents hold the shorter text and any generator reads them; else they hold placeholders (see
+`nutgraf.adapters.placeholders`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+try:
+    from haystack import Document, component
+except ImportError as error:  # an extra of the package
+    raise ImportError("The Haystack adapter needs haystack-ai: pip install 'nutgraf[haystack]'.") from error
+
+from ..compressors import Compressor
+from .documents import TextsForReading, check_reader
+from .placeholders import PlaceholderStore, read_placeholders, shared_store
+
+ORIGINAL_TEXT = "original_text"
+
+
+@component
+class CompressedContextDocuments:
+    """Compresses retrieved documents for the LLM; put it in front of the prompt builder.
+
+    Each document comes back in its place, with its id, score and meta and with its own text as ``meta["original_text"]``;
+    one without text is left as it is.
+
+    Args:
+        compressor: compresses the documents' texts.
+        ratio: compression ratio L / l in place of the compressor's own.
+        query_aware: pass the question to the compressor; default: what the compressor's ``query_aware`` says, or no.
+        store: where passages are kept; default: the one that all adapters for the reader share.
+    """
+
+    def __init__(
+        self,
+        compressor: Compressor,
+        *,
+        ratio: float | None = None,
+        query_aware: bool | None = None,
+        store: PlaceholderStore | None = None,
+    ) -> None:
+        self._texts = TextsForReading(compressor, ratio=ratio, query_aware=query_aware, store=store)
+
+    @component.output_types(documents=list[Document])
+    def run(self, documents: list[Document], query: str | None = None) -> dict[str, Any]:
+        """``{"documents": ...}``: the documents with compressed contents; those given are not changed."""
+        texts = [document.content for document in documents if document.content is not None]
+        contents = iter(self._texts.of(texts, query))
+        return {
+            "documents": [
+                document
+                if document.content is None
+                else replace(document, content=next(contents), meta={**document.meta, ORIGINAL_TEXT: document.content})
+                for document in documents
+            ]
+        }
+
+
+@component
+class CompressedContextGenerator:
+    """A reader as a Haystack generator: placeholders in its prompts are read as the passages they stand for.
+
+    Args:
+        reader: a `Reader`, or a `nutgraf.adapters.openai.ServedReader`.
+        max_new_tokens: the longest answer, in tokens.
+        options: passed to the reader's ``generate`` (``stop``, ``chat``, ``do_sample``, ...).
+    """
+
+    def __init__(self, reader: Any, max_new_tokens: int = 256, **options: Any) -> None:
+        check_reader(reader)
+        self._reader = reader
+        self._options = {"max_new_tokens": max_new_tokens, **options}
+        self._store = shared_store(reader.fingerprint)  # held, so that it outlives the other component
+
+    @component.output_types(replies=list[str])
+    def run(self, prompt: str, generation_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
+        """``{"replies": [answer]}``; ``generation_kwargs`` override the component's options."""
+        read = read_placeholders(prompt, self._reader.fingerprint)
+        return {"replies": self._reader.generate([read], **{**self._options, **(generation_kwargs or {})})}

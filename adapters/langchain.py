@@ -1,0 +1,215 @@
+"""LangChain: a document compressor, an LLM and a chat model that read compressed passages.
+
+Retrieved documents go through `CompressedContextDocumentCompressor` (by a ``ContextualCompressionRetriever``, or by hand),
+the chain puts their ``page_content`` into its prompt, and `CompressedContextLLM` or `CompressedContextChatModel` reads it.
+With a compressor to ``text`` the content is the shorter text and any LLM reads it; with one to ``embeds`` or ``kv`` it is a
+placeholder (see `nutgraf.adapters.placeholders`) and the LLM must be one of these two, with the compressor's reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+try:
+    from langchain_core.callbacks import CallbackManagerForLLMRun, Callbacks
+    from langchain_core.documents import Document
+    from langchain_core.documents.compressor import BaseDocumentCompressor
+    from langchain_core.language_models import LLM, BaseChatModel
+    from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+    from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, GenerationChunk
+except ImportError as error:  # an extra of the package
+    raise ImportError("The LangChain adapter needs langchain-core: pip install 'nutgraf[langchain]'.") from error
+from pydantic import ConfigDict, Field, PrivateAttr
+
+from ..compressors import Compressor
+from .documents import TextsForReading, check_reader
+from .placeholders import PlaceholderStore, read_placeholders, shared_store
+
+ORIGINAL_TEXT = "original_text"
+_ROLES = {"human": "user", "ai": "assistant", "system": "system"}
+
+
+class CompressedContextDocumentCompressor(BaseDocumentCompressor):
+    """Compresses retrieved documents for the LLM; put it last.
+
+    Each document comes back in its place, with its id and metadata and with its own text as ``metadata["original_text"]``.
+    What was compressed once is kept.
+
+    Args:
+        compressor: compresses the documents' texts.
+        ratio: compression ratio L / l in place of the compressor's own.
+        query_aware: pass the question to the compressor; default: what the compressor's ``query_aware`` says, or no.
+        store: where passages are kept; default: the one that all adapters for the reader share.
+
+    Raises:
+        TypeError: if ``compressor`` is none.
+        ValueError: if ``ratio`` is below 1.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    _texts: TextsForReading = PrivateAttr()
+
+    def __init__(
+        self,
+        compressor: Compressor,
+        *,
+        ratio: float | None = None,
+        query_aware: bool | None = None,
+        store: PlaceholderStore | None = None,
+    ) -> None:
+        super().__init__()
+        self._texts = TextsForReading(compressor, ratio=ratio, query_aware=query_aware, store=store)
+
+    def compress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> Sequence[Document]:
+        """The documents with compressed contents; those given are not changed.
+
+        Raises:
+            ValueError: if the question holds a placeholder.
+        """
+        contents = self._texts.of([document.page_content for document in documents], query)
+        return [
+            document.model_copy(
+                update={
+                    "page_content": content,
+                    "metadata": {**document.metadata, ORIGINAL_TEXT: document.page_content},
+                }
+            )
+            for document, content in zip(documents, contents)
+        ]
+
+
+class CompressedContextLLM(LLM):
+    """A reader as a LangChain LLM: placeholders in its prompts are read as the passages they stand for.
+
+    Args:
+        reader: a `Reader`, or a `nutgraf.adapters.openai.ServedReader`.
+        max_new_tokens: the longest answer, in tokens.
+        options: passed to the reader's ``generate`` (``do_sample``, ``temperature``, ...).
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    reader: Any = Field(exclude=True)
+    max_new_tokens: int = Field(default=256, gt=0)
+    options: Mapping[str, Any] = Field(default_factory=dict)
+
+    def model_post_init(self, context: Any) -> None:
+        """Holds the placeholders' store, so that it outlives a document compressor."""
+        super().model_post_init(context)
+        check_reader(self.reader)
+        self._store = shared_store(self.reader.fingerprint)
+
+    _store: PlaceholderStore = PrivateAttr()
+
+    @property
+    def _llm_type(self) -> str:
+        return "nutgraf"
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        return {
+            "reader": self.reader.fingerprint,
+            "max_new_tokens": self.max_new_tokens,
+            **self.options,
+        }
+
+    def _settings(self, stop: list[str] | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        return {"max_new_tokens": self.max_new_tokens, "stop": stop, **self.options, **kwargs}
+
+    def _call(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> str:
+        read = read_placeholders(prompt, self.reader.fingerprint)
+        return self.reader.generate([read], **self._settings(stop, kwargs))[0]
+
+    def _stream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[GenerationChunk]:
+        read = read_placeholders(prompt, self.reader.fingerprint)
+        for piece in self.reader.stream(read, **self._settings(stop, kwargs)):
+            chunk = GenerationChunk(text=piece)
+            if run_manager:
+                run_manager.on_llm_new_token(piece, chunk=chunk)
+            yield chunk
+
+
+class CompressedContextChatModel(BaseChatModel):
+    """A reader as a LangChain chat model: messages go through the chat template, placeholders are read as passages.
+
+    Args:
+        reader: a `Reader`, or a `nutgraf.adapters.openai.ServedReader`.
+        max_new_tokens: the longest answer, in tokens.
+        options: passed to the reader's ``generate``.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    reader: Any = Field(exclude=True)
+    max_new_tokens: int = Field(default=256, gt=0)
+    options: Mapping[str, Any] = Field(default_factory=dict)
+    _store: PlaceholderStore = PrivateAttr()
+
+    def model_post_init(self, context: Any) -> None:
+        """Holds the placeholders' store, so that it outlives a document compressor."""
+        super().model_post_init(context)
+        check_reader(self.reader)
+        if not getattr(self.reader.tokenizer, "chat_template", None):
+            raise ValueError(
+                "A chat model needs a chat template, and this reader's tokenizer has none; use CompressedContextLLM."
+            )
+        self._store = shared_store(self.reader.fingerprint)
+
+    @property
+    def _llm_type(self) -> str:
+        return "nutgraf-chat"
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        text = self.reader.generate([self._read(messages)], **self._settings(stop, kwargs))[0]
+        return ChatResult(generations=[ChatGeneration(message=AIMessage(content=text))])
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        for piece in self.reader.stream(self._read(messages), **self._settings(stop, kwargs)):
+            chunk = ChatGenerationChunk(message=AIMessageChunk(content=piece))
+            if run_manager:
+                run_manager.on_llm_new_token(piece, chunk=chunk)
+            yield chunk
+
+    def _settings(self, stop: list[str] | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        return {"max_new_tokens": self.max_new_tokens, "stop": stop, "chat": True, **self.options, **kwargs}
+
+    def _read(self, messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
+        read = []
+        for message in messages:
+            if message.type not in _ROLES:
+                raise ValueError(f"The reader takes messages of {sorted(_ROLES)}, got one of {message.type!r}.")
+            content = message.content
+            parts = [content] if isinstance(content, str) else list(content)
+            if other := [p.get("type") for p in parts if isinstance(p, dict) and p.get("type") != "text"]:
+                raise ValueError(f"The reader reads text and compressed passages, but a message holds {other}.")
+            text = "".join(p if isinstance(p, str) else p["text"] for p in parts)
+            read.append({"role": _ROLES[message.type], "content": read_placeholders(text, self.reader.fingerprint)})
+        return read
