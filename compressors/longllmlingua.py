@@ -148,7 +148,8 @@ class LongLLMLinguaCompressor(LLMLinguaCompressor):
         groups: dict[str, list[int]] = defaultdict(list)
         for i, query in enumerate(queries):
             groups[self._question(query)].append(i)
-        out, notes = list(targets), [{} for _ in texts]
+        out = list(targets)
+        notes: list[dict[str, Any]] = [{} for _ in texts]
         for question, group in groups.items():
             order = [group[i] for i in self.rank([texts[i] for i in group], question)]
             weights, caps, total = [], [], 0

@@ -18,8 +18,8 @@ NORM = 1.0  # of a slot, in mean embedding norms
 
 class SlotMatchingLoss(nn.Module):
     r"""For slot z with the tokens t it stands for, :math:`1 - \cos(z, y) + (\log \lVert z \rVert - \log e)^2`, where
-    :math:`y = \sum_t w_t^2 E_t` over the `TOKENS` different tokens of greatest weight, E the reader's embeddings, e their mean norm and
-    :math:`w_t = \log (D / (1 + d_t))` the inverse document frequency.
+    :math:`y = \sum_t w_t^2 E_t` over the `TOKENS` different tokens of greatest weight, E the reader's embeddings, e their
+    mean norm and :math:`w_t = \log (D / (1 + d_t))` the inverse document frequency.
 
     The reader copies from its context by comparing embeddings. Rare tokens, weighted as in a search index, are what
     questions name and answers are, so slots near their sum can be read before any training with the reader, and that

@@ -135,9 +135,9 @@ class VLLMChat:
         """Messages of text and embeddings; a prompt that is none is one message of the user's."""
         if isinstance(prompt, PromptPlan):
             raise ValueError("The chat form takes messages, not a prompt that is laid out; use engine='vllm'.")
-        atoms = [prompt] if isinstance(prompt, str | CompressedPassage) else list(prompt)
-        messages = atoms if atoms and isinstance(atoms[0], dict) else [{"role": "user", "content": atoms}]
-        body = {"messages": [{**m, "content": self._content(m["content"])} for m in messages]}
+        atoms: list[Any] = [prompt] if isinstance(prompt, str | CompressedPassage) else list(prompt)
+        messages: list[Any] = atoms if atoms and isinstance(atoms[0], dict) else [{"role": "user", "content": atoms}]
+        body: dict[str, Any] = {"messages": [{**m, "content": self._content(m["content"])} for m in messages]}
         if template:
             body["chat_template_kwargs"] = dict(template)
         return {**body, **_openai_options(settings)}

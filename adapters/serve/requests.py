@@ -111,7 +111,7 @@ class Prompts:
             raise RequestError(
                 f"A request may hold {self.limits.max_prompts} prompts, got {len(given) + len(texts)}.", 400, "prompt"
             )
-        prompts = [[TokenIds(()), passage] for passage in given]
+        prompts: list[Any] = [[TokenIds(()), passage] for passage in given]
         prompts += [text if isinstance(text, str) else [TokenIds(tuple(text))] for text in texts]
         if not prompts:
             raise RequestError("A completion needs a prompt or prompt_embeds.", 400, "prompt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -115,7 +116,8 @@ class PassageTable:
         """The rows under the keys, as far as this handle sees (see `refresh`)."""
         for start in range(0, len(keys), _LOOKED_UP):
             listed = ", ".join(map(quoted, keys[start : start + _LOOKED_UP]))
-            found = self._read(lambda listed=listed: self._scan(columns, f"key IN ({listed})").to_arrow())
+            scan = functools.partial(self._scan, columns, f"key IN ({listed})")
+            found = self._read(lambda scan=scan: scan().to_arrow())  # type: ignore[misc]
             yield from found.to_pylist()
 
     def column_table(self, columns: Sequence[str], where: str | None = None) -> pa.Table:
