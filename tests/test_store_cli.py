@@ -202,7 +202,7 @@ def test_compressing_holds_a_few_batches_alone(models, corpus):
     assert max(ahead) <= 2 * 8
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ray_gives_the_same_store(models, corpus, tmp_path):
     pytest.importorskip("ray")
     reader, one, _ = models

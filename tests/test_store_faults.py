@@ -59,7 +59,7 @@ def test_killed_writers_lose_nothing_and_leave_nothing_half_written(driven):
     check_kills(driven["killed"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_hundred_kills():
     check_kills(drive(kills=100)["killed"])
 
