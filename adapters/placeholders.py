@@ -129,7 +129,8 @@ class PlaceholderStore:
         if issued.reader is not None and issued.reader != reader:
             raise PlaceholderError(
                 f"A passage in the prompt was compressed for the reader {issued.reader}, but the LLM reads with {reader}; "
-                "give the CompressedContextLLM and the postprocessor's compressor the same reader."
+                "give the CompressedContextLLM and the postprocessor's compressor the same reader, the compressor's own if "
+                "it tunes one: CompressedContextLLM(compressor.reader)."
             )
         passage = self.cache.get_or_compress([issued.key], lambda _: [issued.compress()])[0]
         if passage.slots != found.slots:

@@ -25,7 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 
 READER = nutgraf.pretrained("reader-small")
 SAMPLE = Path(nutgraf.__file__).parent / "benchmarks" / "sample" / "squad_dev.jsonl"
-N_PASSAGES, N_QUESTIONS = 60, 5
+N_PASSAGES, N_QUESTIONS = 24, 4
 
 
 def embedding() -> SentenceTransformerEmbedding:

@@ -204,9 +204,9 @@ class CompressedContextLLM(CustomLLM):
         return [self._answer_logprob(prompt, answer) for prompt in prompts]
 
     def _answer_logprob(self, prompt: str | Sequence[ChatMessage], answer: str) -> float:
-        as_text = isinstance(prompt, str)
-        call = self._completion_call(prompt, False, {}) if as_text else self._chat_call(prompt, {})
-        return call.logprob(answer)
+        if isinstance(prompt, str):
+            return self._completion_call(prompt, False, {}).logprob(answer)
+        return self._chat_call(prompt, {}).logprob(answer)
 
     # -- prompts ---------------------------------------------------------------------------------------------------
 

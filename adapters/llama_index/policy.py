@@ -28,13 +28,12 @@ TEXT, COMPRESSED, LEFT_OUT = Form("text"), Form("compressed"), Form("left out")
 
 
 class Retrieved(Protocol):
-    """What a policy sees of a request's passages, in order of rank. Images and other nodes without text are not among them.
+    """What a policy sees of a request's passages, in order of rank. Images and other nodes without text are not among them."""
 
-    Attributes:
-        scores: each node's score, ``None`` where the retriever gives none.
-    """
-
-    scores: Sequence[float | None]
+    @property
+    def scores(self) -> Sequence[float | None]:
+        """Each node's score, ``None`` where the retriever gives none."""
+        ...
 
     def text_positions(self) -> Sequence[int]:
         """Reader positions of each passage as text, a blank line included."""

@@ -12,6 +12,7 @@ import torch
 
 from ...compressors import CompressedPassage, Reader
 from ...compressors.plan import PromptPlan
+from ...compressors.tokenization import TokenIds
 
 
 class ReaderRefusedError(RuntimeError):
@@ -127,12 +128,14 @@ def check_reads_slots(reader: Reader) -> None:
     """
     if not getattr(reader.model, "_is_stateful", False):
         return
+    passage, short = reader.tokenize(_PROBE), reader.tokenize(_SHORT)
+    prompts = [[TokenIds((*reader.bos_ids, *short))], [TokenIds((*reader.bos_ids, *passage, *short))]]
     try:
         with torch.no_grad():
-            (wanted,) = reader.target_logits([_SHORT], [_PROBE])
-            found, as_slots = reader.target_logits([_SHORT, [reader.identity(_PROBE * 2), _SHORT]], [_PROBE, _PROBE])
-            (as_text,) = reader.target_logits([_PROBE * 2 + _SHORT], [_PROBE])
-        reads = _close(found, wanted) and _close(as_slots, as_text)
+            wanted = [reader.target_logits([prompt], [short])[0] for prompt in prompts]
+            slots = [reader.identity(_PROBE), TokenIds(tuple(short))]
+            found = reader.target_logits([prompts[0], slots], [short, short])
+        reads = all(map(_close, found, wanted))
     except (TypeError, ValueError, RuntimeError, NotImplementedError):
         reads = False
     if not reads:

@@ -76,7 +76,7 @@ class PassageScores(BaseSynthesizer):
         """
         prompts: list[str | list[ChatMessage]] = []
         for context in contexts:
-            asked = {"llm": self._scorer, "context_str": context, "query_str": query}
+            asked: dict[str, Any] = {"llm": self._scorer, "context_str": context, "query_str": query}
             is_chat = self._scorer.metadata.is_chat_model
             prompts.append(self._template.format_messages(**asked) if is_chat else self._template.format(**asked))
         return self._scorer.answer_logprobs(prompts, answer)

@@ -1,0 +1,49 @@
+"""A served LLM reads compressed passages: they are compressed here, and a server answers.
+
+The server stands in for vLLM in this example and runs in this process, so that nothing else has to be started. With vLLM::
+
+    vllm serve MODEL --enable-prompt-embeds
+
+and the address and name of that server below, the rest stays as it is. Run it with ``python examples/vllm_client.py``.
+"""
+
+import threading
+import time
+
+import uvicorn
+from nutgraf import Reader, load_compressor, pretrained
+from nutgraf.adapters.openai import EmbeddingTable, ServedReader
+from nutgraf.adapters.serve import create_app
+from shared import READER, passages, questions
+
+
+def start_server(reader: Reader) -> tuple[uvicorn.Server, str]:
+    """``nutgraf serve --reader reader-small`` in a thread."""
+    server = uvicorn.Server(uvicorn.Config(create_app(reader), port=0, log_level="error"))
+    threading.Thread(target=server.run, daemon=True).start()
+    while not server.started:
+        time.sleep(0.05)
+    return server, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
+
+
+reader = Reader.from_pretrained(READER)
+compressor = load_compressor(pretrained("icae-small"), reader)
+
+
+if __name__ == "__main__":
+    server, url = start_server(reader)
+    # Of the reader, the client needs its tokenizer and its token embeddings alone.
+    table = EmbeddingTable.from_pretrained(READER, fingerprint=reader.fingerprint)
+    texts = [node.text for node in passages()]
+    texts = texts[:: max(len(texts) // len(questions()), 1)][: len(questions())]  # those that hold the answers
+    compressed = compressor.compress(texts)
+    prompts = [[passage, f"\n\nQuestion: {question}\nAnswer:"] for passage, question in zip(compressed, questions())]
+    with ServedReader(url, reader.name, table, fallback="text") as served:
+        answers = served.generate(prompts, max_new_tokens=16, stop=["\n"], texts=[[text] for text in texts])
+        for question, passage, answer in zip(questions(), compressed, answers):
+            print(f"{question}\n  {passage.source_tokens} tokens read as {passage.slots} slots: {answer.strip()}")
+        print("Streamed: ", end="")
+        for piece in served.stream(prompts[0], max_new_tokens=16, stop=["\n"], texts=[texts[0]]):
+            print(piece, end="", flush=True)
+        print()
+    server.should_exit = True
