@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import pickle
+import socket
 import subprocess
 import sys
 import threading
@@ -431,12 +433,42 @@ def test_pickled_objects_are_not_run(running, tmp_path, wrap):
 # -- the command ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_the_command_serves_a_shipped_reader():
+def command(*arguments: str, **options: Any) -> Any:
     code = "from nutgraf.cli import app; app()"
-    command = [sys.executable, "-c", code, "serve", "--reader", "reader-small", "--port", "0", "--name", "small"]
-    help_text = subprocess.run([*command[:4], "--help"], capture_output=True, text=True, check=True).stdout
-    assert "--max-batch" in help_text
-    bad = subprocess.run([*command[:4], "--reader", "no-such-reader"], capture_output=True, text=True, check=False)
+    run = [sys.executable, "-c", code, "serve", *arguments]
+    return subprocess.run(run, capture_output=True, text=True, check=False, **options)
+
+
+def test_the_commands_help_and_errors():
+    assert "--max-batch" in command("--help", env={**os.environ, "COLUMNS": "120"}).stdout
+    bad = command("--reader", "no-such-reader")
     assert bad.returncode == 2
     assert "no-such-reader" in bad.stderr
+
+
+@pytest.mark.slow
+def test_the_command_serves_a_shipped_reader():
+    from nutgraf import pretrained
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = "from nutgraf.cli import app; app()"
+    run = [sys.executable, "-c", code, "serve", "--reader", "reader-small", "--port", str(port), "--device", "cpu"]
+    process = subprocess.Popen(run, stderr=subprocess.DEVNULL)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as http:
+            for _ in range(3000):
+                try:
+                    assert http.get("/health").json()["status"] == "ok"
+                    break
+                except httpx.ConnectError:
+                    assert process.poll() is None
+                    time.sleep(0.1)
+        reader = Reader.from_pretrained(pretrained("reader-small"), device="cpu")
+        remote = ServedReader(f"http://127.0.0.1:{port}/v1", "reader-small", reader)
+        prompt = [reader.identity(PASSAGE), QUESTION]
+        assert remote.generate([prompt], 8) == reader.generate([PASSAGE + QUESTION], 8)
+    finally:
+        process.terminate()
+        process.wait(30)

@@ -32,6 +32,7 @@ def serve(
     from ...cli import _shipped, friendly_errors
 
     with friendly_errors():
+        folder = _shipped(reader)  # a wrong name is told before anything large is imported
         from ...compressors import Reader
         from .limits import Limits
 
@@ -51,7 +52,7 @@ def serve(
             from .app import create_app
         except ImportError as error:
             raise ValueError("Serving needs FastAPI and uvicorn: pip install 'nutgraf[serve]'.") from error
-        loaded = Reader.from_pretrained(_shipped(reader), device=device, dtype=dtype)
+        loaded = Reader.from_pretrained(folder, device=device, dtype=dtype)
         app = create_app(loaded, name=name, limits=limits, api_key=api_key)
         typer.echo(f"{name or loaded.name} ({loaded.fingerprint}) on http://{host}:{port}/v1", err=True)
     uvicorn.run(app, host=host, port=port, log_level="warning")
