@@ -102,8 +102,8 @@ class Material:
             also stand in the gold passage.
         articles: documents as lists of paragraphs.
         max_chars: passages of questions that are longer are left out; paragraphs that are longer are cut at a sentence.
-        shares: weight of each source in `human`, by the start of its name; sources that are not named weigh as much as
-            they have passages.
+        shares: weight of each source in `human`, by the start of its name; sources that are not named are left out. Without
+            shares every source weighs as much as it has passages.
 
     Attributes:
         asked: passages with their questions, by source.
@@ -132,8 +132,9 @@ class Material:
         for (source, text), pairs in grouped.items():
             self.asked[_share_of(source, shares)].append(Asked(text, tuple(pairs), source))
         self.articles = [kept for paragraphs in articles if (kept := [p for p in paragraphs if len(p) >= 80])]
-        self._names = list(self.asked)
-        self._weights = [(shares or {}).get(name, len(self.asked[name])) for name in self._names]
+        # With shares, sources that are not named are left out: a count beside shares of one would drown them.
+        self._names = [name for name in self.asked if shares is None or name in shares]
+        self._weights = [len(self.asked[name]) if shares is None else shares[name] for name in self._names]
 
     def human(self, rng: random.Random) -> Asked:
         """A passage with human questions."""

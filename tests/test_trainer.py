@@ -10,6 +10,7 @@ import torch
 from nutgraf import load_compressor
 from nutgraf.recipes.compressor_items import CompressorData, CompressorItems, ItemMaker, draw_ratio
 from nutgraf.recipes.compressor_task import CompressorTask
+from nutgraf.recipes.corpus import Record
 from nutgraf.recipes.records import Material, load_articles, load_records
 from nutgraf.recipes.schema import Span, parse_recipe
 from nutgraf.recipes.templates import question_prompt
@@ -154,6 +155,21 @@ def test_items_depend_on_their_index_alone(folder):
     assert ratios == [draw_ratio(Span(min=2, max=8), f"0/mixed/{i}") for i in range(50)]
     assert 2 <= min(ratios) < 3 < 6 < max(ratios) <= 8
     assert draw_ratio(None, "0") is None
+
+
+def test_sources_without_a_share_are_left_out():
+    passages = [f"Passage {i} says that the answer is {i}." for i in range(40)]
+    records = [
+        Record("What is the answer?", (str(i),), (text,), ("",), 0, "rare-one" if i < 3 else "common")
+        for i, text in enumerate(passages)
+    ]
+    rng = random.Random(0)
+    drawn = [Material(records, [], shares={"rare": 0.5}).human(rng).source for _ in range(50)]
+    assert set(drawn) == {"rare-one"}
+    drawn = [Material(records, []).human(rng).source for _ in range(50)]
+    assert drawn.count("common") > 35
+    both = [Material(records, [], shares={"rare": 1.0, "common": 1.0}).human(rng).source for _ in range(100)]
+    assert 30 < both.count("common") < 70
 
 
 def test_evaluation_is_logged_and_changes_nothing(folder, tmp_path, zoo):
