@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import CompressorConfig, Query, SoftCompressor
+from .checks import check_choices, check_counts, check_lora, check_ratio
 from .kv import position_arguments
 from .passage import CompressedPassage, Interface
 from .reader import Reader
@@ -81,29 +82,12 @@ class AutoCompressorConfig(CompressorConfig):
     )
 
     def __post_init__(self) -> None:
-        least = {"summary_length": 1, "r": 1, "segment_tokens": 1, "train_segments": 2, "segments_per_substep": 2}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is None and name == "segment_tokens":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}.")
-        if not (math.isfinite(self.ratio) and self.ratio >= 1):
-            raise ValueError(
-                f"ratio is source tokens per slot and must be a finite number of at least 1, got {self.ratio!r}."
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}.")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha must be positive, got {self.alpha!r}.")
+        least = {"summary_length": 1, "segment_tokens": 1, "train_segments": 2, "segments_per_substep": 2}
+        check_counts(self, least, optional=("segment_tokens",))
+        check_ratio(self.ratio)
         choices = {"scale": ("matched", "none"), "positions": ("count", "paper"), "tuning": ("lora", "full", "none")}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
-        if isinstance(self.target_modules, str):
-            raise ValueError(f"target_modules must be a list of module names, got one string {self.target_modules!r}.")
-        if self.target_modules is not None:
-            self.target_modules = tuple(self.target_modules)
+        check_choices(self, choices)
+        check_lora(self)
 
     @classmethod
     def faithful(cls, **changes: Any) -> AutoCompressorConfig:
@@ -260,8 +244,7 @@ class AutoCompressor(SoftCompressor):
             for i, row, piece, n in zip(who, rows, pieces, slots):
                 soft[i] = self.extend(soft[i], row[-n:])
                 starts[i] += len(piece)
-        # In training the weights change with every step, and hashing them each time would be waste.
-        origin = "training" if self.training and torch.is_grad_enabled() else self.fingerprint
+        origin = self.origin
         card = self.base_reader.identity_card.runs_as
         info = {"method": "autocompressor", "ratio_asked": float(ratio or self.config.ratio), **card}
         if self._skips:

@@ -193,6 +193,12 @@ class Compressor(nn.Module, ABC):
             self._fingerprint = (versions, hash_json(*parts, hash_tensors(state.items())))
         return self._fingerprint[1]
 
+    @property
+    def origin(self) -> str:
+        """What a compressed passage says it was made by: the fingerprint; while training, a placeholder."""
+        # In training the weights change with every step, and hashing them each time would be waste.
+        return "training" if self.training and torch.is_grad_enabled() else self.fingerprint
+
     # -- saving and loading ----------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from .base import CompressorConfig, Query, SoftCompressor
+from .checks import check_choices, check_counts, check_lora, check_ratio
 from .passage import CompressedPassage, Interface
 from .pooling import GatedPool
 from .reader import Reader
 from .registry import register_compressor
+from .segments import equal_lengths, slots_for, spread
 from .twin import LoRATwin, pack
 
 TASKS = ("ae", "lm", "ft")
@@ -84,36 +86,11 @@ class ICAEConfig(CompressorConfig):
     )
 
     def __post_init__(self) -> None:
-        for name in ("mem_size", "r", "segment_tokens", "truncate"):
-            value = getattr(self, name)
-            if value is None and name in ("segment_tokens", "truncate"):
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
-        if not (math.isfinite(self.ratio) and self.ratio >= 1):
-            raise ValueError(
-                f"ratio is source tokens per slot and must be a finite number of at least 1, got {self.ratio!r}."
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}.")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha must be positive, got {self.alpha!r}.")
-        if self.projector not in ("none", "scale", "linear"):
-            raise ValueError(f"projector must be 'none', 'scale' or 'linear', got {self.projector!r}.")
-        if self.positions not in ("spread", "append"):
-            raise ValueError(f"positions must be 'spread' or 'append', got {self.positions!r}.")
-        if self.truncate is not None and not self.fixed_slots:
-            raise ValueError(
-                "truncate is for imported ICAE v1 checkpoints, whose slots are fixed: set fixed_slots too."
-            )
-        if isinstance(self.target_modules, str):
-            raise ValueError(f"target_modules must be a list of module names, got one string {self.target_modules!r}.")
-        if self.target_modules is not None:
-            self.target_modules = tuple(self.target_modules)
-            if not self.target_modules:
-                raise ValueError(
-                    "target_modules must name at least one module, got none; leave it out for the default."
-                )
+        optional = ("segment_tokens", "truncate")
+        check_counts(self, {"mem_size": 1, "segment_tokens": 1, "truncate": 1}, optional)
+        check_ratio(self.ratio)
+        check_choices(self, {"projector": ("none", "scale", "linear"), "positions": ("spread", "append")})
+        check_lora(self)
 
     @classmethod
     def faithful(cls, **changes: Any) -> ICAEConfig:
@@ -218,16 +195,11 @@ class ICAECompressor(SoftCompressor):
     def segments(self, n_tokens: int, ratio: float | None = None) -> list[tuple[int, int]]:
         """How a passage is cut: ``(tokens, slots)`` of each segment, in order."""
         ratio = self.config.ratio if ratio is None else float(ratio)
-        if not n_tokens:
-            return []
-        if self.config.truncate is not None:
+        if n_tokens and self.config.truncate is not None:
             return [(min(n_tokens, self.config.truncate), self.config.mem_size)]
-        count = -(-n_tokens // self._longest_segment(ratio))
-        length = -(-n_tokens // count)
-        lengths = [min(length, n_tokens - start) for start in range(0, n_tokens, length)]
-        if self.config.fixed_slots:
-            return [(n, self.config.mem_size) for n in lengths]
-        return [(n, min(max(math.ceil(n / ratio - 1e-6), 1), self.config.mem_size)) for n in lengths]
+        most = self.config.mem_size
+        lengths = equal_lengths(n_tokens, self._longest_segment(ratio))
+        return [(n, most if self.config.fixed_slots else slots_for(n, ratio, most)) for n in lengths]
 
     # -- encoding --------------------------------------------------------------------------------------------------
 
@@ -275,7 +247,7 @@ class ICAECompressor(SoftCompressor):
         if self.pool is not None and pieces:
             found = found + self.pool(pieces, slots).to(found.device)
         rows = found.to(self.reader.device, self.reader.dtype).split(owned) if ids else ()
-        origin = self._origin()
+        origin = self.origin
         info = {"method": "icae", "ratio_asked": float(ratio or self.config.ratio), **self.reader.identity_card.runs_as}
         return [
             CompressedPassage("embeds", len(p), origin, self.reader.fingerprint, embeds=e, info=dict(info))
@@ -294,13 +266,7 @@ class ICAECompressor(SoftCompressor):
             return None
         row = TASKS.index(task)
         embeds = self.special[row : row + 1].to(self.reader.dtype)
-        return CompressedPassage(
-            "embeds", 0, self._origin(), self.reader.fingerprint, embeds=embeds, info={"task": task}
-        )
-
-    def _origin(self) -> str:
-        # In training the weights change with every step, and hashing them each time would be waste.
-        return "training" if self.training and torch.is_grad_enabled() else self.fingerprint
+        return CompressedPassage("embeds", 0, self.origin, self.reader.fingerprint, embeds=embeds, info={"task": task})
 
     def _forward(self, pieces: Sequence[list[int]], slots: Sequence[int]) -> list[Tensor]:
         """For each segment's ids the hidden states ``[slots, width]`` at its memory tokens, in batches of like length."""
@@ -321,8 +287,7 @@ class ICAECompressor(SoftCompressor):
                 ids[row, : len(text)] = torch.tensor(text)
                 mask[row, : lengths[i]] = 1
                 if self.config.positions == "spread":
-                    middle = (torch.arange(slots[i]) + 0.5) * (len(pieces[i]) / slots[i])
-                    positions[row, len(text) : lengths[i]] = len(bos) + middle.long()
+                    positions[row, len(text) : lengths[i]] = len(bos) + spread(len(pieces[i]), slots[i])
                 rows += [row] * slots[i]
                 columns += range(len(text), lengths[i])
                 memory += range(slots[i])

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from .base import CompressorConfig, Query, SoftCompressor
+from .checks import check_choices, check_counts, check_lora, check_ratio
 from .kv_slots import KVSlots, cached_layers, check_movable, encode_kv
 from .passage import CompressedPassage, Interface
 from .reader import Reader
+from .segments import equal_lengths, slot_of_token, slots_for, spread
 from .twin import Twin
 
 
@@ -73,29 +75,11 @@ class KVSlotConfig(CompressorConfig):
         return getattr(self, self.most_field)
 
     def __post_init__(self) -> None:
-        for name in (self.most_field, "r", "segment_tokens"):
-            value = getattr(self, name)
-            if value is None and name == "segment_tokens":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
-        if self.ratio is not None and not (math.isfinite(self.ratio) and self.ratio >= 1):
-            raise ValueError(
-                f"ratio is source tokens per slot and must be a finite number of at least 1, or null, got {self.ratio!r}."
-            )
-        if self.positions not in ("append", "spread"):
-            raise ValueError(f"positions must be 'append' or 'spread', got {self.positions!r}.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}.")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha must be positive, got {self.alpha!r}.")
-        if self.target_modules is not None:
-            if isinstance(self.target_modules, str) or not self.target_modules:
-                raise ValueError(
-                    f"target_modules must be a list of at least one module name, got {self.target_modules!r}; leave it "
-                    "out for the default."
-                )
-            self.target_modules = tuple(self.target_modules)
+        check_counts(self, {self.most_field: 1, "segment_tokens": 1}, optional=("segment_tokens",))
+        if self.ratio is not None:
+            check_ratio(self.ratio)
+        check_choices(self, {"positions": ("append", "spread")})
+        check_lora(self)
 
 
 class KVSlotCompressor(SoftCompressor):
@@ -168,15 +152,11 @@ class KVSlotCompressor(SoftCompressor):
     def _pooled(self, pieces: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
         """``[all slots, width]`` float32: each slot's own run of token embeddings, summed over sqrt(its length)."""
         embed = self.encoder.lm.get_input_embeddings()
-        of, first = [torch.zeros(0, dtype=torch.long)], 0
-        for piece, n in zip(pieces, slots):
-            of.append(torch.arange(len(piece)) * n // len(piece) + first)
-            first += n
-        where = torch.cat(of).to(embed.weight.device)
+        where = slot_of_token([len(piece) for piece in pieces], slots).to(embed.weight.device)
         ids = torch.tensor([i for piece in pieces for i in piece], dtype=torch.long, device=where.device)
         tokens = embed(ids).float()
-        total = tokens.new_zeros(first, tokens.shape[1]).index_add(0, where, tokens)
-        return total / torch.bincount(where, minlength=first).clamp(min=1).sqrt()[:, None]
+        total = tokens.new_zeros(sum(slots), tokens.shape[1]).index_add(0, where, tokens)
+        return total / torch.bincount(where, minlength=sum(slots)).clamp(min=1).sqrt()[:, None]
 
     # -- segments --------------------------------------------------------------------------------------------------
 
@@ -199,18 +179,16 @@ class KVSlotCompressor(SoftCompressor):
         if not n_tokens:
             return []
         ratio = self.config.ratio if ratio is None else float(ratio)
-        count = -(-n_tokens // (self._longest_segment(ratio) or n_tokens))
-        length = -(-n_tokens // count)
-        lengths = [min(length, n_tokens - start) for start in range(0, n_tokens, length)]
+        lengths = equal_lengths(n_tokens, self._longest_segment(ratio) or n_tokens)
         most = self.config.most_slots
         if self.config.fixed_slots:
             return [(n, most) for n in lengths]
-        return [(n, min(n if ratio is None else max(math.ceil(n / ratio - 1e-6), 1), most)) for n in lengths]
+        return [(n, slots_for(n, ratio or 1.0, most)) for n in lengths]
 
     def _memory_positions(self, start: int, tokens: int, slots: int) -> Tensor:
         if self.config.positions == "append":
             return torch.arange(start + tokens, start + tokens + slots)
-        return start + ((torch.arange(slots) + 0.5) * (tokens / slots)).long()
+        return start + spread(tokens, slots)
 
     # -- encoding --------------------------------------------------------------------------------------------------
 
@@ -257,8 +235,7 @@ class KVSlotCompressor(SoftCompressor):
                 budget=self.batch_positions,
             )
         )
-        # In training the weights change with every step, and hashing them each time would be waste.
-        origin = "training" if self.training and torch.is_grad_enabled() else self.fingerprint
+        origin = self.origin
         reader = self.reader.fingerprint
         asked = self.config.ratio if ratio is None else float(ratio)
         info = {"method": self.config.method, "ratio_asked": asked, **self.base_reader.identity_card.runs_as}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from .passage import CompressedPassage
 from .reader import Reader
+from .segments import slot_of_token
 
 TOKENS = 8  # one vector cannot tell more of them apart; with all of a paragraph's tokens the reader made out less
 NORM = 1.0  # of a slot, in mean embedding norms
@@ -53,30 +53,31 @@ class SlotMatchingLoss(nn.Module):
             ValueError: for passages of another interface.
         """
         (reader,) = self._held
-        slots, wanted = [], []
-        for passage, tokens in zip(passages, ids, strict=True):
-            if passage.embeds is None:
-                raise ValueError(f"Slots are matched as embeddings, not as {passage.interface!r}; leave out match.")
-            if not passage.slots:
-                continue
-            slots.append(passage.embeds)
-            row = torch.tensor(tokens)
-            ends = [math.ceil(len(row) * (j + 1) / passage.slots) for j in range(passage.slots)]
-            wanted += [self._pooled(row[a:b]) for a, b in zip([0, *ends], ends)]
-        if not slots:
+        if wrong := [p.interface for p in passages if p.embeds is None]:
+            raise ValueError(f"Slots are matched as embeddings, not as {wrong[0]!r}; leave out match.")
+        read = [(p, tokens) for p, tokens in zip(passages, ids, strict=True) if p.slots]
+        if not read:
             return torch.zeros((), device=reader.device), 0
-        found, target = torch.cat(slots).float(), torch.stack(wanted)
+        found = torch.cat([p.embeds for p, _ in read if p.embeds is not None]).float()
+        owner = slot_of_token([len(tokens) for _, tokens in read], [p.slots for p, _ in read])
+        target = self._pooled(torch.tensor([i for _, tokens in read for i in tokens]), owner, len(found))
         length = torch.log(found.norm(dim=-1).clamp(min=1e-6) / (NORM * reader.embedding_norm))
-        return (1 - F.cosine_similarity(found, target, dim=-1) + length.square()).sum(), len(target)
+        return (1 - F.cosine_similarity(found, target, dim=-1) + length.square()).sum(), len(found)
 
     @torch.no_grad()
-    def _pooled(self, row: Tensor) -> Tensor:
+    def _pooled(self, ids: Tensor, owner: Tensor, slots: int) -> Tensor:
+        """``[slots, width]`` weighted sums over the rarest different tokens of each slot."""
         (reader,) = self._held
-        kinds = row.unique()
-        weights = self.weights[kinds]
-        if len(kinds) > TOKENS:
-            weights, best = weights.topk(TOKENS)
-            kinds = kinds[best]
-        if not bool(weights.any()):
-            weights = torch.ones_like(weights)
-        return (reader.embed(kinds.to(reader.device)).float() * weights.to(reader.device)[:, None]).sum(0)
+        pairs = (owner * reader.vocab_size + ids).unique()  # a token counts once a slot
+        owner, ids = pairs // reader.vocab_size, pairs % reader.vocab_size
+        weights = self.weights[ids]
+        silent = torch.zeros(slots).index_add(0, owner, weights)[owner] == 0
+        weights = torch.where(silent, 1.0, weights)  # only common tokens: all of them alike
+        order = weights.argsort(descending=True, stable=True)
+        order = order[owner[order].argsort(stable=True)]  # by slot, the rarest first in each
+        owner, ids, weights = owner[order], ids[order], weights[order]
+        rank = torch.arange(len(owner)) - torch.searchsorted(owner, owner)
+        kept = rank < TOKENS
+        owner, ids, weights = (t[kept].to(reader.device) for t in (owner, ids, weights))
+        tokens = reader.embed(ids).float()
+        return tokens.new_zeros(slots, tokens.shape[1]).index_add(0, owner, tokens * weights[:, None])

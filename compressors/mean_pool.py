@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import CompressorConfig, Query, SoftCompressor
+from .checks import check_choices, check_counts, check_lora, check_ratio
 from .embedders import MINILM, Embedder, load_embedder
 from .passage import CompressedPassage, Interface
 from .reader import Reader
@@ -61,26 +62,11 @@ class MeanPoolConfig(CompressorConfig):
     embedder_hash: str | None = field(default=None, metadata={"help": "its fingerprint; filled in"})
 
     def __post_init__(self) -> None:
-        for name in ("r", "chunk_tokens", "hidden_size", "state_size"):
-            value = getattr(self, name)
-            if value is None and name in ("hidden_size", "state_size"):
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
-        if not (math.isfinite(self.ratio) and self.ratio >= 1):
-            raise ValueError(f"ratio is tokens a window and must be a finite number of at least 1, got {self.ratio!r}.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}.")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha must be positive, got {self.alpha!r}.")
-        choices = {"encoder": ("reader", "embeddings", "minilm"), "weighting": ("uniform", "learned")}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
-        if isinstance(self.target_modules, str):
-            raise ValueError(f"target_modules must be a list of module names, got one string {self.target_modules!r}.")
-        if self.target_modules is not None:
-            self.target_modules = tuple(self.target_modules)
+        optional = ("hidden_size", "state_size")
+        check_counts(self, {"chunk_tokens": 1, "hidden_size": 1, "state_size": 1}, optional)
+        check_ratio(self.ratio, "tokens a window")
+        check_choices(self, {"encoder": ("reader", "embeddings", "minilm"), "weighting": ("uniform", "learned")})
+        check_lora(self)
 
 
 @register_compressor
@@ -201,8 +187,7 @@ class MeanPoolCompressor(SoftCompressor):
         ids = self.reader.tokenize_batch(texts)
         lengths = [window_lengths(len(passage), ratio) for passage in ids]
         rows = self._slots(texts, ids, [n for windows in lengths for n in windows]).split([len(w) for w in lengths])
-        # In training the weights change with every step, and hashing them each time would be waste.
-        origin = "training" if self.training and torch.is_grad_enabled() else self.fingerprint
+        origin = self.origin
         info = {"method": "mean-pool", "ratio_asked": ratio, **self.reader.identity_card.runs_as}
         return [
             CompressedPassage("embeds", len(p), origin, self.reader.fingerprint, embeds=e, info=dict(info))

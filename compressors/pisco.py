@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .base import CompressorConfig, Query, SoftCompressor
 from .body import BodyEncoder
+from .checks import check_choices, check_counts, check_lora, check_ratio
 from .passage import CompressedPassage, Interface
 from .reader import Reader
 from .registry import register_compressor
@@ -75,31 +76,16 @@ class PISCOConfig(CompressorConfig):
     )
 
     def __post_init__(self) -> None:
-        for name in ("segment_tokens", "memory_tokens", "connector_width", "r"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
-        if not (math.isfinite(self.ratio) and self.ratio >= 1):
-            raise ValueError(f"ratio is source tokens per slot, a finite number of at least 1, got {self.ratio!r}.")
-        for name, known in (
-            ("slots", ("proportional", "plus-one", "fixed")),
-            ("connector", (None, "none", "mlp")),
-            ("scale", ("matched", "none")),
-            ("decoder", ("lora", "none")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")
+        check_counts(self, {"segment_tokens": 1, "memory_tokens": 1, "connector_width": 1})
+        check_ratio(self.ratio)
+        choices = {"slots": ("proportional", "plus-one", "fixed"), "connector": (None, "none", "mlp")}
+        check_choices(self, {**choices, "scale": ("matched", "none"), "decoder": ("lora", "none")})
+        check_lora(self)
         if not isinstance(self.encoder, str) or not self.encoder:
             raise ValueError(f"encoder must be 'lora' or the name of a causal LM, got {self.encoder!r}.")
-        if not 0 <= self.dropout < 1 or not self.alpha > 0:
-            raise ValueError(
-                f"dropout must lie in [0, 1) and alpha be positive, got {self.dropout!r} and {self.alpha!r}."
-            )
         if self.slots == "fixed" and self.segment_tokens < self.ratio:
             raise ValueError(f"{self.segment_tokens} tokens a segment give no slot at ratio {self.ratio:g}.")
-        if isinstance(self.target_modules, str):
-            raise ValueError(f"target_modules must be a list of module names, got one string {self.target_modules!r}.")
-        for name in ("target_modules", "prefix", "suffix"):
+        for name in ("prefix", "suffix"):
             if getattr(self, name) is not None:
                 setattr(self, name, tuple(getattr(self, name)))
 
@@ -306,8 +292,7 @@ class PISCOCompressor(SoftCompressor):
         reader = self.reader
         found = torch.cat(self._forward(pieces, slots)) if pieces else self.memory.new_zeros(0, self.memory.shape[1])
         rows = self._project(found).to(reader.device, reader.dtype).split(owned) if len(ids) else ()
-        # In training the weights change with every step, and hashing them each time would be waste.
-        origin = "training" if self.training and torch.is_grad_enabled() else self.fingerprint
+        origin = self.origin
         info = {"method": "pisco", "ratio_asked": float(ratio or self.config.ratio), **reader.identity_card.runs_as}
         return [
             CompressedPassage("embeds", n, origin, reader.fingerprint, embeds=e, info=dict(info))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .reader import Reader
+from .segments import slot_of_token
 
 _LIMIT = 8.0  # of a gate's logarithm: far enough to silence a token, never enough to overflow
 
@@ -34,16 +35,12 @@ class GatedPool(nn.Module):
     def forward(self, pieces: Sequence[list[int]], slots: Sequence[int]) -> Tensor:
         """``[all slots, width]`` in float32: each piece of token ids is cut into as many even runs as it has slots."""
         (reader,) = self._held
-        of, first = [], 0
-        for piece, n in zip(pieces, slots, strict=True):
-            of.append(torch.arange(len(piece)) * n // len(piece) + first)
-            first += n
-        where = torch.cat(of).to(reader.device)
+        where, count = slot_of_token([len(piece) for piece in pieces], slots).to(reader.device), sum(slots)
         with torch.no_grad():
             tokens = reader.embed(torch.tensor([i for piece in pieces for i in piece], device=reader.device)).float()
             unit = tokens * (tokens.shape[1] ** 0.5 / reader.embedding_norm)
         strength = (unit * self.gate).sum(-1)  # not a matrix product, which autocast would take to bfloat16
         weight = torch.exp(_LIMIT * torch.tanh(strength / _LIMIT))
-        total = tokens.new_zeros(first, tokens.shape[1]).index_add(0, where, tokens * weight[:, None])
-        size = tokens.new_zeros(first).index_add(0, where, weight.square()).sqrt()
+        total = tokens.new_zeros(count, tokens.shape[1]).index_add(0, where, tokens * weight[:, None])
+        size = tokens.new_zeros(count).index_add(0, where, weight.square()).sqrt()
         return self.scale * total / size[:, None]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .reader import Reader
+from .segments import equal_lengths, slots_for
 
 if TYPE_CHECKING:
     from .autocompressor import AutoCompressorConfig
@@ -45,7 +46,7 @@ class SegmentPlan:
         """Summary vectors of a segment."""
         if self.config.fixed_slots:
             return self.config.summary_length
-        return min(max(math.ceil(n_tokens / ratio - 1e-6), 1), self.config.summary_length)
+        return slots_for(n_tokens, ratio, self.config.summary_length)
 
     def cut(self, n_tokens: int, ratio: float) -> list[tuple[int, int]]:
         """``(tokens, summary vectors)`` of each segment of a passage: as few segments as there can be, equally long.
@@ -53,12 +54,7 @@ class SegmentPlan:
         Raises:
             ValueError: as `check_room`.
         """
-        if not n_tokens:
-            return []
-        count = -(-n_tokens // self.longest(ratio))
-        length = -(-n_tokens // count)
-        lengths = [min(length, n_tokens - start) for start in range(0, n_tokens, length)]
-        found = [(n, self.slots(n, ratio)) for n in lengths]
+        found = [(n, self.slots(n, ratio)) for n in equal_lengths(n_tokens, self.longest(ratio))]
         self.check_room(found, ratio)
         return found
 

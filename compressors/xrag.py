@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import CompressorConfig, Query, SoftCompressor
+from .checks import check_choices, check_counts
 from .embedders import MINILM, Embedder, load_embedder
 from .passage import CompressedPassage, Interface
 from .reader import Reader
@@ -72,14 +73,8 @@ class XRAGConfig(CompressorConfig):
     def __post_init__(self) -> None:
         if not isinstance(self.embedder, str) or not self.embedder:
             raise ValueError(f"embedder must be the name or folder of an embedder, got {self.embedder!r}.")
-        for name in ("shard_tokens", "layers"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
-        if self.pooling not in ("own", "last"):
-            raise ValueError(f"pooling must be 'own' or 'last', got {self.pooling!r}.")
-        if self.scale not in ("matched", "none"):
-            raise ValueError(f"scale must be 'matched' or 'none', got {self.scale!r}.")
+        check_counts(self, {"shard_tokens": 1, "layers": 1})
+        check_choices(self, {"scale": ("matched", "none")})
         if self.vector_size is not None and self.vector_size < 1:
             raise ValueError(f"vector_size must be at least 1, got {self.vector_size}.")
 
@@ -204,8 +199,7 @@ class XRAGCompressor(SoftCompressor):
         empty = torch.zeros(0, self.vector_size)
         rows = [empty if v is None or not texts[i].strip() else _at_most(v, lengths[i]) for i, v in enumerate(found)]
         slots = self.project(torch.cat(rows)) if rows else empty
-        # In training the weights change with every step, and hashing them each time would be waste.
-        origin = "training" if self.training and torch.is_grad_enabled() else self.fingerprint
+        origin = self.origin
         info = {"method": "xrag", **self.reader.identity_card.runs_as}
         return [
             CompressedPassage("embeds", n, origin, self.reader.fingerprint, embeds=e, info=info)
