@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from .pooled_contexts import PooledText, Slot, draw_window, flatten_slots
 from .questions import answer_kind, make_questions, rename
 from .reader_corpus import ReaderCorpus, cut, window
 from .reader_prompts import FORMATS, JOIN, NO_CONTEXT, REPEAT, UNANSWERABLE, Branch, Group, refine_prompt
@@ -40,6 +41,8 @@ class RowSettings:
         text_share: share of a context's tokens that carry the text loss. max_chars: longest passage, in characters.
         passages: (least, most) passages of a `many` group.
         windows: cut long passages to sentences from anywhere in them, and not to their beginning.
+        pooled: share of contexts with pooled passages (`pooled_contexts`). pool_windows: weights of the numbers of tokens
+            that one slot stands for.
     """
 
     row_tokens: int = 384
@@ -54,6 +57,8 @@ class RowSettings:
     max_chars: int = 900
     passages: tuple[int, int] = (2, 4)
     windows: bool = False
+    pooled: float = 0.0
+    pool_windows: dict[int, float] = field(default_factory=lambda: {4: 1.0})
 
     def __post_init__(self) -> None:
         makers = {name[5:] for name in dir(GroupMaker) if name.startswith("make_")}
@@ -63,6 +68,10 @@ class RowSettings:
             raise ValueError(f"mix.formats names {sorted(unknown)}; the prompt formats are {sorted(FORMATS)}.")
         if self.row_tokens < 32:
             raise ValueError(f"mix.row_tokens is {self.row_tokens}; a row needs at least 32 tokens.")
+        if min(map(int, self.pool_windows), default=0) < 1:
+            raise ValueError(
+                f"mix.pool_windows is {self.pool_windows}; it takes numbers of tokens from 1 with weights."
+            )
 
 
 class GroupMaker:
@@ -180,12 +189,25 @@ class ReaderRows(Dataset):
     ids; positions (restart with every group; branches continue from the context); groups (0 is padding); branches
     (0 is the context); kinds (0 no loss, else 1 + index in LOSS_KINDS): the loss of predicting this token from the
     one before it. `pointers` [MAX_POINTERS, 2] are pairs (index of the last token of a prompt, index of a context
-    token with which its answer begins), all places of an answer, -1 where there is no more.
+    token with which its answer begins), all places of an answer, -1 where there is no more. `slots` is a dict of the
+    places at which a pooled run of tokens is read (see `pooled_contexts`).
+
+    Args:
+        weights: [vocabulary] of the tokens in a pooled run; needed if `settings.pooled` is not 0.
     """
 
     def __init__(
-        self, corpus: ReaderCorpus, tokenizer: PreTrainedTokenizerFast, settings: RowSettings, seed: str, rows: int
+        self,
+        corpus: ReaderCorpus,
+        tokenizer: PreTrainedTokenizerFast,
+        settings: RowSettings,
+        seed: str,
+        rows: int,
+        weights: np.ndarray | None = None,
     ) -> None:
+        if settings.pooled and weights is None:
+            raise ValueError("Rows with mix.pooled need the weights of the tokens; see pooled_contexts.token_weights.")
+        self.weights = weights
         self.maker = GroupMaker(corpus, settings)
         self.tokenizer, self.settings, self.seed, self.rows = tokenizer, settings, seed, rows
         self.core = tokenizer.backend_tokenizer
@@ -195,7 +217,7 @@ class ReaderRows(Dataset):
     def __len__(self) -> int:
         return self.rows
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self.rows:
             raise IndexError(f"Row {index} of a stage of {self.rows} rows.")
         rng = random.Random(f"{self.seed}/{index}")
@@ -212,24 +234,54 @@ class ReaderRows(Dataset):
 
     def _encode(self, group: Group, rng: random.Random) -> tuple[Tokens, list[Tokens]]:
         """Token ids and loss kinds of a group's context and of each of its branches."""
-        chat, newline = group.format.chat, self._ids("\n")
-        head = [self.tokenizer.bos_token_id] + ([self.user, *newline] if chat else [])
+        head = [self.tokenizer.bos_token_id] + ([self.user, *self._ids("\n")] if group.format.chat else [])
         head += self._ids(group.format.head) if group.context else []
-        body = self._ids(group.context)
         kind = LOSS_KINDS.index(group.context_kind) + 1 if group.context_kind else IGNORED
         share = self.settings.text_share if group.branches else 1.0
+        if self.settings.pooled and self._can_pool(group) and rng.random() < self.settings.pooled:
+            return self._encode_pooled(group, head, rng)
+        body = self._ids(group.context)
         context = Tokens(head + body, [0] * len(head) + [kind if rng.random() < share else 0 for _ in body])
+        return context, [self._branch(branch, group, context.ids) for branch in group.branches]
+
+    def _branch(self, branch: Branch, group: Group, context: list[int]) -> Tokens:
+        """A branch that reads `context`, in which the places of its answer are looked up."""
+        role = [*self._ids("\n"), self.assistant] if group.format.chat else []
+        prompt = self._ids(branch.prompt) + role
+        answer = [*self._ids(branch.answer), self.tokenizer.eos_token_id]
+        places = find_places(context, answer[:-1]) if branch.kind == "answer" else []
+        kinds = [0] * len(prompt) + [LOSS_KINDS.index(branch.kind) + 1] * len(answer)
+        if branch.kind == "answer":
+            kinds[len(prompt)] = LOSS_KINDS.index("first") + 1
+        return Tokens(prompt + answer, kinds, len(prompt) - 1, places)
+
+    @staticmethod
+    def _can_pool(group: Group) -> bool:
+        return bool(group.context) and any(branch.kind == "answer" for branch in group.branches)
+
+    def _encode_pooled(self, group: Group, head: list[int], rng: random.Random) -> tuple[Tokens, list[Tokens]]:
+        """The group with its passages pooled, one in five times only some of them; without the questions whose answer
+        begins with a token that was left out."""
+        if self.weights is None:
+            raise ValueError("Rows with mix.pooled need token weights.")
+        pooled, whole = PooledText(), list(head)
+        pooled.add_tokens(head)
+        window, some = draw_window(self.settings.pool_windows, rng), rng.random() < 0.2
+        for number, passage in enumerate(group.context.split(JOIN)):
+            between, ids = self._ids(JOIN) if number else [], self._ids(passage)
+            pooled.add_tokens(between)
+            whole += between + ids
+            if some and rng.random() < 0.5:
+                pooled.add_tokens(ids)
+            else:
+                pooled.add_pooled(ids, window, self.weights, self.tokenizer.pad_token_id)
         branches = []
         for branch in group.branches:
-            prompt = self._ids(branch.prompt) + ([*newline, self.assistant] if chat else [])
-            answer = [*self._ids(branch.answer), self.tokenizer.eos_token_id]
-            kind = LOSS_KINDS.index(branch.kind) + 1
-            places = find_places(context.ids, answer[:-1]) if branch.kind == "answer" else []
-            kinds = [0] * len(prompt) + [kind] * len(answer)
-            if branch.kind == "answer":
-                kinds[len(prompt)] = LOSS_KINDS.index("first") + 1
-            branches.append(Tokens(prompt + answer, kinds, len(prompt) - 1, places))
-        return context, branches
+            tokens = self._branch(branch, group, whole)
+            tokens.places = sorted({pooled.place[i] for i in tokens.places} - {-1})
+            if tokens.places or branch.kind != "answer" or branch.answer.strip() == UNANSWERABLE:
+                branches.append(tokens)
+        return Tokens(pooled.ids, [0] * len(pooled.ids), slots=pooled.slots), branches
 
     def _copy_pieces(self, rng: random.Random, left: int) -> tuple[Tokens, list[Tokens]]:
         """A random segment repeated two to four times; its first time carries no loss."""
@@ -244,12 +296,13 @@ class ReaderRows(Dataset):
 @dataclass
 class Tokens:
     """Token ids with the loss kind of each; for a branch, its prompt's last token and the context tokens with which
-    its answer begins."""
+    its answer begins; for a context, its slots by index."""
 
     ids: list[int]
     kinds: list[int]
     prompt_end: int = 0
     places: list[int] = field(default_factory=list)
+    slots: dict[int, Slot] = field(default_factory=dict)
 
 
 def find_places(context: list[int], answer: list[int], least: int = 3) -> list[int]:
@@ -266,6 +319,7 @@ class _Row:
         self.ids = np.full(length, pad, dtype=np.int64)
         self.positions, self.groups, self.branches, self.kinds = (np.zeros(length, dtype=np.int64) for _ in range(4))
         self.pointers: list[tuple[int, int]] = []
+        self.slots: dict[int, Slot] = {}
         self.used = self.group = 0
 
     @property
@@ -286,6 +340,7 @@ class _Row:
             return False
         self.group += 1
         begin = self.used
+        self.slots.update({begin + at: slot for at, slot in context.slots.items()})
         self._put(context, 0, 0)
         for number, branch in enumerate(kept, 1):
             self.pointers += [(self.used + branch.prompt_end, begin + place) for place in branch.places]
@@ -300,7 +355,7 @@ class _Row:
         self.groups[where], self.branches[where] = self.group, branch
         self.used += size
 
-    def arrays(self) -> dict[str, np.ndarray]:
+    def arrays(self) -> dict[str, Any]:
         kinds = self.kinds
         kinds[0] = 0
         pointers = np.full((MAX_POINTERS, 2), -1, dtype=np.int64)
@@ -313,9 +368,12 @@ class _Row:
             "branches": self.branches,
             "kinds": kinds,
             "pointers": pointers,
+            **({"slots": self.slots} if self.slots else {}),
         }
 
 
 def collate_rows(items: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Stack rows into int64 tensors with the row as first dimension."""
-    return {key: torch.from_numpy(np.stack([item[key] for item in items])) for key in items[0]}
+    """Stack rows into int64 tensors with the row as first dimension; slots, if there are any, as `flatten_slots` says."""
+    batch = {key: torch.from_numpy(np.stack([item[key] for item in items])) for key in items[0] if key != "slots"}
+    slots = [item.get("slots", {}) for item in items]
+    return batch | (flatten_slots(slots, batch["ids"].shape[1]) if any(slots) else {})

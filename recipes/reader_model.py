@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import rotate_half
 
+from .pooled_contexts import put_slots
 from .reader_data import LOSS_KINDS
 
 
 class PackedReader(nn.Module):
     """A causal LM on packed rows: block attention, and the head only where a loss is taken.
 
-    `forward(ids, positions, groups, branches, kinds, pointers)`, all int64 (see `ReaderRows`), returns `loss` (the mean
+    `forward(ids, positions, groups, branches, kinds, pointers)`, all int64 (see `ReaderRows`), and with pooled
+    contexts the tensors of `flatten_slots`, returns `loss` (the mean
     over the positions with a loss, weighted by kind), `tokens` (their count, padding apart) and the plain means
     `loss/first`, `loss/answer`, `loss/text`, `loss/copy` of the kinds that occur.
 
@@ -47,11 +49,21 @@ class PackedReader(nn.Module):
         return hook
 
     def forward(
-        self, ids: Tensor, positions: Tensor, groups: Tensor, branches: Tensor, kinds: Tensor, pointers: Tensor
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        groups: Tensor,
+        branches: Tensor,
+        kinds: Tensor,
+        pointers: Tensor,
+        **slots: Tensor,
     ) -> dict[str, Tensor]:
         mask = block_mask(groups, branches)
+        embeds = self.model.model.embed_tokens(ids)
+        if slots:
+            embeds = put_slots(embeds, self.model.model.embed_tokens.weight, **slots)
         hidden = self.model.model(
-            input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False
+            inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False
         ).last_hidden_state
         wanted = kinds[:, 1:] > 0
         targets, kind = ids[:, 1:][wanted], kinds[:, 1:][wanted] - 1

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -13,6 +14,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from .corpus import find_files, read_documents, read_records
 from .overlap import HeldOut
+from .pooled_contexts import token_weights
 from .reader_corpus import ReaderCorpus
 from .reader_data import LOSS_KINDS, ReaderRows, RowSettings, collate_rows
 from .reader_eval import copy_loss, heldout_perplexity, question_scores
@@ -21,6 +23,7 @@ from .reader_model import PackedReader
 from .schema import Recipe, Stage
 from .tokenizer import load_tokenizer, tokenizer_texts, train_tokenizer
 
+PARAGRAPHS = 4  # of an article, in which document frequencies are counted
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -80,7 +83,14 @@ class ReaderTask:
     def dataset(self, stage: Stage) -> Dataset:
         """The rows of a stage: as many as its steps take."""
         rows = stage.steps * stage.batch_size * stage.accumulate
-        return ReaderRows(self.corpus, self.tokenizer, self._rows(stage), f"{self.recipe.seed}/{stage.name}", rows)
+        settings, seed = self._rows(stage), f"{self.recipe.seed}/{stage.name}"
+        weights = self._token_weights() if settings.pooled else None
+        return ReaderRows(self.corpus, self.tokenizer, settings, seed, rows, weights)
+
+    def _token_weights(self) -> np.ndarray:
+        """How rare each token is among the paragraphs that are trained on."""
+        texts = [text for article in self.corpus.articles for text in article[:PARAGRAPHS]]
+        return token_weights(self.tokenizer.backend_tokenizer, texts)
 
     @staticmethod
     def _rows(stage: Stage) -> RowSettings:

@@ -12,6 +12,7 @@ from llama_index.core.prompts.default_prompts import DEFAULT_TEXT_QA_PROMPT_TMPL
 from nutgraf.recipes.answer_scores import exact_match, f1
 from nutgraf.recipes.corpus import parse_record, read_documents, read_records
 from nutgraf.recipes.overlap import HeldOut
+from nutgraf.recipes.pooled_contexts import draw_window, token_weights
 from nutgraf.recipes.questions import find_spans, make_questions, rename
 from nutgraf.recipes.reader_data import ReaderRows, RowSettings, collate_rows, find_places
 from nutgraf.recipes.reader_init import start_copying
@@ -174,6 +175,45 @@ def test_only_answers_carry_the_answer_loss_and_they_end(task):
         assert item["ids"][end + 1] == item["ids"][place]
         assert item["groups"][end] == item["groups"][place]
         assert item["branches"][place] == 0
+
+
+def test_rare_tokens_weigh_more(task):
+    core = task.tokenizer.backend_tokenizer
+    texts = ["the cat", "the dog", "the bird", "the cow"]
+    weights = token_weights(core, texts)
+    common = core.encode("the", add_special_tokens=False).ids[0]
+    rare = core.encode(" cow", add_special_tokens=False).ids[-1]
+    assert weights.shape == (len(task.tokenizer),)
+    assert weights[rare] > weights[common]
+    assert {draw_window({4: 1.0, 8: 0.0}, random.Random(i)) for i in range(5)} == {4}
+
+
+def test_rows_with_pooled_passages(task):
+    settings = RowSettings(
+        row_tokens=512, kinds={"human": 1.0}, swap=0.0, unanswerable=0.0, pooled=1.0, pool_windows={6: 1.0}
+    )
+    rows = ReaderRows(task.corpus, task.tokenizer, settings, "7/test", 3, task._token_weights())
+    item = rows[0]
+    assert item["slots"]
+    assert (item["ids"][list(item["slots"])] == task.tokenizer.pad_token_id).all()
+    assert (item["kinds"][list(item["slots"])] == 0).all()
+    pointed = item["pointers"][item["pointers"][:, 0] >= 0]
+    assert len(pointed)
+    for end, place in pointed:  # the slot pointed at holds the token with which the answer begins
+        held = {item["ids"][place]} if place not in item["slots"] else {token for token, _ in item["slots"][place]}
+        assert item["ids"][end + 1] in held
+        assert item["groups"][end] == item["groups"][place]
+    assert all((item[key] == rows[0][key]).all() for key in item if key != "slots")
+    batch = collate_rows([item, rows[1]])
+    task.module.train()
+    out = task.module(**batch)
+    assert torch.isfinite(out["loss"])
+    changed = task.module(**{**batch, "slot_tokens": batch["slot_tokens"].flip(0)})
+    assert changed["loss"] != out["loss"]
+    with pytest.raises(ValueError, match="need the weights"):
+        ReaderRows(task.corpus, task.tokenizer, settings, "7/test", 3)
+    with pytest.raises(ValueError, match="pool_windows"):
+        RowSettings(pool_windows={0: 1.0})
 
 
 def test_places_of_an_answer():
