@@ -12,7 +12,15 @@ from rich.console import Console
 
 from ..compressors import Reader
 from .baselines import BASELINES
-from .loading import CompressorSpec, dataset_name, find_compressor, find_reader, find_records, hide_loading_bars
+from .loading import (
+    CompressorSpec,
+    dataset_name,
+    find_compressor,
+    find_reader,
+    find_records,
+    hide_loading_bars,
+    store_encoding,
+)
 from .methods import Compressed, FullText, Method, NoContext, lines
 from .quality import Settings, evaluate
 from .reading import answer_swap, gold_positions
@@ -56,6 +64,13 @@ def quality(
         typer.Option(help=f"Equal-budget baselines, repeatable: {', '.join(BASELINES)}, none; default all."),
     ] = None,
     shuffled: Annotated[bool, typer.Option(help="Also read another question's compressed passages.")] = True,
+    store_precision: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also read the slots as a store gives them back that keeps them so, repeatable: int8, int4, float16, "
+            "bfloat16."
+        ),
+    ] = None,
     max_new_tokens: Tokens = 24,
     batch_size: Batch = 16,
     beta: Annotated[float, typer.Option(help="Weight of recall in ROUGE-L.")] = 1.0,
@@ -69,9 +84,13 @@ def quality(
     with friendly_errors():
         names = [name for name in (BASELINES if baseline is None else baseline) if name != "none"]
         settings = Settings(dataset_name(file), max_new_tokens, batch_size, beta, seed)
+        encodings = [store_encoding(precision) for precision in store_precision or ()]
         records = find_records(file, half, limit)
         loaded = find_reader(reader, device, dtype)
-        methods = lines(_methods(loaded, compressor, ratio), baselines=names, shuffled=shuffled, seed=seed)
+        made = _methods(loaded, compressor, ratio)
+        if encodings and all(method.compressor.interface == "text" for method in made):
+            raise ValueError("--store-precision needs a --compressor that makes slots; text is stored as it is.")
+        methods = lines(made, baselines=names, shuffled=shuffled, seed=seed, encodings=encodings)
         found = evaluate(loaded, methods, records, settings)
         rows = [line.row | ({"half": half} if half else {}) for line in found]
         _finish(rows, out)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..adapters.store import Encoding
 from ..compressors import COMPRESSORS, Compressor, Reader, load_compressor, make_compressor
 from ..recipes.corpus import Record, read_records
 
@@ -77,6 +78,21 @@ def find_compressor(name: str, reader: Reader) -> Compressor:
     if cls is not None and cls.interface == "text":
         return make_compressor(name, reader)
     return load_compressor(_shipped(name), reader)
+
+
+def store_encoding(precision: str) -> Encoding:
+    """How a store keeps slots in a precision that the command line names.
+
+    Raises ValueError for another name than int8, int4, float16, bfloat16 or float32.
+    """
+    if precision in ("int8", "int4"):
+        return Encoding(quantize=precision)  # type: ignore[arg-type]
+    try:
+        return Encoding(dtype=precision)
+    except ValueError as error:
+        raise ValueError(
+            f"A store keeps slots as int8, int4, float16, bfloat16 or float32, got --store-precision {precision}."
+        ) from error
 
 
 def find_records(path: str, half: str | None = None, limit: int | None = None) -> list[Record]:

@@ -1,8 +1,9 @@
 """The lines of a benchmark: each turns records into the contexts that the reader reads.
 
 A method's `contexts` gives, for each record, the pieces (texts or compressed passages) that stand in front of the
-question. The fixed lines are `FullText` and `NoContext`; `Compressed` is what is measured; `Shuffled` is its control;
-`EqualBudget` holds the text baselines that may use as many reader positions as the compressed prompt does.
+question. The fixed lines are `FullText` and `NoContext`; `Compressed` is what is measured, and `Stored` the same after a
+store has rounded its slots; `Shuffled` is its control; `EqualBudget` holds the text baselines that may use as many reader
+positions as the compressed prompt does.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ..adapters.store import Encoding
+from ..adapters.store.codec import round_trip
 from ..compressors import CompressedPassage, Compressor, Reader
 from ..recipes.corpus import Record
 from ..recipes.templates import Piece, question_prompt
@@ -88,6 +91,49 @@ class Compressed:
 
 
 @dataclass(eq=False)
+class Stored:
+    """The passages of a compressed method as a store gives them back: quantised and dequantised by its own codec.
+
+    Attributes:
+        of: what makes the passages.
+        encoding: how the store keeps their slots.
+        nbytes: bytes of slots a passage in that store, the mean over those read last; 0 before.
+
+    Raises:
+        ValueError: if the compressor makes text, which a store does not round.
+    """
+
+    of: Compressed
+    encoding: Encoding
+    name: str = ""
+    ratio: float | None = None
+    nbytes: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.of.compressor.interface == "text":
+            raise ValueError(
+                f"{self.of.name} makes text, which a store keeps as it is; there is no precision to measure."
+            )
+        self.name = self.name or f"{self.of.name}-{self.precision}"
+        self.ratio = self.of.ratio
+
+    @property
+    def precision(self) -> str:
+        """`int8`, `int4` or a dtype."""
+        return self.encoding.quantize or self.encoding.dtype or "as-made"
+
+    def contexts(self, reader: Reader, records: Sequence[Record]) -> list[list[Piece]]:
+        found: list[list[Piece]] = []
+        sizes = []
+        for pieces in self.of.contexts(reader, records):
+            back = [round_trip(piece, self.encoding) for piece in pieces if isinstance(piece, CompressedPassage)]
+            found.append([passage for passage, _ in back])
+            sizes += [size for _, size in back]
+        self.nbytes = sum(sizes) / max(len(sizes), 1)
+        return found
+
+
+@dataclass(eq=False)
 class Shuffled:
     """The control: each question reads the compressed passages of another question, one with other passages.
 
@@ -132,7 +178,7 @@ class EqualBudget:
 
 def reader_of(method: Method, reader: Reader) -> Reader:
     """Who reads a line's prompts: `reader`, or the one that was tuned together with the line's compressor."""
-    compressed = method.of if isinstance(method, Shuffled) else method
+    compressed = method.of if isinstance(method, Shuffled | Stored) else method
     return compressed.compressor.reader if isinstance(compressed, Compressed) else reader
 
 
@@ -142,11 +188,23 @@ def prompts(method: Method, reader: Reader, records: Sequence[Record]) -> list[l
     return [question_prompt(pieces, record.question) for pieces, record in zip(contexts, records)]
 
 
-def lines(compressed: Sequence[Compressed], *, baselines: Sequence[str], shuffled: bool, seed: int = 0) -> list[Method]:
-    """All lines of a table: the fixed ones, then each compressed method with its control and its baselines."""
+def lines(
+    compressed: Sequence[Compressed],
+    *,
+    baselines: Sequence[str],
+    shuffled: bool,
+    seed: int = 0,
+    encodings: Sequence[Encoding] = (),
+) -> list[Method]:
+    """All lines of a table: the fixed ones, then each compressed method with its control and its baselines.
+
+    With `encodings`, each method that makes slots is also read as stores with these encodings give them back.
+    """
     out: list[Method] = [FullText(), NoContext()]
     for method in compressed:
         out.append(method)
+        if method.compressor.interface != "text":
+            out += [Stored(method, encoding) for encoding in encodings]
         if shuffled:
             out.append(Shuffled(method, seed))
         out += [EqualBudget(name, method, seed) for name in baselines]

@@ -18,7 +18,7 @@ from ..compressors import CompressedPassage, Compressor, Reader
 from ..recipes.corpus import Record
 from ..recipes.templates import Piece, question_prompt
 from . import metrics
-from .methods import EqualBudget, Method, Shuffled, reader_of
+from .methods import Compressed, EqualBudget, Method, Shuffled, Stored, reader_of
 from .rows import Row, clean, provenance
 from .scoring import Likelihood, answers, kl_divergence, likelihoods
 
@@ -104,6 +104,13 @@ def evaluate(reader: Reader, methods: Sequence[Method], records: Sequence[Record
                 scores["answer_tokens"] = np.array([len(item.log_probs) for item in likely])
                 scores["kl"] = np.array([kl_divergence(reader, a, b) for a, b in zip(full, likely)])
             row = _row(method, scores, found, kept, settings)
+            if isinstance(method, Compressed):
+                sizes = [
+                    piece.nbytes for pieces in contexts for piece in pieces if isinstance(piece, CompressedPassage)
+                ]
+                row["bytes_per_passage"] = sum(sizes) / max(1, len(sizes))
+            if isinstance(method, Stored):
+                row |= _stored(method, predictions, scores, found, settings.seed)
             row |= provenance(reader, settings.seed, compressor_of(method)) | {"skipped": len(records) - len(kept)}
             found.append(Line(method.name, method.ratio, predictions, scores, clean(row)))
     return found
@@ -185,14 +192,31 @@ def _row(
         row["kl_to_full"] = float(scores["kl"].mean())
     if len(found) >= 2:
         full, none = found[0].scores["f1"], found[1].scores["f1"]
-        row["recovered_share"] = metrics.recovered_share(row["f1"], float(none.mean()), float(full.mean()))
         interval = metrics.bootstrap_recovered_share(scores["f1"], none, full, seed=settings.seed)
-        row["ci_low"], row["ci_high"] = interval if interval is not None else (None, None)
+        if interval is not None:
+            row["recovered_share"] = metrics.recovered_share(row["f1"], float(none.mean()), float(full.mean()))
+            row["ci_low"], row["ci_high"] = interval
+    return row
+
+
+def _stored(
+    method: Stored, predictions: Sequence[str], scores: dict[str, np.ndarray], found: Sequence[Line], seed: int
+) -> Row:
+    """What a stored line adds: its precision and bytes and, question by question, what changed against the slots as made."""
+    row: Row = {"store_precision": method.precision, "stored_of": method.of.name, "bytes_per_passage": method.nbytes}
+    if method.encoding.quantize is not None:
+        row["store_group"] = method.encoding.group
+    made = next((line for line in found if (line.method, line.ratio) == (method.of.name, method.ratio)), None)
+    if made is not None:
+        change = scores["f1"] - made.scores["f1"]
+        row["same_answers"] = float(np.mean([a == b for a, b in zip(predictions, made.predictions)]))
+        row["f1_change"] = float(change.mean())
+        row["f1_change_ci_low"], row["f1_change_ci_high"] = metrics.bootstrap_mean(change, seed=seed)
     return row
 
 
 def compressor_of(method: Method) -> Compressor | None:
     """The compressor that a line is about, its own or that of the method whose control or budget it is."""
-    if isinstance(method, EqualBudget | Shuffled):
+    if isinstance(method, EqualBudget | Shuffled | Stored):
         return compressor_of(method.of)
     return getattr(method, "compressor", None)

@@ -70,6 +70,8 @@ def name_of(row: Row) -> str:
         return FIXED[method]
     if method.endswith("-shuffled"):
         return "shuffled"
+    if "store_precision" in row:
+        return f"stored as {row['store_precision']}"
     if "budget_of" in row:
         return method.replace("-", " ")
     return f"{method} {row['ratio_asked']:g}x" if row.get("ratio_asked") else method
@@ -79,7 +81,8 @@ def kind_of(row: Row) -> str:
     """`fixed`, `method` or `beside` (see `TableLine`)."""
     if row["method"] in FIXED:
         return "fixed"
-    return "beside" if "budget_of" in row or str(row["method"]).endswith("-shuffled") else "method"
+    beside = "budget_of" in row or "store_precision" in row or str(row["method"]).endswith("-shuffled")
+    return "beside" if beside else "method"
 
 
 def _line(row: Row) -> TableLine:

@@ -117,7 +117,13 @@ def encode_kv(
 
 
 def check_movable(reader: Reader) -> None:
-    """Raises ``ValueError`` if keys of this reader cannot be read at another position than their own."""
+    """Raises ``ValueError`` if this reader has no keys, or its keys can be read at no other position than their own."""
+    if getattr(reader.model, "_is_stateful", False):
+        raise ValueError(
+            f"{type(reader.model).__name__} is a state-space model: it carries a running state (in some or all layers) and "
+            "keeps no keys and values for each token, so there are none to compress a passage to; use an embeds method such "
+            "as icae, or a text method, with this reader."
+        )
     if FIXED in reader.kv_placement.kinds:
         raise ValueError(
             f"{type(reader.model).__name__} mixes positions into its keys (learned positions or an unknown rotation), so "

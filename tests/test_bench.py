@@ -95,8 +95,8 @@ def test_a_tuned_reader_reads_its_own_lines_and_no_others(reader: Reader) -> Non
     compressed = lines.Compressed(gist)
     assert lines.reader_of(compressed, reader) is gist.reader
     assert lines.reader_of(lines.Shuffled(compressed), reader) is gist.reader
-    table = lines.lines([compressed], baselines=["truncate"], shuffled=True)
-    found = {line.method: line for line in quality.evaluate(reader, table, RECORDS, QUIET)}
+    methods = lines.lines([compressed], baselines=["truncate"], shuffled=True)
+    found = {line.method: line for line in quality.evaluate(reader, methods, RECORDS, QUIET)}
     prompts = lines.prompts(compressed, reader, RECORDS)
     assert found["gist"].predictions == [a.strip() for a in gist.reader.generate(prompts, 4)]
     full = [question_prompt(list(r.passages), r.question) for r in RECORDS]

@@ -366,6 +366,12 @@ def test_state_space_readers_that_read_embeddings_may_be_used(zoo, index):
     assert compressor.asked
 
 
+@pytest.mark.parametrize("method", ["gist", "500x"])
+def test_state_space_readers_have_no_keys_and_values(zoo, method):
+    with pytest.raises(ValueError, match=r"MambaForCausalLM is a state-space model.* use an embeds method"):
+        make_compressor(method, state_space(zoo, "mamba", state_size=8))
+
+
 # -- what nobody may type ------------------------------------------------------------------------------------------------
 
 

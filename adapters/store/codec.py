@@ -110,6 +110,16 @@ def decode(header: Mapping[str, Any], data: Any) -> CompressedPassage:
         raise StoreError(f"A stored passage's header does not fit its bytes: {error!r}.") from error
 
 
+def round_trip(passage: CompressedPassage, encoding: Encoding) -> tuple[CompressedPassage, int]:
+    """The passage as a store with this encoding gives it back, and the bytes that its tensors take there.
+
+    Raises:
+        ValueError: if its numbers do not fit the encoding.
+    """
+    header, data = encode(passage, encoding)
+    return decode(json.loads(header), bytearray(data)), len(data)
+
+
 def _write(run: bytearray, name: str, tensor: Tensor, encoding: Encoding) -> dict[str, Any]:
     """Appends a tensor to the run of bytes, and says how it is to be read."""
     made = str(tensor.dtype).removeprefix("torch.")
