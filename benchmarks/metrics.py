@@ -112,13 +112,14 @@ def bootstrap_recovered_share(
 ) -> tuple[float, float] | None:
     """Percentile bootstrap interval of the recovered share, the three scores of a question resampled together.
 
-    None when fewer than half the resamples have a full text that beats no context: the interval would mean nothing.
+    None where the interval of full - none at this level holds 0: then what the passages bring cannot be told from nothing,
+    nor a share of it.
     """
     if not len(scores) == len(none) == len(full):
         raise ValueError(f"Scores must be paired by question, got {len(scores)}, {len(none)} and {len(full)}.")
     means = _resampled_means(np.stack([scores, none, full], axis=1).astype(float), seed, repeats, level)
     means = means[means[:, 2] > means[:, 1]]
-    if len(means) * 2 < repeats:
+    if repeats - len(means) > repeats * (1 - level) / 2:
         return None
     return _interval((means[:, 0] - means[:, 1]) / (means[:, 2] - means[:, 1]), level)
 

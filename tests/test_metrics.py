@@ -125,6 +125,9 @@ def test_bootstrap_recovered_share_is_paired() -> None:
     assert low == pytest.approx(0.5)
     assert high == pytest.approx(0.5)
     assert metrics.bootstrap_recovered_share(full, full, none) is None
+    # One question in twelve that the text helps with: some resamples have none of it.
+    full, none = np.eye(1, 12)[0], np.zeros(12)
+    assert metrics.bootstrap_recovered_share(full, none, full) is None
     with pytest.raises(ValueError, match="paired"):
         metrics.bootstrap_recovered_share([1.0], [0.0, 0.0], [1.0])
 
