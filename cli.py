@@ -1,4 +1,4 @@
-"""The command line: `nutgraf train`, `inspect`, `bench`, `demo`.
+"""The command line: `nutgraf train`, `inspect`, `bench`, `plan`, `demo`.
 
 Heavy modules are imported by the commands that use them.
 """
@@ -143,6 +143,16 @@ def bench(context: typer.Context) -> None:
     from .benchmarks.cli import bench_app
 
     bench_app(args=context.args or ["--help"], prog_name="nutgraf bench")
+
+
+@app.command(context_settings=_PASS_ON, add_help_option=False)
+def plan(context: typer.Context) -> None:
+    """Does compressing pay, for a reader, its passages and a device? Estimates; no weights are read."""
+    from .benchmarks.plan_cli import plan as run
+
+    single = typer.Typer(add_completion=False)
+    single.command(help=run.__doc__)(run)
+    single(args=context.args or ["--help"], prog_name="nutgraf plan")
 
 
 @app.command(context_settings=_PASS_ON, add_help_option=False)

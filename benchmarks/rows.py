@@ -75,10 +75,16 @@ def latest(rows: Sequence[Row]) -> list[Row]:
         "method",
         "ratio_asked",
         "budget_of",
+        "sending",
+        "level",
         "position",
         "reader",
         "device",
         "dtype",
+        "reader_shape",
+        "interface",
+        "context_asked",
+        "batch",
     )
     found: dict[tuple[Any, ...], Row] = {}
     for row in rows:
@@ -88,10 +94,13 @@ def latest(rows: Sequence[Row]) -> list[Row]:
 
 
 def by_dataset(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Quality and speed rows by the dataset that they were measured on, in order of appearance."""
+    """Quality and speed rows by the dataset that they were measured on, in order of appearance.
+
+    Rows of the account of speed have no dataset and stand elsewhere.
+    """
     found: dict[str, list[Row]] = {}
     for row in rows:
-        if row.get("suite") in ("quality", "speed"):
+        if row.get("suite") in ("quality", "speed") and row.get("test") != "account":
             found.setdefault(str(row.get("dataset", "")), []).append(row)
     return found
 

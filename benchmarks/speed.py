@@ -9,7 +9,9 @@ from ..compressors import Reader
 from ..recipes.corpus import Record
 from ..recipes.templates import question_prompt
 from . import metrics
+from .costs import Work, decoder_shape
 from .quality import progress_bar
+from .roofline import Roofline
 from .rows import Row, clean, provenance
 from .timing import Contender, Cost, Request, time_contenders
 
@@ -28,11 +30,15 @@ def speed(
     dataset: str = "",
     seed: int = 0,
     progress: bool = True,
+    roofline: Roofline | None = None,
 ) -> list[Row]:
     """A row for the full text and for every contender at each number of passages.
 
     Passages come from the records' own pool, the same ones for every contender. Numbers of passages whose full text the
     reader has no room for are left out.
+
+    Args:
+        roofline: the device's rates; then rows say how near to them the prefill is, if the reader's cost can be counted.
 
     Raises:
         ValueError: if the records hold too few passages, or the reader has room for none of the sizes.
@@ -57,8 +63,14 @@ def speed(
                 advance=functools.partial(bar.advance, task),
             )
         for contender, cost in zip(everyone, costs):
-            row = cost_row(contender, cost, costs[0], count) | {"dataset": dataset, "n": len(asked) * repeats}
+            row = cost_row(contender, cost, costs[0], count, decode_tokens) | {
+                "dataset": dataset,
+                "n": len(asked) * repeats,
+            }
             row |= {"reader_shape": shape(reader)} | provenance(reader, seed, contender.compressor)
+            if roofline is not None and (work := prefill_work(reader, cost, roofline.dtype)) is not None:
+                floor = 1000 * roofline.seconds(work)
+                row |= {"roofline_ms": floor, "roofline_share": floor / cost.ttft}
             rows.append(clean(row))
     if not rows:
         raise ValueError(
@@ -80,9 +92,10 @@ def make_requests(records: Sequence[Record], passages: int, count: int) -> list[
     ]
 
 
-def cost_row(contender: Contender, cost: Cost, full: Cost, passages: int) -> Row:
+def cost_row(contender: Contender, cost: Cost, full: Cost, passages: int, decode_tokens: int) -> Row:
     """The figures of a results row. `ttft_ms` is with stored passages, `ttft_online_ms` with compression on the way.
 
+    `requests_per_s` is one request after another, each answered in `decode_tokens` tokens.
     `break_even_reads` is how many reads of a stored request pay for compressing it once: compress / (full - stored TTFT);
     absent when the stored request is not faster.
     """
@@ -105,6 +118,8 @@ def cost_row(contender: Contender, cost: Cost, full: Cost, passages: int) -> Row
         "bytes_per_passage": cost.bytes_per_passage,
         "flops": cost.flops,
         "peak_bytes": cost.peak_bytes,
+        "requests_per_s": 1000 / (cost.ttft + cost.decode * (decode_tokens - 1)),
+        "decode_tokens": decode_tokens,
     }
     if contender.compressor is not None:
         row |= {
@@ -115,6 +130,16 @@ def cost_row(contender: Contender, cost: Cost, full: Cost, passages: int) -> Row
             "break_even_reads": cost.compress / saved if saved > 0 else None,
         }
     return row
+
+
+def prefill_work(reader: Reader, cost: Cost, dtype: str) -> Work | None:
+    """The least that one prefill takes, counted from the reader's config; None for an architecture that is not known."""
+    try:
+        counted = decoder_shape(reader.model.config)
+    except ValueError:
+        return None
+    past = round(cost.kv_slots)
+    return counted.forward(round(cost.reader_tokens) - past, past, dtype=dtype)
 
 
 def shape(reader: Reader) -> str:

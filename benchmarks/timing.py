@@ -1,8 +1,9 @@
 """Timing one request, part by part: compress, load, lay out, prefill, decode.
 
 The time to the first token (TTFT) is measured as a whole, from the request (question and passages in hand) to the first
-token out; its parts are measured beside it. Methods take turns within each repeat, so that a change of the machine's
-pace meets all of them, and what is reported is the median.
+token out, and its parts are marks on the way of the same request, so that they add up to it. The device is waited for at
+every mark. Methods take turns within each repeat, so that a change of the machine's pace meets all of them, and what is
+reported is the median.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..compressors import CompressedPassage, Compressor, Reader
 from ..recipes.templates import question_prompt
+from .clock import Clock, answer_parts, peak_memory
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,9 @@ class Cost:
         decode: each token after the first.
         context_tokens: reader tokens of the passages as text. `reader_tokens`: positions of the prompt that was read.
         bytes_per_passage: tensors (or text) of one compressed passage.
+        kv_slots: those of `slots` that are keys and values, which are not run.
         flops: floating-point operations of one prefill, as `torch` counts them.
-        peak_bytes: most device memory during a request; None on the CPU.
+        peak_bytes: most memory in use during a request (see `peak_memory`).
     """
 
     compress: float = 0.0
@@ -72,6 +74,7 @@ class Cost:
     context_tokens: float = 0.0
     reader_tokens: float = 0.0
     slots: float = 0.0
+    kv_slots: float = 0.0
     bytes_per_passage: float = 0.0
     flops: float = 0.0
     peak_bytes: int | None = None
@@ -117,7 +120,7 @@ def time_contenders(
             f"Timing needs repeats >= 1, warmup >= 0 and decode_tokens >= 2, got {repeats}, {warmup} and {decode_tokens}."
         )
     samples = [_Samples() for _ in contenders]
-    with tempfile.TemporaryDirectory(prefix="nutgraf-timing-") as folder, _forgetful(contenders):
+    with tempfile.TemporaryDirectory(prefix="nutgraf-timing-") as folder, forgetful(contenders):
         stored = [
             [store(contender, request, Path(folder) / f"{i}-{k}") for k, request in enumerate(requests)]
             for i, contender in enumerate(contenders)
@@ -161,7 +164,7 @@ def count_flops(run: Callable[[], Any]) -> int:
 def _time_request(
     reader: Reader, contender: Contender, request: Request, files: Sequence[Path], decode_tokens: int, taken: _Samples
 ) -> None:
-    clock = _Clock(reader)
+    clock = Clock(reader.device)
     compressor = contender.compressor
     reader = contender.reads(reader)
     texts = list(request.passages)
@@ -172,21 +175,15 @@ def _time_request(
     def loaded() -> list[Any]:
         return texts if compressor is None else load(files, reader)
 
-    def answer(pieces: list[Any], tokens: int) -> None:
-        reader.generate([question_prompt(pieces, request.question)], tokens, min_new_tokens=tokens)
+    def prompt(pieces: list[Any]) -> list[Any]:
+        return question_prompt(pieces, request.question)
 
     if compressor is not None:
         taken.add("compress", clock(compressed)[0])
-        taken.add("load", clock(loaded)[0])
-        taken.add("ttft_online", clock(lambda: answer(compressed(), 1))[0])
-    taken.add("ttft", clock(lambda: answer(loaded(), 1))[0])
-    pieces = loaded()
-    plan = clock(lambda: reader.plan([question_prompt(pieces, request.question)]))[0]
-    first = clock(lambda: answer(pieces, 1))[0]
-    whole = clock(lambda: answer(pieces, decode_tokens))[0]
-    taken.add("plan", plan)
-    taken.add("prefill", max(first - plan, 0.0))
-    taken.add("decode", max(whole - first, 0.0) / (decode_tokens - 1))
+        taken.add("ttft_online", answer_parts(reader, lambda: [prompt(compressed())], 1).ttft)
+    parts = answer_parts(reader, lambda: [prompt(loaded())], decode_tokens)
+    for name in ("load", "plan", "prefill", "ttft", "decode"):
+        taken.add(name, getattr(parts, name))
 
 
 def load(files: Sequence[Path], reader: Reader) -> list[CompressedPassage]:
@@ -205,10 +202,11 @@ def _cost(
     reader = contender.reads(reader)
     pieces = load(files, reader) if files else list(request.passages)
     prompt = question_prompt(pieces, request.question)
-    lengths, slots, sizes = [], [], []
+    lengths, slots, kv_slots, sizes = [], [], [], []
     for each, its_files in zip(requests, stored):
         its_pieces = load(its_files, reader) if its_files else list(each.passages)
         lengths.append(reader.length(question_prompt(its_pieces, each.question)))
+        kv_slots.append(sum(p.slots for p in its_pieces if isinstance(p, CompressedPassage) and p.interface == "kv"))
         sizes += [p.nbytes if isinstance(p, CompressedPassage) else len(p.encode()) for p in its_pieces]
         slots.append(sum(p.slots if isinstance(p, CompressedPassage) else len(reader.tokenize(p)) for p in its_pieces))
     cost = Cost(
@@ -222,18 +220,16 @@ def _cost(
         context_tokens=statistics.mean(sum(map(len, reader.tokenize_batch(list(r.passages)))) for r in requests),
         reader_tokens=statistics.mean(lengths),
         slots=statistics.mean(slots),
+        kv_slots=statistics.mean(kv_slots),
         bytes_per_passage=statistics.mean(sizes),
         flops=count_flops(lambda: reader.generate([prompt], 1)),
     )
-    if reader.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(reader.device)
-        reader.generate([prompt], 1)
-        cost.peak_bytes = torch.cuda.max_memory_allocated(reader.device)
+    cost.peak_bytes = peak_memory(reader.device, lambda: reader.generate([prompt], 1))
     return cost
 
 
 @contextlib.contextmanager
-def _forgetful(contenders: Sequence[Contender]) -> Iterator[None]:
+def forgetful(contenders: Sequence[Any]) -> Iterator[None]:
     """Embedders keep the vectors of texts they have seen; here every request is to be embedded anew."""
     embedders = [getattr(contender.compressor, "embedder", None) for contender in contenders]
     found: dict[int, Any] = {id(e): e for e in embedders if hasattr(e, "cache_entries")}
@@ -246,21 +242,3 @@ def _forgetful(contenders: Sequence[Contender]) -> Iterator[None]:
     finally:
         for key, embedder in found.items():
             embedder.cache_entries = before[key]
-
-
-class _Clock:
-    """Milliseconds of a call, waiting for the device before and after, and what the call returned."""
-
-    def __init__(self, reader: Reader) -> None:
-        self.device = reader.device
-
-    def __call__(self, run: Callable[[], Any]) -> tuple[float, Any]:
-        self._wait()
-        start = time.perf_counter()
-        result = run()
-        self._wait()
-        return (time.perf_counter() - start) * 1000, result
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)

@@ -1,0 +1,332 @@
+"""The account of an answer: where every millisecond and byte goes, at context lengths given by numbers.
+
+Full text and compressed passages are read in the same run, in turns. Every prompt is the passages, one after the other,
+and `PROMPT_TOKENS` tokens of question and template. Slots come from a compressor, or are random values where there is none
+for the reader: what is read costs the same. Then `compress_ms` is a bare pass of the reader's own body over the passages'
+tokens and slots, without a head, which is what an encoder of the reader's size takes at least; the row says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..compressors import CompressedPassage, Reader
+from . import metrics
+from .clock import Clock, Parts, answer_parts, peak_memory
+from .costs import DecoderShape, Work
+from .entrants import (
+    FULL,
+    PROMPT_TOKENS,
+    RANDOM,
+    Entrant,
+    bare_encoder,
+    make_passages,
+    make_tail,
+    random_passage,
+    slots_of,
+)
+from .roofline import Roofline
+from .rows import Row, clean, provenance
+from .timing import forgetful, load
+
+KEY = (
+    "test", "reader_shape", "reader", "device", "dtype", "context_asked", "passages", "batch", "method", "interface",
+    "ratio_asked", "decode_tokens",
+)  # fmt: skip
+
+
+@dataclass
+class Taken:
+    """What was measured for an entrant: each repeat's parts and compression times, in ms, and what does not vary."""
+
+    parts: list[Parts] = field(default_factory=list)
+    compress: list[float] = field(default_factory=list)
+    slots: int = 0
+    kv_slots: int = 0
+    prompt: int = 0
+    nbytes: float = 0.0
+    peak: int | None = None
+
+    def median(self, part: str) -> float:
+        return statistics.median(getattr(parts, part) for parts in self.parts)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a group of rows is about: passages that are `context` tokens together, in prompts read `batch` at a time."""
+
+    context: int
+    passages: int
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.passages < 1 or self.batch < 1 or self.context < self.passages:
+            raise ValueError(
+                f"A case needs at least one passage, one prompt and a token for each passage; got {self.context} tokens in "
+                f"{self.passages} passages, {self.batch} at a time."
+            )
+
+
+def account(
+    reader: Reader,
+    shape: DecoderShape,
+    roofline: Roofline,
+    entrants: Sequence[Entrant],
+    cases: Iterable[Case],
+    *,
+    repeats: int = 5,
+    warmup: int = 1,
+    decode_tokens: int = 16,
+    random_weights: bool = False,
+    seed: int = 0,
+    have: Iterable[Row] = (),
+    keep: Callable[[list[Row]], None] = lambda rows: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Row]:
+    """Measure every entrant, and the full text beside them, in every case.
+
+    Args:
+        shape: what operations and bytes are counted from.
+        repeats: rounds that count, over all entrants; `warmup` rounds come before them.
+        decode_tokens: length of the answers.
+        random_weights: the reader's weights are random; the rows say so.
+        have: rows that are there already; what they measured is not measured again. The full text always is, as ratios are
+            formed inside one run.
+        keep: called with the new rows of each case as soon as they are there.
+        say: told what is left out and why.
+
+    Raises:
+        ValueError: for bad numbers, or if the reader has no room for any of the cases.
+    """
+    if repeats < 1 or warmup < 0 or decode_tokens < 2:
+        raise ValueError(
+            f"The account needs repeats >= 1, warmup >= 0, decode_tokens >= 2; got {repeats}, {warmup}, {decode_tokens}."
+        )
+    cases = list(cases)
+    limit = reader.max_positions
+    fitting = [c for c in cases if limit is None or c.context + c.passages + PROMPT_TOKENS + decode_tokens <= limit]
+    if not fitting:
+        raise ValueError(f"{reader.name!r} has {limit} positions, too few for any of the contexts asked for.")
+    for case in cases:
+        if case not in fitting:
+            say(f"{case.context} tokens are left out: {reader.name} has {limit} positions.")
+    done = {_key(row) for row in have}
+    about = {
+        "suite": "speed",
+        "test": "account",
+        "reader_shape": shape.name,
+        "weights": "random" if random_weights else None,
+        "decode_tokens": decode_tokens,
+        "n": repeats,
+        "matrix_tflops": roofline.flops / 1e12,
+        "copy_gbps": roofline.bandwidth / 1e9,
+        "roofline_source": None if roofline.source == "measured" else roofline.source,
+    }
+    found: list[Row] = []
+    for case in fitting:
+        heads = {e: about | _names(e, case) | provenance(reader, seed, e.compressor) for e in (FULL, *entrants)}
+        wanted = [e for e in (FULL, *entrants) if _key(clean(heads[e])) not in done]
+        if not wanted:
+            continue
+        with tempfile.TemporaryDirectory(prefix="nutgraf-account-") as folder, forgetful(wanted):
+            timed = list(dict.fromkeys([FULL, *wanted]))
+            taken = _measure(reader, timed, case, Path(folder), repeats, warmup, decode_tokens, seed, say)
+        if FULL not in taken:
+            say(f"{case} is left out: without the full text there is nothing to compare with.")
+            continue
+        rows = [
+            clean(heads[e] | _figures(e, taken[e], taken[FULL], case, shape, roofline, decode_tokens))
+            for e in wanted
+            if e in taken
+        ]
+        keep(rows)
+        found += rows
+    return found
+
+
+def _names(entrant: Entrant, case: Case) -> Row:
+    return {
+        "method": entrant.method,
+        "ratio_asked": entrant.ratio,
+        "interface": entrant.interface,
+        "context_asked": case.context,
+        "passages": case.passages,
+        "batch": case.batch,
+        "slots_are": "random values" if entrant.method == RANDOM else None,
+        "compressor_weights": None if entrant.trained else "random",
+    }
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in KEY)
+
+
+# -- measuring -------------------------------------------------------------------------------------------------------
+
+
+def _measure(
+    reader: Reader,
+    entrants: Sequence[Entrant],
+    case: Case,
+    folder: Path,
+    repeats: int,
+    warmup: int,
+    decode_tokens: int,
+    seed: int,
+    say: Callable[[str], None],
+) -> dict[Entrant, Taken]:
+    """Times of each entrant that the device has room for, taken in turns."""
+    texts = make_passages(reader, case.passages, case.context // case.passages)
+    tail = make_tail(reader)
+    taken: dict[Entrant, Taken] = {}
+    asks: dict[Entrant, Callable[[], list[Any]]] = {}
+    packs: dict[Entrant, Callable[[], Any]] = {}
+    for number, entrant in enumerate(entrants):
+        try:
+            made = _compressed(reader, entrant, texts, seed)
+            files = _save(made, folder / str(number)) if entrant is not FULL else []
+            asks[entrant] = functools.partial(_prompts, entrant.reads(reader), texts, files, tail, case.batch)
+            packs[entrant] = _compress_call(reader, entrant, texts, made)
+            taken[entrant] = _sizes(entrant.reads(reader), made, [*made, tail])
+        except torch.OutOfMemoryError:
+            say(f"{entrant.method} {entrant.ratio or ''} at {case} is left out: the device has no memory for it.")
+    for turn in range(warmup + repeats):
+        for entrant in list(taken):
+            try:
+                clock, own = Clock(reader.device), entrant.reads(reader)
+                parts = answer_parts(own, asks[entrant], decode_tokens)
+                spent = clock(packs[entrant])[0] if entrant is not FULL and turn < warmup + min(repeats, 3) else None
+            except torch.OutOfMemoryError:
+                del taken[entrant]
+                say(f"{entrant.method} {entrant.ratio or ''} at {case} is left out: the device has no memory for it.")
+                continue
+            if turn >= warmup:
+                taken[entrant].parts.append(parts)
+                taken[entrant].compress += [spent] if spent is not None else []
+    for entrant, its in taken.items():
+        own = entrant.reads(reader)
+        its.peak = peak_memory(own.device, functools.partial(_once, own, asks[entrant]))
+    return taken
+
+
+def _once(reader: Reader, ask: Callable[[], list[Any]]) -> None:
+    reader.generate(ask(), 1, min_new_tokens=1)
+
+
+def _prompts(reader: Reader, texts: list[str], files: list[Path], tail: str, batch: int) -> list[Any]:
+    """A batch of prompts, each with the same passages in another order, so that all are of one length."""
+    out = []
+    for k in range(batch):
+        pieces: list[Any] = list(load(files, reader)) if files else list(texts)
+        turn = k % len(pieces)
+        out.append([*pieces[turn:], *pieces[:turn], tail])
+    return out
+
+
+def _compressed(reader: Reader, entrant: Entrant, texts: list[str], seed: int) -> list[Any]:
+    if entrant is FULL:
+        return list(texts)
+    if entrant.compressor is not None:
+        return list(entrant.compressor.compress(texts, ratio=entrant.ratio))
+    generator = torch.Generator(device=reader.device).manual_seed(seed)
+    lengths = [len(ids) for ids in reader.tokenize_batch(texts)]
+    return [random_passage(reader, n, slots_of(n, entrant.ratio), entrant.interface, generator) for n in lengths]
+
+
+def _save(made: Sequence[CompressedPassage], folder: Path) -> list[Path]:
+    files = [folder / f"{n}.safetensors" for n in range(len(made))]
+    for passage, file in zip(made, files):
+        passage.save(file)
+    return files
+
+
+def _compress_call(reader: Reader, entrant: Entrant, texts: list[str], made: list[Any]) -> Callable[[], Any]:
+    if entrant.compressor is not None:
+        return functools.partial(entrant.compressor.compress, texts, ratio=entrant.ratio)
+    if entrant is FULL:
+        return lambda: None
+    return functools.partial(bare_encoder, reader, texts, made[0].slots, entrant.interface == "kv")
+
+
+def _sizes(reader: Reader, made: list[Any], prompt: list[Any]) -> Taken:
+    soft = [p for p in made if isinstance(p, CompressedPassage)]
+    plain = [p for p in made if isinstance(p, str)]
+    slots = sum(p.slots for p in soft) + sum(map(len, reader.tokenize_batch(plain)))
+    nbytes = [p.nbytes for p in soft] + [len(p.encode()) for p in plain]
+    return Taken(
+        slots=slots,
+        kv_slots=sum(p.slots for p in soft if p.interface == "kv"),
+        prompt=reader.length(prompt),
+        nbytes=statistics.mean(nbytes),
+    )
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _figures(
+    entrant: Entrant, taken: Taken, full: Taken, case: Case, shape: DecoderShape, roofline: Roofline, answer: int
+) -> Row:
+    """The figures of a row: times of the whole batch in ms, compression of one prompt's passages."""
+    dtype, batch = roofline.dtype, case.batch
+    run = taken.prompt - taken.kv_slots
+    prefill = shape.forward(run, taken.kv_slots, batch=batch, dtype=dtype)
+    steps = [shape.forward(1, taken.prompt + t, batch=batch, dtype=dtype) for t in range(answer - 1)]
+    step = sum(steps, Work()) * (1 / len(steps))
+    ttft, decode = taken.median("ttft"), taken.median("decode")
+    floor, decode_floor = 1000 * roofline.seconds(prefill), 1000 * roofline.seconds(step)
+    whole = (ttft + decode * (answer - 1)) / 1000
+    row: Row = {
+        "context_tokens": full.slots,
+        "reader_tokens": taken.prompt,
+        "prompt_tokens": taken.prompt - taken.slots,
+        "slots": None if entrant is FULL else taken.slots,
+        "ratio": metrics.compression_ratio(full.slots, taken.slots),
+        "plan_ms": taken.median("plan"),
+        "prefill_ms": taken.median("prefill"),
+        "ttft_ms": ttft,
+        "decode_ms_per_token": decode,
+        "ttft_full_ms": full.median("ttft"),
+        "ttft_speedup": full.median("ttft") / ttft,
+        "roofline_ms": floor,
+        "roofline_share": floor / ttft,
+        "decode_roofline_ms": decode_floor,
+        "decode_roofline_share": decode_floor / decode,
+        "flops": prefill.flops,
+        "decode_flops": step.flops,
+        "bytes_per_passage": taken.nbytes,
+        "peak_bytes": taken.peak,
+        "requests_per_s": batch / whole,
+        "answer_tokens_per_s": batch * answer / whole,
+        "context_tokens_per_s": 1000 * batch * full.slots / ttft,
+    }
+    if entrant is FULL:
+        return row
+    compress = statistics.median(taken.compress)
+    saved = (full.median("ttft") - ttft) / batch
+    bare = shape.forward(
+        -(-(full.slots + (taken.slots if entrant.interface != "text" else 0)) // case.passages),
+        batch=case.passages,
+        logits=0,
+        dtype=dtype,
+    )
+    row |= {
+        "compress_ms": compress,
+        "load_ms": taken.median("load"),
+        "break_even_reads": compress / saved if saved > 0 else None,
+    }
+    if entrant.compressor is None:
+        row |= {
+            "compress_is": "bare encoder forward",
+            "compress_flops": bare.flops,
+            "compress_roofline_ms": 1000 * roofline.seconds(bare),
+        }
+    return row
