@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from ..compressors import Reader
+from .account_cli import Asked, run_account
 from .baselines import BASELINES
 from .loading import (
     CompressorSpec,
@@ -25,6 +26,7 @@ from .methods import Compressed, FullText, Method, NoContext, lines
 from .quality import Settings, evaluate
 from .reading import answer_swap, gold_positions
 from .report import write_report
+from .roofline import measure
 from .rows import RESULTS, append_rows, by_dataset, latest, read_rows
 from .speed import speed as measure_speed
 from .table import terminal_table
@@ -136,13 +138,29 @@ def reading(
 
 @bench_app.command()
 def speed(
-    file: File,
+    file: Annotated[
+        str | None, typer.Argument(help="Questions with real passages, or none and --context for lengths by numbers.")
+    ] = None,
     reader: ReaderName = "reader-small",
     compressor: Compressors = [],  # noqa: B006
     ratio: Ratios = [],  # noqa: B006
-    passages: Annotated[list[int] | None, typer.Option(help="Numbers of passages; default 1, 2, 4, 6, 8, 10.")] = None,
+    passages: Annotated[
+        list[int] | None, typer.Option(help="Numbers of passages; default 1, 2, 4, 6, 8, 10, with --context 10.")
+    ] = None,
+    context: Annotated[list[int] | None, typer.Option(help="Tokens of all passages together. Repeatable.")] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="A reader of this shape with random weights: llama-1b, llama-3b, llama-8b, ...")
+    ] = None,
+    slots: Annotated[
+        list[float] | None,
+        typer.Option(help="Ratio of slots of random values (--context); default without --compressor 4, 16, 32, 512."),
+    ] = None,
+    interface: Annotated[list[str] | None, typer.Option(help="Of random slots: embeds (default), kv.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Prompts at a time (--context); default 1.")] = None,
     requests: Annotated[int, typer.Option(help="Different requests at each number of passages.")] = 3,
     repeats: Annotated[int, typer.Option(help="Rounds over all requests and methods that count.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Rounds before them (--context).")] = 1,
+    again: Annotated[bool, typer.Option("--again", help="Measure rows anew that --out holds (--context).")] = False,
     decode_tokens: Annotated[int, typer.Option(help="Tokens decoded to time one.")] = 16,
     half: Half = None,
     seed: Seed = 0,
@@ -151,8 +169,42 @@ def speed(
     out: Out = None,
     report: Annotated[Path | None, typer.Option(help="Also write an HTML report of these rows.")] = None,
 ) -> None:
-    """Time to the first token and decoding, against the number of passages; compression online and stored apart."""
+    """Time to the first token and decoding: over a file's passages, or at context lengths given by numbers.
+
+    With --context (and --shape for a reader of random weights) every row is a full account: compress, load, build, prefill,
+    decode, memory, operations, bytes, the distance to the device's roofline, and the reads after which compressing pays.
+    Rows that --out holds are not measured again, so a run can be stopped and gone on with.
+    """
     with friendly_errors():
+        if context:
+            if file is not None:
+                raise ValueError(f"Give a file or --context, not both; got {file} and {context}.")
+            run_account(
+                Asked(
+                    reader=reader,
+                    shape=shape,
+                    compressors=compressor,
+                    ratios=ratio,
+                    slots=slots or (),
+                    interfaces=interface or ["embeds"],
+                    contexts=context,
+                    passages=passages or [10],
+                    batches=batch or [1],
+                    repeats=repeats,
+                    warmup=warmup,
+                    decode_tokens=decode_tokens,
+                    seed=seed,
+                    device=device,
+                    dtype=dtype,
+                    out=out,
+                    again=again,
+                )
+            )
+            return
+        if file is None or shape is not None:
+            raise ValueError(
+                "Give a file of questions (or `sample`), or lengths by --context, with --reader or --shape."
+            )
         records = find_records(file, half)
         loaded = find_reader(reader, device, dtype)
         contenders = [Contender(m.name, m.compressor, m.ratio) for m in _methods(loaded, compressor, ratio)]
@@ -166,6 +218,7 @@ def speed(
             decode_tokens=decode_tokens,
             dataset=dataset_name(file),
             seed=seed,
+            roofline=measure(str(loaded.device), str(loaded.dtype).removeprefix("torch.")),
         )
         _finish(rows, out)
         for row in rows:
@@ -176,6 +229,8 @@ def speed(
             )
         if report is not None:
             typer.echo(f"Report: {write_report(report, rows)}")
+
+
 
 
 @bench_app.command("report")
