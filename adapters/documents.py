@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 from ..compressors import CompressedPassage, Compressor
-from .placeholders import Issued, PlaceholderStore, escape_placeholders, holds_placeholder, shared_store
+from .placeholders import (
+    Issued,
+    PlaceholderStore,
+    escape_placeholders,
+    holds_placeholder,
+    read_placeholders,
+    shared_store,
+)
 
 
 class TextsForReading:
@@ -80,3 +88,15 @@ def check_reader(reader: object) -> None:
     """Raises ``TypeError`` for what is neither a `Reader` nor a `nutgraf.adapters.openai.ServedReader`."""
     if not all(hasattr(reader, name) for name in ("generate", "stream", "fingerprint")):
         raise TypeError(f"reader must be a nutgraf Reader or ServedReader, got {type(reader).__name__}.")
+
+
+def count_positions(reader: Any, text: str) -> int:
+    """Positions that a text takes in a `Reader` or a ``ServedReader``, special tokens at its start included.
+
+    Placeholders count as the slots of their passages.
+
+    Raises:
+        PlaceholderError: if a placeholder is torn or cannot be read any more.
+    """
+    (plan,) = reader.plan([read_placeholders(text, reader.fingerprint)])
+    return len(plan)

@@ -23,7 +23,7 @@ except ImportError as error:  # an extra of the package
 from pydantic import ConfigDict, Field, PrivateAttr
 
 from ..compressors import Compressor
-from .documents import TextsForReading, check_reader
+from .documents import TextsForReading, check_reader, count_positions
 from .placeholders import PlaceholderStore, read_placeholders, shared_store
 
 ORIGINAL_TEXT = "original_text"
@@ -109,6 +109,10 @@ class CompressedContextLLM(LLM):
     def _llm_type(self) -> str:
         return "nutgraf"
 
+    def get_num_tokens(self, text: str) -> int:
+        """Reader positions that a prompt takes; a compressed passage counts as its slots."""
+        return count_positions(self.reader, text)
+
     @property
     def _identifying_params(self) -> dict[str, Any]:
         return {
@@ -174,6 +178,10 @@ class CompressedContextChatModel(BaseChatModel):
     @property
     def _llm_type(self) -> str:
         return "nutgraf-chat"
+
+    def get_num_tokens(self, text: str) -> int:
+        """Reader positions that a text takes; a compressed passage counts as its slots."""
+        return count_positions(self.reader, text)
 
     def _generate(
         self,

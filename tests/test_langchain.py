@@ -86,6 +86,14 @@ def test_documents_keep_who_they_are(compressor, documents):
     assert {d.page_content for d in again}.isdisjoint({d.page_content for d in found}), "each request has its own"
 
 
+def test_prompts_are_counted_as_the_reader_reads_them(reader, compressor, documents):
+    (shorter, _) = CompressedContextDocumentCompressor(compressor, ratio=4).compress_documents(documents, QUESTION)
+    passage = compressor.compress(TEXTS[:1], ratio=4)[0]
+    for llm in (CompressedContextLLM(reader=reader), CompressedContextChatModel(reader=reader)):
+        assert llm.get_num_tokens(QUESTION) == reader.length(QUESTION)
+        assert llm.get_num_tokens(f"{shorter.page_content}\n{QUESTION}") == reader.length([passage, f"\n{QUESTION}"])
+
+
 def test_text_methods_give_text_for_any_llm(reader, documents):
     shorten = CompressedContextDocumentCompressor(make_compressor("selective-context", reader), ratio=2)
     found = shorten.compress_documents(documents, QUESTION)

@@ -95,9 +95,9 @@ class LanceStore(PassageStore):
         self._lock = threading.Lock()  # guards the refs; held for moments
         self._writing = threading.Lock()
 
-    def __reduce__(self) -> Any:  # to a worker process, as a path
+    def __reduce__(self) -> Any:  # to a worker process, which may stand in another folder, as a path
         opened = functools.partial(LanceStore, read_only=self.read_only, create=False, storage_options=self._options)
-        return opened, (self.uri,)
+        return opened, (self.uri if "://" in self.uri else os.path.abspath(self.uri),)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
