@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..compressors import Compressor, Reader, load_compressor
+from ..compressors import Compressor, FidelityGate, Reader, load_compressor
 from .store import Filled, LanceStore, PassageStore, fill, keys_for
 from .store.fill import BATCH
 
@@ -115,6 +115,7 @@ def compress_corpus(
     compressor: Compressor,
     *,
     ratio: float | None = None,
+    gate: FidelityGate | None = None,
     batch_size: int = BATCH,
     done: Callable[[int], None] | None = None,
 ) -> Filled:
@@ -125,13 +126,14 @@ def compress_corpus(
         store: where they go.
         compressor: compresses them.
         ratio: compression ratio L / l in place of the compressor's own.
+        gate: measures what survived of each passage; stored with it.
         batch_size: passages compressed and stored at a time.
         done: is told the number of passages dealt with, after each batch.
     """
     total = Filled()
     for some in batches(passages, batch_size * _AHEAD):
         texts, abouts = [p.text for p in some], [p.about for p in some]
-        total += fill(store, compressor, texts, ratio=ratio, abouts=abouts, batch_size=batch_size, done=done)
+        total += fill(store, compressor, texts, ratio=ratio, abouts=abouts, gate=gate, batch_size=batch_size, done=done)
     return total
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from ..compressors import Reader
 from .account_cli import Asked, run_account
 from .baselines import BASELINES
+from .gate_cli import gate
 from .loading import (
     CompressorSpec,
     dataset_name,
@@ -231,6 +232,7 @@ def speed(
             typer.echo(f"Report: {write_report(report, rows)}")
 
 
+bench_app.command()(gate)
 
 
 @bench_app.command("report")

@@ -20,7 +20,9 @@ from . import (  # each registers its method
     xrag,
 )
 from .base import CheckpointError, Compressor, CompressorConfig, ReaderMismatchError, SoftCompressor, TextCompressor
+from .fidelity import FidelityGate
 from .passage import CompressedPassage
+from .probing import FidelityConfig
 from .reader import Reader, Targets
 from .registry import COMPRESSORS, load_compressor, make_compressor, register_compressor
 
@@ -30,6 +32,8 @@ __all__ = [
     "CompressedPassage",
     "Compressor",
     "CompressorConfig",
+    "FidelityConfig",
+    "FidelityGate",
     "Reader",
     "ReaderMismatchError",
     "SoftCompressor",

@@ -23,7 +23,7 @@ from .events import CompressionEvent
 from .ingestion import CompressPassages, PassagesStoredEvent, StoreRetriever
 from .llm import CompressedContextLLM
 from .nodes import CompressedDocument, CompressedIndexNode, CompressedNode, CompressedTextNode
-from .policy import AutoBudget, Form, Policy, TextAbove, TextForTop, TokenBudget
+from .policy import AutoBudget, Form, Policy, TextAbove, TextBelowFidelity, TextForTop, TokenBudget
 from .postprocessor import CompressedContextPostprocessor
 from .prompt_helper import SlotAwarePromptHelper, SlotAwareTokenizer
 from .reading import ReaderRefusedError
@@ -53,6 +53,7 @@ __all__ = [
     "SlotAwareTokenizer",
     "StoreRetriever",
     "TextAbove",
+    "TextBelowFidelity",
     "TextForTop",
     "TokenBudget",
     "escape_placeholders",

@@ -18,6 +18,7 @@ class CompressionEvent(BaseEvent):
         slots: reader positions they take now.
         as_text: nodes that the LLM reads as text: by policy, because they hold no text to compress, or as a fallback.
         fallbacks: of these, the nodes that were to be compressed and could not be.
+        unfaithful: of these, the nodes whose passages did not survive their compression, by the fidelity gate.
         left_out: nodes that found no room in a policy's budget.
         ms: milliseconds from the request to the last passage.
     """
@@ -29,6 +30,7 @@ class CompressionEvent(BaseEvent):
     slots: int
     as_text: int = 0
     fallbacks: int = 0
+    unfaithful: int = 0
     left_out: int = 0
     ms: float
 

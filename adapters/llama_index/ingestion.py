@@ -16,7 +16,7 @@ from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.events.base import BaseEvent
 from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle, TextNode, TransformComponent
 
-from ...compressors import Compressor
+from ...compressors import Compressor, FidelityGate
 from ..store import Maker, PassageStore, fill
 from .nodes import text_of
 
@@ -65,9 +65,11 @@ class CompressPassages(TransformComponent):
         batch_size: nodes compressed and stored at a time.
         reuse_vectors: give the nodes' embeddings to a compressor that takes them (xRAG); they must be those of its own
             embedder, of the text alone.
+        gate: a `FidelityGate` of the compressor, whose signals are stored with the passages, for a postprocessor with
+            ``fidelity=``. It need not be calibrated yet.
 
     Raises:
-        TypeError: if ``compressor`` or ``store`` is none.
+        TypeError: if ``compressor``, ``store`` or ``gate`` is none.
         ValueError: if a number is out of range, or the compressor needs the question.
 
     Example::
@@ -85,6 +87,7 @@ class CompressPassages(TransformComponent):
     reuse_vectors: bool = Field(default=False, description="Pass the nodes' embeddings to the compressor.")
     _compressor: Compressor = PrivateAttr()
     _store: PassageStore = PrivateAttr()
+    _gate: FidelityGate | None = PrivateAttr()
     _running: Any = PrivateAttr(default_factory=threading.Lock)  # one ingestion at a time compresses nothing twice
 
     def __init__(
@@ -95,6 +98,7 @@ class CompressPassages(TransformComponent):
         ratio: float | None = None,
         batch_size: int = 64,
         reuse_vectors: bool = False,
+        gate: FidelityGate | None = None,
         **kwargs: Any,
     ) -> None:
         if not hasattr(compressor, "compress") or not hasattr(compressor, "fingerprint"):
@@ -103,6 +107,8 @@ class CompressPassages(TransformComponent):
             raise TypeError(
                 f"store must be a PassageStore, such as LanceStore('passages'), got {type(store).__name__}."
             )
+        if gate is not None and not isinstance(gate, FidelityGate):
+            raise TypeError(f"gate must be a FidelityGate, got {type(gate).__name__}.")
         if getattr(compressor, "query_aware", False):
             raise ValueError(
                 f"{type(compressor).__name__} compresses for a question, which nobody knows when a passage is indexed; "
@@ -111,6 +117,7 @@ class CompressPassages(TransformComponent):
         super().__init__(ratio=ratio, batch_size=batch_size, reuse_vectors=reuse_vectors, **kwargs)  # type: ignore[call-arg]
         self._compressor = compressor
         self._store = store
+        self._gate = gate
 
     @classmethod
     def class_name(cls) -> str:
@@ -123,6 +130,7 @@ class CompressPassages(TransformComponent):
             "compressor": self._compressor.fingerprint,
             "reader": None if self._compressor.reader is None else self._compressor.reader.fingerprint,
             "store": self._store.name,
+            "gate": None if self._gate is None else self._gate.measure_id,
         }
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
@@ -138,6 +146,7 @@ class CompressPassages(TransformComponent):
                 vectors=[node.embedding for node, _ in found],
                 reuse_vectors=self.reuse_vectors,
                 abouts=[_about(node) for node, _ in found],
+                gate=self._gate,
                 batch_size=self.batch_size,
             )
         ms = (time.perf_counter() - start) * 1e3

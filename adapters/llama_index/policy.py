@@ -12,19 +12,24 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 
 @dataclass(frozen=True)
 class Form:
-    """How the LLM reads a passage: as text, compressed (by the postprocessor's ratio unless one is given), or not at all."""
+    """How the LLM reads a passage: as text, compressed (by the postprocessor's ratio unless one is given), or not at all.
+
+    ``why`` says what decided so where it was not the policy's rule; forms that differ in it alone are equal.
+    """
 
     read: Literal["text", "compressed", "left out"]
     ratio: float | None = None
+    why: str | None = field(default=None, compare=False)
 
 
 TEXT, COMPRESSED, LEFT_OUT = Form("text"), Form("compressed"), Form("left out")
+UNFAITHFUL = Form("text", why="fidelity")
 
 
 class Retrieved(Protocol):
@@ -41,6 +46,10 @@ class Retrieved(Protocol):
 
     def compressed_positions(self, ratio: float | None, places: Sequence[int]) -> Sequence[int]:
         """Reader positions of the passages at ``places``, compressed now by ``ratio`` (``None``: the postprocessor's)."""
+        ...
+
+    def fidelities(self, ratio: float | None, places: Sequence[int]) -> Sequence[float | None]:
+        """The gate's score of the passages at ``places``, compressed by ``ratio``; ``None``: could not be compressed."""
         ...
 
 
@@ -165,6 +174,41 @@ class AutoBudget(Policy):
                 if more <= room:
                     forms[place], room = Form("compressed", ratio), room - more
                     break
+        return forms
+
+
+class TextBelowFidelity(Policy):
+    """As another policy chooses, but passages that did not survive their compression as text.
+
+    It needs a `nutgraf.compressors.FidelityGate`, and is what ``CompressedContextPostprocessor(fidelity=...)`` puts around
+    its policy. A passage that goes back to text costs its full length, so a policy with a budget cannot stand inside.
+
+    Args:
+        threshold: passages that score less are read as text.
+        policy: chooses first.
+
+    Raises:
+        ValueError: if ``policy`` has a budget.
+    """
+
+    def __init__(self, threshold: float, policy: Policy) -> None:
+        if isinstance(policy, TokenBudget | AutoBudget):
+            raise ValueError(
+                f"{policy} keeps a budget, which passages sent back to text would break; use fidelity with "
+                "TextForTop, TextAbove or no policy."
+            )
+        self.threshold = threshold
+        self.policy = policy
+
+    def choose(self, retrieved: Retrieved) -> list[Form]:
+        """One `Form` a passage, in order."""
+        forms = list(self.policy.choose(retrieved))
+        places = [place for place, form in enumerate(forms) if form.read == "compressed"]
+        for ratio in dict.fromkeys(forms[place].ratio for place in places):  # those of a ratio together
+            same = [place for place in places if forms[place].ratio == ratio]
+            for place, score in zip(same, retrieved.fidelities(ratio, same)):
+                if score is not None and score < self.threshold:
+                    forms[place] = UNFAITHFUL
         return forms
 
 

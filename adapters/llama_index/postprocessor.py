@@ -13,13 +13,13 @@ from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 
-from ...compressors import CompressedPassage, Compressor
+from ...compressors import CompressedPassage, Compressor, FidelityGate
 from ..passage_cache import PassageCache
 from ..placeholders import PlaceholderStore, ReadingLLM, escape_placeholders, holds_placeholder, shared_store
 from ..store import PassageStore
 from .events import CompressionEvent
 from .nodes import read_as, text_of
-from .policy import Form, Policy, as_policy, policy_to_dict
+from .policy import Form, Policy, TextBelowFidelity, as_policy, policy_to_dict
 from .request import PassageSource, Request
 
 _dispatcher = get_dispatcher(__name__)
@@ -40,6 +40,11 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
         ratio: compression ratio L / l in place of the compressor's own.
         policy: which nodes the LLM reads as text, which compressed and by what ratio: `TextForTop`, `TextAbove`,
             `TokenBudget`, `AutoBudget` or a `Policy` of your own; default: all compressed.
+        fidelity: let the LLM read the text of passages that did not survive their compression: ``"low"``, ``"medium"``,
+            ``"high"`` or the least probability, in (0, 1), that an answer from the slots is as good as one from the text
+            (`FidelityGate.threshold`). Needs ``gate``; applies to what ``policy`` would have compressed.
+        gate: a calibrated `FidelityGate` of the compressor. Its signals are kept with the passages: give it to
+            `CompressPassages` too, and passages are measured once, when they are indexed.
         keep_metadata: put the metadata that LlamaIndex would show the LLM as text in front of the compressed passage;
             otherwise the LLM does not see it.
         query_aware: pass the question to the compressor and keep one result a question; default: what the compressor's
@@ -58,8 +63,9 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
             room for, instead of raising; the log and the `CompressionEvent` say so.
 
     Raises:
-        TypeError: if ``compressor`` or ``policy`` is none.
-        ValueError: if ``as_text`` is asked of a compressor that gives no text, or a number is out of range.
+        TypeError: if ``compressor``, ``policy`` or ``gate`` is none.
+        ValueError: if ``as_text`` is asked of a compressor that gives no text, a number is out of range, the gate is not
+            calibrated or another compressor's, or fidelity is asked of passages that depend on the question or a budget.
 
     Example::
 
@@ -70,6 +76,7 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
 
     ratio: float | None = Field(default=None, ge=1, description="Compression ratio L / l.")
     policy: dict[str, Any] = Field(description="Which nodes stay text, by name and settings.")
+    fidelity: str | float | None = Field(default=None, description="What a passage must have kept to be compressed.")
     keep_metadata: bool = Field(default=False, description="Show the LLM the nodes' metadata as text.")
     query_aware: bool = Field(default=False, description="Pass the question to the compressor.")
     reuse_vectors: bool = Field(default=False, description="Pass the nodes' retrieval vectors to the compressor.")
@@ -86,6 +93,8 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
         *,
         ratio: float | None = None,
         policy: Policy | Mapping[str, Any] | None = None,
+        fidelity: str | float | None = None,
+        gate: FidelityGate | None = None,
         keep_metadata: bool = False,
         query_aware: bool | None = None,
         reuse_vectors: bool = False,
@@ -106,9 +115,13 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
         if query_aware is None:
             query_aware = bool(getattr(compressor, "query_aware", False))
         chosen = as_policy(policy)
+        deciding: Policy = chosen
+        if fidelity is not None or gate is not None:
+            deciding = TextBelowFidelity(_threshold(compressor, fidelity, gate, query_aware), chosen)
         settings: dict[str, Any] = {
             "ratio": ratio,
             "policy": policy_to_dict(chosen),
+            "fidelity": fidelity,
             "keep_metadata": keep_metadata,
             "query_aware": query_aware,
             "reuse_vectors": reuse_vectors,
@@ -117,7 +130,7 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
         }
         super().__init__(**settings, **kwargs)
         self._compressor = compressor
-        self._policy = chosen
+        self._policy = deciding
         reader = None if compressor.reader is None else compressor.reader.fingerprint
         if isinstance(cache, PlaceholderStore):
             self._store = cache
@@ -125,7 +138,7 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
             self._store = shared_store(reader)
         else:
             self._store = PlaceholderStore(cache)
-        self._source = PassageSource(compressor, self._store.cache, store, batch_size)
+        self._source = PassageSource(compressor, self._store.cache, store, batch_size, gate)
 
     @classmethod
     def class_name(cls) -> str:
@@ -206,6 +219,7 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
             source_tokens=sum(p.source_tokens for p in passages.values()),
             slots=sum(p.slots for p in passages.values()),
             fallbacks=len(places) - len(passages),
+            unfaithful=sum(form.why == "fidelity" for form in forms),
             left_out=sum(form.read == "left out" for form in forms),
             ms=0.0,
         )
@@ -271,3 +285,21 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
         content = node.get_content(MetadataMode.LLM)
         harmless = escape_placeholders(content)
         return node if content == harmless or text_of(node) is None else read_as(node, harmless)
+
+
+def _threshold(compressor: Compressor, fidelity: str | float | None, gate: Any, query_aware: bool) -> float:
+    """The score below which passages are read as text, once gate and compressor are seen to fit."""
+    if gate is None or fidelity is None:
+        raise ValueError(
+            'fidelity and gate go together: CompressedContextPostprocessor(compressor, fidelity="high", gate=gate), the gate '
+            "calibrated with `nutgraf bench gate` or FidelityGate.fit."
+        )
+    if not isinstance(gate, FidelityGate):
+        raise TypeError(f"gate must be a FidelityGate, got {type(gate).__name__}.")
+    if query_aware:
+        raise ValueError(
+            "A fidelity gate judges passages when they are compressed, before there is a question; use fidelity without "
+            "query_aware."
+        )
+    gate.check_fits(compressor)
+    return gate.threshold(fidelity)

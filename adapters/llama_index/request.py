@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 
-from ...compressors import CompressedPassage, Compressor
+from ...compressors import CompressedPassage, Compressor, FidelityGate
 from ..passage_cache import PassageCache
 from ..placeholders import Issued, escape_placeholders
 from ..store import PassageStore, explain_missing, get_or_compress, keys_for
@@ -38,12 +38,19 @@ class PassageSource:
         cache: what this process has read or compressed before.
         indexed: what was compressed when it was indexed.
         batch_size: passages compressed at a time.
+        gate: measures what is compressed, and what was stored without being measured.
     """
 
     def __init__(
-        self, compressor: Compressor, cache: PassageCache, indexed: PassageStore | None, batch_size: int | None
+        self,
+        compressor: Compressor,
+        cache: PassageCache,
+        indexed: PassageStore | None,
+        batch_size: int | None,
+        gate: FidelityGate | None = None,
     ) -> None:
         self.compressor = compressor
+        self.gate = gate
         self.cache = cache
         self.indexed = indexed
         self.batch_size = batch_size
@@ -60,7 +67,24 @@ class PassageSource:
             compressed += n
             return made
 
-        return self.cache.get_or_compress(self._keys(wanted), compress), compressed
+        keys = self._keys(wanted)
+        return self._marked(wanted, keys, self.cache.get_or_compress(keys, compress)), compressed
+
+    def _marked(
+        self, wanted: Sequence[Wanted], keys: Sequence[str], passages: list[CompressedPassage]
+    ) -> list[CompressedPassage]:
+        """The passages with the gate's signals; those that had none (stored, or cached, without a gate) get them now."""
+        if self.gate is None:
+            return passages
+        new = {key: place for place, key in enumerate(keys) if not self.gate.is_marked(passages[place])}
+        if not new:
+            return passages
+        places = list(new.values())
+        made = self.gate.mark([passages[place] for place in places], [wanted[place].text for place in places])
+        found = dict(zip(new, made))
+        for key, passage in found.items():
+            self.cache.put(key, passage)
+        return [found.get(key, passage) for key, passage in zip(keys, passages)]
 
     def issued(self, wanted: Wanted, passage: CompressedPassage) -> Issued:
         """What a placeholder for a passage has to know."""
@@ -96,13 +120,14 @@ class PassageSource:
 
     def _run(self, wanted: Sequence[Wanted]) -> list[CompressedPassage]:
         vectors = [w.vector for w in wanted]
-        return self.compressor.compress(
+        passages = self.compressor.compress(
             [w.text for w in wanted],
             query=wanted[0].query,
             ratio=wanted[0].ratio,
             vectors=vectors if any(vector is not None for vector in vectors) else None,
             batch_size=self.batch_size,
         )
+        return passages if self.gate is None else self.gate.mark(passages, [w.text for w in wanted])
 
 
 class Request:
@@ -161,6 +186,19 @@ class Request:
             self._text_positions[place] if passage is None else self._count_compressed(place, passage)
             for place, passage in passages
         ]
+
+    def fidelities(self, ratio: float | None, places: Sequence[int]) -> list[float | None]:
+        """The gate's score of the passages at ``places``, compressed by ``ratio``; ``None``: could not be compressed."""
+        gate = self._source.gate
+        if gate is None:
+            raise ValueError(
+                "Fidelity is judged by a gate: CompressedContextPostprocessor(..., fidelity=..., gate=gate)."
+            )
+        passages = self.passages(ratio, places)
+        there = [place for place, passage in enumerate(passages) if passage is not None]
+        texts = [self.wanted(places[place], ratio).text for place in there]
+        scores = dict(zip(there, gate.scores([p for p in passages if p is not None], texts)))
+        return [scores.get(place) for place in range(len(passages))]
 
     def _count_compressed(self, place: int, passage: CompressedPassage) -> int:
         if not passage.slots:

@@ -43,11 +43,20 @@ def compress(
     ] = "local",
     workers: Annotated[int, typer.Option(min=1, help="Processes of the engine ray.")] = 2,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs of each process of the engine ray.")] = 0.0,
+    gate: Annotated[
+        str | None,
+        typer.Option(help="A fidelity gate's folder: measure what survives of each passage, and store that too."),
+    ] = None,
 ) -> None:
     """Compress a corpus into a store. What is stored is skipped: stop it at any time and run it again to go on."""
     with friendly_errors():
         if engine not in ("local", "ray"):
             raise ValueError(f"engine must be local or ray, got {engine!r}.")
+        if gate is not None and engine == "ray":
+            raise ValueError(
+                "A gate measures in this process: leave --engine out, or leave the measuring to query time."
+            )
+        from ...compressors import FidelityGate
         from ..corpus import compress_corpus, compress_corpus_with_ray, read_corpus
         from . import LanceStore
 
@@ -69,7 +78,10 @@ def compress(
                 )
             else:
                 loaded = _load(compressor, reader, device)
-                filled = compress_corpus(passages, opened, loaded, ratio=ratio, batch_size=batch_size, done=done)
+                judge = None if gate is None else FidelityGate.from_pretrained(gate, loaded)
+                filled = compress_corpus(
+                    passages, opened, loaded, ratio=ratio, gate=judge, batch_size=batch_size, done=done
+                )
         typer.echo(
             f"{filled.compressed:,} passages compressed ({filled.source_tokens:,} tokens to {filled.slots:,} slots), "
             f"{filled.found:,} were stored already, in {store}."

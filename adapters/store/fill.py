@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
-from ...compressors import CompressedPassage, Compressor
+from ...compressors import CompressedPassage, Compressor, FidelityGate
 from .base import Entry, Maker, PassageKey, PassageStore, StoreError
 
 _log = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ def fill(
     vectors: Sequence[Sequence[float] | None] | None = None,
     reuse_vectors: bool = False,
     abouts: Sequence[Mapping[str, Any] | None] | None = None,
+    gate: FidelityGate | None = None,
     batch_size: int | None = None,
     done: Callable[[int], None] | None = None,
 ) -> Filled:
@@ -71,6 +72,8 @@ def fill(
         vectors: retrieval vectors (or ``None``), one a text, to be stored beside them.
         reuse_vectors: give the vectors to the compressor too, which must take those of its own embedder (xRAG).
         abouts: JSON-able facts to be stored beside them, one (or ``None``) a text.
+        gate: measures what survived of each passage compressed now, which is stored with it; what was stored before
+            without a gate stays as it is and is measured when it is read.
         batch_size: passages compressed and stored at a time; default 64.
         done: is told the number of texts dealt with, after each batch.
 
@@ -98,6 +101,8 @@ def fill(
             ratio=ratio,
             vectors=given if given and any(vector is not None for vector in given) else None,
         )
+        if gate is not None:
+            passages = gate.mark(passages, [texts[i] for i in places])
         store.put_many(
             [
                 Entry(

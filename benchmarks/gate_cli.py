@@ -1,0 +1,65 @@
+"""`nutgraf bench gate`: calibrate a fidelity gate on one half of the questions, and judge it on the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..compressors import FidelityConfig
+from .gate import SHARES, calibrate, gate_line, gate_rows
+from .loading import dataset_name, find_reader, find_records
+from .quality import Settings, label
+
+
+def gate(
+    file: Annotated[str, typer.Argument(help="Questions (.jsonl or .jsonl.xz) with halves `tune` and `report`.")],
+    reader: Annotated[str, typer.Option("--reader", help="A shipped reader, a folder or a hub id.")] = "reader-small",
+    compressor: Annotated[
+        list[str],
+        typer.Option("--compressor", help="NAME or NAME@RATIO,RATIO; lower ratios are compared with as well."),
+    ] = [],  # noqa: B006 (typer copies it)
+    ratio: Annotated[list[float], typer.Option("--ratio", help="Ratio for compressors that name none.")] = [],  # noqa: B006
+    tune: Annotated[
+        list[str] | None, typer.Option(help="Calibrate on the tune half of this file, repeatable; default FILE's own.")
+    ] = None,
+    half: Annotated[str, typer.Option(help="Report on this half.")] = "report",
+    limit: Annotated[int | None, typer.Option(help="At most so many questions of each half, evenly spread.")] = None,
+    share: Annotated[
+        list[float] | None, typer.Option(help="Shares of passages sent as text; default 5 to 90 %.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Random sendings beside each of the gate's.")] = 20,
+    signal: Annotated[list[str] | None, typer.Option(help="What the gate measures, repeatable; default all.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")] = 24,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Prompts read at a time.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of random sending and of intervals.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (float32 on the CPU), float32, bfloat16 or float16.")] = "auto",
+    save: Annotated[
+        Path | None, typer.Option(help="Folder for the calibrated gate; of several, one below it for each.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Results file that rows are appended to.")] = None,
+) -> None:
+    """Passages that did not survive compression as text: the gate against random sending and against slots alone."""
+    from .cli import _finish, _methods, friendly_errors  # which imports this module
+
+    with friendly_errors():
+        settings = Settings(dataset_name(file), max_new_tokens, batch_size, seed=seed)
+        dev = [record for name in tune or [file] for record in find_records(name, "tune", limit)]
+        records = find_records(file, half, limit)
+        config = FidelityConfig(signals=tuple(signal)) if signal else FidelityConfig()
+        methods = _methods(find_reader(reader, device, dtype), compressor, ratio)
+        if not methods:
+            raise ValueError("A gate judges a compressor's passages: name one, such as --compressor mean-pool-small@4.")
+        rows = []
+        for method in methods:
+            fitted = calibrate(method, dev, settings, config)
+            if save is not None:
+                fitted.save_pretrained(save / label(method).replace(" ", "-") if len(methods) > 1 else save)
+            lower = [m for m in methods if m.compressor is method.compressor and (m.ratio or 0) < (method.ratio or 0)]
+            given = {"shares": share or SHARES, "seeds": seeds, "slots_alone": lower}
+            rows += [row | {"half": half} for row in gate_rows(fitted, method, records, settings, **given)]
+        _finish(rows, out)
+        for row in rows:
+            typer.echo(gate_line(row))

@@ -1,0 +1,134 @@
+"""From signals to a probability: a logistic map that never falls when a signal rises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+MOST = 4.0  # standard deviations from the mean at which a signal is cut, so that no single one decides
+LEAST_ROWS = 8
+
+
+@dataclass(frozen=True)
+class MonotoneLogistic:
+    """``p = sigmoid(bias + sum_j w_j z_j)`` with ``w_j >= 0`` and ``z_j = (x_j - mean_j) / scale_j``, cut to +-4.
+
+    A signal that is missing (NaN) counts as its mean.
+
+    Attributes:
+        means, scales, weights: one number a signal.
+        bias: the logit where every signal is at its mean.
+    """
+
+    means: tuple[float, ...]
+    scales: tuple[float, ...]
+    weights: tuple[float, ...]
+    bias: float
+
+    def __post_init__(self) -> None:
+        sizes = {len(self.means), len(self.scales), len(self.weights)}
+        numbers = (*self.means, *self.scales, *self.weights, self.bias)
+        if len(sizes) != 1 or not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+            raise ValueError("A calibration needs as many finite means and scales as weights, and a finite bias.")
+        if min(self.scales, default=1.0) <= 0 or min(self.weights, default=0.0) < 0:
+            raise ValueError("A calibration's scales must be positive and its weights not negative.")
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """Signals ``[n, k]``, NaN where missing, to probabilities ``[n]``."""
+        return _sigmoid(_standard(rows, self.means, self.scales) @ np.array(self.weights) + self.bias)
+
+    @classmethod
+    def fit(
+        cls, rows: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None, *, l2: float = 0.01
+    ) -> MonotoneLogistic:
+        """The map of least cross-entropy (plus ``l2 / 2 * |w|^2``); the problem is convex, so there is one.
+
+        Args:
+            rows: signals ``[n, k]``, NaN where missing.
+            targets: ``[n]`` in [0, 1].
+            weights: ``[n]``, how much each row counts; default: all the same.
+
+        Raises:
+            ValueError: for fewer than 8 rows, targets outside [0, 1], or lists of unequal length.
+        """
+        rows, targets = np.asarray(rows, dtype=float), np.asarray(targets, dtype=float)
+        counts = np.ones(len(rows)) if weights is None else np.asarray(weights, dtype=float)
+        if rows.ndim != 2 or not len(rows) == len(targets) == len(counts):
+            raise ValueError(
+                f"Calibration needs a target (and a weight) for each row of signals, got {rows.shape} signals, "
+                f"{len(targets)} targets and {len(counts)} weights."
+            )
+        if len(rows) < LEAST_ROWS:
+            raise ValueError(f"Calibration needs at least {LEAST_ROWS} passages, got {len(rows)}; give more dev data.")
+        if not bool(np.all((targets >= 0) & (targets <= 1))):
+            raise ValueError("Targets say how good the answer from slots is against that from text, from 0 to 1.")
+        if not bool(np.all((counts >= 0) & np.isfinite(counts))) or not counts.sum() > 0:
+            raise ValueError("Weights must be finite, not negative, and not all zero.")
+        means, scales = _moments(rows)
+        z = np.hstack([_standard(rows, means, scales), np.ones((len(rows), 1))])
+        share = counts / counts.sum()
+        soft = (targets * len(rows) + 0.5) / (len(rows) + 1)  # keeps the bias finite where all targets are alike
+        found = _minimise(z, soft, share, l2)
+        return cls(tuple(means), tuple(scales), tuple(found[:-1].tolist()), float(found[-1]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict that `from_dict` takes back."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MonotoneLogistic:
+        """Raises ``ValueError`` if the dict is none of `to_dict`."""
+        try:
+            lists = (tuple(map(float, data[name])) for name in ("means", "scales", "weights"))
+            return cls(*lists, bias=float(data["bias"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"This is no calibration: {error!r}.") from error
+
+
+def _moments(rows: np.ndarray) -> tuple[list[float], list[float]]:
+    """Means and standard deviations of the columns without their NaN; 0 and 1 where a column has none."""
+    means, scales = [], []
+    for column in rows.T:
+        there = column[np.isfinite(column)]
+        spread = float(there.std()) if len(there) else 0.0
+        means.append(float(there.mean()) if len(there) else 0.0)
+        scales.append(spread if spread > 1e-12 else 1.0)
+    return means, scales
+
+
+def _standard(rows: np.ndarray, means: Sequence[float], scales: Sequence[float]) -> np.ndarray:
+    rows = np.asarray(rows, dtype=float)
+    if rows.ndim != 2 or rows.shape[1] != len(means):
+        raise ValueError(f"Signals must be [passages, {len(means)}], got {list(rows.shape)}.")
+    z = np.clip((rows - np.array(means)) / np.array(scales), -MOST, MOST)
+    return np.where(np.isfinite(z), z, 0.0)
+
+
+def _minimise(z: np.ndarray, targets: np.ndarray, share: np.ndarray, l2: float) -> np.ndarray:
+    """Projected gradient descent with Nesterov's momentum; the last column is the bias, free and unpenalised."""
+    penalty = np.full(z.shape[1], l2)
+    penalty[-1] = 0.0
+    step = 1.0 / (0.25 * float(np.linalg.eigvalsh(z.T @ (share[:, None] * z))[-1]) + l2)
+    here = ahead = np.zeros(z.shape[1])
+    momentum = 1.0
+    for _ in range(20_000):
+        gradient = z.T @ (share * (_sigmoid(z @ ahead) - targets)) + penalty * ahead
+        there = ahead - step * gradient
+        there[:-1] = np.maximum(there[:-1], 0.0)
+        if float((there - here) @ gradient) > 0:  # the momentum has overshot
+            momentum = 1.0
+        following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
+        ahead = there + (momentum - 1) / following * (there - here)
+        moved = float(np.abs(there - here).max())
+        here, momentum = there, following
+        if moved < 1e-9:
+            break
+    return here
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 0.5 * (1.0 + np.tanh(0.5 * x))
