@@ -27,20 +27,34 @@ SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def calibrate(
-    method: Compressed, records: Sequence[Record], settings: Settings, config: FidelityConfig | None = None
+    method: Compressed,
+    records: Sequence[Record],
+    settings: Settings,
+    config: FidelityConfig | None = None,
+    by: str = "f1",
 ) -> FidelityGate:
     """A gate fitted on questions about single passages: each record's gold one, or its only one.
 
-    A passage's target is one less what its questions lose in F1, in the mean, when it is read compressed.
+    A passage's target is one less what its questions lose, in the mean, when it is read compressed.
+
+    Args:
+        method: the compressor, and the ratio.
+        records: dev data.
+        settings: batch size, longest answer.
+        config: what the gate measures.
+        by: what is lost: ``"f1"`` of the answers, or ``"probability"`` of the reference answer (of a token, in the mean),
+            which tells more about a weak reader, whose answers are often wrong either way.
 
     Raises:
-        ValueError: if too few records have a passage that is known to hold the answer.
+        ValueError: if too few records have a passage that is known to hold the answer, or ``by`` is neither.
     """
+    if by not in ("f1", "probability"):
+        raise ValueError(f"A gate is calibrated by f1 or by probability, got {by!r}.")
     singles = [_single(record) for record in records if record.gold is not None or len(record.passages) == 1]
     if not singles:
         raise ValueError("A gate is calibrated on questions whose gold passage is known, and none of these has one.")
     mixture = Mixture(method, readable(method.compressor.reader, singles, settings.max_new_tokens), settings)
-    kept = _kept(mixture)
+    kept = _kept(mixture, by)
     texts = list(kept)
     gate = FidelityGate(method.compressor, config)
     measured = _measure(gate, mixture, texts)
@@ -188,11 +202,14 @@ def _single(record: Record) -> Record:
     return replace(record, passages=(text,), titles=("",), gold=0)
 
 
-def _kept(mixture: Mixture) -> dict[str, float]:
-    """For each passage of records with one each: one less the F1 that its questions lose by reading it compressed."""
-    slots, full = mixture.read([(), list(mixture.passages)])
+def _kept(mixture: Mixture, by: str = "f1") -> dict[str, float]:
+    """For each passage of records with one each: one less what its questions lose by reading it compressed."""
+    if by == "f1":
+        slots, full = (reading.f1 for reading in mixture.read([(), list(mixture.passages)]))
+    else:
+        slots, full = mixture.probabilities(()), mixture.probabilities(mixture.passages)
     losses: dict[str, list[float]] = defaultdict(list)
-    for record, loss in zip(mixture.records, full.f1 - slots.f1):
+    for record, loss in zip(mixture.records, full - slots):
         losses[record.passages[0]].append(float(loss))
     return {text: 1.0 - max(float(np.mean(some)), 0.0) for text, some in losses.items()}
 

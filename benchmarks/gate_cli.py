@@ -31,6 +31,9 @@ def gate(
     ] = None,
     seeds: Annotated[int, typer.Option(help="Random sendings beside each of the gate's.")] = 20,
     signal: Annotated[list[str] | None, typer.Option(help="What the gate measures, repeatable; default all.")] = None,
+    target: Annotated[
+        str, typer.Option(help="Calibrate on the loss of f1, or of the reference answer's probability (weak readers).")
+    ] = "f1",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")] = 24,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Prompts read at a time.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of random sending and of intervals.")] = 0,
@@ -54,12 +57,15 @@ def gate(
             raise ValueError("A gate judges a compressor's passages: name one, such as --compressor mean-pool-small@4.")
         rows = []
         for method in methods:
-            fitted = calibrate(method, dev, settings, config)
+            fitted = calibrate(method, dev, settings, config, target)
             if save is not None:
                 fitted.save_pretrained(save / label(method).replace(" ", "-") if len(methods) > 1 else save)
             lower = [m for m in methods if m.compressor is method.compressor and (m.ratio or 0) < (method.ratio or 0)]
             given = {"shares": share or SHARES, "seeds": seeds, "slots_alone": lower}
-            rows += [row | {"half": half} for row in gate_rows(fitted, method, records, settings, **given)]
+            rows += [
+                row | {"half": half, "calibrated_by": target}
+                for row in gate_rows(fitted, method, records, settings, **given)
+            ]
         _finish(rows, out)
         for row in rows:
             typer.echo(gate_line(row))

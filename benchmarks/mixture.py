@@ -15,7 +15,7 @@ from ..recipes.templates import Prompt, question_prompt
 from . import metrics
 from .methods import Compressed
 from .quality import Settings, label, progress_bar
-from .scoring import answers
+from .scoring import answers, likelihoods
 
 Sent = frozenset[str]  # the passages that are read as text
 
@@ -76,6 +76,14 @@ class Mixture:
             self._read[key] = (*map(float, scores), self.reader.length(prompt))  # type: ignore[assignment]
         columns = (np.array([self._read[key] for key in keys], dtype=float).T for keys in wanted)
         return [Reading(*column) for column in columns]
+
+    def probabilities(self, sent: Collection[str]) -> np.ndarray:
+        """``[records]``: the reader's probability of each first reference answer under a sending, a token in the mean."""
+        sent = frozenset(sent)
+        prompts = [self._prompt(i, self._mask(record, sent)) for i, record in enumerate(self.records)]
+        references = [self.reader.tokenize(" " + record.answers[0]) for record in self.records]
+        found = likelihoods(self.reader, prompts, references, batch_size=self.settings.batch_size)
+        return np.exp([float(item.log_probs.mean()) for item in found])
 
     def within(self, budget: float, order: Iterable[str], *, skip: bool) -> Sent:
         """Passages, in order, whose texts cost at most ``budget`` more reader tokens.

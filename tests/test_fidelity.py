@@ -426,6 +426,22 @@ def test_the_suite_reports_the_curve_at_equal_tokens(compressor):
         assert suite.gate_line(row)
 
 
+def test_calibration_by_probability(reader, compressor):
+    settings = Settings("toy", 3, 4, progress=False)
+    method, records = Compressed(compressor, 4.0), questions(9)
+    mixture = Mixture(method, records, settings)
+    found = mixture.probabilities(mixture.passages)
+    for record, p in zip(records, found):
+        prompt = [record.passages[0], f"\n\nQuestion: {record.question}\nAnswer:"]
+        ids = torch.tensor(reader.tokenize(" " + record.answers[0]))
+        logits = reader.target_logits([prompt], [" " + record.answers[0]])[0].log_softmax(-1)
+        assert p == pytest.approx(float(logits.gather(1, ids[:, None]).mean().exp()), rel=1e-3)
+    by_probability = suite.calibrate(method, records, settings, by="probability")
+    assert by_probability.thresholds != suite.calibrate(method, records, settings).thresholds
+    with pytest.raises(ValueError, match="by f1 or by probability"):
+        suite.calibrate(method, records, settings, by="luck")
+
+
 def test_a_mixture_reads_what_it_says(compressor):
     records = questions(3)
     mixture = Mixture(Compressed(compressor, 4.0), records, Settings("toy", 3, progress=False))
