@@ -8,13 +8,14 @@ from pathlib import Path
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from .account import Case, account
+from .account import account
+from .account_rows import Case
 from .costs import decoder_shape
 from .entrants import find_entrants
 from .loading import find_reader
+from .plan_cli import wide_console
 from .roofline import measure
 from .rows import Row, append_rows, read_rows
 from .shapes import random_reader
@@ -76,7 +77,7 @@ def run_account(asked: Asked) -> list[Row]:
     def keep(rows: list[Row]) -> None:
         if asked.out is not None:
             append_rows(asked.out, rows)
-        Console().print(account_table(rows))
+        wide_console().print(account_table(rows))
 
     found = account(
         reader,
@@ -103,29 +104,35 @@ def account_table(rows: Sequence[Row]) -> Table:
     first = rows[0]
     title = f"{first['context_tokens']:,.0f} tokens in {first['passages']} passages, {first['batch']} at a time"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    names = ("method", "slots", "compress", "load", "build", "prefill", "TTFT", "x full", "of roofline", "per token")
-    for number, name in enumerate((*names, "requests/s", "MB/passage", "pays after")):
-        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
+    names = (
+        "method",
+        "slots",
+        "compress\nms",
+        "load\nms",
+        "build\nms",
+        "prefill\nms",
+        "TTFT\nms",
+        "x full",
+        "roofline\n%",
+    )
+    for number, name in enumerate((*names, "token\nms", "requests\na second", "passage\nKB", "paid after\nreads")):
+        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
-        pays = f"{row['break_even_reads']:.1f} reads" if "break_even_reads" in row else "never"
         full = row["method"] == "full"
+        pays = f"{row['break_even_reads']:,.1f}" if "break_even_reads" in row else "never"
         table.add_row(
-            row["method"] if full else f"{row['method']} {row.get('ratio_asked', row['ratio']):g}x {row['interface']}",
+            "full text" if full else f"{row['method']} {row.get('ratio_asked', row['ratio']):g}x {row['interface']}",
             "" if full else f"{row['slots']:,}",
-            _ms(row, "compress_ms"),
-            _ms(row, "load_ms"),
-            _ms(row, "plan_ms"),
-            _ms(row, "prefill_ms"),
-            _ms(row, "ttft_ms"),
+            *(_ms(row, key) for key in ("compress_ms", "load_ms", "plan_ms", "prefill_ms", "ttft_ms")),
             f"{row['ttft_speedup']:.2f}",
-            f"{100 * row['roofline_share']:.0f} %",
+            f"{100 * row['roofline_share']:.0f}",
             _ms(row, "decode_ms_per_token"),
             f"{row['requests_per_s']:.2f}",
-            f"{row['bytes_per_passage'] / 1e6:.3g}",
+            f"{row['bytes_per_passage'] / 1e3:,.1f}",
             "" if full else pays,
         )
     return table
 
 
 def _ms(row: Row, key: str) -> str:
-    return f"{row[key]:,.1f} ms" if key in row else ""
+    return f"{row[key]:,.1f}" if key in row else ""

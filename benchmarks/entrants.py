@@ -100,10 +100,11 @@ def bare_encoder(reader: Reader, texts: list[str], slots: int, keep: bool = Fals
 
 def make_passages(reader: Reader, count: int, tokens: int) -> list[str]:
     """So many different passages of the shipped articles, each of about so many of the reader's tokens."""
-    text = SAMPLE_ARTICLES.read_text(encoding="utf-8")
-    offsets = reader.tokenize_with_offsets(text)[1]
+    articles = SAMPLE_ARTICLES.read_text(encoding="utf-8") + "\n"
+    size, offsets = 0, []
     while len(offsets) < count * tokens:
-        text += "\n" + text
+        size = 2 * size or 6 * count * tokens + 1000  # characters
+        text = (articles * (1 + size // len(articles)))[:size]
         offsets = reader.tokenize_with_offsets(text)[1]
     return [text[offsets[i * tokens][0] : offsets[(i + 1) * tokens - 1][1]] for i in range(count)]
 

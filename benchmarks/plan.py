@@ -46,7 +46,7 @@ FAMILIES = (
     Family("keys and values", "gist tokens, 500xCompressor", "kv", "slots"),
     Family("one vector", "xRAG", "embeds", "vector"),
     Family("shorter text", "LLMLingua, LLMLingua-2, Selective Context", "text", "scores"),
-    Family("shorter text for the question", "LongLLMLingua", "text", "contrast", online=True),
+    Family("text for the question", "LongLLMLingua", "text", "contrast", online=True),
 )
 
 

@@ -57,7 +57,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(_document(shape, load, hardware, lines, verdict), indent=2, allow_nan=False))
         return
-    console = Console()
+    console = wide_console()
     console.print(
         f"{shape.name}: {shape.parameters / 1e9:.3g} B weights, {shape.weight_bytes(dtype) / 1e9:.3g} GB in {dtype}; "
         f"{roofline.flops / 1e12:.4g} TFLOP/s and {roofline.bandwidth / 1e9:.4g} GB/s, {roofline.source}.",
@@ -78,12 +78,20 @@ def sentence(lines: Sequence[Line], load: Load) -> str:
     room = "" if full.fits else " The full text has no room in this reader."
     if found is full:
         return f"At {load.hits:g} reads a passage nothing here pays: read the full text.{room}"
-    reads = found.break_even_reads or 0.0
+    paying = list(dict.fromkeys(line.family for line in lines[1:] if line.pays and line.fits and line is not found))
+    others = [family for family in paying if family != found.family]
     return (
-        f"Compressing pays: {found.family} ({found.methods}) at {found.ratio:.3g}x saves most, "
-        f"TTFT {found.ttft_ms:,.3g} ms in place of {full.ttft_ms:,.3g} ms ({found.ttft_speedup:.3g}x), and is paid for "
-        f"after {reads:.3g} of {load.hits:g} reads.{room}"
+        f"Compressing pays. Most time is saved by {found.family} ({found.methods}) at {found.ratio:.3g}x: TTFT "
+        f"{_number(found.ttft_ms)} ms in place of {_number(full.ttft_ms)} ms ({found.ttft_speedup:.3g}x), paid for after "
+        f"{reads_in_words(found.break_even_reads or 0.0)} of {load.hits:g}."
+        + (f" These pay too: {', '.join(others)}." if others else "")
+        + room
     )
+
+
+def reads_in_words(reads: float) -> str:
+    """A number of reads, as `less than one read`."""
+    return "less than one read" if reads < 1 else f"{reads:,.1f} reads"
 
 
 def plan_table(lines: Sequence[Line], load: Load) -> Table:
@@ -91,30 +99,46 @@ def plan_table(lines: Sequence[Line], load: Load) -> Table:
     tokens = sum(load.passage_tokens) / len(load.passage_tokens)
     title = f"{load.passages} passages of {tokens:,.0f} tokens a query, each read {load.hits:g} times"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    names = ("family", "slots", "compress", "load", "TTFT", "x full", "per token", "KB/passage", "store", "pays after")
-    for number, name in enumerate((*names, "pays")):
-        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
+    names = (
+        "family",
+        "slots",
+        "compress\nms",
+        "load\nms",
+        "TTFT\nms",
+        "x full",
+        "token\nms",
+        "passage\nKB",
+        "store\nGB",
+    )
+    for number, name in enumerate((*names, "paid after\nreads", "pays")):
+        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
     for line in lines:
         full = line is lines[0]
-        after = "never" if line.break_even_reads is None else f"{line.break_even_reads:,.1f} reads"
+        after = "never" if line.break_even_reads is None else f"{line.break_even_reads:,.1f}"
         table.add_row(
             line.family if full else f"{line.family} {line.ratio:.3g}x",
             f"{line.slots:,.0f}",
-            "" if full else _ms(line.compress_ms),
-            "" if full else _ms(line.load_ms),
-            _ms(line.ttft_ms),
+            "" if full else _number(line.compress_ms),
+            "" if full else _number(line.load_ms),
+            _number(line.ttft_ms),
             f"{line.ttft_speedup:.2f}",
-            _ms(line.decode_ms),
+            _number(line.decode_ms),
             "" if full else f"{line.bytes_per_passage / 1e3:,.1f}",
-            "" if full else f"{line.store_bytes / 1e9:,.2f} GB",
+            "" if full else f"{line.store_bytes / 1e9:,.2f}",
             "" if full else after,
             ("" if full else "yes" if line.pays else "no") + ("" if line.fits else " (no room)"),
         )
     return table
 
 
-def _ms(value: float) -> str:
-    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
+def wide_console() -> Console:
+    """The terminal; where the output goes elsewhere, wide enough for a table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _given(tflops: float, gbps: float, dtype: str) -> Roofline:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from nutgraf.benchmarks import account, clock, costs, entrants, roofline, rows, shapes, speed, timing
+from nutgraf.benchmarks import account, account_rows, clock, costs, entrants, roofline, rows, shapes, speed, timing
 from nutgraf.benchmarks.cli import bench_app
 from nutgraf.benchmarks.costs import decoder_shape
 from nutgraf.compressors import Reader
@@ -184,7 +184,9 @@ PRESENT = {
 }  # fmt: skip
 
 
-def measure(reader: Reader, given: list[entrants.Entrant], cases: list[account.Case], **more: Any) -> list[rows.Row]:
+def measure(
+    reader: Reader, given: list[entrants.Entrant], cases: list[account_rows.Case], **more: Any
+) -> list[rows.Row]:
     shape = decoder_shape(reader.model.config, "llama-tiny")
     options = {"repeats": 1, "warmup": 0, "decode_tokens": 2, "random_weights": True} | more
     return account.account(reader, shape, RATES, given, cases, **options)
@@ -192,7 +194,7 @@ def measure(reader: Reader, given: list[entrants.Entrant], cases: list[account.C
 
 def test_rows_of_every_entrant_and_case(reader: Reader) -> None:
     given = entrants.find_entrants(reader, ["mean-pool@8"], [16], ["embeds", "kv"], untrained=True)
-    found = measure(reader, given, [account.Case(200, 4), account.Case(200, 4, 2)])
+    found = measure(reader, given, [account_rows.Case(200, 4), account_rows.Case(200, 4, 2)])
     assert [(r["batch"], r["method"], r["interface"]) for r in found] == [
         (batch, method, interface)
         for batch in (1, 2)
@@ -231,7 +233,7 @@ def test_rows_of_every_entrant_and_case(reader: Reader) -> None:
 def test_rows_that_are_there_are_not_measured_again(reader: Reader, tmp_path: Path) -> None:
     file = tmp_path / "speed.jsonl"
     given = entrants.find_entrants(reader, [], [16], ["embeds"], untrained=True)
-    cases = [account.Case(100, 2), account.Case(150, 2)]
+    cases = [account_rows.Case(100, 2), account_rows.Case(150, 2)]
 
     class Stopped(Exception):
         pass
@@ -256,15 +258,15 @@ def test_rows_that_are_there_are_not_measured_again(reader: Reader, tmp_path: Pa
 def test_no_room_and_bad_numbers_are_said(reader: Reader, zoo: ModuleType) -> None:
     short = zoo.reader("gpt2")  # 2,048 positions
     said: list[str] = []
-    found = measure(short, [], [account.Case(5000, 5), account.Case(100, 2)], say=said.append)
+    found = measure(short, [], [account_rows.Case(5000, 5), account_rows.Case(100, 2)], say=said.append)
     assert [r["context_asked"] for r in found] == [100]
     assert "5000 tokens are left out" in said[0]
     with pytest.raises(ValueError, match="too few for any"):
-        measure(short, [], [account.Case(5000, 5)])
+        measure(short, [], [account_rows.Case(5000, 5)])
     with pytest.raises(ValueError, match="at least one passage"):
-        account.Case(10, 0)
+        account_rows.Case(10, 0)
     with pytest.raises(ValueError, match="repeats >= 1"):
-        measure(reader, [], [account.Case(100, 2)], repeats=0)
+        measure(reader, [], [account_rows.Case(100, 2)], repeats=0)
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
