@@ -43,6 +43,13 @@ class AutoCompressorConfig(CompressorConfig):
     segment_tokens: int | None = field(
         default=None, metadata={"help": "longest segment; default: summary_length * ratio"}
     )
+    equal_segments: bool = field(
+        default=True,
+        metadata={
+            "help": "a passage's segments are equally long; false: each as long as it may be and the last one what is left, "
+            "as the authors' code cuts"
+        },
+    )
     accumulate_summary: bool = field(
         default=True,
         metadata={"help": "the soft prompt is the summaries of all segments so far, and not only of the last one"},
@@ -63,6 +70,13 @@ class AutoCompressorConfig(CompressorConfig):
     bos: bool = field(
         default=True,
         metadata={"help": "put the tokenizer's BOS, if it has one, in front of every pass, as the reader does"},
+    )
+    as_prompt: bool = field(
+        default=False,
+        metadata={
+            "help": "tokenise a passage as the start of a prompt, where SentencePiece tokenizers put a space in front, as in "
+            "the authors' code; default: as it stands inside a prompt"
+        },
     )
     tuning: Literal["lora", "full", "none"] = field(
         default="lora", metadata={"help": "what of the model trains, beside the summary tokens"}
@@ -106,10 +120,11 @@ class AutoCompressor(SoftCompressor):
     """AutoCompressor (Chevalier et al., arXiv 2305.14788).
 
     A passage of L tokens is cut into ``n = ceil(L / (summary_length * ratio))`` segments of ``ceil(L / n)`` tokens, the last
-    one shorter. The tuned model reads one after the other as ``[BOS][soft prompt][segment][summary tokens]``; its last
-    hidden states (after the final norm) at the summary tokens are the segment's summary vectors. The soft prompt of a
-    segment is all summary vectors so far (``accumulate_summary``), or those of the segment before it, and what is left
-    after the last segment are the slots. The same tuned model reads them: use ``compressor.reader``.
+    one shorter (``equal_segments=False``: the others as long as may be). The tuned model reads one after the other as
+    ``[BOS][soft prompt][segment][summary tokens]``; its last hidden states (after the final norm) at the summary tokens are
+    the segment's summary vectors. The soft prompt of a segment is all summary vectors so far (``accumulate_summary``), or
+    those of the segment before it, and what is left after the last segment are the slots. The same tuned model reads them:
+    use ``compressor.reader``.
 
     Beyond the paper: a segment of S tokens gets ``ceil(S / ratio)`` summary vectors, the first of the summary tokens, so that
     a short passage never grows and one checkpoint serves every ratio (train it on random ratios); summary vectors are
@@ -232,8 +247,38 @@ class AutoCompressor(SoftCompressor):
         Raises:
             ValueError: if a passage's summaries and a segment do not fit the reader's positions.
         """
-        ids = self.reader.tokenize_batch(self._check_texts(texts))
-        cuts = [self.segments(len(passage), ratio) for passage in ids]
+        return self.encode_ids(self.tokenize(self._check_texts(texts)), ratio)
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of passages, without special tokens."""
+        return self.base_reader.prompts.encode_batch([(text, self.config.as_prompt) for text in texts]) if texts else []
+
+    def encode_ids(
+        self,
+        ids: Sequence[Sequence[int]],
+        ratio: float | None = None,
+        segment_lengths: Sequence[Sequence[int] | None] | None = None,
+    ) -> list[CompressedPassage]:
+        """`encode` for passages given as token ids.
+
+        Args:
+            ids: token ids, without special tokens unless they are meant to be read.
+            ratio: as in `encode`.
+            segment_lengths: for each passage the lengths of its segments, or ``None`` to cut it as `segments` does.
+
+        Raises:
+            ValueError: as `encode`; or if lengths do not add up to their passage.
+        """
+        if segment_lengths is not None and len(segment_lengths) != len(ids):
+            raise ValueError(
+                f"segment_lengths must hold one entry a passage: got {len(segment_lengths)} for {len(ids)}."
+            )
+        ids = [list(passage) for passage in ids]
+        asked = self.config.ratio if ratio is None else float(ratio)
+        cuts = [
+            self.plan.cut(len(passage), asked) if lengths is None else self.plan.given(lengths, len(passage), asked)
+            for passage, lengths in zip(ids, segment_lengths or [None] * len(ids))
+        ]
         soft = [self.no_slots() for _ in ids]
         starts = [0] * len(ids)
         for step in range(max(map(len, cuts), default=0)):
@@ -246,7 +291,7 @@ class AutoCompressor(SoftCompressor):
                 starts[i] += len(piece)
         origin = self.origin
         card = self.base_reader.identity_card.runs_as
-        info = {"method": "autocompressor", "ratio_asked": float(ratio or self.config.ratio), **card}
+        info = {"method": "autocompressor", "ratio_asked": asked, **card}
         if self._skips:
             info["takes_positions"] = False
         return [

@@ -21,25 +21,28 @@ def icae_prompt(
     question: str | Sequence[int] = "",
     *,
     version: int = 2,
+    lm_token: bool = False,
     before: Sequence[int] = OPEN,
     after: Sequence[int] = CLOSE,
 ) -> list[Any]:
     """The prompt of the authors' code, as `Reader` takes it.
 
-    ===========  =================================================================
+    ===========  ==========================================================================
     task         prompt
-    ===========  =================================================================
+    ===========  ==========================================================================
     ``"ae"``     ``[slots][AE]``; the target is the passage, BOS included, and EOS
-    ``"lm"``     ``[slots]``; the target is the continuation
+    ``"lm"``     ``[slots]``, or with ``lm_token`` ``[slots][LM]``; the target is the continuation
     ``"ft"``     version 2: ``[before][slots][FT][question][after]``;
                  version 1: ``[slots][FT][question][FT]``
-    ===========  =================================================================
+    ===========  ==========================================================================
 
     Args:
         compressor: an ICAE with special tokens.
         passages: the passages, whose slots follow one another.
         question: the instruction or question, or its token ids; text is tokenised on its own, without special tokens.
-        version: of the authors' code.
+        version: of the authors' code. (Version 1 ends an answer at id 1, which is BOS, or any id from 32000 on; version 2 at
+            EOS. For version 1: ``reader.generate(prompts, eos_token_id=[1])``.)
+        lm_token: as ``add_special_token_for_lm`` of the authors' code.
         before, after: ids around the instruction (version 2).
 
     Raises:
@@ -54,7 +57,7 @@ def icae_prompt(
     if task == "ae":
         return [bare, *passages, marker]
     if task == "lm":
-        return [bare, *passages]
+        return [bare, *passages, marker] if lm_token else [bare, *passages]
     spelled = compressor.reader.prompts.encode(question, opens=True) if isinstance(question, str) else question
     asked = TokenIds(tuple(spelled))
     if version == 1:

@@ -25,14 +25,36 @@ def slots_first(
     return [TokenIds(()), *passages, TokenIds((*(reader.bos_ids if bos else ()), *ids))]
 
 
-def gist_source(instruction: str) -> str:
-    """What gist models compress: the instruction as it stands in front of the gist tokens."""
-    return f"Instruction: {instruction}\n"
+def gist_source(instruction: str, *, stripped: bool = False) -> str:
+    """What gist models compress: the instruction as it stands in front of the gist tokens.
+
+    Args:
+        stripped: as the tokenizer of the released checkpoints read it, which dropped all white space around ``<GIST>``
+            (the slow ``LlamaTokenizer`` of early 2023); default: with the line break, as later tokenizers read it.
+    """
+    text = f"Instruction: {instruction}"
+    return text.rstrip() if stripped else f"{text}\n"
 
 
-def gist_prompt(passage: CompressedPassage, given: str = "") -> list[Any]:
-    """What follows the gist tokens of a `gist_source`: the input, if there is one, and the call for an output."""
-    return [TokenIds(()), passage, f"\nInput: {given}\nOutput:" if given else "\nOutput:"]
+def gist_prompt(
+    passage: CompressedPassage, given: str = "", *, stripped: bool = False, reader: Reader | None = None
+) -> list[Any]:
+    """What follows the gist tokens of a `gist_source`: the input, if there is one, and the call for an output.
+
+    Args:
+        passage: the compressed `gist_source`.
+        given: the input.
+        stripped: as in `gist_source`; what follows is then spelled as the start of a text. It needs the ``reader``.
+
+    Raises:
+        ValueError: if ``stripped`` comes without a reader.
+    """
+    rest = f"\nInput: {given}\nOutput:" if given else "\nOutput:"
+    if not stripped:
+        return [TokenIds(()), passage, rest]
+    if reader is None:
+        raise ValueError("stripped=True spells what follows the gist tokens on its own; give reader=compressor.reader.")
+    return slots_first(reader, [passage], rest.lstrip())
 
 
 def fivehundred_prompt(reader: Reader, passage: CompressedPassage, question: str | None = None) -> list[Any]:

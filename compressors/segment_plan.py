@@ -49,14 +49,30 @@ class SegmentPlan:
         return slots_for(n_tokens, ratio, self.config.summary_length)
 
     def cut(self, n_tokens: int, ratio: float) -> list[tuple[int, int]]:
-        """``(tokens, summary vectors)`` of each segment of a passage: as few segments as there can be, equally long.
+        """``(tokens, summary vectors)`` of each segment of a passage: as few segments as there can be.
 
         Raises:
             ValueError: as `check_room`.
         """
-        found = [(n, self.slots(n, ratio)) for n in equal_lengths(n_tokens, self.longest(ratio))]
+        longest = self.longest(ratio)
+        if self.config.equal_segments:
+            return self.sized(equal_lengths(n_tokens, longest), ratio)
+        return self.sized([min(longest, n_tokens - start) for start in range(0, n_tokens, longest)], ratio)
+
+    def sized(self, lengths: Sequence[int], ratio: float) -> list[tuple[int, int]]:
+        """``(tokens, summary vectors)`` of segments of these lengths. Raises ``ValueError`` as `check_room`."""
+        found = [(n, self.slots(n, ratio)) for n in lengths]
         self.check_room(found, ratio)
         return found
+
+    def given(self, lengths: Sequence[int], n_tokens: int, ratio: float) -> list[tuple[int, int]]:
+        """`sized` for lengths that a caller chose. Raises ``ValueError`` too unless they cut the passage as a whole."""
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in lengths) or sum(lengths) != n_tokens:
+            raise ValueError(
+                f"segment_lengths must be integers of at least 1 that add up to the passage's {n_tokens} tokens, got "
+                f"{list(lengths)}."
+            )
+        return self.sized(lengths, ratio)
 
     def check_room(self, cut: Sequence[tuple[int, int]], ratio: float) -> None:
         """Raises ``ValueError`` if a segment does not fit the reader's positions behind the soft prompt before it."""

@@ -76,7 +76,7 @@ def segment_losses(
     config, reader = compressor.config, compressor.reader
     ratio = config.ratio if ratio is None else float(ratio)
     head_tokens = len(compressor.bos)
-    documents = reader.tokenize_batch(texts)
+    documents = compressor.tokenize(texts)
     longest = compressor.plan.longest(ratio)
     cuts: list[list[tuple[int, int]]] = []
     for document in documents:

@@ -182,7 +182,8 @@ class XRAGCompressor(SoftCompressor):
             query: ignored: one vector serves all questions.
             ratio: at most this many reader tokens a slot, by shorter shards; ``None``: as few slots as there can be.
             vectors: for each text the retrieval vector ``[dim]``, vectors of its shards ``[shards, dim]``, or ``None`` to
-                embed it here. Given vectors decide the number of slots, whatever ``ratio`` says.
+                embed it here. Given vectors decide the number of slots, whatever ``ratio`` says; where there are more than
+                the passage has reader tokens, neighbours are averaged.
 
         Raises:
             ValueError: if a vector's shape is neither of these, or it holds NaN or infinity.

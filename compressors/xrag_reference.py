@@ -1,4 +1,4 @@
-"""xRAG as its authors' code reads and embeds: the chat prompt around the slots, the retriever's last hidden state."""
+"""xRAG as its authors' code reads and embeds: the chat prompts around the slots, the retriever's last hidden state."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ TEMPLATE = (
     "[INST] Refer to the background document and answer the questions:\n\nBackground: {background}\n\n"
     "Question: {question} [/INST] The answer is:"
 )
+CLAIM_TEMPLATE = (
+    '[INST] Refer to the background document and verify the following claims with "True" or "False":\n\n'
+    "Background: {background}\n\nClaim: {question} [/INST] The answer is:"
+)
+INSTRUCTION_TEMPLATE = "[INST] Refer to the background document: {background}\n\n{question} [/INST]"
+SHORTEST_SHARD = 20  # a last shard of no more tokens is dropped by the authors' code
 
 
 def xrag_prompt(
@@ -34,12 +40,22 @@ def xrag_prompt(
 
     Args:
         passages: the background; its slots follow one another, a space between them.
-        question: the question.
-        template: text with ``{background}`` and ``{question}``.
+        question: the question, its question mark included (the authors' evaluation puts one behind every question of its
+            data, which have none); a claim for `CLAIM_TEMPLATE`; a stripped instruction for `INSTRUCTION_TEMPLATE`.
+        template: text with one ``{background}`` and, behind it, ``{question}``: `TEMPLATE` and `CLAIM_TEMPLATE` are those of
+            the authors' evaluation, `INSTRUCTION_TEMPLATE` that of their instruction tuning, which no space separates from
+            the answer.
 
     Raises:
-        ValueError: if the question or the template forges a slot's place.
+        ValueError: if the question or the template forges a slot's place, the template lacks a place, or a passage holds no
+            embeddings.
     """
+    if template.count("{background}") != 1 or "{question}" not in template.partition("{background}")[2]:
+        raise ValueError(
+            f"template must hold {{background}} once and {{question}} behind it, got {template!r:.200}; see TEMPLATE."
+        )
+    if other := [p.interface for p in passages if p.interface != "embeds"]:
+        raise ValueError(f"xRAG's passages are 'embeds', got {other[0]!r}; compress with an xRAG compressor.")
     rows = [replace(p, embeds=row[None]) for p in passages for row in p.embeds]  # type: ignore[union-attr]
     head, tail = template.split("{background}")
     tail = tail.replace("{question}", question)
@@ -83,15 +99,20 @@ class LastTokenModel(nn.Module):
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], batch_size: int = 32, **_: Any) -> Tensor:
         """Vectors ``[texts, dim]``; the tokenizer's own special tokens are part of each text."""
+        return self.read([self.tokenizer(text)["input_ids"] for text in texts], batch_size)
+
+    @torch.inference_mode()
+    def read(self, texts: Sequence[Sequence[int]], batch_size: int = 32) -> Tensor:
+        """`encode` for texts given as token ids, special tokens among them."""
         rows = []
         device = next(self.body.parameters()).device
         for start in range(0, len(texts), batch_size):
-            ids = [self.tokenizer(text)["input_ids"] for text in texts[start : start + batch_size]]
+            ids = texts[start : start + batch_size]
             longest = max(map(len, ids))
             padded = torch.zeros(len(ids), longest, dtype=torch.long)
             mask = torch.zeros(len(ids), longest, dtype=torch.long)
             for row, found in enumerate(ids):
-                padded[row, : len(found)] = torch.tensor(found)
+                padded[row, : len(found)] = torch.tensor(list(found))
                 mask[row, : len(found)] = 1
             hidden = self.body(input_ids=padded.to(device), attention_mask=mask.to(device)).last_hidden_state
             rows.append(hidden[torch.arange(len(ids)), mask.sum(-1) - 1])
@@ -118,3 +139,51 @@ def load_last_token_embedder(name: Any, device: Any = None) -> Embedder:
             f"The embedder {name!r} cannot be loaded: {error}. Give a Hugging Face id or folder."
         ) from error
     return Embedder(LastTokenModel(body, tokenizer), str(name))  # type: ignore[arg-type]
+
+
+def reference_vectors(
+    embedder: Embedder, text: str, *, shards: bool = False, max_tokens: int = 180, total_tokens: int = 1024
+) -> Tensor:
+    """The vectors that the authors' code makes of a passage, for ``compress([text], vectors=[...])``.
+
+    Their evaluation reads the first ``max_tokens`` of a passage, special tokens counted, and drops the rest. Their
+    instruction tuning (``shards``) cuts the first ``total_tokens`` into shards of ``max_tokens``, drops a last one of up to 20,
+    and reads the text of each as the evaluation reads a passage, so that a full shard loses as many tokens as there are
+    special ones. `XRAGCompressor` itself drops nothing.
+
+    Args:
+        embedder: a `load_last_token_embedder`, as ``compressor.embedder`` of an imported xRAG is.
+        text: the passage.
+
+    Returns:
+        ``[vectors, dim]`` float32 on the CPU: one, or one a shard.
+
+    Raises:
+        ValueError: if the embedder is another one, the passage has no token, or ``max_tokens`` leaves no room for any.
+    """
+    model: Any = embedder.model
+    if not isinstance(model, LastTokenModel):
+        raise ValueError(f"The embedder {embedder.name!r} is no last-token embedder; take load_last_token_embedder's.")
+    if min(max_tokens, total_tokens) < 1:
+        raise ValueError(f"max_tokens and total_tokens must be at least 1, got {max_tokens} and {total_tokens}.")
+    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError("A passage without any token has no vector; leave it out.")
+    pieces = [text]
+    if shards:
+        ids = ids[:total_tokens]
+        parts = [ids[start : start + max_tokens] for start in range(0, len(ids), max_tokens)]
+        if len(parts) > 1 and len(parts[-1]) <= SHORTEST_SHARD:
+            parts.pop()
+        pieces = [model.tokenizer.decode(part) for part in parts]
+    return model.read([_cut(model.tokenizer, piece, max_tokens) for piece in pieces]).to("cpu", torch.float32).clone()
+
+
+def _cut(tokenizer: Any, text: str, most: int) -> list[int]:
+    """Ids with special tokens, at most so many: tokens are dropped from the text's end."""
+    bare, full = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer(text)["input_ids"]
+    room = most - (len(full) - len(bare))
+    if room < 1:
+        raise ValueError(f"max_tokens={most} leaves no room beside {len(full) - len(bare)} special tokens.")
+    first = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+    return [*full[:first], *bare[:room], *full[first + len(bare) :]]

@@ -125,6 +125,9 @@ def test_version_2_computes_what_the_equations_give(zoo, tmp_path, base, memory,
     # continuing
     (found,) = icae.reader.target_logits([icae_prompt(icae, [passage], "lm")], [target])
     assert torch.allclose(found, logits_by_hand(base, want, target=target), atol=1e-4)
+    (found,) = icae.reader.target_logits([icae_prompt(icae, [passage], "lm", lm_token=True)], [target])
+    lm = memory[MEM + 1 : MEM + 2]
+    assert torch.allclose(found, logits_by_hand(base, want, lm, target=target), atol=1e-4)
 
 
 @pytest.mark.parametrize("n", [1, 23, 24, 25, 48, 49, 71])
@@ -206,6 +209,35 @@ def test_version_1_with_zeroed_base_weights_takes_the_readers(zoo, tmp_path, mem
     ids = zoo.tokenizer()(PASSAGE[:60])["input_ids"]
     want = slots_by_hand(base, memory, ids, lambda ids: [ids])
     assert torch.allclose(icae.compress([PASSAGE[:60]])[0].embeds, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["decoder", "base_layer", "other weights"])
+def test_version_2_as_its_training_saves_it(zoo, tmp_path, base, memory, state, reader, form):
+    """Base weights too, with rows for the new tokens, in the names of newer peft, and the decoder's own copy."""
+    model = zoo.model("mistral", seed=5) if form == "other weights" else base
+    saved = dict(state)
+    for name, t in model.state_dict().items():
+        rows = torch.full((1 + MEM + 3, 32), 9.0)  # never trained, never read
+        grown = torch.cat([t, rows]) if name in ("model.embed_tokens.weight", "lm_head.weight") else t
+        new = name.endswith(("q_proj.weight", "v_proj.weight")) and form != "decoder"
+        saved[f"icae.base_model.model.{name.replace('.weight', '.base_layer.weight') if new else name}"] = grown
+        if form != "base_layer":
+            saved[f"decoder.{name}"] = t
+    path = write(tmp_path / "model.pt", saved)
+    with pytest.raises(MissingOption, match="mean_compression_rate"):  # so it was taken for version 2
+        import_checkpoint("icae", path, reader)
+    icae = import_checkpoint("icae", path, reader, mean_compression_rate=RATE)
+    assert icae.config.truncate is None
+    assert (icae.reader is reader) == (form != "other weights")
+    assert icae.reader.vocab_size == zoo.VOCAB
+    (passage,) = icae.compress([PASSAGE])
+    want = slots_by_hand(model, memory, zoo.tokenizer()(PASSAGE)["input_ids"], equalised)
+    assert torch.allclose(passage.embeds, want, atol=1e-4)
+    (found,) = icae.reader.target_logits([icae_prompt(icae, [passage], "lm")], [[9, 8]])
+    assert torch.allclose(found, logits_by_hand(model, want, target=[9, 8]), atol=1e-4)
+    name = "icae.base_model.model.lm_head.weight"
+    with pytest.raises(CheckpointError, match=rf"lm_head\.weight has \d+ rows, wanted {zoo.VOCAB} "):
+        import_checkpoint("icae", write(path, {**saved, name: saved[name][:-1]}), reader, mean_compression_rate=RATE)
 
 
 A, B = (f"icae.base_model.model.model.layers.1.self_attn.v_proj.lora_{side}.default.weight" for side in "AB")

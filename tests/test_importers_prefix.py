@@ -13,7 +13,9 @@ from nutgraf.compressors import CheckpointError
 from nutgraf.compressors.importers import MissingOption, import_checkpoint, import_to, recognise
 from nutgraf.compressors.prefix_reference import fivehundred_prompt, gist_prompt, gist_source, slots_first
 from safetensors.torch import save_file
-from transformers import DynamicCache
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
+from transformers import DynamicCache, PreTrainedTokenizerFast
 
 PASSAGE = (
     "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911). "
@@ -71,15 +73,18 @@ def auto_pass(model, soft, ids, summary):
         decoder.embed_positions.forward = kept
 
 
-def test_autocompressor_computes_what_the_equations_give(zoo, tmp_path, auto):
+@pytest.mark.parametrize("equal", [False, True])
+def test_autocompressor_computes_what_the_equations_give(zoo, tmp_path, auto, equal):
     model, summary = auto
     folder = auto_write(tmp_path / "auto", model, summary, zoo.tokenizer())
     assert recognise(folder) == "autocompressor"
-    compressor = import_checkpoint("autocompressor", folder, segment_tokens=30)
+    cut = {"equal_segments": True} if equal else {}
+    compressor = import_checkpoint("autocompressor", folder, segment_tokens=30, **cut)
     ids = zoo.tokenizer()(PASSAGE, add_special_tokens=False)["input_ids"]
     n = -(-len(ids) // 30)
-    length = -(-len(ids) // n)
+    length = -(-len(ids) // n) if equal else 30
     assert n > 1
+    assert -(-len(ids) // n) < 30  # so that the two cuts differ
     soft = torch.zeros(0, 32)
     for start in range(0, len(ids), length):
         soft = torch.cat([soft, auto_pass(model, soft, ids[start : start + length], summary)[-SPAN:]])
@@ -104,6 +109,59 @@ def test_autocompressor_computes_what_the_equations_give(zoo, tmp_path, auto):
             greedy.append(int(model.lm_head(auto_pass(model, soft, asked + greedy, soft[:0]))[-1].argmax()))
     answer = compressor.reader.generate([prompt], 4, generation_config=None, eos_token_id=[])[0]
     assert answer == zoo.tokenizer().decode(greedy, skip_special_tokens=True)
+
+
+def test_autocompressor_takes_the_segments_of_its_caller(zoo, tmp_path, auto):
+    model, summary = auto
+    compressor = import_checkpoint("autocompressor", auto_write(tmp_path / "auto", model, summary, zoo.tokenizer()))
+    ids = torch.randint(7, 500, (31,), generator=torch.Generator().manual_seed(0)).tolist()
+    lengths = [4, 20, 7]
+    soft, start = torch.zeros(0, 32), 0
+    for length in lengths:
+        soft = torch.cat([soft, auto_pass(model, soft, ids[start : start + length], summary)[-SPAN:]])
+        start += length
+    one, other = compressor.encode_ids([ids, ids], segment_lengths=[lengths, None])
+    assert torch.allclose(one.embeds, soft, atol=1e-4)
+    assert torch.allclose(other.embeds, auto_pass(model, soft[:0], ids, summary)[-SPAN:], atol=1e-4)
+    for bad in ([4, 20], [31, 0], [4.0, 27]):
+        with pytest.raises(ValueError, match="add up to the passage's 31 tokens"):
+            compressor.encode_ids([ids], segment_lengths=[bad])
+    with pytest.raises(ValueError, match="one entry a passage"):
+        compressor.encode_ids([ids], segment_lengths=[])
+
+
+@pytest.fixture(scope="module")
+def spaced(zoo):
+    """A tokenizer that puts a space in front of a text, as SentencePiece does for Llama, and knows <GIST>."""
+    backend = Tokenizer(models.BPE(unk_token=zoo.SPECIALS[0]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=zoo.SPECIALS,
+        initial_alphabet=sorted({*(PASSAGE + SHORT + "Instruction: Input: Output:\n?").replace(" ", "")}),
+        show_progress=False,
+    )
+    backend.train_from_iterator([PASSAGE], trainer)
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    found = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    found.add_tokens(["<GIST>"], special_tokens=True)
+    return found
+
+
+def test_autocompressor_spells_text_as_its_authors_do(zoo, tmp_path, spaced):
+    model = zoo.model("llama", vocab_size=len(spaced))
+    summary = torch.randn(SPAN, 32, generator=torch.Generator().manual_seed(1))
+    compressor = import_checkpoint("autocompressor", auto_write(tmp_path / "auto", model, summary, spaced))
+    ids, asked = (spaced(text, add_special_tokens=False)["input_ids"] for text in (SHORT, "where?"))
+    assert ids != compressor.reader.tokenize(SHORT)  # as it is spelled inside a prompt
+    soft = auto_pass(model, torch.zeros(0, 32), ids, summary)[-SPAN:]
+    (passage,) = compressor.compress([SHORT])
+    assert torch.allclose(passage.embeds, soft, atol=1e-4)
+    (found,) = compressor.reader.target_logits([slots_first(compressor.reader, [passage], "where?")], [[9]])
+    with torch.no_grad():
+        hand = model.lm_head(auto_pass(model, soft, asked, soft[:0]))[-1:]
+    assert torch.allclose(found, hand, atol=1e-4)
 
 
 def test_autocompressor_is_written_with_its_reader(zoo, tmp_path, auto):
@@ -135,7 +193,7 @@ def gist(zoo):
 @torch.no_grad()
 def gist_logits(model, tokenizer, text, target):
     """One pass under the gist mask: what follows the gists sees from the first gist on."""
-    prompt = tokenizer(text)["input_ids"]
+    prompt = tokenizer(text)["input_ids"] if isinstance(text, str) else text
     ids = torch.tensor([prompt + target])
     gists = (ids[0] == tokenizer.convert_tokens_to_ids("<GIST>")).nonzero()[:, 0]
     time = ids.shape[1]
@@ -177,6 +235,23 @@ def test_gist_tokens_compute_what_one_masked_pass_gives(zoo, tmp_path, gist, n, 
     again = loaded.compress([gist_source(SHORT)])[0]
     assert all(torch.equal(a, b) for a, b in zip(again.keys, passage.keys))
     assert again.reader == passage.reader
+
+
+@pytest.mark.parametrize("given", ["", PASSAGE])
+def test_gist_tokens_can_be_read_without_the_white_space_around_them(zoo, tmp_path, spaced, given):
+    model = zoo.model("llama", vocab_size=len(spaced))
+    compressor = import_checkpoint("gist", write(tmp_path / "gist", model, state_of(model), spaced), n_gist=2)
+    # the slow tokenizer's spelling: <GIST> cuts the text, its neighbours lose white space, each part is spelled on its own
+    rest = f"Input: {given}\nOutput:" if given else "Output:"
+    gists = [spaced.convert_tokens_to_ids("<GIST>")] * 2
+    ids = [*spaced(f"Instruction: {SHORT}")["input_ids"], *gists, *spaced(rest, add_special_tokens=False)["input_ids"]]
+    assert ids != spaced(f"Instruction: {SHORT}\n<GIST><GIST>\n{rest}")["input_ids"]
+    (passage,) = compressor.compress([gist_source(SHORT, stripped=True)])
+    prompt = gist_prompt(passage, given, stripped=True, reader=compressor.reader)
+    (found,) = compressor.reader.target_logits([prompt], [[9, 8]])
+    assert torch.allclose(found, gist_logits(model, spaced, ids, [9, 8]), atol=1e-4)
+    with pytest.raises(ValueError, match=r"give reader=compressor\.reader"):
+        gist_prompt(passage, given, stripped=True)
 
 
 def test_gist_checkpoints_that_lack_something_are_refused(zoo, tmp_path, gist):

@@ -9,10 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from nutgraf import Reader, load_compressor
-from nutgraf.compressors import CheckpointError
+from nutgraf.compressors import CheckpointError, CompressedPassage
 from nutgraf.compressors.importers import MissingOption, import_checkpoint, import_to, recognise
-from nutgraf.compressors.xrag_reference import xrag_prompt
-from safetensors.torch import save_file
+from nutgraf.compressors.xrag_reference import (
+    CLAIM_TEMPLATE,
+    INSTRUCTION_TEMPLATE,
+    load_last_token_embedder,
+    reference_vectors,
+    xrag_prompt,
+)
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from torch.nn.functional import gelu, linear
 from transformers import AutoModel
@@ -155,6 +161,99 @@ def test_the_projector_alone_on_its_reader(zoo, tmp_path, model, state, tokenize
     torch.save({**rows, **projector}, file)
     with pytest.raises(CheckpointError, match=r"lm_head\.weight differs"):
         import_checkpoint("xrag", file, reader)
+
+
+def test_the_projector_alone_brings_the_tokens_that_the_authors_add(zoo, tmp_path, model, state, tokenizer, projector):
+    base = zoo.model("mistral")
+    with torch.no_grad():
+        base.resize_token_embeddings(len(tokenizer) - 1, mean_resizing=False)
+        base.load_state_dict({k: state[k][: len(v)] for k, v in base.state_dict().items()})
+    plain = zoo.tokenizer()
+    reader = Reader.from_pretrained(base, tokenizer=plain)
+    file = tmp_path / "ckpt.pth"
+    torch.save({**{n: state[n] for n in ("model.embed_tokens.weight", "lm_head.weight")}, **projector}, file)
+    compressor = import_checkpoint("xrag", file, reader)
+    vectors = torch.randn(2, SIZE)
+    passages = compressor.compress([PASSAGE], vectors=[vectors])
+    logits, target = logits_by_hand(model, tokenizer, slots_by_hand(projector, vectors))
+    (found,) = compressor.reader.target_logits([xrag_prompt(compressor.reader, passages, QUESTION)], [target])
+    assert torch.allclose(found, logits, atol=1e-4)
+    assert "<xRAG>" not in plain.get_vocab()  # the tokenizer given is as it was
+    bare = import_checkpoint("xrag", file, reader, added_rows=False)
+    assert bare.reader is reader
+
+
+def test_a_mixtral_is_read_too(zoo, tmp_path, tokenizer, projector):
+    model = zoo.model("mixtral", vocab_size=len(tokenizer))
+    folder = tmp_path / "moe"
+    model.save_pretrained(folder)
+    state = {**load_file(folder / "model.safetensors"), **projector}
+    assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in state  # the layout of the release
+    save_file(state, folder / "model.safetensors")
+    tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {
+        "projector_type": "mlp2x_gelu",
+        "retriever_hidden_size": SIZE,
+        "architectures": ["XMixtralForCausalLM"],
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    compressor = import_checkpoint("xrag", folder)
+    vectors = torch.randn(1, SIZE)
+    passages = compressor.compress([PASSAGE], vectors=[vectors])
+    logits, target = logits_by_hand(model, tokenizer, slots_by_hand(projector, vectors))
+    (found,) = compressor.reader.target_logits([xrag_prompt(compressor.reader, passages, QUESTION)], [target])
+    assert torch.allclose(found, logits, atol=1e-4)
+
+
+def test_vectors_can_be_made_as_the_authors_make_them(zoo, tmp_path, tokenizer):
+    body = AutoModel.from_config(zoo.model("mistral", vocab_size=len(tokenizer)).config).eval()
+    body.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    embedder = load_last_token_embedder(tmp_path)
+    text = PASSAGE * 6
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def by_hand(text, most):
+        with torch.no_grad():
+            kept = tokenizer(text)["input_ids"][:most]
+            return body(torch.tensor([kept])).last_hidden_state[0, -1]
+
+    for most in (9, len(ids) + 1, 500):  # BOS is counted
+        found = reference_vectors(embedder, text, max_tokens=most)
+        assert torch.allclose(found, by_hand(text, most)[None], atol=1e-5)
+    for last, kept in ((20, 2), (21, 3)):  # a short last shard is dropped
+        sizes = {"max_tokens": 40, "total_tokens": 80 + last}
+        found = reference_vectors(embedder, text, shards=True, **sizes)
+        assert len(ids) > 80 + last
+        parts = [ids[start : min(start + 40, 80 + last)] for start in (0, 40, 80)][:kept]
+        assert torch.allclose(found, torch.stack([by_hand(tokenizer.decode(p), 40) for p in parts]), atol=1e-5)
+    assert reference_vectors(embedder, "a", shards=True).shape == (1, 32)  # but never the only one
+    with pytest.raises(ValueError, match="leaves no room"):
+        reference_vectors(embedder, PASSAGE, max_tokens=1)
+    with pytest.raises(ValueError, match="without any token"):
+        reference_vectors(embedder, "")
+
+
+def test_the_other_prompts_are_spelled_out_and_bad_ones_refused(tmp_path, state, settings, tokenizer):
+    compressor = import_checkpoint("xrag", write(tmp_path / "x", state, settings, tokenizer))
+    reader = compressor.reader
+    passages = compressor.compress([PASSAGE, PASSAGE], vectors=[torch.randn(SIZE), torch.randn(2, SIZE)])
+    places = "<xRAG> <xRAG> <xRAG>"
+    claim = f'verify the following claims with "True" or "False":\n\nBackground: {places}\n\nClaim: {QUESTION} [/INST]'
+    for template, text in (
+        (CLAIM_TEMPLATE, f"[INST] Refer to the background document and {claim} The answer is:"),
+        (INSTRUCTION_TEMPLATE, f"[INST] Refer to the background document: {places}\n\n{QUESTION} [/INST]"),
+    ):
+        plan = reader.plan([xrag_prompt(reader, passages, QUESTION, template)])[0]
+        ids = [0 if i == tokenizer.convert_tokens_to_ids("<xRAG>") else i for i in tokenizer(text)["input_ids"]]
+        assert plan.ids == ids
+    for template in ("Background: {background}", "{question} {background}", "{background} {background} {question}"):
+        with pytest.raises(ValueError, match="template must hold"):
+            xrag_prompt(reader, passages, QUESTION, template)
+    text = CompressedPassage("text", 3, "t", None, text="abc", spans=((0, 3),), n_tokens=1)
+    with pytest.raises(ValueError, match="are 'embeds', got 'text'"):
+        xrag_prompt(reader, [text], QUESTION)
 
 
 def test_the_retriever_gives_its_bare_last_hidden_state(zoo, tmp_path, state, settings, tokenizer, projector):

@@ -3,6 +3,11 @@
 `import_checkpoint` gives a `Compressor` that computes what the authors' code computes from the same weights; `import_to`
 writes it as a folder that `load_compressor` loads. Nothing is unpickled but tensors, every key of a checkpoint is used,
 left out for a reason that is reported, or refused by name, and damage is refused before anything is made of it.
+
+An imported compressor answers as its authors' did if it is asked as they asked it. Their prompts, token for token:
+xRAG `xrag_reference.xrag_prompt`, ICAE `icae_reference.icae_prompt`, AutoCompressor `prefix_reference.slots_first`, gist
+tokens `prefix_reference.gist_source` and ``gist_prompt``, 500xCompressor `prefix_reference.fivehundred_prompt`, COCOM and
+PISCO `pisco_reference` (all in `nutgraf.compressors`).
 """
 
 from __future__ import annotations

@@ -20,12 +20,20 @@ def recognises(path: Path) -> bool:
     return "summary_length" in peek_json(path / "config.json")
 
 
-def load(source: Source, *, segment_tokens: int = 2048, accumulate_summary: bool | None = None) -> AutoCompressor:
-    """Imports AutoCompressor; the checkpoint holds its reader.
+def load(
+    source: Source,
+    *,
+    segment_tokens: int = 2048,
+    equal_segments: bool = False,
+    accumulate_summary: bool | None = None,
+) -> AutoCompressor:
+    """Imports AutoCompressor; the checkpoint holds its reader. Its prompt: `nutgraf.compressors.prefix_reference.slots_first`.
 
     Args:
         source: a Hugging Face folder with ``embed_summary.weight`` among the weights.
         segment_tokens: longest segment; the authors' code leaves it to the caller, and trained on up to 2,048.
+        equal_segments: cut a passage into equally long segments; default: as the authors' code cuts, every segment but the
+            last of ``segment_tokens``. (`AutoCompressor.encode_ids` takes any lengths.)
         accumulate_summary: default: as the config says.
     """
     path = source.path
@@ -46,6 +54,8 @@ def load(source: Source, *, segment_tokens: int = 2048, accumulate_summary: bool
         summary_length=len(summary),
         ratio=max(1.0, segment_tokens / len(summary)),
         segment_tokens=segment_tokens,
+        equal_segments=equal_segments,
+        as_prompt=True,
         accumulate_summary=bool(kept),
         tuning="none",
         adapt_reader=False,

@@ -29,6 +29,10 @@ def recognises(path: Path) -> bool:
 def load(source: Source, *, n_gist: int | None = None, diff: bool | None = None) -> GistCompressor:
     """Imports gist tokens; the checkpoint holds its reader, or with the base model it makes it.
 
+    Its source and prompt: ``gist_source`` and ``gist_prompt`` of `nutgraf.compressors.prefix_reference`; with
+    ``stripped=True`` for the released models. The authors' controls (``pos_control``, ``neg_control``) have the same layout,
+    and were not trained to read gist tokens alone.
+
     Args:
         source: a Hugging Face folder whose tokenizer knows ``<GIST>``.
         n_gist: gist tokens behind each passage: what the model was trained with (the released ones' names say it).

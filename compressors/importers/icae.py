@@ -37,13 +37,14 @@ def load(
     max_tokens: int | None = None,
     bos: bool = True,
 ) -> ICAECompressor:
-    """Imports ICAE.
+    """Imports ICAE. Its prompts: `nutgraf.compressors.icae_reference.icae_prompt`.
 
     Args:
         source: a file, or a folder with one file, of ``icae.*`` and ``memory_token_embed.weight``; it needs the reader (the
             base model), whose weights a version 1 checkpoint may replace.
         mean_compression_rate: source tokens a slot: with ``mem_size`` it says how long a segment may be. Version 2 needs it.
-        version: 1 or 2; default: 1 where base weights are there, else 2.
+        version: 1 or 2; default: 1 where base weights are there in version 1's form, that is without a second copy of the
+            model (``decoder.*``) and without ``base_layer`` in their names; else 2.
         lora_alpha: the authors' code always has 32.
         max_tokens: version 1 reads so many tokens of a passage, BOS counted, and no more; default: 512.
         bos: passages open with BOS, as in pretraining and inference (the authors' instruction tuning leaves it out).
@@ -55,19 +56,23 @@ def load(
     memory = keys.take(_MEMORY, (None, base_reader.width))
     lora = take_lora(keys, _ROOT + re.escape(prefix))
     rank, targets = lora_shape(lora, path)
-    base = {name.replace(".base_layer.", "."): t for name, t in keys.take_all(_ROOT).items()}
-    if base:
-        keys.ignore(r"^decoder\.", "the second frozen copy of the base model")
-    keys.done()
-    version = version or (1 if base else 2)
+    two_models = any(name.startswith("decoder.") for name in keys)
+    held = keys.take_all(_ROOT)
+    if version is None:
+        version = 1 if held and not two_models and not any(".base_layer." in name for name in held) else 2
     if version not in (1, 2):
         raise ValueError(f"version must be 1 or 2, got {version!r}.")
+    keys.ignore(r"^decoder\.", "the second frozen copy of the base model")
+    keys.done()
+    base = {name.replace(".base_layer.", "."): t for name, t in held.items()}
     mem_size = len(memory) - len(TASKS)
     if mem_size < 1:
         raise CheckpointError(f"{path}: {_MEMORY} has {len(memory)} rows, wanted memory tokens and {len(TASKS)} more.")
     if version == 2:
         what = "how many source tokens a slot stands for (4 in the released ones)"
         need(mean_compression_rate, "mean_compression_rate", what, path)
+    if version == 2:  # its decoder has no rows for [PAD], memory and task tokens
+        base = {name: _own_rows(name, t, mem_size, base_reader, path) for name, t in base.items()}
     reader = _reader(source, base, base_reader) if base else base_reader
     config = ICAEConfig.faithful(
         mem_size=mem_size,
@@ -89,6 +94,18 @@ def load(
         compressor.memory.copy_(memory[:mem_size])
         compressor.special.copy_(memory[mem_size:])  # type: ignore[union-attr]
     return compressor
+
+
+def _own_rows(name: str, tensor: Tensor, mem_size: int, given: Reader, path: Path) -> Tensor:
+    """A weight of version 2, without the rows behind the base model's vocabulary, which are never trained or read."""
+    if not name.endswith(("embed_tokens.weight", "lm_head.weight")):
+        return tensor
+    rows, added = given.model.get_input_embeddings().weight.shape[0], 1 + mem_size + len(TASKS)
+    if len(tensor) not in (rows, rows + added):
+        raise CheckpointError(
+            f"{path}: {name} has {len(tensor)} rows, wanted {rows} as the reader {given.name!r} has, or {added} more."
+        )
+    return tensor[:rows]
 
 
 def _reader(source: Source, base: dict[str, Tensor], given: Reader) -> Reader:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import AddedToken
 
 from ..base import CheckpointError
 from ..reader import Reader
 from ..xrag import UNKNOWN, XRAGCompressor, XRAGConfig
-from ..xrag_reference import load_last_token_embedder
+from ..xrag_reference import TOKEN, load_last_token_embedder
 from .layout import PICKLES, Keys, Source, load_model_state, load_tensors, peek_json, weight_files
 from .models import build_model, graft_rows, load_tokenizer, make_reader, model_config
 
@@ -35,14 +37,15 @@ def recognises(path: Path) -> bool:
 def load(
     source: Source, *, embedder: Any = None, added_rows: bool = True, shard_tokens: int = 180, layers: int | None = None
 ) -> XRAGCompressor:
-    """Imports xRAG.
+    """Imports xRAG. Its prompts: `nutgraf.compressors.xrag_reference.xrag_prompt`.
 
     Args:
         source: a folder with ``config.json`` and the whole model's weights, or a file (or a folder with a ``ckpt.pth``) of
             the projector and the embedding rows, which needs the reader.
         embedder: the retriever: an id or folder; default: SFR-Embedding-Mistral, loaded when first needed.
-        added_rows: projector alone: give the reader the rows of ``<pad>`` and ``<xRAG>`` too, as the authors' code does, so
-            that its softmax runs over them; without them the reader stays as it is, and is not written again.
+        added_rows: projector alone: give the reader the rows of ``<pad>`` and ``<xRAG>`` too, and its tokenizer these tokens,
+            as the authors' code does, so that its softmax runs over them and its prompt is tokenised as one; without them
+            the reader stays as it is, and is not written again.
         shard_tokens: longest piece, in the retriever's tokens, that one slot stands for.
         layers: linear layers of the projector; default: as the config says, or as many as there are.
     """
@@ -120,7 +123,17 @@ def _with_rows(source: Source, keys: Keys, added_rows: bool) -> Reader:
     if not added_rows or len(embed) <= len(table):
         source.ignored |= dict.fromkeys(rows, "rows that the reader holds already")
         return reader
-    return graft_rows(reader, source, embed, head)
+    return graft_rows(reader, source, embed, head, _with_names(reader.tokenizer, len(embed)))
+
+
+def _with_names(tokenizer: Any, rows: int) -> Any:
+    """A tokenizer that knows ``<pad>`` and ``<xRAG>``, added as the authors' code adds them; as it is if no row is left."""
+    if TOKEN in tokenizer.get_vocab():
+        return tokenizer
+    named = copy.deepcopy(tokenizer)
+    named.add_special_tokens({"pad_token": "<pad>"})
+    named.add_tokens([AddedToken(TOKEN, special=False, lstrip=False, rstrip=False)])
+    return named if named.get_vocab()[TOKEN] < rows else tokenizer
 
 
 def _depth(kind: Any, projector: Keys, path: Path) -> int:
