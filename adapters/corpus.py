@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,6 +171,9 @@ def compress_corpus_with_ray(
     except ImportError as error:
         raise ImportError("The engine ray needs Ray Data: pip install nutgraf[ray].") from error
 
+    compressor, reader = (  # a worker may stand in another folder
+        os.path.abspath(name) if os.path.isdir(name) else name for name in (compressor, reader)
+    )
     local = load_compressor(compressor, Reader.from_pretrained(reader, **(reader_options or {})))
     total = Filled()
     settings = (store, compressor, reader, ratio, dict(reader_options or {}))

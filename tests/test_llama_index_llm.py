@@ -26,6 +26,7 @@ from nutgraf.adapters.llama_index import (
 from nutgraf.adapters.placeholders import Issued, ReadingLLM, scan
 from nutgraf.adapters.threads import from_thread
 from nutgraf.compressors.xrag import XRAGCompressor, XRAGConfig
+from transformers import GenerationConfig
 
 PROMPT = PromptTemplate("Context:\n{context_str}\nAnswer:")
 
@@ -108,6 +109,18 @@ def test_options_of_one_call_go_before_those_of_the_llm(reader):
     beams = llm.complete("The treaty", num_beams=2, max_new_tokens=4)
     assert beams.text == reader.generate(["The treaty"], num_beams=2, max_new_tokens=4)[0]
     assert beams.raw["ttft_ms"] == beams.raw["ms"]
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"repetition_penalty": 5.0}])
+async def test_a_generation_config_is_followed(reader, settings):
+    config = GenerationConfig(do_sample=False, **settings)
+    wanted = reader.generate(["The treaty"], 8, generation_config=config)[0]
+    assert wanted != reader.generate(["The treaty"], 8)[0]
+    llm = CompressedContextLLM(reader, max_new_tokens=8, generation_kwargs={"generation_config": config})
+    assert llm.complete("The treaty").text == wanted
+    assert (await llm.acomplete("The treaty")).text == wanted
+    plain = CompressedContextLLM(reader, max_new_tokens=8)
+    assert plain.complete("The treaty", generation_config=config).text == wanted
 
 
 def test_wrappers_of_llama_index_are_kept(reader):

@@ -271,6 +271,26 @@ def test_a_full_queue_and_a_slow_reader(zoo):
         server.stop()
 
 
+def test_streams_are_limited_and_a_client_that_leaves_frees_its_place(zoo):
+    reader = zoo.reader("llama", num_hidden_layers=1)
+    wanted = reader.generate(["Hello"], 2)
+    gate = threading.Event()
+    handle = reader.model.model.layers[0].register_forward_pre_hook(lambda *_: gate.wait(20) and None)
+    server = Running(reader, limits=Limits(max_streams=1, timeout_s=1))
+    try:
+        body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 400, "stream": True}
+        with server.http.stream("POST", "/v1/chat/completions", json=body) as first:
+            assert first.status_code == 200
+            assert "Too many answers" in refused(server.post("chat/completions", **body), 429)
+        gate.set()
+        handle.remove()
+        remote = ServedReader(server.url, "tiny", reader, backoff=0.2)
+        assert ["".join(remote.stream("Hello", 2))] == wanted
+    finally:
+        gate.set()
+        server.stop()
+
+
 # -- refusals ------------------------------------------------------------------------------------------------------------
 
 

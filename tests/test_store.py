@@ -103,6 +103,19 @@ def test_a_store_is_opened_again(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_a_worker_in_another_folder_finds_the_store(tmp_path, monkeypatch):
+    one = entry(made("embeds"), "x")
+    monkeypatch.chdir(tmp_path)
+    store = LanceStore("s")
+    store.put_many([one])
+    sent = pickle.dumps(store)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    again = pickle.loads(sent)
+    assert same(again.get_many([one.key])[0], one.passage)
+    assert again.name == store.name
+
+
 def test_stored_slots_are_views_and_writing_into_them_changes_no_file(tmp_path):
     one = entry(made("embeds"), "x")
     store = LanceStore(tmp_path / "s")

@@ -25,14 +25,15 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.response_synthesizers import BaseSynthesizer, get_response_synthesizer
 
 from ...compressors import CompressedPassage, Reader
+from ..openai import ServedReader
 from ..placeholders import PlaceholderStore, ReadingLLM, read_placeholders, shared_store
 from ..threads import from_thread
 from .prompt_helper import SlotAwarePromptHelper
-from .reading import Answer, ReaderCall, ReaderRefusedError, check_reads_slots
+from .reading import Answer, ReaderCall, ReaderRefusedError, check_reads_slots, check_served
 
 
 class CompressedContextLLM(CustomLLM):
-    """A `Reader` as a LlamaIndex LLM: placeholders in its prompts are read as the compressed passages they stand for.
+    """A reader as a LlamaIndex LLM: placeholders in its prompts are read as the compressed passages they stand for.
 
     Prompts without placeholders are read as any LLM would read them. Async methods run the reader in a worker thread.
     Each response's ``raw`` holds ``reader_tokens`` (positions of the prompt), ``slots`` and ``passages`` (of these, the
@@ -40,7 +41,8 @@ class CompressedContextLLM(CustomLLM):
     the prompt included) and ``ms``.
 
     Args:
-        reader: reads the prompts.
+        reader: reads the prompts: a `Reader`, or a `nutgraf.adapters.openai.ServedReader` with vLLM's completions, SGLang or
+            ``nutgraf serve`` behind it.
         max_new_tokens: the longest answer, in tokens; LlamaIndex keeps as much of the window free for it. Default: 256, or
             a quarter of a window of less than 1,024 positions.
         context_window: positions that a prompt and its answer may take; default: the reader's ``max_positions``.
@@ -50,8 +52,9 @@ class CompressedContextLLM(CustomLLM):
         kwargs: as for LlamaIndex's ``LLM`` (``system_prompt``, ``completion_to_prompt``, ``callback_manager``, ...).
 
     Raises:
-        ValueError: if ``chat`` is asked of a tokenizer without a chat template, a number is out of range, or the reader is a
-            state-space model that would misread compressed passages.
+        TypeError: if ``reader`` is none.
+        ValueError: if ``chat`` is asked of a tokenizer without a chat template, a number is out of range, the reader is a
+            state-space model that would misread compressed passages, or is served in a way that does not fit such prompts.
     """
 
     context_window: int = Field(gt=0, description="Positions that a prompt and its answer may take.")
@@ -60,13 +63,13 @@ class CompressedContextLLM(CustomLLM):
     model_name: str = Field(description="The reader's name.")
     stop: list[str] | None = Field(default=None, description="Strings that end an answer.")
     generation_kwargs: dict[str, Any] = Field(default_factory=dict, description="Options of generation.")
-    _reader: Reader = PrivateAttr()
+    _reader: Reader | ServedReader = PrivateAttr()
     _store: PlaceholderStore = PrivateAttr()
     _reading: ReadingLLM = PrivateAttr()
 
     def __init__(
         self,
-        reader: Reader,
+        reader: Reader | ServedReader,
         *,
         max_new_tokens: int | None = None,
         context_window: int | None = None,
@@ -75,16 +78,16 @@ class CompressedContextLLM(CustomLLM):
         generation_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(reader, Reader):
+        if not isinstance(reader, Reader | ServedReader):
             raise TypeError(
-                f"reader must be a nutgraf Reader, got {type(reader).__name__}; see Reader.from_pretrained."
+                f"reader must be a nutgraf Reader or ServedReader, got {type(reader).__name__}; see Reader.from_pretrained."
             )
         if chat and not getattr(reader.tokenizer, "chat_template", None):
             raise ValueError(
                 f"chat=True needs a chat template, and the tokenizer of {reader.name!r} has none; "
                 "set tokenizer.chat_template, or use chat=False."
             )
-        check_reads_slots(reader)
+        check_served(reader) if isinstance(reader, ServedReader) else check_reads_slots(reader)
         window = context_window or reader.max_positions or DEFAULT_CONTEXT_WINDOW
         if reader.max_positions is not None and window > reader.max_positions:
             raise ValueError(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from llama_index.core.prompts import BasePromptTemplate
 
     from ...compressors import Reader
+    from ..openai import ServedReader
 
 _log = logging.getLogger(__name__)
 _JOINT = "\n\n"
@@ -30,7 +31,7 @@ class SlotAwareTokenizer:
         reader: the reader.
     """
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader | ServedReader) -> None:
         self.reader = reader
 
     def __call__(self, text: str) -> list[int]:
@@ -55,7 +56,7 @@ class SlotAwarePromptHelper(PromptHelper):
         kwargs: as for `PromptHelper`; ``chunk_overlap_ratio`` is 0 unless given.
     """
 
-    def __init__(self, reader: Reader, context_window: int, num_output: int, **kwargs: Any) -> None:
+    def __init__(self, reader: Reader | ServedReader, context_window: int, num_output: int, **kwargs: Any) -> None:
         super().__init__(
             context_window=context_window,
             num_output=num_output,

@@ -13,6 +13,7 @@ import torch
 from ...compressors import CompressedPassage, Reader
 from ...compressors.plan import PromptPlan
 from ...compressors.tokenization import TokenIds
+from ..openai import ServedReader
 
 
 class ReaderRefusedError(RuntimeError):
@@ -48,7 +49,11 @@ class ReaderCall:
     """
 
     def __init__(
-        self, reader: Reader, make_prompt: Callable[[], list[Any]], chat: bool, settings: Mapping[str, Any]
+        self,
+        reader: Reader | ServedReader,
+        make_prompt: Callable[[], list[Any]],
+        chat: bool,
+        settings: Mapping[str, Any],
     ) -> None:
         self.reader = reader
         self.make_prompt = make_prompt
@@ -56,7 +61,8 @@ class ReaderCall:
 
     def run(self) -> Answer:
         """The whole answer."""
-        if (self.options.get("num_beams") or 1) > 1:
+        given = self.options.get("num_beams") or getattr(self.options.get("generation_config"), "num_beams", None)
+        if (given or 1) > 1:
             return self._run_beams()
         answer = Answer("", "", {})
         for answer in self.stream():  # noqa: B007
@@ -98,6 +104,8 @@ class ReaderCall:
 
     def logprob(self, answer: str) -> float:
         """The log-likelihood in nats of a given answer, summed over its tokens."""
+        if not isinstance(self.reader, Reader):
+            raise ReaderRefusedError("A server gives no log-likelihoods of answers; score with the local Reader.")
         with _refusals(), torch.no_grad():
             (logits,) = self.reader.target_logits([self.make_prompt()], [answer], chat=self.options["chat"])
         ids = torch.tensor(self.reader.tokenize(answer), device=logits.device)
@@ -143,6 +151,20 @@ def check_reads_slots(reader: Reader) -> None:
             f"{reader.name!r} ({type(reader.model).__name__}) is a state-space model that does not read embeddings in a padded "
             "batch as it reads text, so that compressed passages would be misread; use a transformer as the reader, or give "
             "this model text (with a compressor to text, if you like) through an LLM class of LlamaIndex's."
+        )
+
+
+def check_served(reader: ServedReader) -> None:
+    """Raises ``ValueError`` for a served reader whose settings do not fit prompts from LlamaIndex."""
+    if reader.engine == "vllm-chat":
+        raise ValueError(
+            "LlamaIndex's prompts are laid out and templated here, but engine='vllm-chat' leaves that to the server; use "
+            "ServedReader(engine='vllm'), and chat=True for the chat template."
+        )
+    if reader.fallback is not None:
+        raise ValueError(
+            "fallback='text' needs the passages' texts in every call, which LlamaIndex's prompts do not carry; make the "
+            "ServedReader without it. Its errors reach whoever asks the query engine."
         )
 
 
