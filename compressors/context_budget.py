@@ -7,31 +7,44 @@ from collections.abc import Sequence
 from .reader import Reader
 from .scoring import next_token_losses
 
+CONDITIONS = ("after", "before", "none")
 REORDERS = ("original", "two_stage", "sort")
 STATEMENT = " We can get the answer to this question in the given documents."
 _NEGATIVE_BUDGET = 100  # what contexts are chosen for where instruction and question alone exceed the target
 
 
-def context_losses(scorer: Reader, contexts: Sequence[str], question: str | None = None) -> list[float]:
-    """Mean loss of each context behind BOS; or, given a question, that of the question and `STATEMENT` right after it.
+def context_losses(
+    scorer: Reader, contexts: Sequence[str], question: str | None = None, condition: str = "after"
+) -> list[float]:
+    """Mean loss of each context behind BOS; or, given a question, that of what comes second: question or context.
 
-    Context and question are tokenised as one string; the question's losses begin after as many tokens as the context has
-    alone. An empty mean counts as 0.
+    Context and question are tokenised as one string; the losses begin after as many tokens as what comes first has alone.
+    An empty mean counts as 0.
+
+    Args:
+        scorer: the causal LM.
+        contexts: the contexts.
+        question: `STATEMENT` follows it.
+        condition: ``"after"``: the question stands right after the context; ``"before"``: right before it.
     """
+    asked = question + STATEMENT if question else ""
     out = []
     for context in contexts:
-        ids = scorer.bos_ids + scorer.prompts.encode(context + (question + STATEMENT if question else ""), opens=True)
+        first, second = (asked, context) if condition == "before" else (context, asked)
+        ids = scorer.bos_ids + scorer.prompts.encode(first + second, opens=True)
         check_length(scorer, ids)
         losses = next_token_losses(scorer, ids)
-        if question:
-            losses = losses[max(len(scorer.bos_ids) + token_counts(scorer, [context])[0] - 1, 0) :]
+        if asked:
+            losses = losses[max(len(scorer.bos_ids) + token_counts(scorer, [first])[0] - 1, 0) :]
         out.append(float(losses.mean()) if len(losses) else 0.0)
     return out
 
 
-def rank_contexts(scorer: Reader, contexts: Sequence[str], question: str | None = None) -> list[int]:
-    """Indices of the contexts, the best first: by descending loss, or by ascending loss of the question given them."""
-    losses = context_losses(scorer, contexts, question)
+def rank_contexts(
+    scorer: Reader, contexts: Sequence[str], question: str | None = None, condition: str = "after"
+) -> list[int]:
+    """Indices of the contexts, the best first: by descending loss, or with a question by ascending `context_losses`."""
+    losses = context_losses(scorer, contexts, question, condition)
     sign = 1 if question else -1
     return sorted(range(len(losses)), key=lambda i: sign * losses[i])
 
@@ -44,6 +57,7 @@ def choose_contexts(
     extra: float = 100.0,
     reorder: str = "original",
     shift: float = 0.0,
+    forced: Sequence[int] = (),
 ) -> tuple[list[int], list[float]]:
     """The coarse budget: contexts in order of rank until the target (plus ``extra``) is spent, the crossing one included.
 
@@ -52,14 +66,17 @@ def choose_contexts(
         lengths: tokens of each context, BOS included.
         target: tokens; a negative one counts as 100.
         extra, reorder, shift: see `iterative.compress_prompt`.
+        forced: indices that are taken whatever they cost, and count as the best ones; they use up budget only where the
+            ranks reach them.
 
     Returns:
         The chosen indices as they will stand, and what is added to each one's keep ratio.
     """
     left = (target if target >= 0 else _NEGATIVE_BUDGET) + extra
-    chosen = []
+    chosen = list(dict.fromkeys(forced))
     for i in ranks:
-        chosen.append(i)
+        if i not in chosen:
+            chosen.append(i)
         left -= lengths[i]
         if left < 0:
             break

@@ -10,7 +10,7 @@ modes. Its peculiarities are part of it:
 - losses that equal the threshold are dropped, so a text of one repeated token loses nearly everything;
 - contexts are read without BOS, though the lengths that the budget is made of count it.
 
-Left out: sentence filtering, forced contexts, other rankers, and the sliding cache for texts beyond the model's positions,
+Left out: sentence filtering, kept separators, other rankers, and the sliding cache for texts beyond the model's positions,
 which are refused here. Strings of special tokens in a text are plain text. A window is scored by reading the compressed
 prefix again, which gives what the cached prefix gives.
 """
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .budget import Span, merge
-from .context_budget import REORDERS, check_length, choose_contexts, rank_contexts, token_counts
+from .context_budget import CONDITIONS, REORDERS, check_length, choose_contexts, rank_contexts, token_counts
 from .reader import Reader
 from .scoring import next_token_losses
 
@@ -63,11 +63,13 @@ def compress_prompt(
     instruction: str = "",
     question: str = "",
     ranker: str = "llmlingua",
+    condition: str = "after",
     compare: bool = False,
     reorder: str = "original",
     shift: float = 0.0,
     size: int = 200,
     extra: float = 100.0,
+    forced: Sequence[int] = (),
 ) -> PublishedPrompt:
     """Compresses contexts to ``rate`` of all tokens, instruction and question included.
 
@@ -79,11 +81,15 @@ def compress_prompt(
         instruction, question: they stand before and after the contexts and are not compressed.
         ranker: ``"llmlingua"``: contexts that surprise most come first; ``"longllmlingua"``: those that make the question
             most likely.
+        condition: for ``"longllmlingua"`` alone: ``"after"``: the question is measured after the context; ``"before"``: the
+            context after the question, and the one that it makes most likely comes first; ``"none"``: as ``"llmlingua"``,
+            which is also what the release does if it is given ``condition_compare`` and no condition.
         compare: tokens are kept by how much the question in front lowers their loss (LongLLMLingua).
         reorder: order in the result: ``"original"``, by rank (``"sort"``), or best at both ends (``"two_stage"``).
         shift: ``r``: keep ratios run from ``+r`` to ``-r`` around the common one, by rank.
         size: tokens of a window.
         extra: tokens added to the target when contexts are chosen.
+        forced: indices of contexts that are taken in any case.
 
     Raises:
         ValueError: if an argument is none of these, a question is needed and missing, or the text is longer than the
@@ -93,6 +99,10 @@ def compress_prompt(
         raise ValueError("compress_prompt needs at least one context, got none.")
     if ranker not in RANKERS or reorder not in REORDERS:
         raise ValueError(f"ranker is one of {RANKERS} and reorder one of {REORDERS}; got {ranker!r} and {reorder!r}.")
+    if condition not in CONDITIONS:
+        raise ValueError(f"condition is one of {CONDITIONS}, got {condition!r}.")
+    if bad := [i for i in forced if not isinstance(i, int) or not 0 <= i < len(contexts)]:
+        raise ValueError(f"forced holds indices of the {len(contexts)} contexts, from 0 on; got {bad[0]!r}.")
     if (compare or ranker == "longllmlingua") and not question:
         raise ValueError("LongLLMLingua ranks and compares by a question, and got none.")
     if target is None and not 0 < rate <= 1:
@@ -104,8 +114,11 @@ def compress_prompt(
         target = (fixed + sum(lengths)) * rate - fixed
     order, shifts = [0], [0.0]
     if len(contexts) > 1:
-        ranks = rank_contexts(scorer, contexts, question if ranker == "longllmlingua" else None)
-        order, shifts = choose_contexts(ranks, lengths, target, extra=extra, reorder=reorder, shift=shift)
+        asked = question if ranker == "longllmlingua" and condition != "none" else None
+        ranks = rank_contexts(scorer, contexts, asked, condition)
+        order, shifts = choose_contexts(
+            ranks, lengths, target, extra=extra, reorder=reorder, shift=shift, forced=forced
+        )
     taken = [contexts[i] for i in order]
     prefix = question + _SEPARATOR if compare else ""
     body = _SEPARATOR.join(taken)

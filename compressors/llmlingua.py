@@ -16,7 +16,7 @@ from .lm_selection import LMSelectingCompressor, LMSelectionConfig
 from .passage import CompressedPassage
 from .registry import register_compressor
 from .scoring import TokenScores, self_information
-from .shares import share_out
+from .shares import kept_share, share_out
 from .units import Span
 
 
@@ -139,6 +139,7 @@ class LLMLinguaCompressor(LMSelectingCompressor):
         question: str = "",
         ratio: float | None = None,
         target_tokens: float | None = None,
+        forced: Sequence[int] = (),
     ) -> PublishedPrompt:
         """The published pipeline over a list of contexts (see `iterative.compress_prompt`).
 
@@ -147,13 +148,14 @@ class LLMLinguaCompressor(LMSelectingCompressor):
             instruction, question: not compressed, but part of the budget.
             ratio: all tokens over the kept ones; default: the config's.
             target_tokens: the scorer's tokens that the contexts should be compressed to, in place of a ratio.
+            forced: indices of contexts that are taken in any case.
         """
         config = self.config
         with self._lock:
             return compress_prompt(
                 self.scorer,
                 self._check_texts(contexts),
-                rate=1 / (config.ratio if ratio is None else ratio),
+                rate=kept_share(config.ratio if ratio is None else ratio),
                 target=target_tokens,
                 instruction=instruction,
                 question=question,
@@ -161,6 +163,7 @@ class LLMLinguaCompressor(LMSelectingCompressor):
                 shift=config.dynamic_ratio,
                 size=config.iterative_size,
                 extra=config.context_budget,
+                forced=forced,
                 **self._published(),
             )
 

@@ -18,6 +18,7 @@ from .reader import Reader
 from .registry import register_compressor
 from .scoring import TokenScores
 from .selection import SelectingCompressor, SelectionConfig
+from .shares import kept_share
 from .token_classifier import (
     ClassifierTokenizer,
     LoRATagger,
@@ -110,7 +111,8 @@ class LLMLingua2Compressor(SelectingCompressor):
     the reader's tokens. ``keep`` are the paper's force tokens and ``keep_digits`` its reserved digits.
 
     ``mode="faithful"``: the published threshold per chunk (see `word_threshold`); a result may exceed its budget, and
-    spaces are the classifier tokenizer's, not the text's.
+    spaces are the classifier tokenizer's, not the text's. `compress_contexts` runs it over a list of contexts, of which
+    some are dropped.
 
     Questions are ignored.
 
@@ -228,8 +230,30 @@ class LLMLingua2Compressor(SelectingCompressor):
             texts: the contexts.
             ratio: of the whole prompt; ``(1 + 1 / ratio) / 2`` of the contexts stay. Default: the config's.
         """
+        share = (kept_share(ratio or self.config.ratio) + 1) / 2
         with self._lock:
-            return self.published().keep_contexts(self._check_texts(texts), 1 / (ratio or self.config.ratio))
+            return self.published().keep_contexts(self._check_texts(texts), share)
+
+    def compress_contexts(
+        self, texts: Sequence[str], ratio: float | None = None, *, target_tokens: int | None = None
+    ) -> list[str | None]:
+        """The published pipeline over a list of contexts: some stay, each compressed; the others are ``None``.
+
+        Args:
+            texts: the contexts.
+            ratio: of the whole prompt; default: the config's.
+            target_tokens: the reader's tokens of the whole prompt, in place of a ratio.
+
+        Raises:
+            ValueError: if both are given, or the target is no integer of at least 1.
+        """
+        if ratio is not None and target_tokens is not None:
+            raise ValueError(f"Give ratio or target_tokens, not both (got {ratio} and {target_tokens}).")
+        if target_tokens is not None and (not isinstance(target_tokens, int) or target_tokens < 1):
+            raise ValueError(f"target_tokens must be an integer of at least 1, got {target_tokens!r}.")
+        rate = kept_share(ratio or self.config.ratio)
+        with self._lock:
+            return self.published().compress_contexts(self._check_texts(texts), rate, target_tokens)
 
     def _compress(
         self,
@@ -247,7 +271,7 @@ class LLMLingua2Compressor(SelectingCompressor):
             raise TypeError(f"mode='faithful' has no options {sorted(options)}.")
         asked = self.config.ratio if ratio is None else ratio
         lengths = [self._count(text) for text in texts]
-        rates = [1 / asked if target_tokens is None else min(target_tokens / max(n, 1), 1.0) for n in lengths]
+        rates = [kept_share(asked) if target_tokens is None else min(target_tokens / max(n, 1), 1.0) for n in lengths]
         info: dict[str, Any] = {"method": self.config.method, "mode": "faithful"}
         info |= {"ratio_asked": float(asked)} if target_tokens is None else {"target_tokens": target_tokens}
         published = self.published()

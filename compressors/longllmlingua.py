@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from .base import CompressorConfig
-from .context_budget import STATEMENT, reordered
+from .context_budget import CONDITIONS, STATEMENT, reordered
 from .llmlingua import LLMLinguaCompressor, LLMLinguaConfig
 from .passage import CompressedPassage
 from .registry import register_compressor
@@ -32,9 +32,18 @@ class LongLLMLinguaConfig(LLMLinguaConfig):
     statement: str = field(
         default=STATEMENT, metadata={"help": "what follows the question where passages are ranked (fast)"}
     )
+    condition: Literal["after", "before", "none"] = field(
+        default="after",
+        metadata={
+            "help": "contexts are ranked by the question 'after' them, by themselves with it 'before' them, or by themselves "
+            "('none') (faithful)"
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.condition not in CONDITIONS:
+            raise ValueError(f"condition must be one of {CONDITIONS}, got {self.condition!r}.")
         if self.question is not None and not self.question.strip():
             raise ValueError("question must be a text, or None where every call gives one; got an empty one.")
 
@@ -168,7 +177,7 @@ class LongLLMLinguaCompressor(LLMLinguaCompressor):
     # -- faithful --------------------------------------------------------------------------------------------------
 
     def _published(self) -> dict[str, Any]:
-        return {"ranker": "longllmlingua", "compare": True}
+        return {"ranker": "longllmlingua", "condition": self.config.condition, "compare": True}
 
     def _compress(
         self, texts: list[str], queries: list[str | None], ratio: float | None, *, vectors: Any, **options: Any

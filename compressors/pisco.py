@@ -283,7 +283,8 @@ class PISCOCompressor(SoftCompressor):
         owned: list[int] = []
         for tokens, source in zip(ids, sources):
             passage = [*prefix, *tokens, *suffix] if whole and len(tokens) else list(tokens)
-            cut = self.segments(len(passage), ratio, source)
+            # The authors' code counts the tokens that its encoder reads, which may be one more or fewer.
+            cut = self.segments(len(passage), ratio, len(passage) if self.config.as_prompt else source)
             ends = accumulate(length for length, _ in cut)
             parts = [passage[end - length : end] for (length, _), end in zip(cut, ends)]
             pieces += parts if whole else [[*prefix, *part, *suffix] for part in parts]

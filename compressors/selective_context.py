@@ -14,6 +14,7 @@ from .passage import CompressedPassage
 from .registry import register_compressor
 from .scoring import TokenScores, self_information
 from .sentence_filter import drop_predictable
+from .shares import kept_share
 from .units import split_units
 
 
@@ -76,7 +77,8 @@ class SelectiveContextCompressor(LMSelectingCompressor):
         info = {"method": self.config.method, "mode": "faithful", "unit": self.config.unit, "ratio_asked": float(asked)}
         out = []
         for text in texts:
-            kept = drop_predictable(self.scorer, text, 1 - 1 / asked, self.config.unit) if text else ""
+            share = round(1 - kept_share(asked), 12)
+            kept = drop_predictable(self.scorer, text, share, self.config.unit) if text else ""
             origin, n = self.fingerprint, self._count(text)
             out.append(CompressedPassage("text", n, origin, text=kept, n_tokens=self._count(kept), info=dict(info)))
         return out

@@ -4,21 +4,23 @@ The computation of arXiv 2310.06201 as its authors' release carries it out, for 
 white space is collapsed first; every sentence is scored on its own behind the end-of-text token, so that nothing is guessed
 from the sentence before; units *below* the percentile go, so that ties stay; kept tokens and phrases are joined by nothing
 (sentences run together) and sentences by a space, a dropped one leaving its space behind; a token on its own may be a
-broken character.
+broken character; a token across the end of a phrase counts for the phrase that it ends, not for the one that it begins.
 
-Not as published: phrases are those of `split_units` in place of a parser's noun chunks, and a sentence longer than the
-scorer's positions is refused by the scorer's own check rather than by a crash.
+Not as published: phrases are those of `split_units` in place of a parser's noun chunks, a character of several tokens stays
+whole in its phrase, and a sentence longer than the scorer's positions is refused by the scorer's own check rather than by a
+crash.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
 from .reader import Reader
 from .scoring import next_token_losses
-from .units import split_units, unit_scores
+from .units import Span, split_units
 
 _SPACE = re.compile(r"\s+")
 # After a full stop or a question mark, unless the stop belongs to an abbreviation such as "e.g." or "Dr."
@@ -47,7 +49,7 @@ def drop_predictable(scorer: Reader, text: str, share: float, unit: str = "phras
     if not pieces:
         return ""
     limit = np.nanpercentile(values, 100 * share)
-    kept = [piece if value >= limit else "" for piece, value in zip(pieces, values)]
+    kept = ["" if value < limit else piece for piece, value in zip(pieces, values)]
     return " ".join(kept) if unit == "sentence" else "".join(kept)
 
 
@@ -71,4 +73,30 @@ def _units(scorer: Reader, sentence: str, unit: str, first: bool) -> tuple[list[
     # A phrase owns the space in front of it; the sentence's first phrase gets one unless it opens the text.
     phrases = [sentence[a:b] for a, b in spans]
     phrases[0] = phrases[0] if first else " " + phrases[0]
-    return phrases, unit_scores(spans, offsets, losses).tolist()
+    return phrases, _phrase_values(sentence, spans, offsets, losses.tolist())
+
+
+def _phrase_values(
+    sentence: str, phrases: Sequence[Span], offsets: Sequence[Span], losses: Sequence[float]
+) -> list[float]:
+    """Mean self-information of each phrase; NaN for one that no token belongs to, which then stays.
+
+    A token belongs to the phrase that it lies in; one across the end of a phrase belongs to every phrase that ends in it, in
+    equal parts, and not to the one that it only begins. A lone space inside a phrase does not count.
+    """
+    found: list[list[float]] = [[] for _ in phrases]
+    now = last = reached = 0
+    for (_, end), loss in zip(offsets, losses):
+        if end <= reached:  # the rest of a character
+            found[last].append(loss)
+            continue
+        first = now
+        while now < len(phrases) and phrases[now][1] <= end:
+            now += 1
+        if now > first:
+            for phrase in range(first, now):
+                found[phrase].append(loss / (now - first))
+        elif sentence[reached:end] != " ":
+            found[now].append(loss)
+        last, reached = max(now - 1, first), end
+    return [float(np.mean(own)) if own else float("nan") for own in found]

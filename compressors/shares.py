@@ -5,6 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def kept_share(ratio: float) -> float:
+    """``1 / ratio`` as whoever asked for ``ratio=1 / rate`` meant it: ``1 / (1 / 0.9)`` is 0.9, not a bit above.
+
+    Published thresholds are whole percents or ranks that such a bit moves.
+    """
+    return round(1 / ratio, 12)
+
+
 def share_out(total: int, weights: Sequence[float], caps: Sequence[int]) -> list[int]:
     """Whole numbers in proportion to the weights, none above its cap.
 

@@ -87,23 +87,25 @@ class WordPieces:
         how: str = "mean",
         force: Collection[str] = (),
         digits: bool = False,
+        certain: bool = True,
     ) -> tuple[list[str], list[Any]]:
         """Words and their probabilities; special tokens are left out.
 
         Args:
             tokens, values: pieces and their probabilities.
             how: ``"mean"`` or ``"first"``.
-            force: pieces whose probability is 1.
+            force: pieces that are words of their own, with probability 1.
             digits: pieces with a digit have probability 1.
+            certain: give these their 1; else words are cut as they are with it, and every probability is the one found.
         """
         words: list[str] = []
         parts: list[list[Any]] = []
         for token, value in zip(tokens, values):
             if token in self.specials:
                 continue
-            sure = 1.0 if digits and _DIGIT.search(token) else value
+            sure = 1.0 if certain and digits and _DIGIT.search(token) else value
             if not words or self.begins(token, force):
-                parts.append([1.0 if self.bare(token) in force else sure])
+                parts.append([1.0 if certain and self.bare(token) in force else sure])
                 words.append(token)
             else:
                 parts[-1].append(sure)

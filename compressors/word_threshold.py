@@ -7,6 +7,7 @@ The computation of arXiv 2403.12968 as its authors' release carries it out, for 
 - the strings ``[CLS]`` and ``[SEP]`` stand around every chunk, which an XLM-RoBERTa tokenizer knows as unknown tokens;
 - every chunk keeps the same share: the threshold is the percentile ``int(100 * dropped + 1)`` of its word probabilities, a
   word counted as often as it has tokens, and words must lie strictly above it (or have probability 1);
+- contexts are chosen by the mean over their words, of which each counts as its first token;
 - what a forced token or a digit is worth is 1; words come out through the tokenizer's own joining, so that spaces change.
 
 Not as published: words are counted in the reader's tokens in place of GPT-3.5's (which would be downloaded); a forced token
@@ -78,16 +79,22 @@ class PublishedWords:
         return [*out, self._string(tokens[start:])] if start < len(tokens) else out
 
     def words(self, chunks: Sequence[str], forced: bool = True) -> list[tuple[list[str], list[float]]]:
-        """Each chunk's words and their probabilities; ``forced`` gives forced tokens and digits theirs of 1."""
-        convert = self.pieces.tokenizer.convert_tokens_to_ids
-        cls, sep = convert("[CLS]"), convert("[SEP]")
-        read = [self.pieces(chunk) for chunk in chunks]
-        rows = [[cls, *pieces.ids, sep][: self.limit] for pieces in read]
+        """Each chunk's words and their probabilities; ``forced`` gives forced tokens and digits theirs of 1.
+
+        Without it, for the choice of contexts, a word is worth its first token whatever ``merge`` says, as in the release.
+        What the classifier has no token for is its unknown token, and goes with the other special tokens.
+        """
+        tokenizer = self.pieces.tokenizer
+        cls, sep = tokenizer.convert_tokens_to_ids("[CLS]"), tokenizer.convert_tokens_to_ids("[SEP]")
+        # Read as the release reads them: a chunk may spell out the unknown token ("[UNK]"), which is that token again.
+        read = [tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"] for chunk in chunks]
+        rows = [[cls, *ids, sep][: self.limit] for ids in read]
+        how = self.merge if forced else "first"
         out = []
-        for pieces, values in zip(read, self.probabilities(rows)):
-            inner = list(values.numpy()[1:][: len(pieces.ids)])
-            force = self.force if forced else frozenset()
-            out.append(self.marks.merge(pieces.tokens, inner, self.merge, force, self.digits and forced))
+        for ids, values in zip(read, self.probabilities(rows)):
+            inner = list(values.numpy()[1:][: len(ids)])
+            tokens = tokenizer.convert_ids_to_tokens(ids)
+            out.append(self.marks.merge(tokens, inner, how, self.force, self.digits, certain=forced))
         return out
 
     def compress(self, text: str, rate: float) -> str:
@@ -103,13 +110,30 @@ class PublishedWords:
             out.append(self._string([word for word, keep in zip(words, kept) if keep]))
         return "".join(out)
 
-    def keep_contexts(self, texts: Sequence[str], rate: float) -> list[bool]:
-        """Which contexts stay: ``(rate + 1) / 2`` of them, by the mean probability of their words."""
+    def keep_contexts(self, texts: Sequence[str], share: float) -> list[bool]:
+        """Which contexts stay: about this share of them, by the mean probability of their words' first tokens."""
         means = []
         for text in texts:
             values = [value for _, found in self.words(self.chunks(text), forced=False) for value in found]
             means.append(float(sum(values) / len(values)) if values else 0.0)
         if len(means) < 2:
             return [True] * len(means)
-        limit = np.percentile(means, int(100 * (1 - (rate + 1) / 2)))
+        limit = np.percentile(means, int(100 * (1 - share)))
         return [bool(mean >= limit) for mean in means]
+
+    def compress_contexts(self, texts: Sequence[str], rate: float, target: int | None = None) -> list[str | None]:
+        """Each context compressed, or ``None`` for one that does not stay.
+
+        Args:
+            texts: the contexts.
+            rate: of the tokens; ``(rate + 1) / 2`` of the contexts stay.
+            target: tokens to keep, in place of a rate; contexts are chosen for twice as many.
+        """
+        share = (rate + 1) / 2
+        if target is not None:
+            share = min(2 * target / max(sum(map(self.count, texts)), 1), 1.0)
+        kept = self.keep_contexts(texts, share)
+        if target is not None:
+            left = sum(self.count(chunk) for text, keep in zip(texts, kept) if keep for chunk in self.chunks(text))
+            rate = min(target / max(left, 1), 1.0)
+        return [self.compress(text, rate) if keep else None for text, keep in zip(texts, kept)]

@@ -218,26 +218,29 @@ MEMS = [f"<MEM{i}>" for i in range(LENGTH // RATE)]
 
 
 class Old:
-    """adapters.pth and decoder_first_last_layers.pth, or (COCOM) the whole decoder with one adapter."""
+    """adapters.pth and decoder_first_last_layers.pth, or (the first COCOM) the whole decoder with one adapter."""
 
-    def __init__(self, zoo, several):
-        self.base = zoo.model("llama")
-        self.marks = MEMS if several else ["<MEM>"]
-        self.tokenizer = spelled(zoo.tokenizer(), *self.marks, "<AE>", "<ENC>", "<SEP>")
+    def __init__(self, zoo, several, first=False, **changes):
+        self.base = zoo.model("llama", **changes)
+        self.marks = MEMS if several else ["<MEM>"] * (1 if first else len(MEMS))
+        self.tokenizer = spelled(zoo.tokenizer(), *dict.fromkeys(self.marks), "<AE>", "<ENC>", "<SEP>")
         rows = len(self.tokenizer)
         self.embed, self.head = torch.randn(rows, 32), torch.randn(rows, 32)
         self.encoder, self.decoder = lora(self.base, 1), lora(self.base, 2 if several else 1)
-        self.several = several
-        self.settings = {"model_type": "PISCO" if several else "COCOM", "compr_rate": RATE, "doc_max_length": LENGTH}
+        self.several, self.first = several, first
+        self.settings = {"model_type": "PISCO" if several else "COCOM", "compr_rate": RATE}
         self.settings |= {"different_mem_tokens": several, "compr_model_name": None, "sep": True}
+        self.settings |= {} if first else {"doc_max_length": LENGTH}
 
     def write(self, folder, tokenizer=True):
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(self.settings))
         if tokenizer:
             self.tokenizer.save_pretrained(folder)
-        if self.several:
-            adapters = {"encoder_adapter": self.encoder, "decoder_adapter": self.decoder}
+        if not self.first:
+            # One adapter serves both where they were not trained apart.
+            adapters = {"encoder_adapter": self.encoder} if self.several else {}
+            adapters["decoder_adapter"] = self.decoder
             torch.save(
                 {k: {f"{n}.weight": t for n, t in v.items()} for k, v in adapters.items()}, folder / "adapters.pth"
             )
@@ -258,15 +261,15 @@ class Old:
     def slots(self, text):
         model = tuned(with_rows(self.base, self.embed, self.head), self.encoder)
         ids = self.tokenizer("<ENC><s>" + text + "</s>", add_special_tokens=False)["input_ids"]
-        marks = self.marks if self.several else self.marks * -(-(len(ids) - 3) // RATE)
+        marks = self.marks * -(-(len(ids) - 3) // RATE) if self.first else self.marks
         ids += self.tokenizer.convert_tokens_to_ids(marks)
         return model.model(torch.tensor([ids])).last_hidden_state[0, -len(marks) :]
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["pisco-v1", "cocom"])
+@pytest.fixture(scope="module", params=["pisco-v1", "one-mem", "first-cocom"])
 def old(zoo, request):
     torch.manual_seed(0)
-    return Old(zoo, request.param)
+    return Old(zoo, request.param == "pisco-v1", request.param == "first-cocom")
 
 
 @pytest.mark.parametrize("tokenizer", [True, False])
@@ -296,6 +299,17 @@ def test_the_older_layouts_are_written_with_their_reader(tmp_path, old, reader):
     a, b = (c.compress(PASSAGES) for c in (loaded, memory))
     assert all(torch.equal(x.embeds, y.embeds) for x, y in zip(a, b))
     assert loaded.reader.fingerprint == memory.reader.fingerprint
+
+
+def test_rows_of_a_tied_reader_are_written_once(tmp_path, zoo):
+    torch.manual_seed(0)
+    old = Old(zoo, True, tie_word_embeddings=True)
+    folder = old.write(tmp_path / "old")
+    torch.save({"model.embed_tokens.weight": old.embed}, folder / "decoder_first_last_layers.pth")
+    tied = Reader.from_pretrained(copy.deepcopy(old.base), tokenizer=zoo.tokenizer())
+    cocom = import_checkpoint("cocom", folder, tied)
+    assert torch.equal(cocom.reader.model.get_output_embeddings().weight, old.embed)
+    assert torch.allclose(cocom.compress(PASSAGES[:1])[0].embeds, old.slots(PASSAGES[0]), atol=1e-4)
 
 
 def test_damage_of_the_older_layouts_is_refused_by_name(tmp_path, zoo, reader):

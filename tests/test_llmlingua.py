@@ -14,7 +14,7 @@ from nutgraf.compressors import Reader
 from nutgraf.compressors.context_budget import choose_contexts, context_losses, rank_contexts, reordered
 from nutgraf.compressors.iterative import compress_prompt, window_plan
 from nutgraf.compressors.llmlingua import LLMLinguaCompressor, LLMLinguaConfig
-from nutgraf.compressors.shares import share_out
+from nutgraf.compressors.shares import kept_share, share_out
 from nutgraf.compressors.units import split_units
 
 FACTS = [
@@ -155,6 +155,12 @@ def test_shares_are_exact(rows, total):
     assert not free or max(free) - min(free) <= 2 * slack + 1e-6
 
 
+def test_a_ratio_gives_back_the_share_that_it_was_made_of():
+    for percent in range(1, 101):
+        assert kept_share(1 / (percent / 100)) == percent / 100
+    assert kept_share(3) == pytest.approx(1 / 3, abs=1e-12)
+
+
 def test_bad_shares_are_refused():
     with pytest.raises(ValueError, match="got 1 caps for 2 weights"):
         share_out(3, [1, 2], [1])
@@ -241,6 +247,11 @@ def test_contexts_are_ranked_and_chosen_as_published(reader):
     assert shifts == pytest.approx([-0.3, 0.0, 0.3])
     assert choose_contexts([1, 0], [9, 150], -5)[0] == [0, 1]  # a negative target counts as 100
     assert choose_contexts([1, 0], [9, 250], -5)[0] == [1]
+    # a forced context comes first, and is paid for where the ranks reach it
+    order, shifts = choose_contexts([3, 1, 0, 2], [30, 30, 99, 50], 60, reorder="sort", shift=0.3, extra=0, forced=[2])
+    assert order == [2, 3, 1]
+    assert shifts == pytest.approx([0.3, 0.0, -0.3])
+    assert choose_contexts([2, 0, 1], [30, 30, 70], 60, reorder="sort", extra=0, forced=[2, 2])[0] == [2]
     assert reordered([4, 2, 0, 1, 3], "two_stage") == [4, 0, 3, 1, 2]
     with pytest.raises(ValueError, match="two_stage"):
         reordered([1], "best")
@@ -264,6 +275,11 @@ def test_the_pipeline_over_contexts(reader):
     assert found.shifts[-1] == pytest.approx(-0.3)
     joined = "\n\n".join(contexts[i] for i in found.order)
     assert all(0 <= a < b <= len(joined) for a, b in found.spans)
+    last = rank_contexts(reader, contexts)[-1]
+    assert last not in found.order
+    assert last in compressor.compress_prompt(contexts, ratio=2, forced=[last]).order
+    with pytest.raises(ValueError, match="got 4"):
+        compressor.compress_prompt(contexts, forced=[4])
     shorter = compressor.compress_prompt(contexts, target_tokens=40)
     assert shorter.kept_tokens < found.kept_tokens
 

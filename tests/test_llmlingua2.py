@@ -148,11 +148,18 @@ def test_budgets_spans_and_forced_strings(reader, classifier):
         for text, p in zip(texts, compressor.compress(texts, ratio=ratio)):
             assert p.n_tokens == len(reader.tokenize(p.text)) <= p.source_tokens / ratio + 1e-6
             assert p.text == " ".join(text[a:b] for a, b in p.spans)
+            assert set(p.text) <= set(text) | {" "}
     one, two, three, _ = compressor.compress(CORPUS, ratio=2.5)
     assert "1903" in one.text
     assert "1911" in one.text
     assert "1648" in two.text
     assert "sediment" in three.text
+
+
+def test_a_short_passage_is_compressed(reader, classifier):
+    text = next(t for n in range(1, 60) if len(reader.tokenize(t := " ".join(passage(4).split()[:n]))) >= 50)
+    (found,) = build(reader, classifier).compress([text], ratio=2)
+    assert 20 <= found.n_tokens <= len(reader.tokenize(text)) // 2
 
 
 def test_special_strings_in_a_text_are_plain_text():
@@ -317,6 +324,23 @@ def test_faithful_equals_the_published_steps(reader, classifier, rate, digits):
         assert len(p.text) < len(text)
 
 
+def test_faithful_percentiles_are_those_of_the_rate_asked_for(reader, classifier):
+    # 1 / (1 / 0.9) lies above 0.9, and int(100 * (1 - rate) + 1) would fall by one
+    count = lambda word: len(reader.tokenize(word))  # noqa: E731
+    compressor = build(reader, classifier, mode="faithful")
+    text = passage(8)
+    for rate in (0.9, 0.95):
+        (p,) = compressor.compress([text], ratio=1 / rate)
+        assert p.text == published_by_hand(*classifier, text, rate, count)
+
+
+def test_faithful_leaves_out_what_the_classifier_has_no_token_for(reader, classifier):
+    compressor = build(reader, classifier, mode="faithful")
+    ((words, _),) = compressor.published().words(["Rivers \U0001f98a carry \u2603 sediment."])
+    assert not any(sign in word for word in words for sign in "\U0001f98a\u2603")
+    assert "".join(words).replace("▁", "") == "Riverscarrysediment."
+
+
 def test_faithful_thresholds_hold_per_chunk_and_cut_after_full_stops(reader):
     model, tokenizer = make_classifier("bert", positions=64)
     compressor = build(reader, (model, tokenizer), mode="faithful")
@@ -337,16 +361,34 @@ def test_faithful_thresholds_hold_per_chunk_and_cut_after_full_stops(reader):
 def test_contexts_are_filtered_by_their_mean_probability(reader, classifier):
     compressor = build(reader, classifier, mode="faithful")
     texts = [*CORPUS, passage(2, 5), passage(2, 6)]
-    published = compressor.published()
+    model, tokenizer = classifier
     means = []
     for text in texts:
-        ((_, values),) = published.words(published.chunks(text), forced=False)
-        means.append(float(np.mean(values)))
+        tokens = tokenizer.tokenize(tokenizer.convert_tokens_to_string(tokenizer.tokenize(text)))
+        values = plain_probabilities(model, tokenizer.convert_tokens_to_ids(["[CLS]", *tokens, "[SEP]"]))[1:-1]
+        opens = compressor.published().marks.begins
+        first = [v for token, v in zip(tokens, values.tolist()) if token != "<unk>" and opens(token, ())]
+        assert len(first) < len(tokens)
+        means.append(float(np.mean(first)))
     kept = compressor.keep_contexts(texts, ratio=2)
     limit = np.percentile(means, 25)
     assert kept == [mean >= limit - 1e-7 for mean in means]
     assert sum(kept) in (4, 5)
     assert compressor.keep_contexts(texts[:1]) == [True]
+    # the whole pipeline
+    alone = compressor.compress(texts, ratio=2)
+    assert compressor.compress_contexts(texts, 2) == [p.text if keep else None for p, keep in zip(alone, kept)]
+    total = sum(p.source_tokens for p in alone)
+    found = compressor.compress_contexts(texts, target_tokens=total // 4)
+    kept = [mean >= np.percentile(means, int(100 * (1 - 2 * (total // 4) / total))) - 1e-7 for mean in means]
+    assert [text is not None for text in found] == kept
+    left = sum(compressor._count(chunk) for t, k in zip(texts, kept) if k for chunk in compressor.published().chunks(t))
+    rate = total // 4 / left
+    assert found == [compressor.published().compress(text, rate) if keep else None for text, keep in zip(texts, kept)]
+    with pytest.raises(ValueError, match="not both"):
+        compressor.compress_contexts(texts, 2, target_tokens=9)
+    with pytest.raises(ValueError, match="at least 1"):
+        compressor.compress_contexts(texts, target_tokens=0)
 
 
 def test_percentiles_ties_and_repeated_forced_tokens():
@@ -377,6 +419,9 @@ def test_word_marks_are_found_in_the_tokenizer():
     assert values == pytest.approx([0.3, 0.5, 1.0])
     assert xlmr.merge(["▁sun", "light", ".", "▁it"], [1, 2, 3, 4], "first") == (["▁sunlight", ".", "▁it"], [1, 3, 4])
     assert bert.merge(["sun", "##light"], [0.2, 0.4], force={"light"}) == (["sun", "##light"], [0.2, 1.0])
+    # contexts are judged by the probabilities found, over the same words
+    found = bert.merge(["sun", "##light", "19"], [0.2, 0.4, 0.6], force={"light"}, digits=True, certain=False)
+    assert found == (["sun", "##light", "19"], [0.2, 0.4, 0.6])
 
 
 def test_faithful_refuses_what_it_cannot_do(reader, zoo):

@@ -22,8 +22,8 @@ def _sibling(name: str):
 
 
 _plain = _sibling("test_llmlingua")  # the plain loop stands there
-FACTS, Forwarded, by_hand, losses_of, passage = (
-    getattr(_plain, name) for name in ("FACTS", "Forwarded", "by_hand", "losses_of", "passage")
+FACTS, ODD, Forwarded, by_hand, losses_of, passage = (
+    getattr(_plain, name) for name in ("FACTS", "ODD", "Forwarded", "by_hand", "losses_of", "passage")
 )
 QUESTION = "Who signed the treaty of Westphalia?"
 
@@ -66,6 +66,22 @@ def test_budgets_are_exact_and_the_question_decides(reader):
             assert p.n_tokens == len(reader.tokenize(p.text)) <= p.source_tokens / 3 + 1e-6
             assert p.text == " ".join(text[a:b] for a, b in p.spans)
     assert one[0].text != two[0].text
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_odd_texts_keep_their_characters(reader, complete):
+    texts = [*ODD, FACTS[0]]
+    for text, p in zip(texts, build(reader, complete_words=complete).compress(texts, query=QUESTION, ratio=2.5)):
+        assert p.n_tokens == len(reader.tokenize(p.text)) <= p.source_tokens / 2.5
+        assert p.text == " ".join(text[a:b] for a, b in p.spans)
+        assert set(p.text) <= set(text) | {" "}
+        assert p.n_tokens > 0 or not text.strip()
+
+
+def test_a_short_passage_is_compressed(reader):
+    text = next(t for n in range(10, 90) if len(reader.tokenize(t := passage(n))) >= 50)
+    (found,) = build(reader).compress([text], query=QUESTION, ratio=2)
+    assert 20 <= found.n_tokens <= len(reader.tokenize(text)) // 2
 
 
 def test_tokens_are_read_once_with_and_once_without_the_question(reader):
@@ -186,6 +202,24 @@ def test_faithful_ranks_by_the_question_right_behind_the_context(reader):
         assert loss == pytest.approx(sum(tail) / len(tail), abs=1e-4)
     ranks = rank_contexts(reader, contexts, QUESTION)
     assert [losses[i] for i in ranks] == sorted(losses)
+    before = context_losses(reader, contexts, QUESTION, "before")
+    for context, loss in zip(contexts, before):
+        head = reader.bos_ids + reader.prompts.encode(QUESTION + STATEMENT, opens=True)
+        whole = reader.bos_ids + reader.prompts.encode(QUESTION + STATEMENT + context, opens=True)
+        tail = losses_of(reader, whole)[len(head) - 1 :]
+        assert loss == pytest.approx(sum(tail) / len(tail), abs=1e-4)
+    for condition, want in (
+        ("before", sorted(range(5), key=lambda i: before[i])),
+        ("none", rank_contexts(reader, contexts)),
+    ):
+        found = build(reader, mode="faithful", iterative_size=40, reorder="sort", condition=condition).compress_prompt(
+            contexts, question=QUESTION, target_tokens=1e6
+        )
+        assert list(found.order) == want != ranks
+    with pytest.raises(ValueError, match="condition must be"):
+        build(reader, condition="beside")
+    with pytest.raises(ValueError, match="condition is one of"):
+        compress_prompt(reader, contexts, question=QUESTION, condition="beside")
     compressor = build(reader, mode="faithful", iterative_size=40, reorder="sort", dynamic_ratio=0.2, context_budget=0)
     found = compressor.compress_prompt(contexts, question=QUESTION, ratio=2)
     assert list(found.order) == ranks[: len(found.order)]

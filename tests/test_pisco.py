@@ -111,6 +111,21 @@ def test_the_forms_of_the_authors_code(reader):
     assert fixed.compress([""])[0].slots == 0
 
 
+def test_slots_go_by_what_the_encoder_reads_of_a_passage_that_opens_a_prompt(zoo):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {t: i for i, t in enumerate(["<unk>", "<s>", "▁", "a", "b", "c", "▁b"])}
+    backend = Tokenizer(models.BPE(vocab, [("▁", "b")], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace()
+    reader = Reader(zoo.model(), PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>"))
+    text = "abca"  # "▁" "a" "b" "c" "a" where it opens a prompt
+    assert len(reader.tokenize(text)) == 4
+    slots = [build(reader, as_prompt=opens).compress([text])[0].slots for opens in (False, True)]
+    assert slots == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [

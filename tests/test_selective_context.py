@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from nutgraf.compressors import Reader, load_compressor
 from nutgraf.compressors.budget import join, merge, select
 from nutgraf.compressors.selective_context import SelectiveContextCompressor, SelectiveContextConfig
+from nutgraf.compressors.sentence_filter import _phrase_values
 from nutgraf.compressors.units import LEVELS, split_units, unit_scores
 
 PASSAGE = (
@@ -82,6 +83,20 @@ def test_odd_texts(reader, unit, name):
     # no character that was not there, and none in parts
     assert set(passage.text) <= set(text) | {" "}
     assert "\ufffd" not in passage.text
+
+
+@pytest.mark.parametrize("context", ["passage", "sentence"])
+def test_every_token_is_read_about_once(reader, context):
+    words = PASSAGE.split()
+    texts = [" ".join((words * 8)[n : n + 6 + 8 * n]) for n in range(30)]
+    tokens = sum(len(reader.tokenize(text)) for text in texts)
+    seen = [0]
+    handle = reader.model.get_decoder().register_forward_pre_hook(
+        lambda m, args, kwargs: seen.__setitem__(0, seen[0] + kwargs["attention_mask"].numel()), with_kwargs=True
+    )
+    build(reader, context=context).compress(texts)
+    handle.remove()
+    assert 0.9 * tokens < seen[0] <= 1.05 * tokens
 
 
 def test_a_hundred_thousand_characters(zoo):
@@ -269,7 +284,7 @@ def test_faithful_drops_what_lies_below_the_percentile(reader, unit, ratio):
         else:
             _, offsets = reader.prompts.encode_with_offsets(sentence, opens=True)
             for a, b in split_units(sentence, "phrase"):
-                own = [loss for (x, y), loss in zip(offsets, losses) if a <= x and y <= b]
+                own = [loss for (_, y), loss in zip(offsets, losses) if a < y <= b]
                 pieces.append((" " if number and not a else "") + sentence[a:b])
                 values.append(sum(own) / len(own))
     ranked = sorted(values)
@@ -285,6 +300,23 @@ def test_faithful_drops_what_lies_below_the_percentile(reader, unit, ratio):
         assert "Poland.Was the treaty" in found.text  # sentences run together
     if unit == "sentence" and ratio == 4:
         assert found.text.count("  ") or found.text != found.text.strip()  # what was dropped leaves its space
+
+
+def test_faithful_phrases_get_the_tokens_that_they_end():
+    #           phrases  aaaa|bb|cccc|dd
+    phrases = [(0, 4), (4, 6), (6, 10), (10, 12)]
+    offsets = [(0, 2), (2, 7), (7, 8), (8, 8), (8, 10), (10, 11), (11, 12)]
+    found = _phrase_values("aaaabbcccc d", phrases, offsets, [1.0, 6.0, 2.0, 4.0, 3.0, 8.0, 5.0])
+    # the second token ends the first two phrases and only begins the third; the lone space is left out
+    assert found == pytest.approx([(1 + 3) / 2, 3.0, (2 + 4 + 3) / 3, 5.0])
+    assert math.isnan(_phrase_values("ab", [(0, 1), (1, 2)], [(0, 1)], [1.0])[1])
+
+
+def test_faithful_keeps_what_lies_on_the_percentile(reader):
+    # 1 - 1 / (1 / 0.7) is a bit above 0.3, and would put the limit above the value it stands on
+    text = " ".join(f"Sentence {letter} is here." for letter in "abcdefghijk")
+    (p,) = build(reader, mode="faithful", unit="sentence").compress([text], ratio=1 / 0.7)
+    assert len([s for s in p.text.split(".") if s.strip()]) == 8
 
 
 def test_faithful_edges(reader, zoo):

@@ -51,7 +51,10 @@ def load(
         source: the folder, with ``adapters.pth`` and ``decoder_first_last_layers.pth`` or with the whole decoder's weights;
             it needs the reader (the base decoder).
         compr_rate: source tokens a slot; default: as the config says.
-        doc_max_length: longest segment; default: as the config says, or 128.
+        doc_max_length: longest segment; default: as the config says, or 128. Where the config says it (PISCO v1 and late
+            COCOM), every segment gets ``doc_max_length // compr_rate`` slots, however short it is; else (the first COCOM)
+            a segment of L tokens gets ``ceil(L / compr_rate)``. A longer passage becomes several segments, where the
+            authors' code cuts it off.
         different_mem_tokens: one <MEMi> a place, and all of them for every segment; default: as the config says, or whether
             the tokenizer knows <MEM0>.
         lora_alpha: default: twice the rank, as in the authors' code.
@@ -92,7 +95,7 @@ def load(
     config = PISCOConfig(
         ratio=rate,
         segment_tokens=longest,
-        slots="fixed" if several else "proportional",
+        slots="fixed" if several or settings.get("doc_max_length") else "proportional",
         memory_tokens=len(names),
         connector="none",
         scale="none",
@@ -143,16 +146,18 @@ def _adapters(source: Source, base: Reader, tokenizer: Any) -> tuple[Reader, dic
         lora_shape(adapters[str(name)], path)
     file = source.path / ROWS
     keys = source.keys(load_tensors(file), file)
-    embed, head = _row(keys, "embed_tokens"), _row(keys, "lm_head")
+    tied = base.model.get_output_embeddings().weight is base.model.get_input_embeddings().weight
+    embed, head = _row(keys, "embed_tokens"), _row(keys, "lm_head", optional=tied)
     keys.done()
     return graft_rows(base, source, embed, head, tokenizer), adapters
 
 
-def _row(keys: Keys, name: str) -> Tensor:
+def _row(keys: Keys, name: str, optional: bool = False) -> Tensor | None:
+    """Rows by the name of their module; ``optional``: ``None`` where they are not there, as tied ones are written once."""
     found = keys.take_all(rf"(?:.*\.)?{name}\.(?=weight$)")
-    if not found:
+    if not found and not optional:
         raise CheckpointError(f"{keys.where} lacks {name}.weight.")
-    return found["weight"]
+    return found.get("weight")
 
 
 def _whole(source: Source, base: Reader, tokenizer: Any) -> tuple[Reader, dict[str, dict[str, Tensor]]]:
