@@ -85,8 +85,8 @@ class LanceStore(PassageStore):
         if layout is not None and layout != self._table.settings["layout"]:
             raise ValueError(f"The store {self.uri} has the layout {self._table.settings['layout']!r}, not {layout!r}.")
         self.layout: Layout = self._table.settings["layout"]
-        self._place = self.uri if "://" in self.uri else os.path.abspath(self.uri)
-        self.name = f"{self._place}#{self._table.settings['name']}"
+        self._address = self.uri if "://" in self.uri else os.path.abspath(self.uri)
+        self.name = f"{self._address}#{self._table.settings['name']}"
         self._slabs: Any = None
         if self.layout == "slabs":
             from .slabs import Slabs  # POSIX alone
@@ -98,7 +98,7 @@ class LanceStore(PassageStore):
 
     def __reduce__(self) -> Any:  # to a worker process, which may stand in another folder, as a path
         opened = functools.partial(LanceStore, read_only=self.read_only, create=False, storage_options=self._options)
-        return opened, (self._place,)
+        return opened, (self._address,)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
