@@ -1,12 +1,14 @@
-"""A served LLM reads compressed passages: they are compressed here, and a server answers.
+"""A served LLM reads compressed passages: they are compressed here, and a server answers over HTTP.
 
-The server stands in for vLLM in this example and runs in this process, so that nothing else has to be started. With vLLM::
+    pip install nutgraf[serve]
+    python examples/vllm_client.py [URL MODEL]
 
-    vllm serve MODEL --enable-prompt-embeds
-
-and the address and name of that server below, the rest stays as it is. Run it with ``python examples/vllm_client.py``.
+Without an address it starts a server in this process. With one it asks the server that runs there, which must serve the
+reader named below: ``nutgraf serve --reader reader-small``, or for a reader of your own ``vllm serve READER
+--enable-prompt-embeds``.
 """
 
+import sys
 import threading
 import time
 
@@ -31,14 +33,16 @@ compressor = load_compressor(pretrained("icae-small"), reader)
 
 
 if __name__ == "__main__":
-    server, url = start_server(reader)
+    server, (url, model) = None, sys.argv[1:] or (None, reader.name)
+    if url is None:
+        server, url = start_server(reader)
     # Of the reader, the client needs its tokenizer and its token embeddings alone.
     table = EmbeddingTable.from_pretrained(READER, fingerprint=reader.fingerprint)
     texts = [node.text for node in passages()]
     texts = texts[:: max(len(texts) // len(questions()), 1)][: len(questions())]  # those that hold the answers
     compressed = compressor.compress(texts)
     prompts = [[passage, f"\n\nQuestion: {question}\nAnswer:"] for passage, question in zip(compressed, questions())]
-    with ServedReader(url, reader.name, table, fallback="text") as served:
+    with ServedReader(url, model, table, fallback="text") as served:
         answers = served.generate(prompts, max_new_tokens=16, stop=["\n"], texts=[[text] for text in texts])
         for question, passage, answer in zip(questions(), compressed, answers):
             print(f"{question}\n  {passage.source_tokens} tokens read as {passage.slots} slots: {answer.strip()}")
@@ -46,4 +50,5 @@ if __name__ == "__main__":
         for piece in served.stream(prompts[0], max_new_tokens=16, stop=["\n"], texts=[texts[0]]):
             print(piece, end="", flush=True)
         print()
-    server.should_exit = True
+    if server is not None:
+        server.should_exit = True

