@@ -273,17 +273,17 @@ class AutoCompressor(SoftCompressor):
             raise ValueError(
                 f"segment_lengths must hold one entry a passage: got {len(segment_lengths)} for {len(ids)}."
             )
-        ids = [list(passage) for passage in ids]
+        passages = [list(passage) for passage in ids]
         asked = self.config.ratio if ratio is None else float(ratio)
         cuts = [
             self.plan.cut(len(passage), asked) if lengths is None else self.plan.given(lengths, len(passage), asked)
-            for passage, lengths in zip(ids, segment_lengths or [None] * len(ids))
+            for passage, lengths in zip(passages, segment_lengths or [None] * len(passages))
         ]
-        soft = [self.no_slots() for _ in ids]
-        starts = [0] * len(ids)
+        soft = [self.no_slots() for _ in passages]
+        starts = [0] * len(passages)
         for step in range(max(map(len, cuts), default=0)):
             who = [i for i, cut in enumerate(cuts) if step < len(cut)]
-            pieces = [ids[i][starts[i] : starts[i] + cuts[i][step][0]] for i in who]
+            pieces = [passages[i][starts[i] : starts[i] + cuts[i][step][0]] for i in who]
             slots = [cuts[i][step][1] for i in who]
             rows = self.read(self.lm, [soft[i] for i in who], pieces, slots)
             for i, row, piece, n in zip(who, rows, pieces, slots):
@@ -296,7 +296,7 @@ class AutoCompressor(SoftCompressor):
             info["takes_positions"] = False
         return [
             CompressedPassage("embeds", len(p), origin, self.reader.fingerprint, embeds=e, info=dict(info))
-            for p, e in zip(ids, soft)
+            for p, e in zip(passages, soft)
         ]
 
     def no_slots(self) -> Tensor:
