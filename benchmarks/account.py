@@ -87,6 +87,7 @@ def account(
         "weights": "random" if random_weights else None,
         "decode_tokens": decode_tokens,
         "n": repeats,
+        "threads": torch.get_num_threads() if reader.device.type == "cpu" else None,
         "matrix_tflops": roofline.flops / 1e12,
         "copy_gbps": roofline.bandwidth / 1e9,
         "roofline_source": None if roofline.source == "measured" else roofline.source,

@@ -115,7 +115,7 @@ def account_table(rows: Sequence[Row]) -> Table:
         "x full",
         "roofline\n%",
     )
-    for number, name in enumerate((*names, "token\nms", "requests\na second", "passage\nKB", "paid after\nreads")):
+    for number, name in enumerate((*names, "token\nms", "requests\n/s", "passage\nKB", "paid at\nreads")):
         table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
         full = row["method"] == "full"

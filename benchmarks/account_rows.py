@@ -15,7 +15,7 @@ from .rows import Row
 
 KEY = (
     "test", "reader_shape", "reader", "device", "dtype", "context_asked", "passages", "batch", "method", "interface",
-    "ratio_asked", "decode_tokens",
+    "ratio_asked", "decode_tokens", "threads",
 )  # fmt: skip
 
 

@@ -101,7 +101,8 @@ def bare_encoder(reader: Reader, texts: list[str], slots: int, keep: bool = Fals
 def make_passages(reader: Reader, count: int, tokens: int) -> list[str]:
     """So many different passages of the shipped articles, each of about so many of the reader's tokens."""
     articles = SAMPLE_ARTICLES.read_text(encoding="utf-8") + "\n"
-    size, offsets = 0, []
+    size = 0
+    offsets: list[tuple[int, int]] = []
     while len(offsets) < count * tokens:
         size = 2 * size or 6 * count * tokens + 1000  # characters
         text = (articles * (1 + size // len(articles)))[:size]

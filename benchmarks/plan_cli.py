@@ -110,7 +110,7 @@ def plan_table(lines: Sequence[Line], load: Load) -> Table:
         "passage\nKB",
         "store\nGB",
     )
-    for number, name in enumerate((*names, "paid after\nreads", "pays")):
+    for number, name in enumerate((*names, "paid at\nreads", "pays")):
         table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
     for line in lines:
         full = line is lines[0]
