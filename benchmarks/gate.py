@@ -8,7 +8,7 @@ tokens; the difference of F1 is paired by question.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -133,7 +133,7 @@ def gate_rows(
         rows.append(report.row("random", by_chance, (), full) | {"level": name, "share": share, "seeds": seeds})
     if differences:
         mean = np.mean(differences, axis=0)
-        low, high = metrics.bootstrap_mean(mean, seed=settings.seed)
+        low, high = clustered_interval(mean, [record.passages for record in kept], settings.seed)
         summary = {"f1_minus_random": float(mean.mean()), "f1_minus_random_low": low, "f1_minus_random_high": high}
         rows.append(
             report.about("gate")
@@ -187,7 +187,8 @@ class _Report:
 
     def difference(self, name: str, chosen: Reading, other: Reading) -> Row:
         paired = chosen.f1 - other.f1
-        low, high = metrics.bootstrap_mean(paired, seed=self.settings.seed)
+        groups = [record.passages for record in self.mixture.records]
+        low, high = clustered_interval(paired, groups, self.settings.seed)
         return {
             f"{name}_f1": float(other.f1.mean()),
             f"{name}_reader_tokens": float(other.tokens.mean()),
@@ -242,6 +243,22 @@ def _ranking(
     row["brier"] = float(np.average((predicted - truth) ** 2, weights=counts))
     row["brier_constant"] = float(np.average((np.average(truth, weights=counts) - truth) ** 2, weights=counts))
     return row
+
+
+def clustered_interval(
+    values: np.ndarray, groups: Sequence[Hashable], seed: int, *, repeats: int = 2000, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of ``values``, whole groups resampled.
+
+    Questions about the same passages are sent together, so that they are no independent draws.
+    """
+    places = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    of = np.array([places[group] for group in groups])
+    sums, sizes = np.bincount(of, weights=values), np.bincount(of)
+    drawn = np.random.default_rng(seed).integers(0, len(sums), (repeats, len(sums)))
+    means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def auc(values: np.ndarray, lost: np.ndarray) -> float | None:

@@ -61,11 +61,8 @@ def gate(
             if save is not None:
                 fitted.save_pretrained(save / label(method).replace(" ", "-") if len(methods) > 1 else save)
             lower = [m for m in methods if m.compressor is method.compressor and (m.ratio or 0) < (method.ratio or 0)]
-            given = {"shares": share or SHARES, "seeds": seeds, "slots_alone": lower}
-            rows += [
-                row | {"half": half, "calibrated_by": target}
-                for row in gate_rows(fitted, method, records, settings, **given)
-            ]
+            found = gate_rows(fitted, method, records, settings, shares=share or SHARES, seeds=seeds, slots_alone=lower)
+            rows += [row | {"half": half, "calibrated_by": target} for row in found]
         _finish(rows, out)
         for row in rows:
             typer.echo(gate_line(row))

@@ -83,8 +83,8 @@ class MonotoneLogistic:
     def from_dict(cls, data: Mapping[str, Any]) -> MonotoneLogistic:
         """Raises ``ValueError`` if the dict is none of `to_dict`."""
         try:
-            lists = (tuple(map(float, data[name])) for name in ("means", "scales", "weights"))
-            return cls(*lists, bias=float(data["bias"]))
+            means, scales, weights = (tuple(map(float, data[name])) for name in ("means", "scales", "weights"))
+            return cls(means, scales, weights, float(data["bias"]))
         except (KeyError, TypeError) as error:
             raise ValueError(f"This is no calibration: {error!r}.") from error
 

@@ -457,6 +457,18 @@ def test_a_mixture_reads_what_it_says(compressor):
     assert sum(mixture.extra[t] for t in other) <= mixture.extra[sent]
 
 
+def test_intervals_resample_whole_passages():
+    rng = np.random.default_rng(0)
+    of_passage = rng.normal(size=50)
+    values, groups = np.repeat(of_passage, 10), np.repeat(np.arange(50), 10).tolist()
+    low, high = suite.clustered_interval(values, groups, 0)
+    spread = of_passage.std() / np.sqrt(50)
+    assert low < values.mean() < high
+    assert (high - low) / (2 * 1.96 * spread) == pytest.approx(1, abs=0.15)  # as if asked once a passage
+    one_by_one = suite.clustered_interval(values, list(range(500)), 0)
+    assert one_by_one[1] - one_by_one[0] < 0.5 * (high - low)
+
+
 def test_auc():
     lost = np.array([True, True, False, False])
     assert suite.auc(np.array([0.1, 0.2, 0.3, 0.4]), lost) == 1
