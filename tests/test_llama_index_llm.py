@@ -111,7 +111,7 @@ def test_options_of_one_call_go_before_those_of_the_llm(reader):
     assert beams.raw["ttft_ms"] == beams.raw["ms"]
 
 
-@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"repetition_penalty": 5.0}])
+@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"suppress_tokens": list(range(100, 600))}])
 async def test_a_generation_config_is_followed(reader, settings):
     config = GenerationConfig(do_sample=False, **settings)
     wanted = reader.generate(["The treaty"], 8, generation_config=config)[0]
