@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .base import CompressorConfig, Query, SoftCompressor
-from .checks import check_choices, check_counts, check_lora, check_ratio
+from .checks import check_choices, check_counts, check_ratio
 from .kv import position_arguments
+from .lora_settings import LoRASettings, lora_alpha, lora_rank
 from .passage import CompressedPassage, Interface
 from .reader import Reader
 from .registry import register_compressor
@@ -25,7 +26,7 @@ _PROBE_TOKENS = 32  # length of the random text on which the output scale is mat
 
 
 @dataclass
-class AutoCompressorConfig(CompressorConfig):
+class AutoCompressorConfig(CompressorConfig, LoRASettings):
     """Settings of AutoCompressor. ``AutoCompressorConfig.faithful()`` gives the paper's form."""
 
     method: ClassVar[str] = "autocompressor"
@@ -84,12 +85,8 @@ class AutoCompressorConfig(CompressorConfig):
     adapt_reader: bool = field(
         default=True, metadata={"help": "the tuned model reads the slots too (the paper); else the reader as it is"}
     )
-    r: int = field(default=16, metadata={"help": "LoRA rank"})
-    alpha: float = field(default=16.0, metadata={"help": "LoRA scale: updates are multiplied by alpha / r"})
-    dropout: float = field(default=0.0, metadata={"help": "LoRA dropout in training"})
-    target_modules: tuple[str, ...] | None = field(
-        default=None, metadata={"help": "modules that get LoRA; default: query and value projections, or the fused one"}
-    )
+    r: int = lora_rank(16)
+    alpha: float = lora_alpha(16.0)
     train_segments: int = field(default=4, metadata={"help": "segments that a document is cut into in training"})
     segments_per_substep: int = field(
         default=2, metadata={"help": "segments in a row between which gradients flow through the soft prompt"}
@@ -101,7 +98,7 @@ class AutoCompressorConfig(CompressorConfig):
         check_ratio(self.ratio)
         choices = {"scale": ("matched", "none"), "positions": ("count", "paper"), "tuning": ("lora", "full", "none")}
         check_choices(self, choices)
-        check_lora(self)
+        self.check_lora()
 
     @classmethod
     def faithful(cls, **changes: Any) -> AutoCompressorConfig:
@@ -171,8 +168,7 @@ class AutoCompressor(SoftCompressor):
             )
         self.encoder: Twin | None = None
         if config.tuning != "none":
-            lora = {"r": config.r, "alpha": config.alpha, "dropout": config.dropout}
-            self.encoder = tune(reader.model, config.tuning, **lora, target_modules=config.target_modules)
+            self.encoder = tune(reader.model, config.tuning, **config.lora)
             if config.adapt_reader:
                 self.adapt_reader(self.encoder)
         with torch.no_grad():

@@ -47,8 +47,9 @@ class CompressorConfig:
     method: ClassVar[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict that `from_dict` takes back."""
-        return asdict(self)
+        """A JSON-able dict that `from_dict` takes back, in the constructor's order: keyword-only settings come last."""
+        found = asdict(self)
+        return {f.name: found[f.name] for f in sorted(fields(self), key=lambda f: f.kw_only)}
 
     @classmethod
     def from_dict(cls: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:

@@ -28,20 +28,3 @@ def check_choices(config: Any, choices: Mapping[str, Collection[Any]]) -> None:
     for name, known in choices.items():
         if getattr(config, name) not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {getattr(config, name)!r}.")
-
-
-def check_lora(config: Any) -> None:
-    """The LoRA fields ``r``, ``alpha``, ``dropout`` and ``target_modules``, which becomes a tuple."""
-    check_counts(config, {"r": 1})
-    if not 0 <= config.dropout < 1:
-        raise ValueError(f"dropout must lie in [0, 1), got {config.dropout!r}.")
-    if not config.alpha > 0:
-        raise ValueError(f"alpha must be positive, got {config.alpha!r}.")
-    if config.target_modules is None:
-        return
-    if isinstance(config.target_modules, str) or not config.target_modules:
-        raise ValueError(
-            f"target_modules must be a list of at least one module name, got {config.target_modules!r}; leave it out for the "
-            "default."
-        )
-    config.target_modules = tuple(config.target_modules)

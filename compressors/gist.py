@@ -85,7 +85,7 @@ class GistCompressor(KVSlotCompressor):
 
     def __init__(self, config: GistConfig, reader: Reader) -> None:
         super().__init__(config, reader)
-        self.encoder = tune(reader.model, config.tuning, **_lora(config))
+        self.encoder = tune(reader.model, config.tuning, **config.lora)
         if config.adapt_reader and config.tuning != "none":
             self.adapt_reader(self.encoder)
         else:
@@ -104,14 +104,3 @@ def mean_row(reader: Reader) -> Tensor:
     ids = torch.arange(table.shape[0], device=table.device)
     total = torch.stack([reader.embed(part).float().sum(0) for part in ids.split(_ROWS)]).sum(0)
     return total / len(ids)
-
-
-def _lora(config: GistConfig) -> dict[str, Any]:
-    if config.tuning != "lora":
-        return {}
-    return {
-        "r": config.r,
-        "alpha": config.alpha,
-        "dropout": config.dropout,
-        "target_modules": config.target_modules,
-    }

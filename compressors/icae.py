@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .base import CompressorConfig, Query, SoftCompressor
-from .checks import check_choices, check_counts, check_lora, check_ratio
+from .checks import check_choices, check_counts, check_ratio
+from .lora_settings import LoRASettings
 from .passage import CompressedPassage, Interface
 from .pooling import GatedPool
 from .reader import Reader
@@ -27,7 +28,7 @@ _PROBE_TOKENS = 32  # length of the random text on which the output scale is mat
 
 
 @dataclass
-class ICAEConfig(CompressorConfig):
+class ICAEConfig(CompressorConfig, LoRASettings):
     """Settings of ICAE. ``ICAEConfig.faithful()`` gives the paper's form."""
 
     method: ClassVar[str] = "icae"
@@ -78,19 +79,13 @@ class ICAEConfig(CompressorConfig):
             "code alone does this; default: long passages become several segments"
         },
     )
-    r: int = field(default=32, metadata={"help": "LoRA rank"})
-    alpha: float = field(default=32.0, metadata={"help": "LoRA scale: updates are multiplied by alpha / r"})
-    dropout: float = field(default=0.0, metadata={"help": "LoRA dropout in training"})
-    target_modules: tuple[str, ...] | None = field(
-        default=None, metadata={"help": "modules that get LoRA; default: query and value projections, or the fused one"}
-    )
 
     def __post_init__(self) -> None:
         optional = ("segment_tokens", "truncate")
         check_counts(self, {"mem_size": 1, "segment_tokens": 1, "truncate": 1}, optional)
         check_ratio(self.ratio)
         check_choices(self, {"projector": ("none", "scale", "linear"), "positions": ("spread", "append")})
-        check_lora(self)
+        self.check_lora()
 
     @classmethod
     def faithful(cls, **changes: Any) -> ICAEConfig:
@@ -139,13 +134,7 @@ class ICAECompressor(SoftCompressor):
     def __init__(self, config: ICAEConfig, reader: Reader) -> None:
         super().__init__(config, reader)
         self.batch_positions = 16384
-        self.encoder = LoRATwin(
-            reader.model,
-            r=config.r,
-            alpha=config.alpha,
-            dropout=config.dropout,
-            target_modules=config.target_modules,
-        )
+        self.encoder = LoRATwin(reader.model, **config.lora)
         rows = torch.randperm(reader.vocab_size)[: config.mem_size + len(TASKS)]
         rows = rows[torch.arange(config.mem_size + len(TASKS)) % len(rows)].to(reader.device)
         with torch.no_grad():

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .base import CompressorConfig, Query, SoftCompressor
-from .checks import check_choices, check_counts, check_lora, check_ratio
+from .checks import check_choices, check_counts, check_ratio
 from .kv_slots import KVSlots, cached_layers, check_movable, encode_kv
+from .lora_settings import LoRASettings
 from .passage import CompressedPassage, Interface
 from .reader import Reader
 from .segments import equal_lengths, slot_of_token, slots_for, spread
@@ -22,7 +23,7 @@ from .twin import Twin
 
 
 @dataclass
-class KVSlotConfig(CompressorConfig):
+class KVSlotConfig(CompressorConfig, LoRASettings):
     """Settings that methods with keys and values as slots share."""
 
     most_field: ClassVar[str]  # the field that says how many slots a segment gets at most
@@ -62,12 +63,6 @@ class KVSlotConfig(CompressorConfig):
             "the authors' code; default: as it stands inside a prompt"
         },
     )
-    r: int = field(default=32, metadata={"help": "LoRA rank"})
-    alpha: float = field(default=32.0, metadata={"help": "LoRA scale: updates are multiplied by alpha / r"})
-    dropout: float = field(default=0.0, metadata={"help": "LoRA dropout in training"})
-    target_modules: tuple[str, ...] | None = field(
-        default=None, metadata={"help": "modules that get LoRA; default: query and value projections, or the fused one"}
-    )
 
     @property
     def most_slots(self) -> int:
@@ -79,7 +74,7 @@ class KVSlotConfig(CompressorConfig):
         if self.ratio is not None:
             check_ratio(self.ratio)
         check_choices(self, {"positions": ("append", "spread")})
-        check_lora(self)
+        self.check_lora()
 
 
 class KVSlotCompressor(SoftCompressor):

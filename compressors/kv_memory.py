@@ -97,13 +97,7 @@ class KVMemoryCompressor(KVSlotCompressor):
 
     def __init__(self, config: KVMemoryConfig, reader: Reader) -> None:
         super().__init__(config, reader)
-        self.encoder = LoRATwin(
-            reader.model,
-            r=config.r,
-            alpha=config.alpha,
-            dropout=config.dropout,
-            target_modules=config.target_modules,
-        )
+        self.encoder = LoRATwin(reader.model, **config.lora)
         drop_idle_lora(self.encoder)
         self.memory = nn.Parameter(self._start().to(reader.device))
 

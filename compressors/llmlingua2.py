@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from .base import CompressorConfig
+from .checks import check_counts
 from .embedders import MINILM
 from .fingerprint import hash_json
+from .lora_settings import LoRASettings, lora_rank
 from .passage import CompressedPassage
 from .reader import Reader
 from .registry import register_compressor
@@ -38,7 +40,7 @@ CLASSIFIER_FOLDER = "classifier"  # beside an imported compressor: the classifie
 
 
 @dataclass
-class LLMLingua2Config(SelectionConfig):
+class LLMLingua2Config(SelectionConfig, LoRASettings):
     """Settings of LLMLingua-2. Force tokens are ``keep``, reserved digits ``keep_digits``."""
 
     method: ClassVar[str] = "llmlingua2"
@@ -71,12 +73,7 @@ class LLMLingua2Config(SelectionConfig):
     chunk_ends: tuple[str, ...] = field(
         default=(".", "\n"), metadata={"help": "tokens after which a long text may be cut (faithful)"}
     )
-    r: int = field(default=16, metadata={"help": "LoRA rank"})
-    alpha: float = field(default=32.0, metadata={"help": "LoRA scale: updates are multiplied by alpha / r"})
-    dropout: float = field(default=0.0, metadata={"help": "LoRA dropout in training"})
-    target_modules: tuple[str, ...] | None = field(
-        default=None, metadata={"help": "modules that get LoRA; default: query and value projections"}
-    )
+    r: int = lora_rank(16)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,19 +81,11 @@ class LLMLingua2Config(SelectionConfig):
             raise ValueError(f"mode must be 'fast' or 'faithful', got {self.mode!r}.")
         if self.merge not in MERGES:
             raise ValueError(f"merge must be one of {MERGES}, got {self.merge!r}.")
-        for name, least in (("window", 8), ("r", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}.")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha must be positive, got {self.alpha!r}.")
-        for name in ("chunk_ends", "target_modules"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                raise ValueError(f"{name} must be a list of strings, got one string {value!r}.")
-            setattr(self, name, None if value is None else tuple(value))
+        check_counts(self, {"window": 8})
+        self.check_lora()
+        if isinstance(self.chunk_ends, str) or self.chunk_ends is None:
+            raise ValueError(f"chunk_ends must be a list of strings, got {self.chunk_ends!r}.")
+        self.chunk_ends = tuple(self.chunk_ends)
 
 
 @register_compressor
@@ -143,9 +132,7 @@ class LLMLingua2Compressor(SelectingCompressor):
             frozen, tokenizer = load_classifier(config.classifier, device)
         else:
             frozen, tokenizer = load_encoder(config.encoder, device)
-            self.tagger = LoRATagger(
-                frozen, r=config.r, alpha=config.alpha, dropout=config.dropout, target_modules=config.target_modules
-            )
+            self.tagger = LoRATagger(frozen, **config.lora)
         self._frozen = (frozen,)  # a tuple, as for the reader: held, not owned
         self.pieces = ClassifierTokenizer(tokenizer)
         self.limit = min(config.window, position_limit(frozen, tokenizer))

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .base import CompressorConfig, Query, SoftCompressor
-from .checks import check_choices, check_counts, check_lora, check_ratio
+from .checks import check_choices, check_counts, check_ratio
 from .embedders import MINILM, Embedder, load_embedder
+from .lora_settings import LoRASettings, lora_rank
 from .passage import CompressedPassage, Interface
 from .reader import Reader
 from .registry import register_compressor
@@ -20,7 +21,7 @@ from .twin import LoRATwin, pack
 
 
 @dataclass
-class MeanPoolConfig(CompressorConfig):
+class MeanPoolConfig(CompressorConfig, LoRASettings):
     """Settings of mean-pooled windows."""
 
     method: ClassVar[str] = "mean-pool"
@@ -49,12 +50,7 @@ class MeanPoolConfig(CompressorConfig):
     bos: bool = field(
         default=True, metadata={"help": "put the tokenizer's BOS, if it has one, in front of every stretch"}
     )
-    r: int = field(default=32, metadata={"help": "LoRA rank (encoder 'reader')"})
-    alpha: float = field(default=32.0, metadata={"help": "LoRA scale: updates are multiplied by alpha / r"})
-    dropout: float = field(default=0.0, metadata={"help": "LoRA dropout in training"})
-    target_modules: tuple[str, ...] | None = field(
-        default=None, metadata={"help": "modules that get LoRA; default: query and value projections, or the fused one"}
-    )
+    r: int = lora_rank(32, " (encoder 'reader')")
     embedder: str = field(
         default=MINILM, metadata={"help": "sentence-transformers id or folder of the frozen encoder ('minilm')"}
     )
@@ -66,7 +62,7 @@ class MeanPoolConfig(CompressorConfig):
         check_counts(self, {"chunk_tokens": 1, "hidden_size": 1, "state_size": 1}, optional)
         check_ratio(self.ratio, "tokens a window")
         check_choices(self, {"encoder": ("reader", "embeddings", "minilm"), "weighting": ("uniform", "learned")})
-        check_lora(self)
+        self.check_lora()
 
 
 @register_compressor
@@ -124,8 +120,7 @@ class MeanPoolCompressor(SoftCompressor):
         self.bos: list[int] = list(reader.bos_ids) if config.bos else []
         size = reader.width
         if config.encoder == "reader":
-            lora: dict[str, Any] = {"r": config.r, "alpha": config.alpha, "dropout": config.dropout}
-            self.encoder = LoRATwin(reader.model, **lora, target_modules=config.target_modules)
+            self.encoder = LoRATwin(reader.model, **config.lora)
             if reader.max_positions is not None and reader.max_positions <= len(self.bos):
                 raise ValueError(f"{reader.name!r} has {reader.max_positions} positions, none of them for a passage.")
             with torch.no_grad():  # the width of hidden states, which is not that of the embeddings in every model

@@ -14,19 +14,20 @@ from torch import Tensor, nn
 
 from .base import CompressorConfig, Query, SoftCompressor
 from .body import BodyEncoder
-from .checks import check_choices, check_counts, check_lora, check_ratio
+from .checks import check_choices, check_counts, check_ratio
+from .lora_settings import LoRASettings, lora_rank
 from .passage import CompressedPassage, Interface
 from .reader import Reader
 from .registry import register_compressor
 from .tokenization import PromptTokenizer
-from .twin import LoRATwin, Twin, pack, tune
+from .twin import LoRATwin, Twin, pack
 
 ENCODER_FOLDER = "encoder"
 _PROBE_TOKENS = 32  # length of the random text on which the output scale is matched
 
 
 @dataclass
-class PISCOConfig(CompressorConfig):
+class PISCOConfig(CompressorConfig, LoRASettings):
     """Settings of PISCO. The imported checkpoints' forms are ``slots="plus-one"`` (2026) and ``"fixed"`` (2025, COCOM)."""
 
     method: ClassVar[str] = "pisco"
@@ -60,12 +61,7 @@ class PISCOConfig(CompressorConfig):
     decoder: Literal["lora", "none"] = field(
         default="lora", metadata={"help": "'lora': the reader that reads is tuned too; 'none': it is taken as it is"}
     )
-    r: int = field(default=16, metadata={"help": "LoRA rank, of encoder and decoder"})
-    alpha: float = field(default=32.0, metadata={"help": "LoRA scale: updates are multiplied by alpha / r"})
-    dropout: float = field(default=0.0, metadata={"help": "LoRA dropout in training"})
-    target_modules: tuple[str, ...] | None = field(
-        default=None, metadata={"help": "modules that get LoRA; default: query and value projections, or the fused one"}
-    )
+    r: int = lora_rank(16, ", of encoder and decoder")
     prefix: tuple[int, ...] | None = field(
         default=None,
         metadata={"help": "ids in front of each segment; default: what the encoder's tokenizer puts there"},
@@ -80,7 +76,7 @@ class PISCOConfig(CompressorConfig):
         check_ratio(self.ratio)
         choices = {"slots": ("proportional", "plus-one", "fixed"), "connector": (None, "none", "mlp")}
         check_choices(self, {**choices, "scale": ("matched", "none"), "decoder": ("lora", "none")})
-        check_lora(self)
+        self.check_lora()
         if not isinstance(self.encoder, str) or not self.encoder:
             raise ValueError(f"encoder must be 'lora' or the name of a causal LM, got {self.encoder!r}.")
         if self.slots == "fixed" and self.segment_tokens < self.ratio:
@@ -131,15 +127,9 @@ class PISCOCompressor(SoftCompressor):
     def __init__(self, config: PISCOConfig, reader: Reader, *, encoder_model: BodyEncoder | None = None) -> None:
         super().__init__(config, reader)
         self.batch_positions = 16384
-        lora = {
-            "r": config.r,
-            "alpha": config.alpha,
-            "dropout": config.dropout,
-            "target_modules": config.target_modules,
-        }
         self.encoder: Twin
         if config.encoder == "lora":
-            self.encoder = LoRATwin(reader.model, **lora)  # type: ignore[arg-type]
+            self.encoder = LoRATwin(reader.model, **config.lora)
         else:
             self.encoder = (encoder_model or BodyEncoder.from_pretrained(config.encoder)).to(reader.device)
         width = self._embed(torch.zeros(1, dtype=torch.long)).shape[-1]
@@ -165,7 +155,7 @@ class PISCOCompressor(SoftCompressor):
             self._project(torch.cat(self._forward([[0]], [1])))  # refuses widths that do not fit
         self.decoder: Twin | None = None
         if config.decoder == "lora":
-            self.decoder = tune(reader.model, "lora", **lora)
+            self.decoder = LoRATwin(reader.model, **config.lora)
             self.adapt_reader(self.decoder)
 
     @property
