@@ -5,111 +5,23 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .base import CompressorConfig, Query, SoftCompressor
-from .checks import check_choices, check_counts, check_ratio
+from .autocompressor_config import AutoCompressorConfig
+from .base import Query, SoftCompressor
 from .kv import position_arguments
-from .lora_settings import LoRASettings, lora_alpha, lora_rank
 from .passage import CompressedPassage, Interface
 from .reader import Reader
 from .registry import register_compressor
 from .segment_plan import SegmentPlan
 from .segment_training import segment_losses
-from .twin import Twin, pack, tune
+from .soft_sequences import SoftSequence, soft_batches
+from .twin import Twin, tune
 
 _PROBE_TOKENS = 32  # length of the random text on which the output scale is matched
-
-
-@dataclass
-class AutoCompressorConfig(CompressorConfig, LoRASettings):
-    """Settings of AutoCompressor. ``AutoCompressorConfig.faithful()`` gives the paper's form."""
-
-    method: ClassVar[str] = "autocompressor"
-
-    summary_length: int = field(
-        default=64, metadata={"help": "summary tokens, and the most summary vectors that a segment gets"}
-    )
-    ratio: float = field(default=4.0, metadata={"help": "compression ratio where none is asked for"})
-    fixed_slots: bool = field(
-        default=False,
-        metadata={
-            "help": "every segment gets all summary_length vectors, as in the paper, even where it has fewer tokens"
-        },
-    )
-    segment_tokens: int | None = field(
-        default=None, metadata={"help": "longest segment; default: summary_length * ratio"}
-    )
-    equal_segments: bool = field(
-        default=True,
-        metadata={
-            "help": "a passage's segments are equally long; false: each as long as it may be and the last one what is left, "
-            "as the authors' code cuts"
-        },
-    )
-    accumulate_summary: bool = field(
-        default=True,
-        metadata={"help": "the soft prompt is the summaries of all segments so far, and not only of the last one"},
-    )
-    scale: Literal["matched", "none"] = field(
-        default="matched",
-        metadata={
-            "help": "'matched': a learned factor that starts at the reader's embedding norm; 'none' (the paper): raw states"
-        },
-    )
-    positions: Literal["count", "paper"] = field(
-        default="count",
-        metadata={
-            "help": "position ids: 'count': 0, 1, 2, ... over all that is read; 'paper': the same for rotary models, while "
-            "in OPT slots and summary tokens take the padding position and a segment's tokens count from 0"
-        },
-    )
-    bos: bool = field(
-        default=True,
-        metadata={"help": "put the tokenizer's BOS, if it has one, in front of every pass, as the reader does"},
-    )
-    as_prompt: bool = field(
-        default=False,
-        metadata={
-            "help": "tokenise a passage as the start of a prompt, where SentencePiece tokenizers put a space in front, as in "
-            "the authors' code; default: as it stands inside a prompt"
-        },
-    )
-    tuning: Literal["lora", "full", "none"] = field(
-        default="lora", metadata={"help": "what of the model trains, beside the summary tokens"}
-    )
-    adapt_reader: bool = field(
-        default=True, metadata={"help": "the tuned model reads the slots too (the paper); else the reader as it is"}
-    )
-    r: int = lora_rank(16)
-    alpha: float = lora_alpha(16.0)
-    train_segments: int = field(default=4, metadata={"help": "segments that a document is cut into in training"})
-    segments_per_substep: int = field(
-        default=2, metadata={"help": "segments in a row between which gradients flow through the soft prompt"}
-    )
-
-    def __post_init__(self) -> None:
-        least = {"summary_length": 1, "segment_tokens": 1, "train_segments": 2, "segments_per_substep": 2}
-        check_counts(self, least, optional=("segment_tokens",))
-        check_ratio(self.ratio)
-        choices = {"scale": ("matched", "none"), "positions": ("count", "paper"), "tuning": ("lora", "full", "none")}
-        check_choices(self, choices)
-        self.check_lora()
-
-    @classmethod
-    def faithful(cls, **changes: Any) -> AutoCompressorConfig:
-        """The paper's form for Llama: 50 raw summary vectors a segment of up to 2,048 tokens, LoRA on all of attention.
-
-        For OPT, which the paper tunes whole: ``faithful(tuning="full", target_modules=None)``.
-        """
-        paper: dict[str, Any] = {"summary_length": 50, "ratio": 40.96, "fixed_slots": True, "scale": "none"}
-        paper |= {"positions": "paper", "bos": False, "r": 16, "alpha": 16.0, "dropout": 0.05}
-        paper |= {"target_modules": ("q_proj", "k_proj", "v_proj", "o_proj")}
-        return cls(**{**paper, **changes})
 
 
 @register_compressor
@@ -321,43 +233,33 @@ class AutoCompressor(SoftCompressor):
             pieces: token ids of the segments.
             slots: how many summary tokens follow each.
         """
-        head = len(self.bos)
-        lengths = [head + len(s) + len(piece) + n for s, piece, n in zip(soft, pieces, slots)]
         embed, decoder, device = lm.get_input_embeddings(), lm.get_decoder(), self.base_reader.device
+        sequences = [self._sequence(s, piece, n) for s, piece, n in zip(soft, pieces, slots)]
         out: dict[int, Tensor] = {}
-        for batch in pack(lengths, self.batch_positions):
-            longest = lengths[batch[0]]
-            ids = torch.zeros(len(batch), longest, dtype=torch.long)
-            mask = torch.zeros(len(batch), longest, dtype=torch.long)
-            positions = torch.arange(longest).repeat(len(batch), 1)
-            rows: list[int] = []
-            columns: list[int] = []
-            given: list[Tensor] = []
-            for row, i in enumerate(batch):
-                first, last = head + len(soft[i]), head + len(soft[i]) + len(pieces[i])
-                ids[row, :head] = torch.tensor(self.bos, dtype=torch.long)
-                ids[row, first:last] = torch.tensor(pieces[i], dtype=torch.long)
-                mask[row, : lengths[i]] = 1
-                where = [*range(head, first), *range(last, lengths[i])]
-                rows += [row] * len(where)
-                columns += where
-                given += [soft[i], self.summary[: slots[i]]]
-                if self._skips:
-                    positions[row, first:last] = torch.arange(head, head + len(pieces[i]))
-                    positions[row, where] = -1
-            tokens = embed(ids.to(device))
-            put = (torch.tensor(rows, dtype=torch.long), torch.tensor(columns, dtype=torch.long))
-            source = torch.cat([g.to(tokens.device, tokens.dtype) for g in given])
+        for batch in soft_batches(sequences, embed, device, budget=self.batch_positions):
             hidden = decoder(
-                inputs_embeds=tokens.index_put(put, source),
-                attention_mask=mask.to(device),
+                inputs_embeds=batch.embeds,
+                attention_mask=batch.mask,
                 use_cache=False,
-                **position_arguments(decoder, positions.to(device)),
+                **position_arguments(decoder, batch.positions),
             ).last_hidden_state
-            if hidden.shape[-1] != tokens.shape[-1]:
+            if hidden.shape[-1] != batch.embeds.shape[-1]:
                 raise ValueError(
                     f"{self.base_reader.name!r} has hidden states of width {hidden.shape[-1]} and embeddings of width "
-                    f"{tokens.shape[-1]}; AutoCompressor needs both alike."
+                    f"{batch.embeds.shape[-1]}; AutoCompressor needs both alike."
                 )
-            out.update((i, hidden[row, : lengths[i]]) for row, i in enumerate(batch))
+            out.update(batch.unpadded(hidden))
         return [out[i] for i in range(len(pieces))]
+
+    def _sequence(self, soft: Tensor, piece: list[int], slots: int) -> SoftSequence:
+        """``[BOS][soft prompt][segment][summary tokens]``."""
+        head = len(self.bos)
+        first, last = head + len(soft), head + len(soft) + len(piece)
+        ids = [*self.bos, *[0] * len(soft), *piece, *[0] * slots]
+        places = [*range(head, first), *range(last, len(ids))]
+        positions = None
+        if self._skips:
+            positions = torch.arange(len(ids))
+            positions[first:last] = torch.arange(head, head + len(piece))
+            positions[places] = -1
+        return SoftSequence(ids, places, torch.cat([soft, self.summary[:slots].to(soft.device)]), positions)

@@ -20,7 +20,8 @@ from .pooling import GatedPool
 from .reader import Reader
 from .registry import register_compressor
 from .segments import equal_lengths, slots_for, spread
-from .twin import LoRATwin, pack
+from .soft_sequences import SoftSequence, soft_batches
+from .twin import LoRATwin
 
 TASKS = ("ae", "lm", "ft")
 _RESIDUAL_START = 0.1  # share of the encoder's part at the start, beside the pooled embeddings
@@ -261,37 +262,21 @@ class ICAECompressor(SoftCompressor):
         """For each segment's ids the hidden states ``[slots, width]`` at its memory tokens, in batches of like length."""
         reader = self.reader
         bos = list(reader.bos_ids) if self.config.bos and not self.config.bos_once else []
-        lengths = [len(bos) + len(piece) + n for piece, n in zip(pieces, slots)]
-        out: list[Tensor | None] = [None] * len(pieces)
-        for batch in pack(lengths, self.batch_positions):
-            longest = lengths[batch[0]]
-            ids = torch.zeros(len(batch), longest, dtype=torch.long)
-            mask = torch.zeros(len(batch), longest, dtype=torch.long)
-            positions = torch.arange(longest).repeat(len(batch), 1)
-            rows: list[int] = []
-            columns: list[int] = []
-            memory: list[int] = []
-            for row, i in enumerate(batch):
-                text = bos + pieces[i]
-                ids[row, : len(text)] = torch.tensor(text)
-                mask[row, : lengths[i]] = 1
-                if self.config.positions == "spread":
-                    positions[row, len(text) : lengths[i]] = len(bos) + spread(len(pieces[i]), slots[i])
-                rows += [row] * slots[i]
-                columns += range(len(text), lengths[i])
-                memory += range(slots[i])
-            where = (torch.tensor(rows), torch.tensor(columns))  # indices on the CPU serve tensors on any device
-            tokens = reader.embed(ids.to(reader.device))
-            source = self.memory[torch.tensor(memory)].to(tokens.device, tokens.dtype)
-            hidden = self.encoder(tokens.index_put(where, source), mask.to(reader.device), positions.to(reader.device))
+        rows = self.memory[torch.tensor([k for n in slots for k in range(n)], dtype=torch.long)].split(list(slots))
+        sequences = []
+        for piece, n, memory in zip(pieces, slots, rows):
+            positions = len(bos) + spread(len(piece), n) if self.config.positions == "spread" else None
+            sequences.append(SoftSequence.with_memory(bos + piece, memory, positions))
+        out: dict[int, Tensor] = {}
+        for batch in soft_batches(sequences, reader.embed, reader.device, budget=self.batch_positions):
+            hidden = self.encoder(batch.embeds, batch.mask, batch.positions)
             if hidden.shape[-1] != reader.width:
                 raise ValueError(
                     f"{reader.name!r} has hidden states of width {hidden.shape[-1]} and embeddings of width {reader.width}; "
                     "ICAE needs both alike."
                 )
-            for i, found in zip(batch, hidden[where].split([slots[i] for i in batch])):
-                out[i] = found
-        return [h for h in out if h is not None]
+            out.update((i, states[len(states) - slots[i] :]) for i, states in batch.unpadded(hidden))
+        return [out[i] for i in range(len(pieces))]
 
     def _project(self, hidden: Tensor) -> Tensor:
         if self.linear is not None:

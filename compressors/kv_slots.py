@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ from transformers import DynamicCache
 
 from .kv import FIXED, position_arguments
 from .reader import Reader
-from .twin import LoRATwin, Twin, pack
+from .soft_sequences import SoftSequence, soft_batches
+from .twin import LoRATwin, Twin
 
 
 @dataclass
@@ -84,36 +84,17 @@ def encode_kv(
         The `KVSlots` of each sequence, in order.
     """
     embed = twin.lm.get_input_embeddings()
-    device = embed.weight.device
-    lengths = [len(text) + n for text, n in zip(texts, slots)]
-    starts = [0, *accumulate(slots)]
-    out: list[KVSlots | None] = [None] * len(texts)
-    for batch in pack(lengths, budget):
-        longest = lengths[batch[0]]
-        ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        mask = torch.zeros(len(batch), longest, dtype=torch.long)
-        at = torch.arange(longest).repeat(len(batch), 1)
-        rows: list[int] = []
-        columns: list[int] = []
-        which: list[int] = []
-        for row, i in enumerate(batch):
-            n = len(texts[i])
-            ids[row, :n] = torch.tensor(texts[i], dtype=torch.long)
-            mask[row, : lengths[i]] = 1
-            at[row, n : lengths[i]] = positions[i]
-            rows += [row] * slots[i]
-            columns += range(n, lengths[i])
-            which += range(starts[i], starts[i + 1])
-        where = (torch.tensor(rows), torch.tensor(columns))  # indices on the CPU serve tensors on any device
-        tokens = embed(ids.to(device))
-        source = memory[torch.tensor(which)].to(tokens.device, tokens.dtype)
-        layers = cached_layers(twin.decoder, tokens.index_put(where, source), mask.to(device), at.to(device))
-        for row, i in enumerate(batch):
-            span = slice(len(texts[i]), lengths[i])
+    parts = zip(texts, memory[: sum(slots)].split(list(slots)), positions)
+    sequences = [SoftSequence.with_memory(text, rows, at) for text, rows, at in parts]
+    out: dict[int, KVSlots] = {}
+    for batch in soft_batches(sequences, embed, embed.weight.device, budget=budget):
+        layers = cached_layers(twin.decoder, batch.embeds, batch.mask, batch.positions)
+        for row, i in enumerate(batch.which):
+            span = slice(len(texts[i]), len(texts[i]) + slots[i])
             # Cloned: a view would keep the whole batch's cache in memory.
             keys = tuple(k[row, :, span].clone() for k, _ in layers)
             out[i] = KVSlots(keys, tuple(v[row, :, span].clone() for _, v in layers), positions[i])
-    return [found for found in out if found is not None]
+    return [out[i] for i in range(len(texts))]
 
 
 def check_movable(reader: Reader) -> None:

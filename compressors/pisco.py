@@ -17,10 +17,12 @@ from .body import BodyEncoder
 from .checks import check_choices, check_counts, check_ratio
 from .lora_settings import LoRASettings, lora_rank
 from .passage import CompressedPassage, Interface
+from .pisco_plan import PISCOPlan
 from .reader import Reader
 from .registry import register_compressor
+from .soft_sequences import SoftSequence, soft_batches
 from .tokenization import PromptTokenizer
-from .twin import LoRATwin, Twin, pack
+from .twin import LoRATwin, Twin
 
 ENCODER_FOLDER = "encoder"
 _PROBE_TOKENS = 32  # length of the random text on which the output scale is matched
@@ -111,6 +113,7 @@ class PISCOCompressor(SoftCompressor):
 
     Attributes:
         encoder: a `LoRATwin` of the reader, or a `BodyEncoder`.
+        plan: how passages are cut.
         memory: ``[memory_tokens, encoder width]`` embeddings of the <MEM> tokens.
         connector: ``[n, encoder width] -> [n, width]``, or ``None``.
         decoder: the `LoRATwin` that ``reader`` reads with (``decoder="lora"`` only).
@@ -132,6 +135,8 @@ class PISCOCompressor(SoftCompressor):
             self.encoder = LoRATwin(reader.model, **config.lora)
         else:
             self.encoder = (encoder_model or BodyEncoder.from_pretrained(config.encoder)).to(reader.device)
+        limit = self._own.max_positions if self._own else reader.max_positions
+        self.plan = PISCOPlan(config, limit, len(self.prefix) + len(config.suffix))
         width = self._embed(torch.zeros(1, dtype=torch.long)).shape[-1]
         with torch.no_grad():
             rows = self._embed(torch.randperm(self._vocabulary)[: config.memory_tokens]).float()
@@ -145,7 +150,7 @@ class PISCOCompressor(SoftCompressor):
             ).to(reader.device)
         self.log_scale: nn.Parameter | None = None
         if config.scale == "matched":
-            n = min(_PROBE_TOKENS, self._longest_segment)
+            n = min(_PROBE_TOKENS, self.plan.longest)
             ids = torch.randint(self._vocabulary, (n,), generator=torch.Generator().manual_seed(0)).tolist()
             with torch.no_grad():
                 found = self._project(torch.cat(self._forward([ids], [1])))
@@ -188,27 +193,6 @@ class PISCOCompressor(SoftCompressor):
 
     # -- segments --------------------------------------------------------------------------------------------------
 
-    @property
-    def _longest_segment(self) -> int:
-        limit = self._own.max_positions if self._own else self.base_reader.max_positions
-        longest = self.config.segment_tokens
-        if limit is not None:
-            longest = min(longest, limit - len(self.prefix) - len(self.config.suffix) - self._most_slots)
-        if longest < 1:
-            raise ValueError(f"The encoder's {limit} positions leave no room for a segment and its <MEM> tokens.")
-        return longest
-
-    @property
-    def _most_slots(self) -> int:
-        config = self.config
-        return config.memory_tokens if config.memory_tokens > 1 else math.ceil(config.segment_tokens / config.ratio) + 1
-
-    def _greedy(self, n_tokens: int, ratio: float) -> list[tuple[int, int]]:
-        """Segments of the authors' code: full ones and a shorter last one, one slot more than their share each."""
-        longest = self._longest_segment
-        cut = [min(longest, n_tokens - start) for start in range(0, n_tokens, longest)]
-        return [(n, int(n // ratio) + 1) for n in cut]
-
     def segments(
         self, n_tokens: int, ratio: float | None = None, source_tokens: int | None = None
     ) -> list[tuple[int, int]]:
@@ -219,26 +203,8 @@ class PISCOCompressor(SoftCompressor):
             ratio: ``None``: the config's.
             source_tokens: its length in the reader's tokens, which the number of slots goes by; default: ``n_tokens``.
         """
-        config = self.config
-        ratio = config.ratio if ratio is None else float(ratio)
-        source = n_tokens if source_tokens is None else source_tokens
-        if not n_tokens or not source:
-            return []
-        if config.slots == "plus-one":
-            return self._greedy(n_tokens, ratio)
-        count = -(-n_tokens // self._longest_segment)
-        total = math.ceil(source / ratio - 1e-6)
-        if config.slots == "proportional":
-            if config.memory_tokens > 1:
-                count = min(max(count, -(-total // config.memory_tokens)), n_tokens)
-                total = min(total, count * config.memory_tokens)
-            total = min(max(total, count), source)
-        ends = [i * n_tokens // count for i in range(count + 1)]
-        cut = [b - a for a, b in zip(ends, ends[1:])]
-        if config.slots == "fixed":
-            return [(n, int(config.segment_tokens / config.ratio + 1e-6)) for n in cut]
-        shares = [i * total // count for i in range(count + 1)]
-        return [(n, b - a) for n, a, b in zip(cut, shares, shares[1:])]
+        ratio = self.config.ratio if ratio is None else float(ratio)
+        return self.plan.cut(n_tokens, ratio, n_tokens if source_tokens is None else source_tokens)
 
     # -- encoding --------------------------------------------------------------------------------------------------
 
@@ -292,29 +258,14 @@ class PISCOCompressor(SoftCompressor):
 
     def _forward(self, pieces: Sequence[list[int]], slots: Sequence[int]) -> list[Tensor]:
         """For each segment's ids, special ones included, the hidden states ``[slots, encoder width]`` at its <MEM> tokens."""
-        lengths = [len(piece) + n for piece, n in zip(pieces, slots)]
-        device = self.base_reader.device
-        out: list[Tensor | None] = [None] * len(pieces)
-        for batch in pack(lengths, self.batch_positions):
-            longest = lengths[batch[0]]
-            ids = torch.zeros(len(batch), longest, dtype=torch.long)
-            mask = torch.zeros(len(batch), longest, dtype=torch.long)
-            rows: list[int] = []
-            columns: list[int] = []
-            which: list[int] = []
-            for row, i in enumerate(batch):
-                ids[row, : len(pieces[i])] = torch.tensor(pieces[i])
-                mask[row, : lengths[i]] = 1
-                rows += [row] * slots[i]
-                columns += range(len(pieces[i]), lengths[i])
-                which += [j % self.config.memory_tokens for j in range(slots[i])]
-            where = (torch.tensor(rows), torch.tensor(columns))  # indices on the CPU serve tensors on any device
-            tokens = self._embed(ids)
-            source = self.memory[torch.tensor(which)].to(tokens.device, tokens.dtype)
-            hidden = self.encoder(tokens.index_put(where, source), mask.to(device))
-            for i, found in zip(batch, hidden[where].split([slots[i] for i in batch])):
-                out[i] = found
-        return [h for h in out if h is not None]
+        which = [k % self.config.memory_tokens for n in slots for k in range(n)]
+        rows = self.memory[torch.tensor(which, dtype=torch.long)].split(list(slots))
+        sequences = [SoftSequence.with_memory(piece, memory) for piece, memory in zip(pieces, rows)]
+        out: dict[int, Tensor] = {}
+        for batch in soft_batches(sequences, self._embed, self.base_reader.device, budget=self.batch_positions):
+            hidden = self.encoder(batch.embeds, batch.mask, batch.positions)
+            out.update((i, states[len(states) - slots[i] :]) for i, states in batch.unpadded(hidden))
+        return [out[i] for i in range(len(pieces))]
 
     def _project(self, hidden: Tensor) -> Tensor:
         if self.connector is not None:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from .autocompressor_config import AutoCompressorConfig
 from .reader import Reader
 from .segments import equal_lengths, slots_for
-
-if TYPE_CHECKING:
-    from .autocompressor import AutoCompressorConfig
 
 
 class SegmentPlan:
