@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 import torch
 
-from ...compressors import CompressedPassage, Reader
+from ...compressors import Reader
 from ...compressors.plan import Prompt, PromptPlan
 from ..threads import from_thread
+from .call import Call, Texts
 from .checks import find_known_bugs
 from .embeddings import EmbeddingTable
 from .errors import KnownBugError, KnownBugWarning, ServingError, StreamCutError
@@ -23,7 +24,6 @@ from .transport import Transport
 
 _log = logging.getLogger(__name__)
 READER_HEADER = "X-Nutgraf-Reader"
-Texts = Sequence[str]
 
 
 class ServedReader:
@@ -176,14 +176,11 @@ class ServedReader:
         given = [None] * len(prompts) if texts is None else list(texts)
         if len(given) != len(prompts):
             raise ValueError(f"texts must hold one list a prompt: got {len(given)} for {len(prompts)} prompts.")
-
-        def answer(prompt: Prompt, own: Texts | None) -> str:
-            return self._answer(prompt, chat, template or {}, settings, own)
-
-        if len(prompts) <= 1:
-            return [answer(prompt, own) for prompt, own in zip(prompts, given)]
-        with ThreadPoolExecutor(min(self.concurrency, len(prompts)), "nutgraf-served") as pool:
-            asked = [pool.submit(answer, prompt, own) for prompt, own in zip(prompts, given)]
+        calls = [Call(prompt, chat, template or {}, settings, own) for prompt, own in zip(prompts, given)]
+        if len(calls) <= 1:
+            return [self._answer(call) for call in calls]
+        with ThreadPoolExecutor(min(self.concurrency, len(calls)), "nutgraf-served") as pool:
+            asked = [pool.submit(self._answer, call) for call in calls]
             try:
                 return [future.result() for future in asked]
             except BaseException:
@@ -207,9 +204,8 @@ class ServedReader:
             StreamCutError: if the server ends the stream early; its ``text`` is what had come.
             ServingError, ValueError: as `generate` does.
         """
-        settings = Settings.of(max_new_tokens, stop, options)
-        request = self._request(prompt, chat, template or {}, settings, texts)
-        return self._stream(request, prompt, chat, template or {}, settings, texts)
+        call = Call(prompt, chat, template or {}, Settings.of(max_new_tokens, stop, options), texts)
+        return self._stream(self._request(call), call)
 
     async def agenerate(self, prompts: Sequence[Prompt], max_new_tokens: int = 32, **options: Any) -> list[str]:
         """`generate` in a worker thread."""
@@ -221,28 +217,17 @@ class ServedReader:
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
-    def _answer(
-        self, prompt: Prompt, chat: bool, template: Mapping[str, Any], settings: Settings, texts: Texts | None
-    ) -> str:
-        request = self._request(prompt, chat, template, settings, texts)
+    def _answer(self, call: Call) -> str:
+        request = self._request(call)
         try:
             if request is not None:
                 return self._form.answer(self._transport.post(self._form.path, request))
         except ServingError as error:
-            if not self._falls_back(prompt, error):
+            if not self._falls_back(call, error):
                 raise
-        plain = self._body(_with_texts(prompt, texts), chat, template, settings)
-        return self._form.answer(self._transport.post(self._form.path, plain, retries=0))
+        return self._form.answer(self._transport.post(self._form.path, self._body(call.as_text()), retries=0))
 
-    def _stream(
-        self,
-        request: dict[str, Any] | None,
-        prompt: Prompt,
-        chat: bool,
-        template: Mapping[str, Any],
-        settings: Settings,
-        texts: Texts | None,
-    ) -> Iterator[str]:
+    def _stream(self, request: dict[str, Any] | None, call: Call) -> Iterator[str]:
         text = ""
         try:
             if request is not None:
@@ -252,44 +237,42 @@ class ServedReader:
                         yield piece
                 return
         except StreamCutError as error:
-            if text or not self._falls_back(prompt, error):
+            if text or not self._falls_back(call, error):
                 raise StreamCutError(str(error), text) from error
         except ServingError as error:
-            if text or not self._falls_back(prompt, error):  # what was given cannot be taken back
+            if text or not self._falls_back(call, error):  # what was given cannot be taken back
                 raise
-        plain = self._body(_with_texts(prompt, texts), chat, template, settings)
+        plain = self._body(call.as_text())
         for piece in self._form.pieces(self._transport.stream(self._form.path, plain, retries=0)):
             if piece:
                 yield piece
 
-    def _request(
-        self, prompt: Prompt, chat: bool, template: Mapping[str, Any], settings: Settings, texts: Texts | None
-    ) -> dict[str, Any] | None:
+    def _request(self, call: Call) -> dict[str, Any] | None:
         """The request's body; ``None`` where the prompt can only be read as text and may be."""
-        held = [passage for passage in _passages(prompt) if passage.interface != "text"]
-        if self.fallback and held and texts is None:
+        held = call.passages
+        if self.fallback and held and call.texts is None:
             raise ValueError(
                 "fallback='text' needs the original texts of the prompt's compressed passages: pass texts=..."
             )
         if self.fallback and any(passage.interface == "kv" for passage in held):
             _log.warning("A passage is keys and values, which cannot be sent; the prompt is read as text.")
             return None
-        request = self._body(prompt, chat, template, settings)
-        if held or (isinstance(prompt, PromptPlan) and prompt.soft):
+        request = self._body(call)
+        if call.has_slots:
             try:
                 self._check_server()
             except KnownBugError as error:
-                if not self._falls_back(prompt, error):
+                if not self._falls_back(call, error):
                     raise
                 return None
         return request
 
-    def _body(self, prompt: Prompt, chat: bool, template: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-        body = self._form.body(prompt, chat, template, settings)
+    def _body(self, call: Call) -> dict[str, Any]:
+        body = self._form.body(call.prompt, call.chat, call.template, call.settings)
         return body if self.engine == "sglang" else {"model": self.model, **body}
 
-    def _falls_back(self, prompt: Prompt, error: ServingError) -> bool:
-        if self.fallback is None or not any(passage.interface != "text" for passage in _passages(prompt)):
+    def _falls_back(self, call: Call, error: ServingError) -> bool:
+        if self.fallback is None or not call.passages:
             return False
         _log.warning("The compressed passages are read as text: %s", error)
         return True
@@ -304,34 +287,3 @@ class ServedReader:
             self._checked = True
         for sentence in found:
             warnings.warn(sentence, KnownBugWarning, stacklevel=4)
-
-
-def _passages(prompt: Prompt) -> list[CompressedPassage]:
-    if isinstance(prompt, CompressedPassage):
-        return [prompt]
-    if isinstance(prompt, str | PromptPlan):
-        return []
-    found = []
-    for atom in prompt:
-        inner = atom.get("content") if isinstance(atom, dict) else atom
-        for item in inner if isinstance(inner, list | tuple) else [inner]:
-            if isinstance(item, CompressedPassage):
-                found.append(item)
-    return found
-
-
-def _with_texts(prompt: Prompt, texts: Texts | None) -> Prompt:
-    """The prompt with its compressed passages replaced by their original texts."""
-    left = list(texts or ())
-    held = [passage for passage in _passages(prompt) if passage.interface != "text"]
-    if len(left) != len(held):
-        raise ValueError(f"texts must hold one text a compressed passage: got {len(left)} for {len(held)} passages.")
-
-    def swap(atom: Any) -> Any:
-        if isinstance(atom, CompressedPassage) and atom.interface != "text":
-            return left.pop(0)
-        if isinstance(atom, dict):
-            return {**atom, "content": swap(atom["content"])}
-        return [swap(item) for item in atom] if isinstance(atom, list | tuple) else atom
-
-    return swap(prompt)
