@@ -19,12 +19,14 @@ from . import (  # each registers its method
     selective_context,
     xrag,
 )
-from .base import CheckpointError, Compressor, CompressorConfig, ReaderMismatchError, SoftCompressor, TextCompressor
+from .base import Compressor, CompressorConfig, ReaderMismatchError, SoftCompressor, TextCompressor
+from .checkpoint import CheckpointError
 from .fidelity import FidelityGate
 from .passage import CompressedPassage
 from .probing import FidelityConfig
-from .reader import Reader, Targets
+from .reader import Reader
 from .registry import COMPRESSORS, load_compressor, make_compressor, register_compressor
+from .targets import Targets
 
 __all__ = [
     "COMPRESSORS",

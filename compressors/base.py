@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import threading
 from abc import ABC, abstractmethod
@@ -13,20 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
+from .checkpoint import CheckpointError, load_weights, read_config, write_checkpoint
 from .fingerprint import hash_json, hash_tensors
-from .passage import CompressedPassage, Interface, write_atomically
+from .passage import CompressedPassage, Interface
 
 if TYPE_CHECKING:
     from .reader import Reader
     from .twin import Twin
 
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
 Query = str | Sequence[str | None] | None
 ConfigT = TypeVar("ConfigT", bound="CompressorConfig")
 CompressorT = TypeVar("CompressorT", bound="Compressor")
@@ -34,10 +29,6 @@ CompressorT = TypeVar("CompressorT", bound="Compressor")
 
 class ReaderMismatchError(ValueError):
     """A compressed passage or a compressor meets a reader that it was not made for."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint's files are missing, damaged, or do not hold exactly the expected weights."""
 
 
 @dataclass
@@ -49,7 +40,7 @@ class CompressorConfig:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict that `from_dict` takes back, in the constructor's order: keyword-only settings come last."""
         found = asdict(self)
-        return {f.name: found[f.name] for f in sorted(fields(self), key=lambda f: f.kw_only)}
+        return {f.name: found[f.name] for f in sorted(fields(self), key=lambda f: bool(f.kw_only))}
 
     @classmethod
     def from_dict(cls: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
@@ -204,17 +195,13 @@ class Compressor(nn.Module, ABC):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes ``config.json`` and ``model.safetensors`` (the trained tensors alone), each atomically."""
-        folder = Path(folder)
-        state = {name: t.detach().cpu().contiguous() for name, t in self.trainable_state().items()}
-        if state:
-            write_atomically(folder / WEIGHTS_NAME, save_safetensors(state, metadata={"format": "pt"}))
         about = {
             "method": self.config_class.method,
             "reader": None if self.interface == "text" else self.base_reader.fingerprint,
             "reader_name": self.base_reader.name,
             "config": self.config.to_dict(),
         }
-        write_atomically(folder / CONFIG_NAME, (json.dumps(about, indent=2) + "\n").encode())
+        write_checkpoint(folder, about, self.trainable_state())
 
     @classmethod
     def from_pretrained(cls: type[CompressorT], folder: str | Path, reader: Reader, **kwargs: Any) -> CompressorT:
@@ -241,28 +228,7 @@ class Compressor(nn.Module, ABC):
 
     def load_trainable(self, folder: str | Path) -> None:
         """Copies a checkpoint's weights in. Raises ``CheckpointError`` with the names unless every key matches."""
-        wanted = self.trainable_state()
-        path = Path(folder) / WEIGHTS_NAME
-        if not wanted:
-            return
-        try:
-            found = load_safetensors(path.read_bytes())
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-        problems = [
-            *(f"missing {name}" for name in sorted(wanted.keys() - found.keys())),
-            *(f"unknown {name}" for name in sorted(found.keys() - wanted.keys())),
-            *(
-                f"{name} is {tuple(found[name].shape)}, wanted {tuple(wanted[name].shape)}"
-                for name in sorted(wanted.keys() & found.keys())
-                if found[name].shape != wanted[name].shape
-            ),
-        ]
-        if problems:
-            raise CheckpointError(f"{path} does not fit this {type(self).__name__}: {'; '.join(problems)}.")
-        with torch.no_grad():
-            for name, tensor in wanted.items():
-                tensor.copy_(found[name])
+        load_weights(folder, self.trainable_state(), type(self).__name__)
 
 
 class SoftCompressor(Compressor):
@@ -298,18 +264,6 @@ class TextCompressor(Compressor):
     """A compressor whose result is a shorter text, which any reader can read."""
 
     interface: ClassVar[Interface] = "text"
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """The contents of a compressor folder's ``config.json``. Raises ``CheckpointError`` if it is none."""
-    path = Path(folder) / CONFIG_NAME
-    try:
-        about = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(about, dict) or not {"method", "config"} <= about.keys():
-        raise CheckpointError(f"{path} describes no compressor: it needs the keys 'method' and 'config'.")
-    return about
 
 
 @contextlib.contextmanager

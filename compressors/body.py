@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from .base import CheckpointError
+from .checkpoint import CheckpointError
 from .quiet import quiet_loading
 from .tokenization import PromptTokenizer
 from .twin import Twin

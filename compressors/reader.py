@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +16,12 @@ from .generation import Generator
 from .head import build_head
 from .kv import KVPlacement, join, position_arguments
 from .passage import CompressedPassage
-from .plan import KV, Layout, Prompt, PromptPlan, plan_prompts
+from .plan import Layout, Prompt, PromptPlan, plan_prompts
 from .reader_identity import ReaderIdentity
+from .targets import Targets, target_hidden
 from .tokenization import PromptTokenizer, TokenIds
 
 IDENTITY = "identity"
-
-
-@dataclass
-class Targets:
-    """Hidden states that predict target tokens, row after row.
-
-    Attributes:
-        hidden: ``[N, hidden]``, the reader's last hidden state at the position before each target token.
-        ids: ``[N]`` the target tokens.
-        rows: ``[N]`` the prompt each belongs to.
-    """
-
-    hidden: Tensor
-    ids: Tensor
-    rows: Tensor
 
 
 class Reader:
@@ -324,41 +309,8 @@ class Reader:
         add_eos: bool = False,
         chat: bool = False,
     ) -> Targets:
-        """Hidden states that predict each target's tokens; differentiable in the slots.
-
-        Args:
-            prompts: what is read.
-            targets: for each prompt, the text that follows (tokenised on its own) or its ids.
-            add_eos: close every target with the end-of-sequence token.
-
-        Raises:
-            ValueError: if a target is empty, the counts differ, or prompt and target are too long for the model.
-        """
-        if len(prompts) != len(targets):
-            raise ValueError(f"One target a prompt is needed: got {len(prompts)} prompts and {len(targets)} targets.")
-        ids = [self.tokenize(t) if isinstance(t, str) else [int(i) for i in t] for t in targets]
-        if add_eos:
-            if self.eos_id is None:
-                raise ValueError(f"{self.name!r} has no end-of-sequence token to close the targets with.")
-            ids = [[*t, self.eos_id] for t in ids]
-        if empty := [i for i, t in enumerate(ids) if not t]:
-            raise ValueError(f"Targets {empty} are empty; there is nothing to predict.")
-        plans = self.plan(prompts, chat=chat)
-        for plan, target in zip(plans, ids):
-            if plan.kinds[-1] == KV:
-                raise ValueError(
-                    "A prompt must not end with a KV passage: something must be run to predict what follows."
-                )
-            plan.add_tokens(target[:-1])
-        self.check_room(plans, 1)
-        hidden, _, _, _ = self.forward(plans)
-        time = hidden.shape[1]
-        counts = torch.tensor([len(t) for t in ids])
-        rows = torch.repeat_interleave(torch.arange(len(ids)), counts)
-        columns = torch.cat([torch.arange(time - n, time) for n in counts.tolist()])
-        picked = hidden[rows.to(self.device), columns.to(self.device)]
-        flat = torch.tensor([i for t in ids for i in t], device=picked.device)
-        return Targets(picked, flat, rows.to(picked.device))
+        """Hidden states that predict each target's tokens; see `nutgraf.compressors.targets.target_hidden`."""
+        return target_hidden(self, prompts, targets, add_eos=add_eos, chat=chat)
 
     def target_logits(
         self,

@@ -6,7 +6,8 @@ import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .base import CONFIG_NAME, CheckpointError, Compressor, read_config
+from .base import Compressor
+from .checkpoint import CONFIG_NAME, CheckpointError, read_config
 
 if TYPE_CHECKING:
     from .reader import Reader

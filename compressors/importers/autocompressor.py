@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..autocompressor import AutoCompressor, AutoCompressorConfig
-from ..base import CheckpointError
+from ..checkpoint import CheckpointError
 from .layout import Source, load_model_state, peek_json
 from .models import build_model, load_tokenizer, make_reader, model_config
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import CheckpointError
+from ..checkpoint import CheckpointError
 from ..pisco import PISCOCompressor, PISCOConfig
 from ..reader import Reader
 from .layout import Keys, Source, check_state, listed, load_model_state, load_pickle, load_tensors, need, peek_json

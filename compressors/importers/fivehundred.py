@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..base import CheckpointError
+from ..checkpoint import CheckpointError
 from ..kv_memory import KVMemoryCompressor, KVMemoryConfig
 from ..twin import short_name
 from .layout import PICKLES, Source, load_tensors, single_file

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..base import CheckpointError
+from ..checkpoint import CheckpointError
 from ..gist import GistCompressor, GistConfig
 from ..reader import Reader
 from .layout import MissingOption, Source, listed, load_model_state, need, peek_json

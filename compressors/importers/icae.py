@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..base import CheckpointError
+from ..checkpoint import CheckpointError
 from ..icae import TASKS, ICAECompressor, ICAEConfig
 from ..reader import Reader
 from .layout import PICKLES, Source, load_tensors, need, single_file

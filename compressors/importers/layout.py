@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..base import CheckpointError
+from ..checkpoint import CheckpointError
 
 if TYPE_CHECKING:
     from ..reader import Reader

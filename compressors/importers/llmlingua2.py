@@ -7,7 +7,7 @@ from typing import Literal
 
 from transformers import AutoModelForTokenClassification
 
-from ..base import CheckpointError
+from ..checkpoint import CheckpointError
 from ..llmlingua2 import CLASSIFIER_FOLDER, LLMLingua2Compressor, LLMLingua2Config
 from ..quiet import quiet_loading
 from .layout import MissingOption, Source, load_model_state, peek_json

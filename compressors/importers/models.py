@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..base import CheckpointError
+from ..checkpoint import CheckpointError
 from ..quiet import quiet_loading
 from ..reader import Reader
 from ..tokenization import PromptTokenizer

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from ..base import CheckpointError
 from ..body import BodyEncoder
+from ..checkpoint import CheckpointError
 from ..pisco import PISCOCompressor, PISCOConfig
 from ..reader import Reader
 from .layout import Keys, Source, load_model_state, load_tensors, need, peek_json, read_json

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken
 
-from ..base import CheckpointError
+from ..checkpoint import CheckpointError
 from ..reader import Reader
 from ..xrag import UNKNOWN, XRAGCompressor, XRAGConfig
 from ..xrag_reference import TOKEN, load_last_token_embedder
