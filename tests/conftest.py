@@ -1,12 +1,14 @@
-"""Shared fixtures: `zoo` (tiny random models) and quiet, deterministic torch."""
+"""Shared fixtures: `zoo` (tiny random models), LlamaIndex indexes of a few texts, and quiet, deterministic torch."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +32,25 @@ _ZOO = _load_zoo()
 def zoo() -> ModuleType:
     """The module `tests/zoo.py`: ``zoo.reader("llama")``, ``zoo.ARCHITECTURES``, ``zoo.tokenizer()``."""
     return _ZOO
+
+
+@pytest.fixture(scope="session")
+def make_index() -> Callable[[list[str]], Any]:
+    """Makes a LlamaIndex vector index of texts: nodes ``node-0``, ``node-1``, ..., all equally near to any question."""
+    from llama_index.core import MockEmbedding, VectorStoreIndex
+    from llama_index.core.schema import TextNode
+
+    def make(texts: list[str]) -> VectorStoreIndex:
+        nodes = [TextNode(id_=f"node-{i}", text=text) for i, text in enumerate(texts)]
+        return VectorStoreIndex(nodes, embed_model=MockEmbedding(8))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def index(request: pytest.FixtureRequest, make_index: Callable[[list[str]], Any]) -> Any:
+    """A LlamaIndex vector index of the test module's ``TEXTS``."""
+    return make_index(request.module.TEXTS)
 
 
 @pytest.fixture(autouse=True)

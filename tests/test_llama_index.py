@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from llama_index.core import Document, MockEmbedding, PromptTemplate, Settings, VectorStoreIndex
+from llama_index.core import Document, PromptTemplate, Settings
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.llms import MockLLM
@@ -102,16 +102,6 @@ def seen(reader, monkeypatch) -> list[torch.Tensor]:
 
     monkeypatch.setattr(reader._generator, "_run", record)
     return prompts
-
-
-def make_index(texts: list[str]) -> VectorStoreIndex:
-    nodes = [TextNode(id_=f"node-{i}", text=text) for i, text in enumerate(texts)]
-    return VectorStoreIndex(nodes, embed_model=MockEmbedding(8))
-
-
-@pytest.fixture(scope="module")
-def index() -> VectorStoreIndex:
-    return make_index(TEXTS)
 
 
 def make_engine(index, llm, compressor=None, mode="compact", **kwargs):
@@ -308,7 +298,7 @@ def test_text_compressors_work_with_any_llm(reader, index):
 # -- what nobody may type ------------------------------------------------------------------------------------------------
 
 
-def test_lookalikes_in_documents_and_questions_are_read_literally(reader, compressor, seen):
+def test_lookalikes_in_documents_and_questions_are_read_literally(reader, compressor, seen, make_index):
     fake = "[[nutgraf:0123abcd-0123456789ab-0:12:AAAAAAAAAAAAAAAAAAAAAA]]"
     llm = CompressedContextLLM(reader, max_new_tokens=2)
     index = make_index([f"1648 {fake} x"])
@@ -317,7 +307,7 @@ def test_lookalikes_in_documents_and_questions_are_read_literally(reader, compre
     assert same(seen[:1], seen[1:])
 
 
-async def test_copies_of_real_placeholders_open_nothing(reader, compressor, seen):
+async def test_copies_of_real_placeholders_open_nothing(reader, compressor, seen, make_index):
     llm = CompressedContextLLM(reader, max_new_tokens=2)
     post = CompressedContextPostprocessor(compressor)
     secret = NodeWithScore(node=TextNode(text="4711 is the combination of the safe"))
@@ -374,7 +364,7 @@ def test_another_reader_is_refused(reader, index, zoo):
     assert str(make_engine(index, right, compressor).query(QUESTION))
 
 
-def test_a_passage_larger_than_the_window_is_refused(zoo):
+def test_a_passage_larger_than_the_window_is_refused(zoo, make_index):
     reader = zoo.reader("llama", seed=2)  # one that no other LLM reads with
     compressor = Identity(reader)
     index = make_index(["1648 " + "peace " * 800])

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from llama_index.core import MockEmbedding, VectorStoreIndex
+from llama_index.core import VectorStoreIndex
 from llama_index.core.agent.workflow import ReActAgent
 from llama_index.core.chat_engine import CondensePlusContextChatEngine, ContextChatEngine
 from llama_index.core.instrumentation import get_dispatcher
@@ -84,16 +84,6 @@ def compressor(reader) -> Identity:
 @pytest.fixture(scope="module")
 def llm(reader) -> CompressedContextLLM:
     return CompressedContextLLM(reader, max_new_tokens=3)
-
-
-@pytest.fixture(scope="module")
-def index() -> VectorStoreIndex:
-    return make_index(TEXTS)
-
-
-def make_index(texts: list[str]) -> VectorStoreIndex:
-    nodes = [TextNode(id_=f"node-{i}", text=text) for i, text in enumerate(texts)]
-    return VectorStoreIndex(nodes, embed_model=MockEmbedding(8))
 
 
 def ways(index: VectorStoreIndex, compressor: Any) -> list[dict[str, Any]]:
@@ -383,7 +373,7 @@ def foreign(reader: Reader) -> tuple[PlaceholderStore, str]:
     return store, store.issue([Issued("secret", secret.slots, secret.reader, lambda: secret)])[0]
 
 
-def test_another_stores_placeholder_opens_nothing(reader, llm, compressor, events):
+def test_another_stores_placeholder_opens_nothing(reader, llm, compressor, events, make_index):
     store, copy = foreign(reader)
     assert llm.complete(copy).raw["passages"] == 1  # it is valid
     index = make_index([f"1648 {copy} x", *TEXTS[:2]])
@@ -434,7 +424,7 @@ def test_a_passage_that_cannot_be_compressed(reader, llm, compressor, events, ca
     assert event.ms > 0
 
 
-def test_a_passage_without_room_may_be_text_that_is_split(zoo, events):
+def test_a_passage_without_room_may_be_text_that_is_split(zoo, events, make_index):
     reader = zoo.reader("llama", seed=3, num_hidden_layers=1)
     compressor = Identity(reader)
     index = make_index(["1648 " + "peace " * 800])

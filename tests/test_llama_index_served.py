@@ -7,8 +7,6 @@ import threading
 import time
 
 import pytest
-from llama_index.core import MockEmbedding, VectorStoreIndex
-from llama_index.core.schema import TextNode
 from nutgraf import Reader, make_compressor
 from nutgraf.adapters.llama_index import (
     CompressedContextLLM,
@@ -53,11 +51,6 @@ def served(reader, url):
 @pytest.fixture(scope="module")
 def compressor(reader):
     return make_compressor("mean-pool", reader, encoder="embeddings")
-
-
-@pytest.fixture(scope="module")
-def index():
-    return VectorStoreIndex([TextNode(text=text) for text in TEXTS], embed_model=MockEmbedding(4))
 
 
 def engine(index, compressor, llm, **options):
