@@ -41,6 +41,9 @@ class XRAGConfig(CompressorConfig):
         },
     )
     layers: int = field(default=2, metadata={"help": "linear layers of the projector, with GELU between them"})
+    hidden: int | None = field(
+        default=None, metadata={"help": "width between the projector's layers; default: the reader's, as in the paper"}
+    )
     normalize: bool = field(
         default=True,
         metadata={
@@ -73,7 +76,7 @@ class XRAGConfig(CompressorConfig):
     def __post_init__(self) -> None:
         if not isinstance(self.embedder, str) or not self.embedder:
             raise ValueError(f"embedder must be the name or folder of an embedder, got {self.embedder!r}.")
-        check_counts(self, {"shard_tokens": 1, "layers": 1})
+        check_counts(self, {"shard_tokens": 1, "layers": 1, "hidden": 1}, optional=("hidden",))
         check_choices(self, {"scale": ("matched", "none")})
         if self.vector_size is not None and self.vector_size < 1:
             raise ValueError(f"vector_size must be at least 1, got {self.vector_size}.")
@@ -120,7 +123,7 @@ class XRAGCompressor(SoftCompressor):
         if self._embedder is not None:
             self._check_embedder(self._embedder)
         self.vector_size = int(self.config.vector_size or 0)
-        widths = [self.vector_size, *[reader.width] * config.layers]
+        widths = [self.vector_size, *[config.hidden or reader.width] * (config.layers - 1), reader.width]
         layers: list[nn.Module] = []
         for i, (a, b) in enumerate(zip(widths, widths[1:])):
             layers += [*([nn.GELU()] if i else []), nn.Linear(a, b)]

@@ -55,6 +55,10 @@ def test_depth_and_output_norm(zoo, embedder, layers):
     reader = zoo.reader("gemma3_text")  # its embeddings are scaled by the module
     xrag = XRAGCompressor(XRAGConfig(layers=layers), reader, embedder=embedder)
     assert sum(isinstance(m, nn.Linear) for m in xrag.projector) == layers
+    wide = XRAGCompressor(XRAGConfig(layers=layers, hidden=96), reader, embedder=embedder)
+    shapes = [tuple(m.weight.shape) for m in wide.projector if isinstance(m, nn.Linear)]
+    ends = [wide.vector_size, *[96] * (layers - 1), reader.width]
+    assert shapes == list(zip(ends[1:], ends[:-1]))
     norms = [p.embeds.norm() for p in xrag.compress([PASSAGE, OTHER])]
     assert all(0.5 < n / reader.embedding_norm < 2 for n in norms)
 
@@ -180,7 +184,7 @@ def test_encode_trains_the_projector_alone(xrag, embedder):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"shard_tokens": 0}, {"layers": 0}, {"layers": True}, {"scale": "big"}, {"embedder": ""}, {"vector_size": 0}],
+    [{"shard_tokens": 0}, {"layers": 0}, {"layers": True}, {"hidden": 0}, {"scale": "big"}, {"embedder": ""}, {"vector_size": 0}],
 )
 def test_config_is_validated(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
