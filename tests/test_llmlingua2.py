@@ -36,14 +36,15 @@ def passage(sentences: int, seed: int = 0) -> str:
 
 
 def bert_tokenizer() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    splitter = pre_tokenizers.BertPreTokenizer()  # the vocabulary is written down: training one breaks ties at random
+    words = sorted({word for text in CORPUS for word, _ in splitter.pre_tokenize_str(text)})
+    letters = sorted(set("".join(words)))
+    pieces = [*specials, *letters, *("##" + letter for letter in letters), *(w for w in words[::2] if len(w) > 1)]
+    backend = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=False)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    backend.train_from_iterator(
-        CORPUS, trainers.WordPieceTrainer(vocab_size=160, special_tokens=specials, show_progress=False)
-    )
     backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     names = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
