@@ -63,7 +63,7 @@ def table(rows: Iterable[Row]) -> str:
 def _ratios(method: str, asked: float | None, rows: Sequence[Row | None]) -> str:
     if method in ("full", "none"):
         return "1x" if method == "full" else ""
-    found: list[float] = [row.get("ratio", asked) for row in rows if row]
+    found = [float(row.get("ratio", asked or 1)) for row in rows if row]
     if asked is not None and all(abs(ratio / asked - 1) < 0.1 for ratio in found):
         return f"{asked:g}x"
     return " / ".join(f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x" for ratio in found)

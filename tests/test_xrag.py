@@ -184,7 +184,15 @@ def test_encode_trains_the_projector_alone(xrag, embedder):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"shard_tokens": 0}, {"layers": 0}, {"layers": True}, {"hidden": 0}, {"scale": "big"}, {"embedder": ""}, {"vector_size": 0}],
+    [
+        {"shard_tokens": 0},
+        {"layers": 0},
+        {"layers": True},
+        {"hidden": 0},
+        {"scale": "big"},
+        {"embedder": ""},
+        {"vector_size": 0},
+    ],
 )
 def test_config_is_validated(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
