@@ -81,7 +81,8 @@ def sentence_with_answer(record: dict) -> str:
 def test_compressed_passages_answer_better_than_none_and_than_those_of_others(reader, name):
     compressor = load_compressor(pretrained(name), reader=reader)
     lines = next(SAMPLE.glob("*.jsonl")).read_text(encoding="utf-8").splitlines()
-    records = [record for line in lines if (record := json.loads(line)).get("gold") is not None][::3]
+    records = [record for line in lines if (record := json.loads(line)).get("gold") is not None]
+    records = records if name == "xrag-small" else records[::3]  # the weaker, the more questions
     passages = compressor.compress([sentence_with_answer(r) for r in records])
     reads = compressor.reader or reader
 
