@@ -268,8 +268,7 @@ def _methods(reader: Reader, specs: Sequence[str], ratios: Sequence[float]) -> l
     for text in specs:
         spec = CompressorSpec.parse(text, ratios)
         loaded = find_compressor(spec.name, reader)
-        aware = bool(getattr(loaded, "query_aware", False))
-        found += [Compressed(loaded, ratio, query_aware=aware) for ratio in spec.ratios]
+        found += [Compressed(loaded, ratio, query_aware=loaded.query_aware) for ratio in spec.ratios]
     return found
 
 

@@ -82,7 +82,6 @@ class LLMLinguaCompressor(LMSelectingCompressor):
 
     config_class: ClassVar[type[CompressorConfig]] = LLMLinguaConfig
     config: LLMLinguaConfig
-    asks: ClassVar[bool] = False  # whether passages are compressed for a question
 
     # -- fast ------------------------------------------------------------------------------------------------------
 
@@ -192,7 +191,7 @@ class LLMLinguaCompressor(LMSelectingCompressor):
         for text, query in zip(texts, queries):
             found = None
             if text:
-                question = query or "" if self.asks else ""
+                question = query or "" if self.query_aware else ""
                 found = self.compress_prompt([text], question=question, ratio=ratio, target_tokens=target_tokens)
             kept, spans = (found.text, found.spans) if found else ("", ())
             out.append(
