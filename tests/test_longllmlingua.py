@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
+from nutgraf.adapters.llama_index import CompressedContextPostprocessor
+from nutgraf.benchmarks.cli import _methods
 from nutgraf.compressors import Reader
 from nutgraf.compressors.context_budget import STATEMENT, context_losses, rank_contexts
 from nutgraf.compressors.iterative import compress_prompt
@@ -107,6 +110,18 @@ def test_a_question_is_needed(reader):
     assert [p.text for p in fixed.compress(FACTS)] == [p.text for p in build(reader).compress(FACTS, query=QUESTION)]
     with pytest.raises(ValueError, match="question must be"):
         LongLLMLinguaConfig.from_dict({"question": " "})
+
+
+def test_adapters_and_benchmarks_hand_the_question_over(reader):
+    compressor = build(reader, ratio=2.0)
+    nodes = [NodeWithScore(node=TextNode(text=text)) for text in FACTS]
+    asked = CompressedContextPostprocessor(compressor).postprocess_nodes(nodes, QueryBundle(QUESTION))
+    assert [node.node.get_content(MetadataMode.LLM) for node in asked] == [
+        passage.text for passage in compressor.compress(FACTS, QUESTION)
+    ]
+    (method,) = _methods(reader, ["longllmlingua@2"], [])
+    assert method.query_aware
+    assert method.name == "longllmlingua-query"
 
 
 def test_passages_are_ranked_by_the_question_behind_them(reader):
