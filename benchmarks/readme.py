@@ -60,7 +60,10 @@ def table(rows: Iterable[Row]) -> str:
     """The Markdown table."""
     found = newest(rows)
     titles = "".join(f" {name} tokens | {name} F1 | recovered (95 %) |" for name in DATASETS.values())
-    out = [f"| what the reader reads | ratio | bytes a passage |{titles}", "|---|---|---|" + "---|---|---|" * len(DATASETS)]
+    out = [
+        f"| what the reader reads | ratio | bytes a passage |{titles}",
+        "|---|---|---|" + "---|---|---|" * len(DATASETS),
+    ]
     for method, asked, name in LINES:
         cells = [found.get((dataset, method, asked)) for dataset in DATASETS]
         if any(cells):
