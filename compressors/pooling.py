@@ -33,11 +33,12 @@ class GatedPool(nn.Module):
         self.gate = nn.Parameter(torch.zeros(1, reader.width, device=reader.device))
 
     def forward(self, pieces: Sequence[list[int]], slots: Sequence[int]) -> Tensor:
-        """``[all slots, width]`` in float32: each piece of token ids is cut into as many even runs as it has slots."""
+        """``[all slots, width]`` in at least float32: each piece of token ids is cut into as many even runs as it has slots."""
         (reader,) = self._held
         where, count = slot_of_token([len(piece) for piece in pieces], slots).to(reader.device), sum(slots)
         with torch.no_grad():
-            tokens = reader.embed(torch.tensor([i for piece in pieces for i in piece], device=reader.device)).float()
+            tokens = reader.embed(torch.tensor([i for piece in pieces for i in piece], device=reader.device))
+            tokens = tokens.to(torch.promote_types(self.gate.dtype, torch.float32))
             unit = tokens * (tokens.shape[1] ** 0.5 / reader.embedding_norm)
         strength = (unit * self.gate).sum(-1)  # not a matrix product, which autocast would take to bfloat16
         weight = torch.exp(_LIMIT * torch.tanh(strength / _LIMIT))

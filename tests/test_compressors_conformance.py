@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import random
 import sys
 
 import pytest
@@ -148,6 +149,25 @@ def test_batched_equals_one_by_one(method, architecture):
     assert max(map(difference, found, alone)) < 1e-5
     pairs = compressor.compress(TEXTS, batch_size=2)
     assert max(map(difference, found, pairs)) < 1e-5
+
+
+@methods
+def test_sixty_four_passages_of_any_length_in_one_call_equal_each_alone(method, zoo):
+    reader = zoo.reader("llama")
+    reader.model.double()  # in float32 rounding grows over the segments of a long passage, to 1e-3 in a hundred of them
+    compressor = build(method, reader).double()
+    words = (" ".join(TEXTS[0:3:2])).split()
+    lengths = torch.linspace(10, 600, 64).int().tolist()
+    texts = []
+    for number, length in enumerate(lengths):
+        text = " ".join(words[(number + i) % len(words)] for i in range(length))
+        texts.append(text[: reader.tokenize_with_offsets(text)[1][length - 1][1]])
+    order = random.Random(0).sample(range(64), 64)
+    found = compressor.compress([texts[i] for i in order])
+    sizes = [passage.source_tokens for passage in found]
+    assert min(sizes) <= 12  # a cut text may be read in other tokens
+    assert max(sizes) >= 590
+    assert max(difference(compressor.compress([texts[i]])[0], passage) for i, passage in zip(order, found)) < 1e-5
 
 
 @everywhere
