@@ -8,8 +8,9 @@ normed sum of the embeddings of its rarest tokens, as `SlotMatchingLoss` defines
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ def token_weights(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
     return np.square(np.log(max(1, total) / (1 + counts)).clip(min=0))
 
 
-def draw_window(windows: dict[int, float], rng: random.Random) -> int:
+def draw_window(windows: Mapping[Any, float], rng: random.Random) -> int:
     """A window, in tokens, by the weights of `windows`."""
     return rng.choices([int(size) for size in windows], list(windows.values()))[0]
 

@@ -42,7 +42,7 @@ class RowSettings:
         passages: (least, most) passages of a `many` group.
         windows: cut long passages to sentences from anywhere in them, and not to their beginning.
         pooled: share of contexts with pooled passages (`pooled_contexts`). pool_windows: weights of the numbers of tokens
-            that one slot stands for.
+            that one slot stands for (keys as text too: so they stand in a recipe that was written and read again).
     """
 
     row_tokens: int = 384
@@ -58,7 +58,7 @@ class RowSettings:
     passages: tuple[int, int] = (2, 4)
     windows: bool = False
     pooled: float = 0.0
-    pool_windows: dict[int, float] = field(default_factory=lambda: {4: 1.0})
+    pool_windows: dict[int | str, float] = field(default_factory=lambda: {4: 1.0})
 
     def __post_init__(self) -> None:
         makers = {name[5:] for name in dir(GroupMaker) if name.startswith("make_")}
