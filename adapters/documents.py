@@ -45,7 +45,7 @@ class TextsForReading:
             raise ValueError(f"ratio is source tokens per slot, at least 1, got {ratio!r}.")
         self.compressor = compressor
         self.ratio = ratio
-        self.query_aware = bool(getattr(compressor, "query_aware", False)) if query_aware is None else query_aware
+        self.query_aware = compressor.query_aware if query_aware is None else query_aware
         self.store = store or shared_store(compressor.reader.fingerprint)
 
     def of(self, texts: Sequence[str], query: str | None) -> list[str]:

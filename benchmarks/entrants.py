@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..compressors import COMPRESSORS, CompressedPassage, Compressor, Reader, make_compressor
+from ..compressors.kv_slots import kv_shapes
 from .loading import SAMPLE_ARTICLES, CompressorSpec, find_compressor
 from .roofline import synchronise
 
@@ -144,27 +145,16 @@ def random_passage(
         return CompressedPassage("embeds", tokens, RANDOM, reader.fingerprint, embeds=embeds, info=info)
     if interface != "kv":
         raise ValueError(f"Random slots are embeds or kv, got {interface!r}.")
-    keys, values = [], []
-    for layer in _layer_states(reader):
-        heads, width = layer[0]
-        keys.append(draw(heads, slots, width))
-        values.append(draw(layer[1][0], slots, layer[1][1]))
+    shapes = kv_shapes(reader)
+    keys = tuple(draw(heads, slots, width) for heads, width, _ in shapes)
+    values = tuple(draw(heads, slots, width) for heads, _, width in shapes)
     return CompressedPassage(
         "kv",
         tokens,
         RANDOM,
         reader.fingerprint,
-        keys=tuple(keys),
-        values=tuple(values),
+        keys=keys,
+        values=values,
         positions=torch.arange(slots),
         info=info,
     )
-
-
-@torch.no_grad()
-def _layer_states(reader: Reader) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Heads and width of keys and of values in each layer, as the model itself makes them."""
-    ids = torch.ones(1, 1, dtype=torch.long, device=reader.device)
-    cache = reader.model.get_decoder()(input_ids=ids, use_cache=True).past_key_values
-    shapes = [(layer.keys.shape, layer.values.shape) for layer in cache.layers]
-    return [((k[1], k[3]), (v[1], v[3])) for k, v in shapes]

@@ -179,10 +179,7 @@ class _Report:
         }
         row["f1_ci_low"], row["f1_ci_high"] = metrics.bootstrap_mean(found.f1, seed=self.settings.seed)
         if full is not None:
-            none = self.none.f1
-            row["recovered_share"] = metrics.recovered_share(row["f1"], float(none.mean()), float(full.f1.mean()))
-            interval = metrics.bootstrap_recovered_share(found.f1, none, full.f1, seed=self.settings.seed)
-            row["ci_low"], row["ci_high"] = interval if interval is not None else (None, None)
+            row |= metrics.recovered(found.f1, self.none.f1, full.f1, seed=self.settings.seed)
         return row
 
     def difference(self, name: str, chosen: Reading, other: Reading) -> Row:

@@ -124,6 +124,15 @@ def bootstrap_recovered_share(
     return _interval((means[:, 0] - means[:, 1]) / (means[:, 2] - means[:, 1]), level)
 
 
+def recovered(scores: np.ndarray, none: np.ndarray, full: np.ndarray, *, seed: int = 0) -> dict[str, float | None]:
+    """The keys `recovered_share`, `ci_low` and `ci_high` of a row; none of them where there is nothing to recover."""
+    interval = bootstrap_recovered_share(scores, none, full, seed=seed)
+    if interval is None:
+        return {}
+    share = recovered_share(float(scores.mean()), float(none.mean()), float(full.mean()))
+    return {"recovered_share": share, "ci_low": interval[0], "ci_high": interval[1]}
+
+
 def _resampled_means(values: np.ndarray, seed: int, repeats: int, level: float) -> np.ndarray:
     """Means `[repeats, k]` of rows of `values` `[n, k]` drawn with replacement, in blocks of bounded memory."""
     if len(values) == 0:

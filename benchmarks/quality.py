@@ -192,10 +192,7 @@ def _row(
         row["kl_to_full"] = float(scores["kl"].mean())
     if len(found) >= 2:
         full, none = found[0].scores["f1"], found[1].scores["f1"]
-        interval = metrics.bootstrap_recovered_share(scores["f1"], none, full, seed=settings.seed)
-        if interval is not None:
-            row["recovered_share"] = metrics.recovered_share(row["f1"], float(none.mean()), float(full.mean()))
-            row["ci_low"], row["ci_high"] = interval
+        row |= metrics.recovered(scores["f1"], none, full, seed=settings.seed)
     return row
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .base import CompressorConfig, Query, SoftCompressor
 from .checks import check_choices, check_counts, check_ratio
-from .kv_slots import KVSlots, cached_layers, check_movable, encode_kv
+from .kv_slots import KVSlots, check_movable, encode_kv, kv_shapes
 from .lora_settings import LoRASettings
 from .passage import CompressedPassage, Interface
 from .reader import Reader
@@ -99,15 +99,8 @@ class KVSlotCompressor(SoftCompressor):
         super().__init__(config, reader)
         check_movable(reader)
         self.batch_positions = 16384
-        self.slot_shapes = self._probe_shapes()
+        self.slot_shapes = kv_shapes(reader)
         self._longest_segment(config.ratio)
-
-    @torch.no_grad()
-    def _probe_shapes(self) -> list[tuple[int, int, int]]:
-        reader = self.base_reader
-        ids = torch.zeros(1, 1, dtype=torch.long, device=reader.device)
-        layers = cached_layers(reader.model.get_decoder(), reader.embed(ids), torch.ones_like(ids), ids)
-        return [(k.shape[1], k.shape[3], v.shape[3]) for k, v in layers]
 
     @property
     def bytes_per_slot(self) -> int:

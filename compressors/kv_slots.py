@@ -59,6 +59,14 @@ def cached_layers(decoder: Any, embeds: Tensor, mask: Tensor, positions: Tensor)
     return [(layer.keys, layer.values) for layer in layers]
 
 
+@torch.no_grad()
+def kv_shapes(reader: Reader) -> list[tuple[int, int, int]]:
+    """``(kv_heads, width of a key, width of a value)`` of every layer, as the model itself makes them."""
+    ids = torch.zeros(1, 1, dtype=torch.long, device=reader.device)
+    layers = cached_layers(reader.model.get_decoder(), reader.embed(ids), torch.ones_like(ids), ids)
+    return [(k.shape[1], k.shape[3], v.shape[3]) for k, v in layers]
+
+
 def encode_kv(
     twin: Twin,
     texts: Sequence[Sequence[int]],

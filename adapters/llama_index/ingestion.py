@@ -109,7 +109,7 @@ class CompressPassages(TransformComponent):
             )
         if gate is not None and not isinstance(gate, FidelityGate):
             raise TypeError(f"gate must be a FidelityGate, got {type(gate).__name__}.")
-        if getattr(compressor, "query_aware", False):
+        if compressor.query_aware:
             raise ValueError(
                 f"{type(compressor).__name__} compresses for a question, which nobody knows when a passage is indexed; "
                 "make it without query awareness, or leave it to the postprocessor."

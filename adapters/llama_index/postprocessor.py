@@ -113,7 +113,7 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
                 "use a text compressor, or leave the postprocessor out to give the LLM the full text."
             )
         if query_aware is None:
-            query_aware = bool(getattr(compressor, "query_aware", False))
+            query_aware = compressor.query_aware
         chosen = as_policy(policy)
         deciding: Policy = chosen
         if fidelity is not None or gate is not None:
