@@ -1,4 +1,4 @@
-"""The command line: `nutgraf train`, `inspect`, `bench`, `plan`, `demo`.
+"""The command line: `nutgraf train`, `sweep`, `inspect`, `bench`, `plan`, `demo`.
 
 Heavy modules are imported by the commands that use them.
 """
@@ -56,6 +56,52 @@ def train(
         loaded = load_recipe(recipe, overrides or [])
         result = run_recipe(loaded, make_task(loaded), out, resume=resume, max_minutes=max_minutes)
         typer.echo(str(result))
+
+
+@app.command()
+def sweep(
+    recipe: Annotated[str, typer.Argument(help="A shipped compressor recipe or a YAML file.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Settings; those with several values are the grid, as in seed=0,1 'stages.*.lr=1e-3,2e-3'."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the runs, one folder a cell.")] = ...,  # type: ignore[assignment]
+    questions: Annotated[
+        list[str], typer.Option("--eval", help="Question file, by its path or its name in data.dir; may be repeated.")
+    ] = ...,  # type: ignore[assignment]
+    ratio: Annotated[
+        list[float] | None,
+        typer.Option(help="Compression ratio to evaluate at; may be repeated. Default: the recipe's."),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Questions of each file.")] = 200,
+    half: Annotated[str, typer.Option(help="Half of the questions: tune, report or all.")] = "tune",
+    results: Annotated[
+        Path | None, typer.Option(help="File the rows are appended to; default: sweeps.jsonl in the folder.")
+    ] = None,
+    max_minutes: Annotated[float | None, typer.Option(help="Stop cleanly after so many minutes.")] = None,
+) -> None:
+    """Train a recipe once for every combination of settings and score each; run it again to go on where it stopped."""
+    with friendly_errors():
+        from .benchmarks.rows import append_rows, provenance, read_rows
+        from .recipes.sweep import Evaluation, best_first, make_cells, parse_grid, run_sweep
+
+        cells = make_cells(recipe, *parse_grid(settings or []))
+        asked = Evaluation(tuple(questions), None if half == "all" else half, limit, tuple(ratio or [None]))
+        file = results or out / "sweeps.jsonl"
+        rows = run_sweep(
+            cells,
+            out,
+            asked,
+            lambda made: append_rows(file, made),
+            have=read_rows(file) if file.exists() else [],
+            about=provenance,
+            max_minutes=max_minutes,
+            say=typer.echo,
+        )
+        _show_sweep(best_first(rows))
+        typer.echo(str(file))
 
 
 @app.command()
@@ -163,6 +209,29 @@ def demo(context: typer.Context) -> None:
     single = typer.Typer(add_completion=False)
     single.command(help=run.__doc__)(run)
     single(args=context.args, prog_name="nutgraf demo")
+
+
+def _show_sweep(rows: list[dict[str, Any]]) -> None:
+    """Print the cells of a sweep, the best first."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("settings", "dataset", "ratio", "F1", "F1 full", "recovered", box=None)
+    for row in rows:
+        said = " ".join(f"{key}={value}" for key, value in row["settings"].items())
+        if "diverged" in row:
+            table.add_row(said, "", "", "diverged", "", "")
+            continue
+        recovered = row.get("recovered_share")
+        table.add_row(
+            said,
+            row["dataset"],
+            f"{row['ratio']:.1f}",
+            f"{row['f1']:.3f} ± {row['f1_se']:.3f}",
+            f"{row['f1_full']:.3f}",
+            "" if recovered is None else f"{recovered:.2f}",
+        )
+    Console().print(table)
 
 
 def _show(compressor: Compressor, found: CompressedPassage, text: str, query: str | None) -> None:
