@@ -7,6 +7,7 @@ positions that the compressed method's prompt takes for the same question. All o
 from __future__ import annotations
 
 import bisect
+import functools
 import math
 import random
 import re
@@ -14,9 +15,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from ..compressors import Reader
+from ..compressors.embedders import MINILM, Embedder, load_embedder
 from ..recipes.templates import question_prompt
 
 Baseline = Callable[[Reader, str, Sequence[str], int, random.Random], list[str]]
+Scorer = Callable[[str, Sequence[str]], list[float]]
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
 
@@ -38,13 +41,22 @@ def fewer_passages(
 
     When not even one fits, as much of the closest one's head as does.
     """
-    return _best_units(reader, question, list(enumerate(passages)), budget, rng)
+    return _best_units(reader, question, list(enumerate(passages)), budget, rng, bm25)
 
 
 def extract(reader: Reader, question: str, passages: Sequence[str], budget: int, rng: random.Random) -> list[str]:
     """The sentences closest to the question (BM25 among the passages' sentences) while they fit, in their own order."""
-    sentences = [(i, sentence) for i, passage in enumerate(passages) for sentence in split_sentences(passage)]
-    return _best_units(reader, question, sentences, budget, rng)
+    return _best_units(reader, question, _sentences(passages), budget, rng, bm25)
+
+
+def extract_embedder(
+    reader: Reader, question: str, passages: Sequence[str], budget: int, rng: random.Random
+) -> list[str]:
+    """The sentences closest to the question (cosine of all-MiniLM-L6-v2) while they fit, in their own order.
+
+    Raises ImportError if sentence-transformers is not installed.
+    """
+    return _best_units(reader, question, _sentences(passages), budget, rng, cosine)
 
 
 def random_tokens(reader: Reader, question: str, passages: Sequence[str], budget: int, rng: random.Random) -> list[str]:
@@ -65,6 +77,7 @@ BASELINES: dict[str, Baseline] = {
     "truncate": truncate,
     "fewer-passages": fewer_passages,
     "extract": extract,
+    "extract-embedder": extract_embedder,
     "random-tokens": random_tokens,
 }
 
@@ -76,7 +89,12 @@ def split_sentences(text: str) -> list[str]:
 
 
 def rank(question: str, texts: Sequence[str]) -> list[int]:
-    """Indices of `texts` by BM25 (k1 = 1.2, b = 0.75) against the question, best first; ties keep their order.
+    """Indices of `texts` by `bm25`, best first; ties keep their order."""
+    return _order(bm25(question, texts))
+
+
+def bm25(question: str, texts: Sequence[str]) -> list[float]:
+    """BM25 (k1 = 1.2, b = 0.75) of each text against the question.
 
     Document frequencies are those of the texts themselves (Robertson and Zaragoza, 2009,
     https://doi.org/10.1561/1500000019).
@@ -93,8 +111,27 @@ def rank(question: str, texts: Sequence[str]) -> list[int]:
         damping = 1.2 * (0.25 + 0.75 * bag.total() / mean)
         return sum(rarity(word) * 2.2 * bag[word] / (bag[word] + damping) for word in sorted(asked & bag.keys()))
 
-    scores = [score(bag) for bag in bags]
-    return sorted(range(len(texts)), key=lambda i: -scores[i])
+    return [score(bag) for bag in bags]
+
+
+def cosine(question: str, texts: Sequence[str]) -> list[float]:
+    """Cosine of each text's vector and the question's, by all-MiniLM-L6-v2; of long texts their first 254 tokens count."""
+    vectors = _minilm().embed([question, *texts])
+    vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return [float(x) for x in vectors[1:] @ vectors[0]]
+
+
+@functools.cache
+def _minilm() -> Embedder:
+    return load_embedder(MINILM)
+
+
+def _order(scores: Sequence[float]) -> list[int]:
+    return sorted(range(len(scores)), key=lambda i: -scores[i])
+
+
+def _sentences(passages: Sequence[str]) -> list[tuple[int, str]]:
+    return [(i, sentence) for i, passage in enumerate(passages) for sentence in split_sentences(passage)]
 
 
 def _words(text: str) -> list[str]:
@@ -102,10 +139,10 @@ def _words(text: str) -> list[str]:
 
 
 def _best_units(
-    reader: Reader, question: str, units: Sequence[tuple[int, str]], budget: int, rng: random.Random
+    reader: Reader, question: str, units: Sequence[tuple[int, str]], budget: int, rng: random.Random, scorer: Scorer
 ) -> list[str]:
     """The best-ranked (passage, text) units that fit, those of one passage joined; else the head of the best one."""
-    ranked = rank(question, [text for _, text in units])
+    ranked = _order(scorer(question, [text for _, text in units]))
     chosen: list[int] = []
     for i in ranked:
         trial = sorted([*chosen, i])
