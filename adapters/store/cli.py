@@ -143,9 +143,10 @@ def compact(
         from .upkeep import compact as run
 
         made = run(store, keep_hours)
-        typer.echo(
-            f"Slabs: {_bytes(made.before)} before, {_bytes(made.after)} after; {made.duplicates} duplicates removed."
-        )
+        what = f"Slabs: {_bytes(made.before)} before, {_bytes(made.after)} after"
+        if store.layout == "table":
+            what = "The table's small files were joined"
+        typer.echo(f"{what}; {made.duplicates} duplicates removed.")
 
 
 @store_app.command()

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -249,7 +250,8 @@ class PassageTable:
         except (RuntimeError, OSError, ValueError) as error:
             if isinstance(error, StoreError):
                 raise
-            raise StoreError(f"The store {self.uri} cannot be {what}: {_short(error)}.{_advice(what)}") from error
+            advice = _advice(what, remote="://" in self.uri)
+            raise StoreError(f"The store {self.uri} cannot be {what}: {_short(error)}.{advice}") from error
 
     @property
     def versions(self) -> int:
@@ -281,15 +283,23 @@ def _exists(db: Any) -> bool:
 
 
 def _short(error: BaseException) -> str:
-    """The error without the places in Lance's own source."""
+    """The error without the places in Lance's own source; of an answer of object storage, its code and message."""
     text = str(error).split(", /rustc/")[0].split(", /root/")[0].strip().rstrip(".")
+    said = [found[1] for tag in ("Code", "Message") if (found := re.search(f"<{tag}>([^<]+)</{tag}>", text))]
+    text = ": ".join(said).rstrip(".") or text
     return text if len(text) < 500 else text[:500] + "..."
 
 
-def _advice(what: str) -> str:
+def _advice(what: str, remote: bool) -> str:
+    where = (
+        " Is its bucket there, and are address, region and credentials right (storage_options, or AWS_ENDPOINT, "
+        "AWS_DEFAULT_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment)?"
+    )
     if what == "written":
-        return " What was not acknowledged was not stored; free space or mend permissions, and go on."
-    return " A file of it may be missing or damaged: `nutgraf store verify DIR` tells."
+        mend = "free space or mend permissions, and go on."
+        return f" What was not acknowledged was not stored; {mend}"
+    damaged = " A file of it may be missing or damaged: `nutgraf store verify DIR` tells."
+    return where + damaged if remote and what == "read" else where if remote else damaged
 
 
 def writable(uri: str) -> bool:
