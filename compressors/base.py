@@ -64,7 +64,7 @@ class Compressor(nn.Module, ABC):
 
     config_class: ClassVar[type[CompressorConfig]]
     interface: ClassVar[Interface]
-    query_aware: ClassVar[bool] = False  # passages are compressed for a question: adapters and benchmarks hand it over
+    query_aware: bool = False  # passages are compressed for a question: adapters and benchmarks hand it over
 
     def __init__(self, config: CompressorConfig, reader: Reader) -> None:
         super().__init__()

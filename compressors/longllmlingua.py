@@ -67,7 +67,7 @@ class LongLLMLinguaCompressor(LLMLinguaCompressor):
 
     config_class: ClassVar[type[CompressorConfig]] = LongLLMLinguaConfig
     config: LongLLMLinguaConfig
-    query_aware: ClassVar[bool] = True
+    query_aware: bool = True
 
     def _question(self, query: str | None) -> str:
         found = query if query is not None and query.strip() else self.config.question
