@@ -100,8 +100,9 @@ class Reader:
 
     @property
     def device(self) -> torch.device:
-        """Where prompts are put: the device of the embedding table."""
-        return self.model.get_input_embeddings().weight.device
+        """Where prompts are put: the device of the embedding table, or where it runs if it is offloaded."""
+        table = self.model.get_input_embeddings()
+        return torch.device(table._hf_hook.execution_device) if table.weight.is_meta else table.weight.device
 
     @property
     def dtype(self) -> torch.dtype:

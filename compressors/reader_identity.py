@@ -32,8 +32,8 @@ class ReaderIdentity:
     """Computes a reader's fingerprint at first use and keeps it.
 
     The weights' *values* are hashed, so a bfloat16 checkpoint has one fingerprint in bfloat16 and in float32.
-    Where the model in memory has lost precision (loaded narrower than its checkpoint, or quantised) the checkpoint
-    itself is read for the hash, once, on the CPU.
+    Where the model in memory has lost precision (loaded narrower than its checkpoint, or quantised), or is not in memory
+    (offloaded by a ``device_map``), the checkpoint itself is read for the hash, once, on the CPU.
 
     Attributes:
         checkpoint: what the model was loaded from, or ``None`` for a model object, whose weights are taken as they are.
@@ -61,7 +61,13 @@ class ReaderIdentity:
 
     def _weights(self) -> str:
         model = self.model
-        if self.checkpoint is not None and self._lost_precision(self.checkpoint):
+        offloaded = any(parameter.is_meta for parameter in model.parameters())
+        if offloaded and self.checkpoint is None:
+            raise ValueError(
+                "This model's weights are offloaded, so that they cannot be hashed; "
+                "let the reader load it: Reader.from_pretrained(NAME, device_map=...)."
+            )
+        if self.checkpoint is not None and (offloaded or self._lost_precision(self.checkpoint)):
             model = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype="auto", device_map="cpu")
         return hash_tensors(unshared(model.state_dict()).items())
 
