@@ -12,7 +12,6 @@ from rich.console import Console
 
 from ..compressors import Reader
 from .account_cli import Asked, run_account
-from .baselines import BASELINES
 from .gate_cli import gate
 from .loading import (
     CompressorSpec,
@@ -21,10 +20,10 @@ from .loading import (
     find_reader,
     find_records,
     hide_loading_bars,
-    store_encoding,
 )
-from .methods import Compressed, FullText, Method, NoContext, lines
-from .quality import Settings, evaluate
+from .methods import Compressed, FullText, Method, NoContext
+from .quality import Settings
+from .quality_cli import quality
 from .reading import answer_swap, gold_positions
 from .report import write_report
 from .roofline import measure
@@ -54,52 +53,7 @@ Batch = Annotated[int, typer.Option("--batch-size", help="Prompts read at a time
 Tokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")]
 
 
-@bench_app.command()
-def quality(
-    file: File,
-    reader: ReaderName = "reader-small",
-    compressor: Compressors = [],  # noqa: B006 (typer copies it)
-    ratio: Ratios = [],  # noqa: B006
-    half: Half = None,
-    limit: Limit = None,
-    baseline: Annotated[
-        list[str] | None,
-        typer.Option(help=f"Equal-budget baselines, repeatable: {', '.join(BASELINES)}, none; default all."),
-    ] = None,
-    shuffled: Annotated[bool, typer.Option(help="Also read another question's compressed passages.")] = True,
-    store_precision: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Also read the slots as a store gives them back that keeps them so, repeatable: int8, int4, float16, "
-            "bfloat16."
-        ),
-    ] = None,
-    max_new_tokens: Tokens = 24,
-    batch_size: Batch = 16,
-    beta: Annotated[float, typer.Option(help="Weight of recall in ROUGE-L.")] = 1.0,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    out: Out = None,
-    report: Annotated[Path | None, typer.Option(help="Also write an HTML report of these rows.")] = None,
-) -> None:
-    """Answers from compressed passages between the full text and no context, beside text of the same length."""
-    with friendly_errors():
-        names = [name for name in (BASELINES if baseline is None else baseline) if name != "none"]
-        settings = Settings(dataset_name(file), max_new_tokens, batch_size, beta, seed)
-        encodings = [store_encoding(precision) for precision in store_precision or ()]
-        records = find_records(file, half, limit)
-        loaded = find_reader(reader, device, dtype)
-        made = _methods(loaded, compressor, ratio)
-        if encodings and all(method.compressor.interface == "text" for method in made):
-            raise ValueError("--store-precision needs a --compressor that makes slots; text is stored as it is.")
-        methods = lines(made, baselines=names, shuffled=shuffled, seed=seed, encodings=encodings)
-        found = evaluate(loaded, methods, records, settings)
-        rows = [line.row | ({"half": half} if half else {}) for line in found]
-        _finish(rows, out)
-        Console().print(terminal_table(rows, f"{settings.dataset}, {rows[0]['n']} questions"))
-        if report is not None:
-            typer.echo(f"Report: {write_report(report, rows)}")
+bench_app.command()(quality)
 
 
 @bench_app.command()

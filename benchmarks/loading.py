@@ -11,6 +11,7 @@ import torch
 from ..adapters.store import Encoding
 from ..compressors import COMPRESSORS, Compressor, Reader, load_compressor, make_compressor
 from ..recipes.corpus import Record, read_records
+from .distractors import with_passages
 
 PRETRAINED = Path(__file__).resolve().parent.parent / "recipes" / "pretrained"
 SAMPLE = Path(__file__).resolve().parent / "sample"
@@ -95,10 +96,15 @@ def store_encoding(precision: str) -> Encoding:
         ) from error
 
 
-def find_records(path: str, half: str | None = None, limit: int | None = None) -> list[Record]:
+def find_records(
+    path: str, half: str | None = None, limit: int | None = None, *, passages: int | None = None
+) -> list[Record]:
     """Questions of a JSON-lines file (`sample` names the shipped one), evenly spread over it when limited.
 
-    Raises ValueError if no question is left.
+    Args:
+        passages: so many of them a question, see `with_passages`; the whole half tops up, whatever the limit.
+
+    Raises ValueError if no question is left, or `with_passages` finds too few passages.
     """
     records = read_records(SAMPLE_QUESTIONS if path == "sample" else path, half=half)
     if not records:
@@ -106,8 +112,10 @@ def find_records(path: str, half: str | None = None, limit: int | None = None) -
     if limit is not None and limit < len(records):
         if limit < 1:
             raise ValueError(f"A limit must be at least 1, got {limit}.")
-        records = [records[i * len(records) // limit] for i in range(limit)]
-    return records
+        pool, records = records, [records[i * len(records) // limit] for i in range(limit)]
+    else:
+        pool = records
+    return records if passages is None else with_passages(records, passages, pool=pool)
 
 
 def dataset_name(path: str) -> str:

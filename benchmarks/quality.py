@@ -8,7 +8,8 @@ against the references (EM, F1, containment, ROUGE-L, token-level EM), the reade
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,9 +19,11 @@ from ..compressors import CompressedPassage, Compressor, Reader
 from ..recipes.corpus import Record
 from ..recipes.templates import Piece, question_prompt
 from . import metrics
+from .first_token import first_token_times
 from .methods import Compressed, EqualBudget, Method, Shuffled, Stored, reader_of
 from .rows import Row, clean, provenance
 from .scoring import Likelihood, answers, kl_divergence, likelihoods
+from .source_hash import code_of
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Settings:
         beta: weight of recall in ROUGE-L.
         seed: seed of the baselines, the shuffled control and the bootstrap.
         likelihood: also measure perplexity and KL of the reference answers.
+        ttft: questions whose time to the first token is measured, slots in memory; 0 measures none.
         progress: show a progress bar.
     """
 
@@ -63,15 +67,25 @@ class Settings:
     beta: float = 1.0
     seed: int = 0
     likelihood: bool = True
+    ttft: int = 0
     progress: bool = True
 
 
-def evaluate(reader: Reader, methods: Sequence[Method], records: Sequence[Record], settings: Settings) -> list[Line]:
+def evaluate(
+    reader: Reader,
+    methods: Sequence[Method],
+    records: Sequence[Record],
+    settings: Settings,
+    on_line: Callable[[Line], None] = lambda line: None,
+) -> list[Line]:
     """Measure every method over the same records.
 
     The first method must be the full text and the second no context (`methods.lines` builds such a list): all others
     are judged between these two. Records whose full text the reader has no room for are left out of every line, and
     counted in the rows as `skipped`.
+
+    Args:
+        on_line: called with each line as soon as it is measured.
 
     Raises:
         ValueError: if no record is left, a record has no reference answer, or the fixed lines do not lead.
@@ -81,6 +95,7 @@ def evaluate(reader: Reader, methods: Sequence[Method], records: Sequence[Record
     kept = readable(reader, records, settings.max_new_tokens)
     references = [reader.tokenize(" " + record.answers[0]) for record in kept]
     sources = np.array([sum(map(len, reader.tokenize_batch(list(r.passages)))) for r in kept])
+    full_prompts = [question_prompt(list(record.passages), record.question) for record in kept]
     found: list[Line] = []
     full: list[Likelihood] | None = None
     with progress_bar(settings.progress) as bar:
@@ -104,6 +119,7 @@ def evaluate(reader: Reader, methods: Sequence[Method], records: Sequence[Record
                 scores["answer_tokens"] = np.array([len(item.log_probs) for item in likely])
                 scores["kl"] = np.array([kl_divergence(reader, a, b) for a, b in zip(full, likely)])
             row = _row(method, scores, found, kept, settings)
+            row |= _about(method) | {"questions": questions_hash(kept), "skipped": len(records) - len(kept)}
             if isinstance(method, Compressed):
                 sizes = [
                     piece.nbytes for pieces in contexts for piece in pieces if isinstance(piece, CompressedPassage)
@@ -111,9 +127,24 @@ def evaluate(reader: Reader, methods: Sequence[Method], records: Sequence[Record
                 row["bytes_per_passage"] = sum(sizes) / max(1, len(sizes))
             if isinstance(method, Stored):
                 row |= _stored(method, predictions, scores, found, settings.seed)
-            row |= provenance(reader, settings.seed, compressor_of(method)) | {"skipped": len(records) - len(kept)}
+            if settings.ttft:
+                ours, theirs = first_token_times(reads, prompts, reader, full_prompts, requests=settings.ttft)
+                row |= {"ttft_ms": ours, "ttft_full_ms": theirs, "ttft_speedup": theirs / ours}
+            compressor = compressor_of(method)
+            row |= provenance(reader, settings.seed, compressor) | {"code": code_of(compressor)}
             found.append(Line(method.name, method.ratio, predictions, scores, clean(row)))
+            on_line(found[-1])
     return found
+
+
+def questions_hash(records: Sequence[Record]) -> str:
+    """Short hash of questions and their passages: rows of equal hash are paired question by question."""
+    digest = hashlib.sha256()
+    for record in records:
+        for text in (record.question, *record.passages):
+            digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+        digest.update(b"\1")
+    return digest.hexdigest()[:10]
 
 
 def readable(reader: Reader, records: Sequence[Record], max_new_tokens: int) -> list[Record]:
@@ -183,6 +214,7 @@ def _row(
         "rouge_beta": settings.beta,
         "max_new_tokens": settings.max_new_tokens,
     }
+    row["f1_each"] = [int(score) if score in (0, 1) else round(float(score), 3) for score in scores["f1"]]
     row["f1_ci_low"], row["f1_ci_high"] = metrics.bootstrap_mean(scores["f1"], seed=settings.seed)
     if isinstance(method, EqualBudget):
         row["budget_of"] = method.of.name
@@ -194,6 +226,20 @@ def _row(
         full, none = found[0].scores["f1"], found[1].scores["f1"]
         row |= metrics.recovered(scores["f1"], none, full, seed=settings.seed)
     return row
+
+
+def _about(method: Method) -> Row:
+    """What kind of line it is: what is read, whether the question was seen, whether the reader was tuned."""
+    compressor = compressor_of(method)
+    if compressor is None or isinstance(method, EqualBudget):
+        return {"interface": "text"}
+    facts: Row = {"interface": compressor.interface}
+    compressed = method.of if isinstance(method, Shuffled | Stored) else method
+    if getattr(compressed, "query_aware", False):
+        facts["query_aware"] = True
+    if compressor.reader is not compressor.base_reader:
+        facts["reader_tuned"] = True
+    return facts
 
 
 def _stored(
