@@ -124,6 +124,41 @@ def bootstrap_recovered_share(
     return _interval((means[:, 0] - means[:, 1]) / (means[:, 2] - means[:, 1]), level)
 
 
+def pooled_recovered_share(
+    sets: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    *,
+    seed: int = 0,
+    repeats: int = 2000,
+    level: float = 0.95,
+) -> tuple[float, float, float] | None:
+    """Mean over sets of the recovered share, with its percentile bootstrap interval.
+
+    Args:
+        sets: for each set the scores, those of no context and those of the full text, each `[questions]`, paired. Questions
+            are resampled within their set.
+
+    Returns:
+        Share, low, high; None where the full text of a set cannot be told from no context, as in
+        `bootstrap_recovered_share`.
+
+    Raises ValueError for no sets, or scores that are not paired.
+    """
+    if not sets:
+        raise ValueError("A pooled share needs at least one set, got none.")
+    total, there, share = np.zeros(repeats), np.ones(repeats, dtype=bool), 0.0
+    for k, (scores, none, full) in enumerate(sets):
+        if bootstrap_recovered_share(scores, none, full, seed=seed, repeats=repeats, level=level) is None:
+            return None
+        # a seed of its own, so that the draws of one set say nothing about those of another
+        means = _resampled_means(np.stack([scores, none, full], axis=1).astype(float), seed + 7919 * k, repeats, level)
+        gains = means[:, 2] - means[:, 1]
+        there &= gains > 0
+        total += (means[:, 0] - means[:, 1]) / np.where(gains > 0, gains, 1.0)
+        share += float((scores.mean() - none.mean()) / (full.mean() - none.mean()))
+    low, high = _interval(total[there] / len(sets), level)
+    return share / len(sets), low, high
+
+
 def recovered(scores: np.ndarray, none: np.ndarray, full: np.ndarray, *, seed: int = 0) -> dict[str, float | None]:
     """The keys `recovered_share`, `ci_low` and `ci_high` of a row; none of them where there is nothing to recover."""
     interval = bootstrap_recovered_share(scores, none, full, seed=seed)
