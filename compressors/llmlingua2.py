@@ -74,11 +74,21 @@ class LLMLingua2Config(SelectionConfig, LoRASettings):
         default=(".", "\n"), metadata={"help": "tokens after which a long text may be cut (faithful)"}
     )
     r: int = lora_rank(16)
+    query_aware: bool = field(
+        default=False,
+        metadata={
+            "help": "the classifier reads the question in front of the passage and says what is worth keeping for it"
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.mode not in ("fast", "faithful"):
             raise ValueError(f"mode must be 'fast' or 'faithful', got {self.mode!r}.")
+        if self.query_aware and self.mode == "faithful":
+            raise ValueError(
+                "mode='faithful' is the published LLMLingua-2, which knows no question: set query_aware=False."
+            )
         if self.merge not in MERGES:
             raise ValueError(f"merge must be one of {MERGES}, got {self.merge!r}.")
         check_counts(self, {"window": 8})
@@ -103,7 +113,9 @@ class LLMLingua2Compressor(SelectingCompressor):
     spaces are the classifier tokenizer's, not the text's. `compress_contexts` runs it over a list of contexts, of which
     some are dropped.
 
-    Questions are ignored.
+    Questions are ignored, but with ``query_aware``: then the classifier reads each row behind the question (``[CLS] question
+    [SEP] passage [SEP]`` in BERT's terms), as pruners for RAG do (Provence, arXiv 2501.16214), and words are kept for that
+    question. The passage must then be compressed anew for every question.
 
     Args:
         config: the settings.
@@ -144,6 +156,7 @@ class LLMLingua2Compressor(SelectingCompressor):
                 "classifier=(model, tokenizer) if it was given so."
             )
         self.config = replace(config, frozen_hash=found)
+        self.query_aware = config.query_aware
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, reader: Reader, **kwargs: Any) -> LLMLingua2Compressor:
@@ -169,28 +182,51 @@ class LLMLingua2Compressor(SelectingCompressor):
             return self.tagger(ids, mask)
         return self._frozen[0](input_ids=ids, attention_mask=mask).logits
 
-    def rows(self, text: str) -> tuple[Pieces, list[tuple[int, int]]]:
-        """A text's tokens, and the ranges of them that are read together."""
-        pieces = self.pieces(text)
-        return pieces, cut(text, pieces, self.limit - self.pieces.added)
+    def head(self, query: str | None) -> list[int]:
+        """The tokens in front of every row: the classifier's own, and the question's if the compressor reads questions.
 
-    def probabilities(self, texts: Sequence[str]) -> list[tuple[Pieces, Tensor]]:
-        """For each text its tokens and their probabilities ``[tokens]`` of being worth keeping."""
-        read = [self.rows(text) for text in texts]
+        Raises:
+            ValueError: if a question is needed and there is none, or it takes more than half of a row.
+        """
         before, after = self.pieces.before, self.pieces.after
-        rows = [[*before, *pieces.ids[a:b], *after] for pieces, ranges in read for a, b in ranges]
+        if not self.query_aware:
+            return before
+        if query is None or not query.strip():
+            raise ValueError("This LLMLingua-2 keeps words for a question (query_aware=True): pass query=...")
+        asked = self.pieces(query).ids
+        if len(asked) > (room := self.limit // 2 - len(before) - len(after)):
+            raise ValueError(f"The question has {len(asked)} of the classifier's tokens, there is room for {room}.")
+        return [*before, *asked, *after]
+
+    def rows(self, text: str, query: str | None = None) -> tuple[Pieces, list[tuple[int, int]], list[int]]:
+        """A text's tokens, the ranges of them that are read together, and the tokens in front of each range."""
+        pieces, head = self.pieces(text), self.head(query)
+        return pieces, cut(text, pieces, self.limit - len(head) - len(self.pieces.after)), head
+
+    def probabilities(
+        self, texts: Sequence[str], queries: Sequence[str | None] | None = None
+    ) -> list[tuple[Pieces, Tensor]]:
+        """For each text its tokens and their probabilities ``[tokens]`` of being worth keeping."""
+        read = [self.rows(text, query) for text, query in zip(texts, queries or [None] * len(texts), strict=True)]
+        after = self.pieces.after
+        rows = [[*head, *pieces.ids[a:b], *after] for pieces, ranges, head in read for a, b in ranges]
         found = iter(row_probabilities(self.logits, rows, self.pieces.pad, self.device))
         out = []
-        for pieces, ranges in read:
-            parts = [next(found)[len(before) :][: b - a] for a, b in ranges]
+        for pieces, ranges, head in read:
+            parts = [next(found)[len(head) :][: b - a] for a, b in ranges]
             out.append((pieces, torch.cat(parts) if parts else torch.zeros(0)))
         return out
 
     def score(self, texts: Sequence[str], queries: Sequence[str | None] | None = None) -> list[TokenScores]:
-        """For every token (of the classifier) its word's probability of being worth keeping; ``queries`` are ignored."""
+        """For every token (of the classifier) its word's probability of being worth keeping.
+
+        Args:
+            texts: the passages.
+            queries: a question each; read with ``query_aware`` alone.
+        """
         return [
             TokenScores(pieces.ids, pieces.offsets, spread_over_words(values, pieces.words, self.config.merge))
-            for pieces, values in self.probabilities(texts)
+            for pieces, values in self.probabilities(texts, queries)
         ]
 
     # -- faithful --------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ Two sources:
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -148,6 +149,64 @@ def question_labels(passage: str, pairs: Iterable[tuple[str, str]], *, whole: in
         names: names and numbers in touched sentences are kept.
     """
     pairs = list(pairs)
+    found = _look_up(passage, pairs)
+    values = []
+    for i, (a, _) in enumerate(found.spans):
+        named = names and found.content[i] and (passage[a].isupper() or passage[a].isdigit())
+        if i in found.kept:
+            values.append(1)
+        elif found.inside[i] in found.touched:
+            values.append(int(named))
+        else:
+            values.append(0 if len(pairs) >= whole and not named else IGNORE)
+    return Labels(tuple(found.spans), tuple(values))
+
+
+def answer_labels(passage: str, question: str, answer: str, rng: random.Random, *, beside: float = 0.4) -> Labels:
+    """Labels of a passage's words for one question: what a classifier that reads the question should keep.
+
+    Words of the answer and, in the sentences that the question touches (see `question_labels`), its content words are kept. The
+    other words of these sentences are kept with a probability that falls with their distance from the answer: a reader wants
+    some of the sentence around it, the nearest first. All else is dropped.
+
+    Args:
+        passage: the passage.
+        question, answer: what was asked of it.
+        rng: draws what else of the touched sentences is kept.
+        beside: the probability right beside the answer; it halves every eight words. Marks and function words have half of it.
+    """
+    found = _look_up(passage, [(question, answer)])
+    places = sorted(found.answers)
+    values = []
+    for i, s in enumerate(found.inside):
+        chance = 0.0
+        if s in found.touched:
+            far = min((abs(i - p) for p in places), default=8)
+            chance = beside * 0.5 ** (far / 8) * (1.0 if found.content[i] else 0.5)
+        values.append(int(i in found.kept or rng.random() < chance))
+    return Labels(tuple(found.spans), tuple(values))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Where in a passage its questions and their answers are.
+
+    Attributes:
+        spans, content, inside: characters of each word, whether it is a content word, and its sentence.
+        kept: words of answers, and content words of questions in the sentences that they touch.
+        answers: words of answers alone.
+        touched: these sentences.
+    """
+
+    spans: list[tuple[int, int]]
+    content: list[bool]
+    inside: list[int]
+    kept: set[int]
+    answers: set[int]
+    touched: set[int]
+
+
+def _look_up(passage: str, pairs: Sequence[tuple[str, str]]) -> _Asked:
     spans = words_of(passage)
     stems = [stem(passage[a:b]) for a, b in spans]
     content = [passage[a:b].casefold() not in _SMALL and passage[a].isalnum() for a, b in spans]
@@ -158,6 +217,7 @@ def question_labels(passage: str, pairs: Iterable[tuple[str, str]], *, whole: in
     for i, s in enumerate(inside):
         members[s].append(i)
     kept: set[int] = set()
+    answers: set[int] = set()
     touched: set[int] = set()
     for question, answer in pairs:
         asked = {stem(w) for w in _WORD.findall(question) if w.casefold() not in _SMALL and w[0].isalnum()}
@@ -166,23 +226,14 @@ def question_labels(passage: str, pairs: Iterable[tuple[str, str]], *, whole: in
         overlap = {s: len({stems[i] for i in part}) for s, part in shared.items()}
         chosen = {max(overlap, key=lambda s: (overlap[s], -s))} if overlap and max(overlap.values()) else set()
         if (place := _find(passage, answer, spans, inside, overlap)) is not None:
-            kept |= set(place)
+            answers |= set(place)
             chosen |= {inside[i] for i in place}
         else:
             said = {stem(w) for w in _WORD.findall(answer) if w.casefold() not in _SMALL and w[0].isalnum()}
-            kept |= {i for s in chosen for i in members[s] if content[i] and stems[i] in said}
+            answers |= {i for s in chosen for i in members[s] if content[i] and stems[i] in said}
         kept |= {i for s in chosen for i in shared[s]}
         touched |= chosen
-    values = []
-    for i, (a, _) in enumerate(spans):
-        named = names and content[i] and (passage[a].isupper() or passage[a].isdigit())
-        if i in kept:
-            values.append(1)
-        elif inside[i] in touched:
-            values.append(int(named))
-        else:
-            values.append(0 if len(pairs) >= whole and not named else IGNORE)
-    return Labels(tuple(spans), tuple(values))
+    return _Asked(spans, content, inside, kept | answers, answers, touched)
 
 
 def _sentence_of(spans: Sequence[tuple[int, int]], starts: Sequence[int]) -> list[int]:

@@ -24,7 +24,7 @@ from .compressor_task import find_reader
 from .corpus import find_files, open_text
 from .records import Asked, Material, load_records
 from .schema import Recipe, Stage, validate
-from .token_labels import IGNORE, Labels, align, question_labels, trusted
+from .token_labels import IGNORE, Labels, align, answer_labels, question_labels, trusted
 
 KINDS = ("questions", "pairs")
 
@@ -44,6 +44,7 @@ class TokenData(BaseModel):
         shares: weight of each question source, by the start of its name; sources that are not named are left out.
         whole: questions from which on a passage counts as asked out (see `question_labels`).
         names: names and numbers beside what was asked are kept.
+        beside: with a classifier that reads the question: how likely a word right beside the answer is kept (`answer_labels`).
         variation, gap: shares of pairs that are left out for their variation rate and alignment gap.
         dev: question file for `evaluate`, `dev_half` of it, `dev_limit` passages.
     """
@@ -60,6 +61,7 @@ class TokenData(BaseModel):
     shares: dict[str, float] | None = None
     whole: int = Field(default=4, gt=0)
     names: bool = True
+    beside: float = Field(default=0.4, ge=0, le=1)
     variation: float = Field(default=0.05, ge=0, lt=1)
     gap: float = Field(default=0.1, ge=0, lt=1)
     dev: str | None = None
@@ -69,11 +71,12 @@ class TokenData(BaseModel):
 
 @dataclass(frozen=True)
 class TokenItem:
-    """A passage and the labels of its words. `key` names the item."""
+    """A passage and the labels of its words, for its question if the classifier reads questions. `key` names the item."""
 
     passage: str
     labels: Labels
     key: str
+    question: str | None = None
 
     @property
     def size(self) -> int:
@@ -149,7 +152,7 @@ class TokenTask:
         self.module = TokenModule(found)
         self._material: Material | None = None
         self._pairs: list[tuple[str, Labels]] | None = None
-        self._dev: list[tuple[str, Labels]] | None = None
+        self._dev: list[TokenItem] | None = None
 
     # -- data ------------------------------------------------------------------------------------------------------
 
@@ -186,19 +189,21 @@ class TokenTask:
                 raise ValueError("data.pairs holds no usable pair; give JSON lines with 'original' and 'compressed'.")
         return self._pairs
 
-    def _labels(self, asked: Asked, rng: random.Random) -> Labels:
+    def _labels(self, asked: Asked, rng: random.Random) -> tuple[Labels, str | None]:
+        if self.compressor.query_aware:
+            question, answer = rng.choice(asked.pairs)
+            return answer_labels(asked.passage, question, answer, rng, beside=self.data.beside), question
         pairs = rng.sample(asked.pairs, min(self.data.questions_per_passage, len(asked.pairs)))
-        return question_labels(asked.passage, pairs, whole=self.data.whole, names=self.data.names)
+        return question_labels(asked.passage, pairs, whole=self.data.whole, names=self.data.names), None
 
     def make(self, key: str, mix: dict[str, float]) -> TokenItem:
         """The item of a key: always the same one."""
         rng = random.Random(key)
         if rng.choices(list(mix), list(mix.values()))[0] == "pairs":
-            passage, labels = rng.choice(self.pairs)
-        else:
-            asked = self.material.human(rng)
-            passage, labels = asked.passage, self._labels(asked, rng)
-        return TokenItem(passage, labels, key)
+            return TokenItem(*rng.choice(self.pairs), key)
+        asked = self.material.human(rng)
+        labels, question = self._labels(asked, rng)
+        return TokenItem(asked.passage, labels, key, question)
 
     def dataset(self, stage: Stage) -> CompressorItems:
         """The stage's items; `mix` weighs `questions` and `pairs` (default: questions alone)."""
@@ -209,19 +214,18 @@ class TokenTask:
             raise ValueError(f"Stage {stage.name!r}: mix needs weights of at least 0, one of them above it; got {mix}.")
         return CompressorItems(lambda key: self.make(key, mix), self.recipe.seed, stage)  # type: ignore[arg-type,return-value]
 
-    def rows(self, passage: str, labels: Labels) -> Iterator[tuple[list[int], list[int]]]:
-        """The classifier's rows of a passage, with the labels of their tokens."""
-        pieces, ranges = self.compressor.rows(passage)
-        of = labels.of_tokens(pieces.offsets)
-        before, after = self.compressor.pieces.before, self.compressor.pieces.after
+    def rows(self, item: TokenItem) -> Iterator[tuple[list[int], list[int]]]:
+        """The classifier's rows of an item, with the labels of their tokens."""
+        pieces, ranges, head = self.compressor.rows(item.passage, item.question)
+        of, after = item.labels.of_tokens(pieces.offsets), self.compressor.pieces.after
         for a, b in ranges:
-            yield [*before, *pieces.ids[a:b], *after], [*[IGNORE] * len(before), *of[a:b], *[IGNORE] * len(after)]
+            yield [*head, *pieces.ids[a:b], *after], [*[IGNORE] * len(head), *of[a:b], *[IGNORE] * len(after)]
 
     def collator(self, stage: Stage) -> Callable[[list[TokenItem]], dict[str, Any]]:
         """Puts items into ids, mask and labels, and counts the labelled tokens."""
 
         def collate(items: list[TokenItem]) -> dict[str, Any]:
-            rows = [row for item in items for row in self.rows(item.passage, item.labels)]
+            rows = [row for item in items for row in self.rows(item)]
             ids, mask = pad_rows([ids for ids, _ in rows], self.compressor.pieces.pad)
             labels, _ = pad_rows([labels for _, labels in rows], IGNORE)
             return {"ids": ids, "mask": mask, "labels": labels, "num_items": int((labels != IGNORE).sum())}
@@ -261,15 +265,18 @@ class TokenTask:
             held = self._passages([self.data.dev], self.data.dev_half)
             asked = [one for source in held.asked.values() for one in source]
             asked = asked[:: max(1, len(asked) // self.data.dev_limit)][: self.data.dev_limit]
-            self._dev = [(one.passage, self._labels(one, random.Random(one.passage))) for one in asked]
+            drawn = [(one.passage, *self._labels(one, random.Random(one.passage))) for one in asked]
+            self._dev = [TokenItem(passage, labels, passage, question) for passage, labels, question in drawn]
         rarity = self._rarity()
         training = self.compressor.training
-        found = self.compressor.eval().probabilities([passage for passage, _ in self._dev])
+        found = self.compressor.eval().probabilities(
+            [item.passage for item in self._dev], [item.question for item in self._dev]
+        )
         self.compressor.train(training)
         hits = {"f1": 0.0, "f1_idf": 0.0, "f1_random": 0.0}
         kept = tokens = right = 0
-        for (_, labels), (pieces, values) in zip(self._dev, found):
-            wanted = torch.tensor(labels.of_tokens(pieces.offsets))
+        for item, (pieces, values) in zip(self._dev, found):
+            wanted = torch.tensor(item.labels.of_tokens(pieces.offsets))
             known = (wanted != IGNORE).nonzero()[:, 0]
             if not len(known):
                 continue
