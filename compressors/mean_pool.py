@@ -14,10 +14,11 @@ from .base import CompressorConfig, Query, SoftCompressor
 from .checks import check_choices, check_counts, check_ratio
 from .embedders import MINILM, Embedder, load_embedder
 from .lora_settings import LoRASettings, lora_rank
+from .packing import pack, pass_positions
 from .passage import CompressedPassage, Interface
 from .reader import Reader
 from .registry import register_compressor
-from .twin import LoRATwin, pack
+from .twin import LoRATwin
 
 
 @dataclass
@@ -238,11 +239,11 @@ class MeanPoolCompressor(SoftCompressor):
         reader, head = self.reader, len(self.bos)
         lengths = [head + len(piece) for piece in pieces]
         out: dict[int, Tensor] = {}
-        for batch in pack(lengths, self.batch_positions):
+        for batch in pack(lengths, self.batch_positions, pass_positions(reader.device)):
             longest = lengths[batch[0]]
-            rows = torch.tensor([self.bos + pieces[i] + [0] * (longest - lengths[i]) for i in batch])
-            mask = (torch.arange(longest) < torch.tensor([lengths[i] for i in batch])[:, None]).long()
-            hidden = self.encoder(reader.embed(rows.to(reader.device)), mask.to(reader.device))  # type: ignore[misc]
+            rows = torch.tensor([self.bos + pieces[i] + [0] * (longest - lengths[i]) for i in batch]).to(reader.device)
+            # Nothing of a causal model looks at padding on the right, and without a mask attention is faster.
+            hidden = self.encoder(reader.embed(rows), torch.ones_like(rows))  # type: ignore[misc]
             out.update((i, hidden[row, head : lengths[i]]) for row, i in enumerate(batch))
         return [out[i] for i in range(len(pieces))]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .twin import pack
+from .packing import pack, pass_positions
 
 
 @dataclass
@@ -50,7 +50,8 @@ class SoftBatch:
         which: the index of each row's sequence.
         lengths: the length of each row, padding left out.
         embeds: ``[batch, time, width]``, differentiable in the sequences' embeddings.
-        mask: ``[batch, time]``, 0 for padding.
+        mask: ``[batch, time]``, ones: nothing of a causal model looks at padding on the right, and without a mask
+            attention is faster.
         positions: ``[batch, time]``.
     """
 
@@ -78,17 +79,15 @@ def soft_batches(
         budget: positions that a batch may take, padding counted (or of one sequence).
     """
     lengths = [len(sequence.ids) for sequence in sequences]
-    for which in pack(lengths, budget):
+    for which in pack(lengths, budget, pass_positions(device)):
         longest = lengths[which[0]]
         ids = torch.zeros(len(which), longest, dtype=torch.long)
-        mask = torch.zeros(len(which), longest, dtype=torch.long)
         positions = torch.arange(longest).repeat(len(which), 1)
         rows: list[int] = []
         columns: list[int] = []
         for row, i in enumerate(which):
             sequence, n = sequences[i], lengths[i]
             ids[row, :n] = torch.tensor(sequence.ids, dtype=torch.long)
-            mask[row, :n] = 1
             if sequence.positions is not None:
                 positions[row, :n] = sequence.positions
             rows += [row] * len(sequence.places)
@@ -98,4 +97,4 @@ def soft_batches(
         # Indices on the CPU serve tensors on any device.
         where = (torch.tensor(rows, dtype=torch.long), torch.tensor(columns, dtype=torch.long))
         embeds = tokens.index_put(where, source)
-        yield SoftBatch(which, [lengths[i] for i in which], embeds, mask.to(device), positions.to(device))
+        yield SoftBatch(which, [lengths[i] for i in which], embeds, torch.ones_like(ids, device=device), positions.to(device))

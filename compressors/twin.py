@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,9 +30,21 @@ def share(model: PreTrainedModel) -> Any:
     """A copy of a module tree whose parameters and buffers are the original's own tensors.
 
     Changing the copy's modules (injecting LoRA, switching modes) leaves the original as it is.
+
+    Raises:
+        ValueError: if some of its weights are not in memory.
     """
+    _check_in_memory(model)
     memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, memo)
+
+
+def _check_in_memory(model: nn.Module) -> None:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "This method runs weights of the reader's own, and the reader's are offloaded (device_map). Compress with the "
+            "reader loaded whole, into a store: an offloaded reader reads what is stored, but for methods that tune it."
+        )
 
 
 def attention_inputs(model: nn.Module) -> list[str]:
@@ -173,6 +185,7 @@ class FullTwin(Twin):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
+        _check_in_memory(model)
         self.lm = copy.deepcopy(model).eval().requires_grad_(True)
         self.train()
 
@@ -218,23 +231,3 @@ def tune(model: PreTrainedModel, tuning: str, **lora: Any) -> Twin:
 def short_name(name: str) -> str:
     """A LoRA matrix's path in the decoder as a ParameterDict takes it: no dots, and no adapter name."""
     return name.replace(".default", "").removesuffix(".weight").replace(".", "/")
-
-
-def pack(lengths: Sequence[int], budget: int) -> Iterable[list[int]]:
-    """Groups sequences of like length into batches of at most ``budget`` positions, padding counted (or of one sequence).
-
-    Args:
-        lengths: length of each sequence.
-        budget: positions a batch may take.
-
-    Yields:
-        Indices into ``lengths``; every index once, the longest sequences first.
-    """
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch

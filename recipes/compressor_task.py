@@ -8,7 +8,7 @@ the reader's hidden states at the target positions go to the objectives of the s
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -21,7 +21,7 @@ from .. import pretrained
 from ..compressors import CompressedPassage, Reader, SoftCompressor, make_compressor
 from ..compressors.matching import SlotMatchingLoss
 from ..compressors.objectives import AutoencodingLoss, KLDistillationLoss, LanguageModelingLoss
-from ..compressors.twin import pack
+from ..compressors.packing import pack, pass_positions
 from .compressor_eval import compressed_scores
 from .compressor_items import NOT_READ, CompressorData, CompressorItems, Item, ItemMaker, Reading, draw_ratio
 from .corpus import Record
@@ -113,7 +113,7 @@ class CompressorModule(nn.Module):
         total = sum((t.sum() * 0.0 for p in passages if (t := _some_tensor(p)) is not None), torch.zeros(()))
         sums: dict[str, Tensor] = {}
         read = [i for i, reading in enumerate(batch.readings) if reading.kind not in NOT_READ]
-        for group in pack([self._positions(batch, i, passages) for i in read], POSITIONS):
+        for group in self._pack([self._positions(batch, i, passages) for i in read]):
             for name, value in self._objectives(batch, [read[g] for g in group], passages).items():
                 sums[name] = sums[name] + value if name in sums else value
         if self.matching is not None and (matched := [i for i, r in enumerate(batch.readings) if r.kind == "match"]):
@@ -134,6 +134,10 @@ class CompressorModule(nn.Module):
             out["ratio"] = sources / max(1, sum(p.slots for p in passages))
         out["tokens"] = sources + sum(map(len, batch.targets))
         return {"loss": total, **out}
+
+    def _pack(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Prompts of like length together."""
+        return pack(lengths, POSITIONS, pass_positions(self.compressor.base_reader.device))
 
     def _positions(self, batch: CompressorBatch, index: int, passages: Sequence[CompressedPassage]) -> int:
         """About how many positions a reading takes."""
@@ -164,7 +168,7 @@ class CompressorModule(nn.Module):
         reader = self.compressor.base_reader
         lengths = [sum(len(batch.texts[j]) for j in batch.contexts[i]) // 3 + len(batch.targets[i]) for i in chosen]
         parts: dict[int, Tensor] = {}
-        for group in pack(lengths, POSITIONS):
+        for group in self._pack(lengths):
             which = [chosen[g] for g in group]
             prompts = [batch.readings[i].prompt([batch.texts[j] for j in batch.contexts[i]]) for i in which]
             targets = [batch.targets[i] for i in which]

@@ -9,7 +9,7 @@ import torch
 from nutgraf.compressors import Reader
 from nutgraf.compressors.icae import ICAECompressor, ICAEConfig
 from nutgraf.compressors.pooling import GatedPool
-from nutgraf.compressors.twin import LoRATwin, attention_inputs, pack
+from nutgraf.compressors.twin import LoRATwin, attention_inputs
 from peft import LoraConfig, get_peft_model
 
 PASSAGE = "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911)."
@@ -235,14 +235,6 @@ def test_lora_dropout_is_on_in_training_only(reader):
 def test_the_models_own_dropout_stays_off_in_training(zoo):
     icae = build(zoo.reader("gpt2", resid_pdrop=0.5, attn_pdrop=0.5, embd_pdrop=0.5)).train()
     assert torch.equal(icae.encode([PASSAGE])[0].embeds, icae.encode([PASSAGE])[0].embeds)
-
-
-def test_pack_groups_by_length_within_the_budget():
-    lengths = [5, 9, 1, 9, 3]
-    batches = list(pack(lengths, 18))
-    assert batches == [[1, 3], [0, 4, 2]]
-    assert list(pack([50], 10)) == [[0]]
-    assert list(pack([], 10)) == []
 
 
 @pytest.mark.parametrize(
