@@ -6,6 +6,7 @@ Equation numbers are those of "When Text Embedding Meets Large Language Model: A
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Hashable, Sequence
 
@@ -147,16 +148,24 @@ def pooled_recovered_share(
         raise ValueError("A pooled share needs at least one set, got none.")
     total, there, share = np.zeros(repeats), np.ones(repeats, dtype=bool), 0.0
     for k, (scores, none, full) in enumerate(sets):
-        if bootstrap_recovered_share(scores, none, full, seed=seed, repeats=repeats, level=level) is None:
-            return None
+        if not len(scores) == len(none) == len(full):
+            raise ValueError(f"Scores must be paired by question, got {len(scores)}, {len(none)} and {len(full)}.")
         # a seed of its own, so that the draws of one set say nothing about those of another
-        means = _resampled_means(np.stack([scores, none, full], axis=1).astype(float), seed + 7919 * k, repeats, level)
+        means = _draws(len(scores), repeats, seed + 7919 * k) @ np.stack([scores, none, full], axis=1).astype(float)
         gains = means[:, 2] - means[:, 1]
+        if (gains <= 0).sum() > repeats * (1 - level) / 2:
+            return None
         there &= gains > 0
         total += (means[:, 0] - means[:, 1]) / np.where(gains > 0, gains, 1.0)
-        share += float((scores.mean() - none.mean()) / (full.mean() - none.mean()))
+        share += float((np.mean(scores) - np.mean(none)) / (np.mean(full) - np.mean(none)))
     low, high = _interval(total[there] / len(sets), level)
     return share / len(sets), low, high
+
+
+@functools.lru_cache(maxsize=8)
+def _draws(n: int, repeats: int, seed: int) -> np.ndarray:
+    """`[repeats, n]`: the share of each of n questions in a draw of n with replacement."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=repeats) / n
 
 
 def recovered(scores: np.ndarray, none: np.ndarray, full: np.ndarray, *, seed: int = 0) -> dict[str, float | None]:

@@ -13,18 +13,22 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .names import kind_of, method_name
 from .plots import GRID, INK, QUIET, require_matplotlib
 from .rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 KEYWORD = "nutgraf-rows"  # of the PNG's text that holds the hash
 SOFT = ("#0f766e", "#c2410c", "#4338ca", "#be185d", "#0369a1", "#65a30d", "#7c3aed", "#b45309", "#334155")
 TEXT = ("#a16207", "#0891b2", "#9f1239", "#4d7c0f", "#6d28d9")
 PLAIN = ("#64748b", "#94a3b8", "#475569", "#a8a29e", "#78716c")
 FILLED, HOLLOW = ("o", "s", "D", "^", "v", "P", "X", "p", "h"), ("o", "s", "D", "^", "v")
+HEADINGS = {"soft": "soft slots", "text": "shorter text", "plain": "plain text of the same budget"}
 _SIZE, _DPI = (11.0, 6.4), 150
 
 
@@ -41,11 +45,11 @@ def draw(rows: Sequence[Row]) -> bytes | None:
         return None
     require_matplotlib()
     import matplotlib
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as NewFigure
 
     style = {"font.family": "DejaVu Sans", "font.size": 11, "axes.edgecolor": QUIET, "axes.labelcolor": INK}
     with matplotlib.rc_context(style | {"xtick.color": INK, "ytick.color": INK}):  # type: ignore[arg-type]
-        figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
+        figure = NewFigure(figsize=_SIZE, dpi=_DPI, layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         _by_ratio(left, series)
         _by_time(right, series, rows)
@@ -57,10 +61,49 @@ def draw(rows: Sequence[Row]) -> bytes | None:
             axes.axhline(0, color=QUIET, linewidth=1.2)
         left.set_ylabel("recovered share of the full text's gain, %")
         left.set_ylim(*_limits(rows))
-        handles, labels = left.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=10.5)
-        out = io.BytesIO()
-        figure.savefig(out, format="png", metadata={"Software": None, KEYWORD: rows_hash(rows)})
+        _legend(figure, left, series)
+        return _png(figure, rows_hash(rows))
+
+
+def _legend(figure: Figure, axes: Axes, series: Sequence[dict[str, Any]]) -> None:
+    """One column a kind, each under its heading."""
+    from matplotlib.lines import Line2D
+
+    drawn = dict(zip((line["name"] for line in series), axes.get_legend_handles_labels()[0]))
+    blank = Line2D([], [], linestyle="none")
+    columns = []
+    for kind, heading in HEADINGS.items():
+        names = [line["name"] for line in series if line["kind"] == kind]
+        if names:
+            columns.append([(heading, blank), *((name, drawn[name]) for name in names)])
+    tallest = max(map(len, columns))
+    cells = [cell for column in columns for cell in [*column, *[("", blank)] * (tallest - len(column))]]
+    legend = figure.legend(
+        [handle for _, handle in cells],
+        [name for name, _ in cells],
+        loc="outside lower center",
+        ncols=len(columns),
+        frameon=False,
+        fontsize=10.5,
+    )
+    for text in legend.get_texts():
+        if text.get_text() in HEADINGS.values():
+            text.set_fontweight("bold")
+
+
+def _png(figure: Figure, mark: str) -> bytes:
+    """The figure as a PNG of few colours, which is small, with the hash among its text."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    info = PngInfo()
+    info.add_text(KEYWORD, mark)
+    out = io.BytesIO()
+    image.quantize(160, dither=Image.Dither.NONE).save(out, format="png", optimize=True, pnginfo=info)
     return out.getvalue()
 
 
@@ -128,7 +171,7 @@ def _budget_owner(rows: Sequence[Row]) -> str | None:
 
 
 def _by_ratio(axes: Axes, series: Sequence[dict[str, Any]]) -> None:
-    spread = 0.035  # octaves between neighbours, so that bars at one ratio stand side by side
+    spread = 0.022  # octaves between neighbours, so that bars at one ratio stand side by side
     for place, line in enumerate(series):
         shift = 2 ** (spread * (place - (len(series) - 1) / 2))
         points = line["rows"]
@@ -140,12 +183,15 @@ def _by_ratio(axes: Axes, series: Sequence[dict[str, Any]]) -> None:
         )
         axes.errorbar(x, y, bars, capsize=2, elinewidth=0.9, label=line["name"], **line["look"])
     ratios = [row["ratio"] for line in series for row in line["rows"]]
-    low, high = math.floor(math.log2(min(ratios)) - 0.2), math.ceil(math.log2(max(ratios)) + 0.2)
+    low, high = math.ceil(math.log2(min(ratios)) - 0.3), math.floor(math.log2(max(ratios)) + 0.3)
     axes.set_xscale("log", base=2)
-    axes.set_xlim(2.0**low, 2.0**high)
+    axes.set_xlim(min(ratios) / 1.4, max(ratios) * 1.4)
     ticks = [2.0**k for k in range(low, high + 1)]
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
     axes.minorticks_off()
+    for level, words, color, height in ((100, "full text", INK, 4), (0, "no context", QUIET, -14)):
+        axes.annotate(words, (1, level), (-4, height), xycoords=("axes fraction", "data"), textcoords="offset points",
+                      ha="right", color=color)  # fmt: skip
     axes.set_xlabel("compression ratio: passage tokens per slot")
 
 
@@ -161,7 +207,7 @@ def _by_time(axes: Axes, series: Sequence[dict[str, Any]], rows: Sequence[Row]) 
             level = 100.0 if name == "full" else 0.0
             axes.plot([row["ttft_ms"]], [level], "*", color=INK, markersize=13, zorder=5)
             left = name == "full"
-            axes.annotate(words, (row["ttft_ms"], level), (-10 if left else 10, 8), textcoords="offset points",
+            axes.annotate(words, (row["ttft_ms"], level), (-10 if left else 10, 8 if left else -15), textcoords="offset points",
                           ha="right" if left else "left", color=INK)  # fmt: skip
     axes.set_xlim(left=0)
     axes.set_xlabel("time to the first token, ms (slots in memory)")
@@ -169,4 +215,4 @@ def _by_time(axes: Axes, series: Sequence[dict[str, Any]], rows: Sequence[Row]) 
 
 def _limits(rows: Sequence[Row]) -> tuple[float, float]:
     shares = [100 * row["recovered_share"] for row in rows if "recovered_share" in row and kind_of(row) != "control"]
-    return min(-8.0, min(shares) - 6), max(108.0, max(shares) + 8)
+    return min(-12.0, min(shares) - 6), max(108.0, max(shares) + 8)

@@ -1,0 +1,163 @@
+"""Results in Markdown: the README's short table of what to use, and RESULTS.md with every line.
+
+Both are made from rows alone, so that no figure or verdict in them can outlive its measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .names import dataset_title, kind_of, method_name
+from .pooled import AIMS, BUDGETS, ONE_SLOT, POOLED, Key, best, budget_of
+from .rows import Row
+
+KINDS = {"soft": "best soft method", "text": "best text method", "plain": "best plain text"}
+FULL: Key = ("full", None, None)
+
+
+def short_table(pooled: Sequence[Row]) -> str:
+    """What to use at each budget: the best soft and text methods and the best plain text, the highest of them in bold."""
+    head = "| compression | best soft method | aim | best text method | aim | best plain text |"
+    out = [head, "|---|---|---|---|---|---|"]
+    for budget in BUDGETS:
+        found = {kind: best(pooled, budget, kind) for kind in KINDS}
+        if any(found.values()):
+            top = max((row for row in found.values() if row), key=lambda row: row["recovered_share"])
+            cells = {kind: _choice(row, row is top) for kind, row in found.items()}
+            aims = {kind: _percent(AIMS.get((budget, kind))) for kind in KINDS}
+            out.append(
+                f"| {budget}x | {cells['soft']} | {aims['soft']} | {cells['text']} | {aims['text']} | {cells['plain']} |"
+            )
+    return "\n".join(out)
+
+
+def one_slot(squad: dict[Key, Row]) -> str:
+    """A sentence on one slot a passage, on SQuAD alone, beside the same slots of other questions' passages; maybe empty."""
+    row = best(list(squad.values()), ONE_SLOT, "soft")
+    if row is None:
+        return ""
+    aim = _percent(AIMS[ONE_SLOT, "soft"])
+    said = f"One slot a passage keeps {_share(row)} on SQuAD ({method_name(row['method'])}; aim {aim})"
+    control = squad.get((f"{row['method']}-shuffled", row.get("ratio_asked"), None))
+    if control is not None and "recovered_share" in control:
+        said += f"; slots of another question's passage {_share(control)}"
+    return said + "."
+
+
+def about(pooled: Sequence[Row]) -> str:
+    """What the figures are of: sets, questions, intervals, and what stands outside the contest."""
+    names = [dataset_title(name) for name in pooled[0]["datasets"]]
+    sets = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+    text = (
+        f"Recovered share: (F1 - no context) / (full text - no context), mean over {sets} ({pooled[0]['n']} questions, one "
+        "passage each, of the halves that took no part in any choice), with its 95 % bootstrap interval. Faster: time to the "
+        "first token against the full text, slots in memory."
+    )
+    tuned = dict.fromkeys(
+        method_name(row["method"]) for row in pooled if row.get("reader_tuned") and kind_of(row) == "soft"
+    )
+    if tuned:
+        text += (
+            f" Methods that also tune the reader ({', '.join(tuned)}) do not compete here, as what tuning gains is no "
+            "compression."
+        )
+    if missing := [dataset_title(name) for name in POOLED if name not in pooled[0]["datasets"]]:
+        text += f" Left out: {', '.join(missing)}, where the full text cannot be told from no context."
+    return text
+
+
+def results_page(pooled: Sequence[Row], sets: dict[str, dict[Key, Row]]) -> str:
+    """RESULTS.md: every line, pooled and set by set."""
+    parts = [
+        "# Results",
+        "Written by `python -m nutgraf.benchmarks.readme` from [results/](results); [README.md](README.md) defines the columns "
+        "and has the commands. Shares and F1 in per cent, intervals 95 %.",
+    ]
+    if pooled:
+        parts += ["## All sets", about(pooled), _pooled_table(pooled)]
+    for name, lines in sets.items():
+        full = lines[FULL]
+        skipped = f", {full['skipped']} too long for the reader left out" if full.get("skipped") else ""
+        parts += [f"## {dataset_title(name)}", f"{full['n']} questions{skipped}.", _set_table(list(lines.values()))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _pooled_table(rows: Sequence[Row]) -> str:
+    out = ["| what the reader reads | ratio | F1 | recovered | first token | faster |", "|---|---|---|---|---|---|"]
+    for row in _in_order(rows):
+        cells = [
+            _name(row),
+            _ratio(row),
+            f"{100 * row['f1']:.1f}",
+            "" if kind_of(row) == "fixed" else _share(row),
+            _form(row, "ttft_ms", ".0f", " ms"),
+            _form(row, "ttft_speedup", ".1f", "x"),
+        ]
+        out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out)
+
+
+def _set_table(rows: Sequence[Row]) -> str:
+    names = ("what the reader reads", "ratio", "tokens read", "bytes a passage", "EM", "F1", "recovered", "containment")
+    head = (*names, "ROUGE-L", "perplexity", "KL", "first token")
+    out = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in _in_order(rows):
+        cells = [
+            _name(row),
+            _ratio(row),
+            f"{row['reader_tokens']:.0f}",
+            _form(row, "bytes_per_passage", ",.0f"),
+            f"{100 * row['em']:.1f}",
+            f"{100 * row['f1']:.1f}",
+            "" if kind_of(row) == "fixed" else _share(row),
+            f"{100 * row['containment']:.1f}",
+            f"{100 * row['rouge_l']:.1f}",
+            _form(row, "answer_ppl", ",.1f"),
+            _form(row, "kl_to_full", ".2f"),
+            _form(row, "ttft_ms", ".0f", " ms"),
+        ]
+        out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out)
+
+
+def _in_order(rows: Sequence[Row]) -> list[Row]:
+    """Fixed lines, then budget by budget soft methods, text methods, plain text; controls at the end."""
+    kinds = ("fixed", "soft", "text", "plain", "control")
+
+    def place(row: Row) -> tuple[bool, int, int]:
+        return kind_of(row) == "control", budget_of(row) or 0, kinds.index(kind_of(row))
+
+    return sorted(rows, key=place)
+
+
+def _name(row: Row) -> str:
+    name = method_name(row["method"])
+    return f"{name} (reader tuned)" if row.get("reader_tuned") and kind_of(row) == "soft" else name
+
+
+def _choice(row: Row | None, top: bool) -> str:
+    if row is None:
+        return ""
+    share = f"**{_percent(row['recovered_share'])}**" if top else _percent(row["recovered_share"])
+    faster = f", {row['ttft_speedup']:.1f}x faster" if row.get("ttft_speedup", 0) >= 1.05 else ""
+    return f"{method_name(row['method'])}: {share} ({100 * row['ci_low']:.0f} to {100 * row['ci_high']:.0f}){faster}"
+
+
+def _share(row: Row) -> str:
+    if "recovered_share" not in row:
+        return ""
+    return f"{_percent(row['recovered_share'])} ({100 * row['ci_low']:.0f} to {100 * row['ci_high']:.0f})"
+
+
+def _ratio(row: Row) -> str:
+    if row["method"] == "none" or "ratio" not in row:
+        return ""
+    return f"{row['ratio']:.0f}x" if row["ratio"] >= 10 else f"{row['ratio']:.2g}x"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f} %"
+
+
+def _form(row: Row, key: str, form: str, unit: str = "") -> str:
+    return f"{row[key]:{form}}{unit}" if key in row else ""
