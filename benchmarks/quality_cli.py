@@ -10,7 +10,7 @@ from rich.console import Console
 
 from .baselines import BASELINES
 from .loading import dataset_name, find_reader, find_records, store_encoding
-from .methods import lines
+from .methods import EqualBudget, lines
 from .quality import Line, Settings, evaluate
 from .remaining import holds, remaining
 from .report import write_report
@@ -39,6 +39,10 @@ def quality(
     baseline: Annotated[
         list[str] | None,
         typer.Option(help=f"Equal-budget baselines, repeatable: {', '.join(BASELINES)}, none; default all."),
+    ] = None,
+    baselines_of: Annotated[
+        str | None,
+        typer.Option(help="Baselines under the budgets of this method alone (`mean-pool`); default of every one."),
     ] = None,
     shuffled: Annotated[bool, typer.Option(help="Also read another question's compressed passages.")] = True,
     store_precision: Annotated[
@@ -82,6 +86,13 @@ def quality(
         if encodings and all(method.compressor.interface == "text" for method in made):
             raise ValueError("--store-precision needs a --compressor that makes slots; text is stored as it is.")
         methods = lines(made, baselines=names, shuffled=shuffled, seed=seed, encodings=encodings)
+        if baselines_of is not None:
+            if baselines_of not in {method.name for method in made}:
+                raise ValueError(
+                    f"--baselines-of {baselines_of}: no --compressor is of this method; there are "
+                    f"{', '.join(sorted({method.name for method in made})) or 'none'}."
+                )
+            methods = [m for m in methods if not isinstance(m, EqualBudget) or m.of.name == baselines_of]
         before = [row for row in read_rows(out) if row.get("half") == half] if resume and out and out.exists() else []
         todo = remaining(methods, before, loaded, records, settings) if resume else methods
         if not todo:

