@@ -12,6 +12,7 @@ from rich.console import Console
 
 from ..compressors import Reader
 from .account_cli import Asked, run_account
+from .allocation_cli import allocation
 from .gate_cli import gate
 from .loading import (
     CompressorSpec,
@@ -187,6 +188,7 @@ def speed(
 
 
 bench_app.command()(gate)
+bench_app.command()(allocation)
 
 
 @bench_app.command("report")

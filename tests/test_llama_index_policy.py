@@ -22,6 +22,7 @@ from nutgraf.adapters.llama_index import (
     Form,
     PassageCache,
     Policy,
+    ScoreBudget,
     TextAbove,
     TextForTop,
     TokenBudget,
@@ -196,6 +197,52 @@ def test_budgets_are_never_passed(lengths, n):
                 assert not any(own < c <= own + n - total for c in longer if form.read == "compressed")
 
 
+@dataclass
+class Scored(Lengths):
+    """Passages by lengths and scores."""
+
+    given: list[float]
+
+    @property
+    def scores(self):
+        return self.given
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 200), st.floats(0, 1)), max_size=8), st.integers(1, 600))
+def test_a_score_budget_is_kept(passages, n):
+    retrieved = Scored([length for length, _ in passages], [score for _, score in passages])
+    policy = ScoreBudget(n, highest=16)
+    try:
+        forms = policy.choose(retrieved)
+    except ValueError:
+        best = max(range(len(passages)), key=lambda i: retrieved.scores[i])
+        assert retrieved.compressed_positions(16, [best])[0] + 1 > n
+        return
+    read = [i for i, form in enumerate(forms) if form.read == "compressed"]
+    costs = [retrieved.compressed_positions(forms[i].ratio, [i])[0] for i in read]
+    if sum(retrieved.text) <= n:
+        assert {form.read for form in forms} <= {"text"}
+        return
+    assert sum(costs) <= n
+    assert all(1 <= forms[i].ratio <= 16.01 for i in read)
+    out = [retrieved.scores[i] for i, form in enumerate(forms) if form.read == "left out"]
+    assert all(retrieved.scores[i] >= max(out, default=0) for i in read)
+
+
+def test_slots_go_to_passages_of_higher_score(reader, compressor, llm):
+    pooled = make_compressor("mean-pool", reader, encoder="embeddings").eval()
+    post = CompressedContextPostprocessor(pooled, policy=ScoreBudget(60))
+    contents = read(post, scored())
+    assert kinds(contents) == "cccc"
+    slots = [llm.complete(content).raw["slots"] for content in contents]
+    assert slots[0] > slots[1] > slots[2] > slots[3] >= 1
+    assert 40 < positions(reader, llm, contents) <= 60
+    unscored = [NodeWithScore(node=TextNode(text=text)) for text in TEXTS]
+    with pytest.raises(ValueError, match="passage 0 has none"):
+        post.postprocess_nodes(unscored)
+
+
 # -- the user's own, settings, refusals ----------------------------------------------------------------------------------
 
 
@@ -231,6 +278,7 @@ def test_images_stay_where_they_are(compressor, llm, events):
 
 def test_settings_survive_json(compressor):
     policies = [TextForTop(2), TextAbove(0.5), TokenBudget(100), AutoBudget(100, [8, 2]), AutoBudget(7)]
+    policies += [ScoreBudget(50, temperature=0.5, lowest=2, highest=32)]
     for policy in policies:
         post = CompressedContextPostprocessor(compressor, policy=policy, ratio=3, keep_metadata=True, fallback=True)
         data = json.loads(json.dumps(post.to_dict()))
@@ -248,6 +296,9 @@ def test_settings_survive_json(compressor):
         (lambda: TextAbove(float("nan")), "score"),
         (lambda: TokenBudget(0), "n must be an integer of at least 1"),
         (lambda: TokenBudget(True), "n must be an integer"),
+        (lambda: ScoreBudget(0), "n must be an integer of at least 1"),
+        (lambda: ScoreBudget(10, temperature=0), "temperature > 0"),
+        (lambda: ScoreBudget(10, lowest=8, highest=4), "lowest <= highest"),
         (lambda: AutoBudget(10, ratios=()), "at least 1"),
         (lambda: AutoBudget(10, ratios=(0.5,)), "at least 1"),
         (lambda: AutoBudget(10, ratios="48"), "a list of compression ratios"),

@@ -27,6 +27,7 @@ from .policy import AutoBudget, Form, Policy, TextAbove, TextBelowFidelity, Text
 from .postprocessor import CompressedContextPostprocessor
 from .prompt_helper import SlotAwarePromptHelper, SlotAwareTokenizer
 from .reading import ReaderRefusedError
+from .score_budget import ScoreBudget
 from .synthesizer import PassageScores
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "PlaceholderStore",
     "Policy",
     "ReaderRefusedError",
+    "ScoreBudget",
     "SentenceTransformerEmbedding",
     "SlotAwarePromptHelper",
     "SlotAwareTokenizer",

@@ -68,7 +68,7 @@ class TextForTop(Policy):
     k: int
 
     def __post_init__(self) -> None:
-        _check_count("TextForTop", "k", self.k, 0)
+        check_count("TextForTop", "k", self.k, 0)
 
     def choose(self, retrieved: Retrieved) -> list[Form]:
         """One `Form` a passage, in order."""
@@ -85,7 +85,7 @@ class TextAbove(Policy):
     score: float
 
     def __post_init__(self) -> None:
-        if not _is_number(self.score):
+        if not is_number(self.score):
             raise ValueError(f"TextAbove needs the score from which passages stay text, got {self.score!r}.")
 
     def choose(self, retrieved: Retrieved) -> list[Form]:
@@ -113,7 +113,7 @@ class TokenBudget(Policy):
     n: int
 
     def __post_init__(self) -> None:
-        _check_count("TokenBudget", "n", self.n, 1)
+        check_count("TokenBudget", "n", self.n, 1)
 
     def choose(self, retrieved: Retrieved) -> list[Form]:
         """One `Form` a passage, in order."""
@@ -147,12 +147,12 @@ class AutoBudget(Policy):
     ratios: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        _check_count("AutoBudget", "n", self.n, 1)
+        check_count("AutoBudget", "n", self.n, 1)
         if self.ratios is None:
             return
         if isinstance(self.ratios, str) or not isinstance(self.ratios, Sequence):
             raise ValueError(f"AutoBudget's ratios must be a list of compression ratios, got {self.ratios!r}.")
-        if not self.ratios or not all(_is_number(ratio) and ratio >= 1 for ratio in self.ratios):
+        if not self.ratios or not all(is_number(ratio) and ratio >= 1 for ratio in self.ratios):
             raise ValueError(f"AutoBudget's ratios must be finite numbers of at least 1, got {self.ratios!r}.")
         object.__setattr__(self, "ratios", tuple(sorted(set(map(float, self.ratios)))))
 
@@ -192,7 +192,7 @@ class TextBelowFidelity(Policy):
     """
 
     def __init__(self, threshold: float, policy: Policy) -> None:
-        if isinstance(policy, TokenBudget | AutoBudget):
+        if isinstance(policy, TokenBudget | AutoBudget | _score_budget()):
             raise ValueError(
                 f"{policy} keeps a budget, which passages sent back to text would break; use fidelity with "
                 "TextForTop, TextAbove or no policy."
@@ -235,29 +235,42 @@ def as_policy(given: Any) -> Policy:
     if given is None:
         return TextForTop(0)
     if isinstance(given, Mapping):
-        known = {kind.__name__: kind for kind in (TextForTop, TextAbove, TokenBudget, AutoBudget)}
+        known = {kind.__name__: kind for kind in _kinds()}
         settings = dict(given)
         if (name := settings.pop("policy", None)) in known:
             return known[name](**settings)
     elif not isinstance(given, type) and callable(getattr(given, "choose", None)):
         return given
     raise TypeError(
-        "policy must be TextForTop(k), TextAbove(score), TokenBudget(n), AutoBudget(n) or an object with a method "
-        f"choose(retrieved), got {given!r}."
+        "policy must be TextForTop(k), TextAbove(score), TokenBudget(n), AutoBudget(n), ScoreBudget(n) or an object with a "
+        f"method choose(retrieved), got {given!r}."
     )
 
 
 def policy_to_dict(policy: Policy) -> dict[str, Any]:
     """A JSON-able dict of one of the policies here; of a user's own, its name alone."""
     kind = type(policy)
-    settings = asdict(policy) if kind.__module__ == __name__ else {}  # type: ignore[call-overload]
+    settings = asdict(policy) if kind in _kinds() else {}  # type: ignore[call-overload]
     return {"policy": kind.__name__, **{k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}}
 
 
-def _check_count(policy: str, name: str, value: Any, least: int) -> None:
+def _kinds() -> tuple[type[Policy], ...]:
+    """The policies whose settings survive JSON."""
+    return (TextForTop, TextAbove, TokenBudget, AutoBudget, _score_budget())
+
+
+def _score_budget() -> type[Policy]:
+    from .score_budget import ScoreBudget  # which imports this module
+
+    return ScoreBudget
+
+
+def check_count(policy: str, name: str, value: Any, least: int) -> None:
+    """Raises ``ValueError`` unless a policy's setting is an integer of at least ``least``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{policy}'s {name} must be an integer of at least {least}, got {value!r}.")
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a setting is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -39,7 +39,7 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
         compressor: compresses the nodes' texts.
         ratio: compression ratio L / l in place of the compressor's own.
         policy: which nodes the LLM reads as text, which compressed and by what ratio: `TextForTop`, `TextAbove`,
-            `TokenBudget`, `AutoBudget` or a `Policy` of your own; default: all compressed.
+            `TokenBudget`, `AutoBudget`, `ScoreBudget` or a `Policy` of your own; default: all compressed.
         fidelity: let the LLM read the text of passages that did not survive their compression: ``"low"``, ``"medium"``,
             ``"high"`` or the least probability, in (0, 1), that an answer from the slots is as good as one from the text
             (`FidelityGate.threshold`). Needs ``gate``; applies to what ``policy`` would have compressed.
