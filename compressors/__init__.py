@@ -16,6 +16,7 @@ from . import (  # each registers its method
     longllmlingua,
     mean_pool,
     pisco,
+    salient_pool,
     selective_context,
     xrag,
 )

@@ -192,7 +192,7 @@ class LLMLingua2Compressor(SelectingCompressor):
         if not self.query_aware:
             return before
         if query is None or not query.strip():
-            raise ValueError("This LLMLingua-2 keeps words for a question (query_aware=True): pass query=...")
+            raise ValueError("This LLMLingua-2 keeps words for a question (query_aware): pass compress(texts, query=...).")
         asked = self.pieces(query).ids
         if len(asked) > (room := self.limit // 2 - len(before) - len(after)):
             raise ValueError(f"The question has {len(asked)} of the classifier's tokens, there is room for {room}.")

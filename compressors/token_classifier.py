@@ -102,8 +102,11 @@ class LoRATagger(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Logits ``[batch, time, 2]`` of ids and mask ``[batch, time]``, padded on the right; label 1 is "keep"."""
-        hidden = self.twin.decoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        return self.head(hidden.to(self.head.weight.dtype))
+        return self.head(self.states(ids, mask).to(self.head.weight.dtype))
+
+    def states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The last hidden states ``[batch, time, size]`` below the head."""
+        return self.twin.decoder(input_ids=ids, attention_mask=mask).last_hidden_state
 
 
 @lru_cache(maxsize=2)

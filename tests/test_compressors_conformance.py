@@ -53,9 +53,26 @@ SETTINGS: dict[str, dict] = {
     "llmlingua": {"keep_digits": True},
     "longllmlingua": {"question": "Who won a prize?"},
     "llmlingua2": {"r": 2},
+    "salient-pool": {"r": 2},
 }
+# Options that change how a method compresses, as `method:option`, tried on some of the architectures.
+_ICAE = {"mem_size": 6, "r": 4, "projector": "linear", "special_tokens": True}
+OPTIONS: dict[str, dict] = {
+    "icae:nested": {**_ICAE, "ratio": 2.0, "nested": True, "coarsest": 8.0},
+    "500x:nested": {"num_mem": 6, "ratio": 2.0, "r": 4, "nested": True, "coarsest": 8.0, "residual": True},
+    "gist:nested": {"n_gist": 6, "ratio": 2.0, "r": 4, "shared_embedding": False, "nested": True},
+    "icae:query": {**_ICAE, "ratio": 4.0, "query_aware": True},
+    "500x:query": {**SETTINGS["500x"], "query_aware": True},
+    "gist:query": {**SETTINGS["gist"], "positions": "spread", "query_aware": True},
+    "mean-pool:query": {**SETTINGS["mean-pool"], "query_aware": True},
+    "pisco:query": {**SETTINGS["pisco"], "query_aware": True},
+}
+METHODS = set(SETTINGS)
+SETTINGS |= OPTIONS
+OPTION_ARCHITECTURES = ("llama", "gemma3_text", "gpt_neox")
+QUESTION = "Who won two prizes?"
 UNTRAINED = ("selective-context", "llmlingua", "longllmlingua")
-SOFT = [name for name in sorted(SETTINGS) if issubclass(COMPRESSORS[name], SoftCompressor)]
+SOFT = [name for name in sorted(SETTINGS) if issubclass(COMPRESSORS[name.partition(":")[0]], SoftCompressor)]
 # Readers that a method cannot work with, and what it says when it is built for one.
 REFUSED = {(method, name): "mixes positions into its keys" for method in ("500x", "gist") for name in ("gpt2", "opt")}
 TEXTS = [
@@ -75,7 +92,7 @@ def embedder():
 
 def build(method: str, reader: Reader) -> Compressor:
     torch.manual_seed(0)
-    cls = COMPRESSORS[method]
+    cls = COMPRESSORS[method.partition(":")[0]]
     extra = {"embedder": embedder()} if method == "xrag" else {}
     compressor = cls(cls.config_class.from_dict(SETTINGS[method]), reader, **extra)
     with torch.no_grad():  # as after some training: no matrix is zero
@@ -92,7 +109,11 @@ def load(folder, reader: Reader) -> Compressor:
 @functools.cache
 def pair(method: str, architecture: str) -> tuple[Compressor, list[CompressedPassage]]:
     compressor = build(method, reader_of(architecture))
-    return compressor, compressor.compress(TEXTS)
+    return compressor, compress(compressor, TEXTS)
+
+
+def compress(compressor: Compressor, texts: list[str], **options) -> list[CompressedPassage]:
+    return compressor.compress(texts, query=QUESTION if compressor.query_aware else None, **options)
 
 
 @functools.cache
@@ -110,13 +131,14 @@ def difference(a: CompressedPassage, b: CompressedPassage) -> float:
 
 
 methods = pytest.mark.parametrize("method", sorted(SETTINGS))
-PLACES = [(m, a) for m in sorted(SETTINGS) for a in ARCHITECTURES if (m, a) not in REFUSED]
+PLACES = [(m, a) for m in sorted(METHODS) for a in ARCHITECTURES if (m, a) not in REFUSED]
+PLACES += [(m, a) for m in sorted(OPTIONS) for a in OPTION_ARCHITECTURES]
 everywhere = pytest.mark.parametrize(("method", "architecture"), PLACES)
 
 
 def test_every_registered_method_is_tested():
     ours = {name for name, cls in COMPRESSORS.items() if cls.__module__.startswith("nutgraf.compressors.")}
-    assert ours == set(SETTINGS), "give the new method an entry in SETTINGS"
+    assert ours == METHODS, "give the new method an entry in SETTINGS"
 
 
 @pytest.mark.parametrize(("method", "architecture"), sorted(REFUSED))
@@ -138,16 +160,16 @@ def test_one_for_each_in_order_and_never_longer(method, architecture):
     assert found[1].slots == 0
     assert found[2].slots > 1
     # in reverse order the same passages come out, in reverse order
-    backwards = compressor.compress(TEXTS[::-1])[::-1]
+    backwards = compress(compressor, TEXTS[::-1])[::-1]
     assert max(map(difference, found, backwards)) < 1e-5
 
 
 @everywhere
 def test_batched_equals_one_by_one(method, architecture):
     compressor, found = pair(method, architecture)
-    alone = [compressor.compress([text])[0] for text in TEXTS]
+    alone = [compress(compressor, [text])[0] for text in TEXTS]
     assert max(map(difference, found, alone)) < 1e-5
-    pairs = compressor.compress(TEXTS, batch_size=2)
+    pairs = compress(compressor, TEXTS, batch_size=2)
     assert max(map(difference, found, pairs)) < 1e-5
 
 
@@ -163,11 +185,11 @@ def test_sixty_four_passages_of_any_length_in_one_call_equal_each_alone(method, 
         text = " ".join(words[(number + i) % len(words)] for i in range(length))
         texts.append(text[: reader.tokenize_with_offsets(text)[1][length - 1][1]])
     order = random.Random(0).sample(range(64), 64)
-    found = compressor.compress([texts[i] for i in order])
+    found = compress(compressor, [texts[i] for i in order])
     sizes = [passage.source_tokens for passage in found]
     assert min(sizes) <= 12  # a cut text may be read in other tokens
     assert max(sizes) >= 590
-    assert max(difference(compressor.compress([texts[i]])[0], passage) for i, passage in zip(order, found)) < 1e-5
+    assert max(difference(compress(compressor, [texts[i]])[0], passage) for i, passage in zip(order, found)) < 1e-5
 
 
 @everywhere
@@ -190,7 +212,7 @@ def test_save_and_load_gives_bit_equal_slots(method, architecture, tmp_path):
     assert loaded.config == compressor.config
     assert loaded.fingerprint == compressor.fingerprint
     assert not loaded.training
-    for a, b in zip(compressor.compress(TEXTS), loaded.compress(TEXTS)):
+    for a, b in zip(compress(compressor, TEXTS), compress(loaded, TEXTS)):
         assert difference(a, b) == 0
         assert a.compressor == b.compressor
         back = CompressedPassage.from_bytes(a.to_bytes())
@@ -200,7 +222,7 @@ def test_save_and_load_gives_bit_equal_slots(method, architecture, tmp_path):
 @pytest.mark.parametrize("method", SOFT)
 def test_no_ratio_is_high_enough_to_lose_a_passage(method):
     compressor, found = pair(method, "llama")
-    made = compressor.compress(TEXTS, ratio=1e9)
+    made = compress(compressor, TEXTS, ratio=1e9)
     assert [bool(p.slots) for p in made] == [bool(p.slots) for p in found]
 
 
@@ -240,7 +262,7 @@ def test_another_reader_is_refused(method, tmp_path, zoo):
 @methods
 def test_fingerprints_name_reader_and_compressor_and_follow_the_weights(method):
     compressor = build(method, reader_of("llama"))
-    passage = compressor.compress(TEXTS[:1])[0]
+    passage = compress(compressor, TEXTS[:1])[0]
     assert passage.compressor == compressor.fingerprint
     assert passage.reader == (None if compressor.interface == "text" else compressor.reader.fingerprint)
     seen = {compressor.fingerprint}
@@ -255,10 +277,10 @@ def test_fingerprints_name_reader_and_compressor_and_follow_the_weights(method):
 def test_eight_threads_get_what_one_gets(method):
     compressor, found = pair(method, "llama")
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda _: compressor.compress(TEXTS), range(8)))
+        results = list(pool.map(lambda _: compress(compressor, TEXTS), range(8)))
     for result in results:
         assert max(map(difference, found, result)) < 1e-6
-    assert compressor.compress([]) == []
+    assert compress(compressor, []) == []
 
 
 @methods
@@ -267,7 +289,7 @@ def test_compressing_beside_reading_changes_neither(method):
     reader = compressor.reader
     alone = reader.target_logits([TEXTS[0]], [" it"])[0]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        jobs = [pool.submit(compressor.compress, TEXTS) for _ in range(2)]
+        jobs = [pool.submit(compress, compressor, TEXTS) for _ in range(2)]
         read = [pool.submit(reader.target_logits, [TEXTS[0]], [" it"]) for _ in range(6)]
         for job in read:
             assert torch.allclose(job.result()[0], alone, atol=1e-6)
@@ -286,7 +308,7 @@ def test_gradients_reach_what_trains_and_nothing_else(method, architecture):
     compressor.train()
     optimizer = torch.optim.SGD(compressor.parameters(), lr=0.1)
     passages = compressor.encode([TEXTS[0], TEXTS[2]])
-    markers = [compressor.task_marker(task) for task in ("ae", "lm", "ft")] if method == "icae" else []
+    markers = [compressor.task_marker(task) for task in ("ae", "lm", "ft")] if method.startswith("icae") else []
     targets = compressor.reader.target_hidden([[p, *markers, "\n"] for p in passages], [TEXTS[0], TEXTS[2]])
     cross_entropy(compressor.reader.head(targets.hidden), targets.ids).backward()
     for name, parameter in compressor.named_parameters():
@@ -307,14 +329,14 @@ def test_moving_or_casting_the_compressor_leaves_the_reader_alone(method):
     for reader in (compressor.reader, compressor.base_reader):
         assert all(p.dtype == torch.float32 for p in reader.model.parameters())
         assert not reader.model.training
-    assert max(map(difference, compressor.compress(TEXTS), compressor.eval().compress(TEXTS))) == 0
+    assert max(map(difference, compress(compressor, TEXTS), compress(compressor.eval(), TEXTS))) == 0
 
 
 @methods
 def test_slots_are_in_the_readers_dtype(method, zoo):
     reader = Reader.from_pretrained(zoo.model("llama").to(torch.bfloat16), tokenizer=zoo.tokenizer())
     compressor = build(method, reader)
-    passage = compressor.compress(TEXTS[:1])[0]
+    passage = compress(compressor, TEXTS[:1])[0]
     tensors = [t for t in passage._tensors().values() if t.is_floating_point()]
     assert bool(tensors) == (passage.interface != "text")
     assert all(t.dtype == torch.bfloat16 for t in tensors)
@@ -326,7 +348,9 @@ def test_slots_are_in_the_readers_dtype(method, zoo):
 @given(texts=st.lists(st.text(st.characters(), max_size=60), max_size=4), ratio=st.floats(1, 40))
 def test_any_text_at_any_ratio(method, texts, ratio):
     compressor, _ = pair(method, "llama")
-    found = compressor.compress(texts, ratio=ratio)
+    if getattr(compressor.config, "nested", False):
+        ratio += compressor.config.ratio  # nested slots are made at the config's ratio and cut to higher ones
+    found = compress(compressor, texts, ratio=ratio)
     assert len(found) == len(texts)
     for text, passage in zip(texts, found):
         assert passage.slots <= passage.source_tokens == len(compressor.reader.tokenize(text))
