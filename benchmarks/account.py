@@ -12,6 +12,7 @@ import functools
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,60 @@ from .rows import Row, clean, provenance
 from .timing import forgetful, load
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """How an account is taken.
+
+    Attributes:
+        reader: who reads the full text and, as a rule, what is compressed.
+        shape: what operations and bytes are counted from.
+        roofline: the device's rates.
+        repeats: rounds that count, over all entrants; `warmup` rounds come before them.
+        decode_tokens: length of the answers.
+        random_weights: the reader's weights are random; the rows say so.
+        seed: of random slots.
+
+    Raises:
+        ValueError: for bad numbers.
+    """
+
+    reader: Reader
+    shape: DecoderShape
+    roofline: Roofline
+    repeats: int = 5
+    warmup: int = 1
+    decode_tokens: int = 16
+    random_weights: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1 or self.warmup < 0 or self.decode_tokens < 2:
+            raise ValueError(
+                "The account needs repeats >= 1, warmup >= 0, decode_tokens >= 2; got "
+                f"{self.repeats}, {self.warmup}, {self.decode_tokens}."
+            )
+
+    def about(self) -> Row:
+        """What all rows say."""
+        return {
+            "suite": "speed",
+            "test": "account",
+            "reader_shape": self.shape.name,
+            "weights": "random" if self.random_weights else None,
+            "decode_tokens": self.decode_tokens,
+            "n": self.repeats,
+            "threads": torch.get_num_threads() if self.reader.device.type == "cpu" else None,
+            "matrix_tflops": self.roofline.flops / 1e12,
+            "copy_gbps": self.roofline.bandwidth / 1e9,
+            "roofline_source": None if self.roofline.source == "measured" else self.roofline.source,
+        }
+
+
 def account(
-    reader: Reader,
-    shape: DecoderShape,
-    roofline: Roofline,
+    how: Measurement,
     entrants: Sequence[Entrant],
     cases: Iterable[Case],
     *,
-    repeats: int = 5,
-    warmup: int = 1,
-    decode_tokens: int = 16,
-    random_weights: bool = False,
-    seed: int = 0,
     have: Iterable[Row] = (),
     keep: Callable[[list[Row]], None] = lambda rows: None,
     say: Callable[[str], None] = lambda text: None,
@@ -55,57 +98,39 @@ def account(
     """Measure every entrant, and the full text beside them, in every case.
 
     Args:
-        shape: what operations and bytes are counted from.
-        repeats: rounds that count, over all entrants; `warmup` rounds come before them.
-        decode_tokens: length of the answers.
-        random_weights: the reader's weights are random; the rows say so.
         have: rows that are there already; what they measured is not measured again. The full text always is, as ratios are
             formed inside one run.
         keep: called with the new rows of each case as soon as they are there.
         say: told what is left out and why.
 
     Raises:
-        ValueError: for bad numbers, or if the reader has no room for any of the cases.
+        ValueError: if the reader has no room for any of the cases.
     """
-    if repeats < 1 or warmup < 0 or decode_tokens < 2:
-        raise ValueError(
-            f"The account needs repeats >= 1, warmup >= 0, decode_tokens >= 2; got {repeats}, {warmup}, {decode_tokens}."
-        )
+    reader = how.reader
     cases = list(cases)
     limit = reader.max_positions
-    fitting = [c for c in cases if limit is None or c.context + c.passages + PROMPT_TOKENS + decode_tokens <= limit]
+    fitting = [c for c in cases if limit is None or c.context + c.passages + PROMPT_TOKENS + how.decode_tokens <= limit]
     if not fitting:
         raise ValueError(f"{reader.name!r} has {limit} positions, too few for any of the contexts asked for.")
     for case in cases:
         if case not in fitting:
             say(f"{case.context} tokens are left out: {reader.name} has {limit} positions.")
     done = {key_of(row) for row in have}
-    about = {
-        "suite": "speed",
-        "test": "account",
-        "reader_shape": shape.name,
-        "weights": "random" if random_weights else None,
-        "decode_tokens": decode_tokens,
-        "n": repeats,
-        "threads": torch.get_num_threads() if reader.device.type == "cpu" else None,
-        "matrix_tflops": roofline.flops / 1e12,
-        "copy_gbps": roofline.bandwidth / 1e9,
-        "roofline_source": None if roofline.source == "measured" else roofline.source,
-    }
+    about = how.about()
     found: list[Row] = []
     for case in fitting:
-        heads = {e: about | names(e, case) | provenance(reader, seed, e.compressor) for e in (FULL, *entrants)}
+        heads = {e: about | names(e, case) | provenance(reader, how.seed, e.compressor) for e in (FULL, *entrants)}
         wanted = [e for e in (FULL, *entrants) if key_of(clean(heads[e])) not in done]
         if not wanted:
             continue
         with tempfile.TemporaryDirectory(prefix="nutgraf-account-") as folder, forgetful(wanted):
             timed = list(dict.fromkeys([FULL, *wanted]))
-            taken = _measure(reader, timed, case, Path(folder), repeats, warmup, decode_tokens, seed, say)
+            taken = _measure(how, timed, case, Path(folder), say)
         if FULL not in taken:
             say(f"{case} is left out: without the full text there is nothing to compare with.")
             continue
         rows = [
-            clean(heads[e] | figures(e, taken[e], taken[FULL], case, shape, roofline, decode_tokens))
+            clean(heads[e] | figures(e, taken[e], taken[FULL], case, how.shape, how.roofline, how.decode_tokens))
             for e in wanted
             if e in taken
         ]
@@ -118,17 +143,10 @@ def account(
 
 
 def _measure(
-    reader: Reader,
-    entrants: Sequence[Entrant],
-    case: Case,
-    folder: Path,
-    repeats: int,
-    warmup: int,
-    decode_tokens: int,
-    seed: int,
-    say: Callable[[str], None],
+    how: Measurement, entrants: Sequence[Entrant], case: Case, folder: Path, say: Callable[[str], None]
 ) -> dict[Entrant, Taken]:
     """Times of each entrant that the device has room for, taken in turns."""
+    reader, repeats, warmup = how.reader, how.repeats, how.warmup
     texts = make_passages(reader, case.passages, case.context // case.passages)
     tail = make_tail(reader)
     taken: dict[Entrant, Taken] = {}
@@ -136,7 +154,7 @@ def _measure(
     packs: dict[Entrant, Callable[[], Any]] = {}
     for number, entrant in enumerate(entrants):
         try:
-            made = _compressed(reader, entrant, texts, seed)
+            made = _compressed(reader, entrant, texts, how.seed)
             files = _save(made, folder / str(number)) if entrant is not FULL else []
             asks[entrant] = functools.partial(_prompts, entrant.reads(reader), texts, files, tail, case.batch)
             packs[entrant] = _compress_call(reader, entrant, texts, made)
@@ -147,7 +165,7 @@ def _measure(
         for entrant in list(taken):
             try:
                 clock, own = Clock(reader.device), entrant.reads(reader)
-                parts = answer_parts(own, asks[entrant], decode_tokens)
+                parts = answer_parts(own, asks[entrant], how.decode_tokens)
                 spent = clock(packs[entrant])[0] if entrant is not FULL and turn < warmup + min(repeats, 3) else None
             except torch.OutOfMemoryError:
                 del taken[entrant]

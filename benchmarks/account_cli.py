@@ -10,7 +10,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from .account import account
+from .account import Measurement, account
 from .account_rows import Case
 from .costs import decoder_shape
 from .entrants import find_entrants
@@ -79,21 +79,17 @@ def run_account(asked: Asked) -> list[Row]:
             append_rows(asked.out, rows)
         wide_console().print(account_table(rows))
 
-    found = account(
+    how = Measurement(
         reader,
         shape,
         roofline,
-        entrants,
-        cases,
         repeats=asked.repeats,
         warmup=asked.warmup,
         decode_tokens=asked.decode_tokens,
         random_weights=asked.shape is not None,
         seed=asked.seed,
-        have=have,
-        keep=keep,
-        say=lambda text: typer.echo(text, err=True),
     )
+    found = account(how, entrants, cases, have=have, keep=keep, say=lambda text: typer.echo(text, err=True))
     written = f" appended to {asked.out}" if asked.out is not None else ""
     typer.echo(f"{len(found)} rows{written}; what was there already is not measured again (--again does).")
     return found

@@ -76,19 +76,32 @@ def peak_memory(device: torch.device, run: Callable[[], Any]) -> int | None:
 
     Weights and whatever else is in memory are part of it. None where it cannot be told.
     """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        synchronise(device)
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is in use now
-    except OSError:
+    if not reset_peak(device):
         return None
     run()
+    return read_peak(device)
+
+
+def reset_peak(device: torch.device) -> bool:
+    """Set the high-water mark of memory back to what is in use now; False where it cannot be told."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return device.type == "cpu"
+
+
+def read_peak(device: torch.device) -> int | None:
+    """The high-water mark in bytes; see `peak_memory`."""
+    synchronise(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status").read_text()
     found = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
-    return 1024 * int(found[0]) if device.type == "cpu" and found else None
+    return 1024 * int(found[0]) if found else None
 
 
 class Clock:

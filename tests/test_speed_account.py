@@ -189,7 +189,9 @@ def measure(
 ) -> list[rows.Row]:
     shape = decoder_shape(reader.model.config, "llama-tiny")
     options = {"repeats": 1, "warmup": 0, "decode_tokens": 2, "random_weights": True} | more
-    return account.account(reader, shape, RATES, given, cases, **options)
+    given_to_account = {key: options.pop(key) for key in ("have", "keep", "say") if key in options}
+    how = account.Measurement(reader, shape, RATES, **options)
+    return account.account(how, given, cases, **given_to_account)
 
 
 def test_rows_of_every_entrant_and_case(reader: Reader) -> None:
