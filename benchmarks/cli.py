@@ -13,6 +13,7 @@ from rich.console import Console
 from ..compressors import Reader
 from .account_cli import Asked, run_account
 from .allocation_cli import allocation
+from .compressing_cli import compress
 from .gate_cli import gate
 from .loading import (
     CompressorSpec,
@@ -32,6 +33,7 @@ from .rows import RESULTS, append_rows, by_dataset, latest, read_rows
 from .speed import speed as measure_speed
 from .table import terminal_table
 from .timing import Contender
+from .training_cli import training
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure quality, speed and cost on equal terms.")
 
@@ -188,6 +190,8 @@ def speed(
 
 
 bench_app.command()(gate)
+bench_app.command()(training)
+bench_app.command()(compress)
 bench_app.command()(allocation)
 
 

@@ -5,7 +5,8 @@ of passages, drawn anew for each repeat; methods take turns, and the fastest rep
 disturbed least. Reading ends with the slots of all passages copied into one tensor, as a prompt needs them, so that the
 pages of a mapped file are really touched. ``first`` rows read from a store that was just opened (files are in the page
 cache); the others are warm. ``copy_gbps`` is the same copy from tensors in memory, and ``share`` is the part of its rate
-that reading keeps.
+that reading keeps. With ``--reader reader-small`` rows are of state ``answer``: what reading the passages of one prompt adds to
+the time to the first token from passages that are in memory.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ import typer
 
 from ..adapters.store import Entry, LanceStore, MemoryStore, PassageKey, PassageStore
 from ..compressors import CompressedPassage
+from .loading import find_reader
 from .rows import append_rows, command, commit, device_name
+from .store_answers import first_token_rows
 
 STORES: dict[str, Callable[[Path], PassageStore]] = {
     "memory": lambda folder: MemoryStore(),
@@ -102,13 +105,23 @@ def main(
     slots: Annotated[int, typer.Option(help="Slots of a passage.")] = 16,
     width: Annotated[int, typer.Option(help="Embedding width.")] = 2048,
     repeats: Annotated[int, typer.Option(help="Batches read.")] = 20,
+    reader: Annotated[
+        str | None, typer.Option(help="Measure instead what reading adds to this reader's time to the first token.")
+    ] = None,
+    passage_tokens: Annotated[int, typer.Option(help="Tokens of a passage, with --reader.")] = 200,
+    ratio: Annotated[float, typer.Option(help="Tokens of a slot, with --reader.")] = 16.0,
     folder: Annotated[Path | None, typer.Option(help="Where the stores are made; default: a temporary folder.")] = None,
     out: Annotated[Path | None, typer.Option(help="Results file that rows are appended to.")] = None,
 ) -> None:
-    """Read stored passages in several layouts, and compare with a copy of memory."""
+    """Read stored passages in several layouts, and compare with a copy of memory or with the answer that waits for them."""
     place = Path(tempfile.mkdtemp(dir=folder))
     try:
-        found = measure(passages, batch, slots, width, repeats, place)
+        if reader is not None:
+            loaded = find_reader(reader, "cpu", "auto")
+            found = first_token_rows(loaded, STORES, batch, passage_tokens, ratio, repeats, place)
+            passages, slots, width = batch, round(found[0]["slots"]), loaded.width
+        else:
+            found = measure(passages, batch, slots, width, repeats, place)
     finally:
         shutil.rmtree(place)
     about = {
@@ -116,7 +129,7 @@ def main(
         "command": f"python -m nutgraf.benchmarks.{command()}",
         "commit": commit(),
         "device": device_name("cpu"),
-        "dtype": "float16",
+        "dtype": "float16" if reader is None else "float32",
         "seed": torch.initial_seed(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "passages": passages,
@@ -126,6 +139,12 @@ def main(
     }
     rows = [about | row for row in found]
     for row in rows:
+        if reader is not None:
+            typer.echo(
+                f"{row['method']:12} read {row['read_ms']:7.2f} ms  TTFT {row['ttft_memory_ms']:8.1f} ms from memory  "
+                f"adds {100 * row['read_share_of_ttft']:5.1f} %  {row['read_gbps']:7.3f} GB/s beside {row['copy_gbps']:.2f}"
+            )
+            continue
         typer.echo(
             f"{row['method']:12} {row['state']:6} {row['read_ms']:9.2f} ms  {row['read_gbps']:7.3f} GB/s  "
             f"{100 * row['share']:5.1f} % of a copy ({row['copy_gbps']:.2f} GB/s)  {row['bytes_per_passage']:,.0f} bytes"

@@ -2,8 +2,9 @@
 
 What a soft compressor learns from is what the frozen reader predicts after reading its slots. The reader gives the hidden
 states ``[N, d]`` that predict the N target tokens of a batch (`Reader.target_hidden`) and its own `head` turns them into
-logits, soft-capping and scaling included. The objectives call the head on `chunk` rows at a time and recompute it in the
-backward pass, so that never more than ``chunk x vocabulary`` logits exist, however long the targets are.
+logits, soft-capping and scaling included. The objectives call the head on `chunk` rows at a time and form each chunk's
+gradient beside its value, so that never more than ``chunk x vocabulary`` logits exist, however long the targets are, and the
+head runs once. (A head that is trained is recomputed in the backward pass instead.)
 
 Every objective is ``sum_i w_i loss_i / num_items``. `num_items` defaults to the sum of the weights (a mean); with the total
 over an accumulated batch instead, accumulated gradients equal those of one large batch.
@@ -12,13 +13,42 @@ over an accumulated batch instead, accumulated gradients equal those of one larg
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .teacher_logits import TeacherLogits, with_tail
+
 Head = Callable[[Tensor], Tensor]
+Other = Tensor | TeacherLogits  # what a row is compared with
+
+
+class _SumOfChunks(torch.autograd.Function):
+    """A sum over chunks of rows, whose gradient is formed chunk by chunk beside its value."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, loss: Callable[..., Tensor], chunk: int, other: Other, weights: Tensor
+    ) -> Tensor:
+        gradient = torch.empty_like(hidden)
+        total = torch.zeros((), dtype=weights.dtype, device=hidden.device)
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            with torch.enable_grad():
+                rows = hidden[part].detach().requires_grad_()
+                value = loss(rows, other[part], weights[part])
+            (gradient[part],) = torch.autograd.grad(value, rows)
+            total += value.detach()
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return (gradient * upstream).to(gradient.dtype), None, None, None, None
 
 
 class _ChunkedLoss(nn.Module):
@@ -43,15 +73,18 @@ class _ChunkedLoss(nn.Module):
         logits = (head or self.head)(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def _rows(self, hidden: Tensor, other: Tensor) -> Tensor:
+    def _rows(self, hidden: Tensor, other: Any) -> Tensor:
         raise NotImplementedError
 
-    def _sum(self, hidden: Tensor, other: Tensor, weights: Tensor) -> Tensor:
+    def _sum(self, hidden: Tensor, other: Other, weights: Tensor) -> Tensor:
         return (self._rows(hidden, other) * weights).sum()
 
-    def _reduce(
-        self, hidden: Tensor, other: Tensor, weights: Tensor | None, num_items: float | Tensor | None
-    ) -> Tensor:
+    def _trains_head(self, hidden: Tensor) -> bool:
+        """Whether the head has parameters that want a gradient."""
+        with torch.enable_grad():
+            return self.head(hidden[:1].detach()).requires_grad
+
+    def _reduce(self, hidden: Tensor, other: Other, weights: Tensor | None, num_items: float | Tensor | None) -> Tensor:
         n = hidden.shape[0]
         if hidden.dim() != 2:
             raise ValueError(f"Hidden states must be [rows, width], got {list(hidden.shape)}.")
@@ -61,13 +94,15 @@ class _ChunkedLoss(nn.Module):
             weights = hidden.new_ones(n, dtype=torch.promote_types(hidden.dtype, torch.float32))
         if not n:
             return hidden.sum() * 0.0
-        total = torch.zeros((), dtype=weights.dtype, device=hidden.device)
-        for start in range(0, n, self.chunk):
-            part = slice(start, start + self.chunk)
-            rows = (hidden[part], other[part], weights[part])
-            if n <= self.chunk:
-                total = total + self._sum(*rows)
-            else:
+        if n <= self.chunk:
+            total = self._sum(hidden, other, weights)
+        elif hidden.requires_grad and torch.is_grad_enabled() and not self._trains_head(hidden):
+            total = _SumOfChunks.apply(hidden, self._sum, self.chunk, other, weights)
+        else:
+            total = torch.zeros((), dtype=weights.dtype, device=hidden.device)
+            for start in range(0, n, self.chunk):
+                part = slice(start, start + self.chunk)
+                rows = (hidden[part], other[part], weights[part])
                 total = total + checkpoint(self._sum, *rows, use_reentrant=False, preserve_rng_state=False)
         return total / (weights.sum() if num_items is None else num_items)
 
@@ -110,9 +145,8 @@ class AutoencodingLoss(_TokenLoss):
         +-------------+---------------------+------------------------------------------------------------------+
 
     Memory:
-        Beside its inputs and their gradients ``8 * min(N, chunk) * V`` bytes in forward and ``12 * min(N, chunk) * V`` in
-        backward (float32 logits, log-probabilities, gradient), in place of ``12 * N * V``: at V = 128,256 and N = 16,384,
-        0.8 GB instead of 25 GB.
+        Beside its inputs and their gradients ``12 * min(N, chunk) * V`` bytes (float32 logits, log-probabilities, gradient)
+        in place of ``12 * N * V``: at V = 128,256 and N = 16,384, 0.8 GB instead of 25 GB.
 
     Example:
         >>> loss = AutoencodingLoss(reader.head)
@@ -182,7 +216,9 @@ class KLDistillationLoss(_ChunkedLoss):
     Inputs:
         +-------------+---------------------+------------------------------------------------------------------+
         | hidden      | ``[N, d]`` float    | student: hidden states, slots in the prompt                      |
-        | teacher     | ``[N, d]`` float    | hidden states, text in the prompt; no gradient flows into it     |
+        | teacher     | ``[N, d]`` float    | hidden states, text in the prompt; no gradient flows into it;    |
+        |             |                     | or `TeacherLogits` that were kept: `top_k` is then theirs, and   |
+        |             |                     | their temperature must be this one                               |
         | weights     | ``[N]`` float, opt. | weight of each row; default 1                                    |
         | num_items   | number, opt.        | divisor; default the sum of the weights                          |
         +-------------+---------------------+------------------------------------------------------------------+
@@ -215,31 +251,29 @@ class KLDistillationLoss(_ChunkedLoss):
             raise ValueError(f"top_k must be at least 1, or None for the whole vocabulary, got {top_k}.")
         self.temperature, self.top_k = temperature, top_k
 
-    def _rows(self, hidden: Tensor, other: Tensor) -> Tensor:
+    def _rows(self, hidden: Tensor, other: Other) -> Tensor:
+        student = self._logits(hidden) / self.temperature
+        if isinstance(other, TeacherLogits):
+            return self._divergence(with_tail(student, other.ids), other.logprobs)
         with torch.no_grad():
             teacher = self._logits(other, self._held[1]) / self.temperature
-        student = self._logits(hidden) / self.temperature
         if self.top_k is not None and self.top_k < teacher.shape[-1]:
             kept = teacher.topk(self.top_k, dim=-1).indices
-            teacher, student = _with_tail(teacher, kept), _with_tail(student, kept)
-        else:
-            teacher, student = teacher.log_softmax(-1), student.log_softmax(-1)
+            return self._divergence(with_tail(student, kept), with_tail(teacher, kept))
+        return self._divergence(student.log_softmax(-1), teacher.log_softmax(-1))
+
+    def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1) * self.temperature**2
 
     def forward(
-        self, hidden: Tensor, teacher: Tensor, weights: Tensor | None = None, num_items: float | Tensor | None = None
+        self, hidden: Tensor, teacher: Other, weights: Tensor | None = None, num_items: float | Tensor | None = None
     ) -> Tensor:
         """The objective, a scalar; see the class."""
-        if teacher.shape != hidden.shape:
+        stored = isinstance(teacher, TeacherLogits)
+        if len(teacher) != len(hidden) or (not stored and teacher.shape != hidden.shape):
+            got = [len(teacher)] if stored else list(teacher.shape)
             raise ValueError(
-                f"Teacher and student need the same target positions, got {list(teacher.shape)} and "
-                f"{list(hidden.shape)}; take both from target_hidden with the same targets."
+                f"Teacher and student need the same target positions, got {got} and {list(hidden.shape)}; take both from "
+                "target_hidden with the same targets."
             )
-        return self._reduce(hidden, teacher.detach(), weights, num_items)
-
-
-def _with_tail(logits: Tensor, kept: Tensor) -> Tensor:
-    """Log-probabilities ``[n, k + 1]`` of the `kept` tokens ``[n, k]`` and of all others together."""
-    total = logits.logsumexp(-1, keepdim=True)
-    rest = logits.scatter(-1, kept, float("-inf")).logsumexp(-1, keepdim=True)
-    return torch.cat([logits.gather(-1, kept), rest], dim=-1) - total
+        return self._reduce(hidden, teacher if stored else teacher.detach(), weights, num_items)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 
 import torch
 
+_watched: ContextVar[list[int] | None] = ContextVar("watched", default=None)
 _MOST = 256  # sequences in a batch: more save no pass worth counting
 
 
@@ -16,6 +19,16 @@ def pass_positions(device: torch.device) -> int:
     about a thousand.
     """
     return 32 if device.type == "cpu" else 1024
+
+
+@contextlib.contextmanager
+def watch_lengths() -> Iterator[list[int]]:
+    """Collects the length of every sequence that is packed inside, padding left out: what an encoder has to read."""
+    token = _watched.set(seen := [])
+    try:
+        yield seen
+    finally:
+        _watched.reset(token)
 
 
 def pack(lengths: Sequence[int], budget: int, overhead: int = 0) -> Iterator[list[int]]:
@@ -29,6 +42,8 @@ def pack(lengths: Sequence[int], budget: int, overhead: int = 0) -> Iterator[lis
     Yields:
         Indices into ``lengths``; every index once, the longest sequences first.
     """
+    if (seen := _watched.get()) is not None:
+        seen += lengths
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     # Of the best split of the first j sequences: its cost, and where its last batch begins.
     cost, begin = [0], [0]

@@ -74,6 +74,7 @@ class Stage(_Strict):
         objectives: weights of autoencoding, language modelling, distillation and slot matching, and of `segments`, which is
             AutoCompressor's own (compressor recipes).
         temperature, teacher_top_k: of the distillation objective.
+        teacher_cache: folder where the teacher's `teacher_top_k` likeliest tokens are kept and found again.
         ratios: compression ratios to draw from, one a batch; None leaves the compressor's own.
         passages: how many passages stand in a prompt; a number, a list to draw from or a range.
         mix: what the items of the stage are, in the task's own words, each with its weight or settings.
@@ -98,6 +99,7 @@ class Stage(_Strict):
     objectives: dict[Objective, Annotated[float, Field(ge=0)]] = {}
     temperature: float = Field(default=1.0, gt=0)
     teacher_top_k: Positive | None = None
+    teacher_cache: str | None = None
     ratios: Annotated[list[Annotated[float, Field(ge=1)]], Field(min_length=1)] | Span | None = None
     passages: Positive | Annotated[list[Positive], Field(min_length=1)] | Span = 1
     mix: dict[str, Any] = {}
@@ -105,6 +107,15 @@ class Stage(_Strict):
     log_every: Positive = 10
     save_every: Positive = 200
     eval_every: Positive | None = None
+
+    @model_validator(mode="after")
+    def _cache_of_few(self) -> Stage:
+        if self.teacher_cache is not None and (self.teacher_top_k is None or not self.objectives.get("kl")):
+            raise ValueError(
+                "teacher_cache keeps the teacher's likeliest tokens for the objective kl: give kl a weight, and teacher_top_k "
+                "(64, say)"
+            )
+        return self
 
     @property
     def warmup_steps(self) -> int:
@@ -171,7 +182,7 @@ class Recipe(_Strict):
         whole = self.model_dump(mode="json", exclude={"output", "checkpoints", "description"})
         whole["data"].pop("dir", None)
         for stage in whole["stages"]:
-            for key in ("log_every", "save_every"):
+            for key in ("log_every", "save_every", "teacher_cache"):
                 stage.pop(key)
         return whole
 

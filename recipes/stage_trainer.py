@@ -251,6 +251,8 @@ class StageTrainer(Trainer):
         begin = time.monotonic()
         name = checkpoint_name(self.index, self.stage.name, self.state.global_step)
         partial_folder = self.run.store.partial(name)
+        if (flush := getattr(self.run.task, "flush", None)) is not None:
+            flush()
         if self.is_world_process_zero():
             shutil.rmtree(partial_folder, ignore_errors=True)
         self.accelerator.wait_for_everyone()

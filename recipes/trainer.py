@@ -35,7 +35,8 @@ class TrainingTask(Protocol):
     `accepts_loss_kwargs = True`, whose collator gives `num_items` (a count, or a dict of counts by objective), gets
     their totals over accumulation steps and devices as the keyword `num_items_in_batch` and returns sum / total: then
     accumulating gradients equals one large batch exactly. A task may also have
-    `evaluate(stage) -> dict[str, float]`; its results are logged as `eval/<name>`.
+    `evaluate(stage) -> dict[str, float]`; its results are logged as `eval/<name>`. And `flush()`, called before each
+    checkpoint, to write what it keeps in memory and would rather not make again.
     """
 
     @property

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 from nutgraf.recipes import checkpoints, progress, stage_trainer
-from nutgraf.recipes.compressor_task import CompressorModule, CompressorTask
+from nutgraf.recipes.compressor_module import CompressorModule
+from nutgraf.recipes.compressor_task import CompressorTask
 from nutgraf.recipes.schema import parse_recipe
 from nutgraf.recipes.trainer import run_recipe
 
