@@ -13,7 +13,7 @@ import numpy as np
 
 from . import metrics
 from .names import kind_of
-from .rows import Row
+from .rows import Row, clean
 
 POOLED = ("qa_dev_squad", "qa_dev_nq", "qa_dev_quoref", "qa_dev_fairytaleqa", "qa_dev_qamr")
 BUDGETS = (2, 4, 8, 16, 32)
@@ -50,6 +50,12 @@ def comparable(rows: Sequence[Row], half: str = "report") -> dict[str, dict[Key,
             key = (row["method"], row.get("ratio_asked"), row.get("budget_of"))
             found.setdefault(row["dataset"], {})[key] = row
     return {name: lines for name, lines in found.items() if {("full", None, None), ("none", None, None)} <= set(lines)}
+
+
+def pool(rows: Sequence[Row]) -> list[Row]:
+    """The pooled rows of all lines that each of the `POOLED` sets has; sets that are not `tellable` are left out."""
+    sets = tellable(rows)
+    return [clean(row) for row in pooled_rows({name: sets[name] for name in POOLED if name in sets})]
 
 
 def tellable(rows: Sequence[Row], half: str = "report") -> dict[str, dict[Key, Row]]:

@@ -12,19 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import picture
-from .pooled import POOLED, comparable, pooled_rows, tellable
+from .pooled import comparable, pool
 from .results_page import about, one_slot, results_page, short_table
-from .rows import PACKAGE, RESULTS, Row, clean, read_rows
+from .rows import PACKAGE, RESULTS, Row, read_rows
 
 BEGIN, END = "<!-- results: begin (python -m nutgraf.benchmarks.readme) -->", "<!-- results: end -->"
 ROWS, PICTURE, POOLED_ROWS = RESULTS / "tradeoff.jsonl", RESULTS / "tradeoff.png", RESULTS / "pooled.jsonl"
 PAGE, README = PACKAGE / "benchmarks" / "RESULTS.md", PACKAGE / "README.md"
-
-
-def pool(rows: Sequence[Row]) -> list[Row]:
-    """The pooled rows that README and picture show."""
-    sets = {name: lines for name, lines in tellable(rows).items() if name in POOLED}
-    return [clean(row) for row in pooled_rows({name: sets[name] for name in POOLED if name in sets})]
 
 
 def block(rows: Sequence[Row]) -> str:

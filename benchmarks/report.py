@@ -14,7 +14,9 @@ from pathlib import Path
 
 from ..compressors.passage import write_atomically
 from .metrics import exact_match
+from .picture import draw
 from .plots import best_baselines, position_plot, quality_plot, ttft_plot
+from .pooled import pool
 from .report_style import STYLE
 from .rows import Row, by_dataset, latest
 from .table import COLUMNS, FIXED, kind_of, name_of, table_lines
@@ -66,8 +68,11 @@ def write_report(
         if len(groups) == 1
         else f"{len(everything)} measurements on {len(groups)} sets of questions."
     )
+    overview = _overview(rows) if len(groups) > 1 else ""
     sections = [_dataset(name, group, everything) for name, group in groups.items()] if len(groups) > 1 else []
-    sections += [
+    sections = [
+        overview,
+        *sections,
         *((_plots(everything), _table(everything, everything)) if len(groups) == 1 else ()),
         _answers(examples),
         *((_reading(everything),) if len(groups) == 1 else ()),
@@ -137,6 +142,18 @@ def honest_notes(rows: Sequence[Row]) -> list[str]:
             f"Compressed within the request, {names} can be slower than reading the full text; stored, it is paid once."
         )
     return notes
+
+
+def _overview(rows: Sequence[Row]) -> str:
+    """The picture of all methods over all sets, where the rows keep each question's score."""
+    image = draw(pool(rows))
+    if image is None:
+        return ""
+    data = base64.b64encode(image).decode()
+    return (
+        '<section><figure><h2>All methods, all sets</h2><img alt="Recovered share by ratio and by TTFT" '
+        f'src="data:image/png;base64,{data}"></figure></section>'
+    )
 
 
 def _dataset(name: str, rows: Sequence[Row], everything: Sequence[Row]) -> str:

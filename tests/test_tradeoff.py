@@ -20,7 +20,6 @@ from nutgraf.benchmarks import (
     picture,
     pooled,
     quality,
-    readme,
     remaining,
     results_page,
     source_hash,
@@ -211,7 +210,7 @@ def test_only_paired_rows_are_pooled() -> None:
     rows = [*old, *ROWS, *elsewhere, row("qa_dev_squad", "mean-pool", 0.1, 4.0, half="tune")]
     found = {
         (r["method"], r["ratio_asked"]): r
-        for r in readme.pool([r | {"ratio_asked": r.get("ratio_asked")} for r in rows])
+        for r in pooled.pool([r | {"ratio_asked": r.get("ratio_asked")} for r in rows])
         if r.get("ratio_asked")
     }
     assert ("icae", 4.0) not in found
@@ -225,13 +224,13 @@ def test_only_paired_rows_are_pooled() -> None:
 
 def test_a_set_whose_text_tells_nothing_is_left_out_and_named() -> None:
     lost = [r | {"f1_each": scores(0.3, 100, k).tolist()} for k, r in enumerate(one_set("qa_dev_quoref"))]
-    pooled_rows = readme.pool([*ROWS, *lost])
+    pooled_rows = pooled.pool([*ROWS, *lost])
     assert pooled_rows[0]["datasets"] == ["qa_dev_squad", "qa_dev_qamr"]
     assert "Left out: NQ, Quoref, FairytaleQA" in results_page.about(pooled_rows)
 
 
 def test_the_best_is_named_and_tuned_readers_do_not_compete() -> None:
-    rows = readme.pool(ROWS)
+    rows = pooled.pool(ROWS)
     assert pooled.best(rows, 4, "soft")["method"] == "mean-pool"
     assert pooled.best(rows, 16, "soft") is None
     text = results_page.short_table(rows).splitlines()
@@ -247,7 +246,7 @@ def test_the_best_is_named_and_tuned_readers_do_not_compete() -> None:
 
 
 def test_the_page_has_every_line() -> None:
-    page = results_page.results_page(readme.pool(ROWS), pooled.comparable(ROWS))
+    page = results_page.results_page(pooled.pool(ROWS), pooled.comparable(ROWS))
     assert page.count("## ") == 3
     assert page.count("| mean-pooled windows | 4x |") == 3
     assert page.count("xRAG of another question's passage") == 3
@@ -258,7 +257,7 @@ def test_the_page_has_every_line() -> None:
 
 
 def test_the_picture_is_small_and_carries_its_rows() -> None:
-    rows = readme.pool(ROWS)
+    rows = pooled.pool(ROWS)
     image = picture.draw(rows)
     assert image.startswith(b"\x89PNG")
     assert len(image) < 200_000
@@ -271,7 +270,7 @@ def test_the_picture_is_small_and_carries_its_rows() -> None:
 
 
 def test_the_picture_draws_each_method_once_and_controls_never() -> None:
-    names = [line["name"] for line in picture._series(readme.pool(ROWS))]
+    names = [line["name"] for line in picture._series(pooled.pool(ROWS))]
     assert names == [
         "mean-pooled windows",
         "gist tokens (reader tuned)",
