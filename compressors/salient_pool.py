@@ -66,7 +66,8 @@ class SalientPoolCompressor(SoftCompressor):
     embeddings e, the classifier's last states h and log-odds :math:`z = \log p / (1 - p)`,
 
     .. math:: slot_k = A \frac{\sum_t w_t e_t}{\sqrt{\sum_t w_t^2}}
-              + s \cdot \mathrm{MLP}\big(\mathrm{RMSNorm}(\sum_t w_t h_t)\big), \quad w = \mathrm{softmax}_{t \in window}(\beta z_t),\ w_t \le w_{anchor}.
+              + s \cdot \mathrm{MLP}\big(\mathrm{RMSNorm}(\sum_t w_t h_t)\big),
+              \quad w = \mathrm{softmax}_{t \in window}(\beta z_t),\ w_t \le w_{anchor}.
 
     A starts as the identity, the MLP's last layer at zero and :math:`\beta` at 4, so that before any training with the
     reader a slot is its anchor's embedding with a trace of its neighbours: read like LLMLingua-2's text of as many tokens.
