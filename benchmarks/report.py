@@ -19,6 +19,7 @@ from .plots import best_baselines, position_plot, quality_plot, ttft_plot
 from .pooled import pool
 from .report_style import STYLE
 from .rows import Row, by_dataset, latest
+from .speed_tables import SpeedTable, speed_tables
 from .table import COLUMNS, FIXED, kind_of, name_of, table_lines
 
 
@@ -50,7 +51,8 @@ def write_report(
     """Write the report, atomically, and return its path.
 
     Args:
-        rows: results rows; quality rows make the table, speed rows the times, reading rows a section of their own.
+        rows: results rows; quality rows make the table, speed rows the times, reading rows and the account's sections of
+            their own.
         examples: answers side by side.
         notes: further notes, put in front of those that follow from the figures.
 
@@ -59,7 +61,8 @@ def write_report(
         ImportError: if matplotlib is missing.
     """
     groups = by_dataset(latest(rows))
-    if not groups:
+    costs = speed_tables(rows)
+    if not groups and not costs:
         raise ValueError("A report needs at least one results row of the suites quality or speed, got none.")
     path = Path(path)
     everything = [row for group in groups.values() for row in group]
@@ -67,6 +70,8 @@ def write_report(
         summary(everything)
         if len(groups) == 1
         else f"{len(everything)} measurements on {len(groups)} sets of questions."
+        if groups
+        else "What reading compressed passages costs."
     )
     overview = _overview(rows) if len(groups) > 1 else ""
     sections = [_dataset(name, group, everything) for name, group in groups.items()] if len(groups) > 1 else []
@@ -75,6 +80,7 @@ def write_report(
         *sections,
         *((_plots(everything), _table(everything, everything)) if len(groups) == 1 else ()),
         _answers(examples),
+        _costs(costs),
         *((_reading(everything),) if len(groups) == 1 else ()),
         _list("Notes", [*notes, *(honest_notes(everything) if len(groups) == 1 else ())]),
         _list("How it was measured", _origins(everything)),
@@ -187,6 +193,21 @@ def _table(rows: Sequence[Row], everything: Sequence[Row]) -> str:
         "may read as many tokens as the method above."
         "</p></section>"
     )
+
+
+def _costs(tables: Sequence[SpeedTable]) -> str:
+    """The account: one section, a table each."""
+    parts = []
+    for table in tables:
+        head = "".join(f"<th>{escape(name)}</th>" for name in table.columns)
+        body = "\n".join(
+            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in table.lines
+        )
+        parts.append(
+            f'<h3>{escape(table.title)}</h3><div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody>'
+            f'</table></div><p class="caption">{escape(table.caption)}</p>'
+        )
+    return f"<section><h2>Speed and cost</h2>{''.join(parts)}</section>" if parts else ""
 
 
 def _plots(rows: Sequence[Row]) -> str:

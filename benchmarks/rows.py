@@ -103,7 +103,7 @@ def by_dataset(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """
     found: dict[str, list[Row]] = {}
     for row in rows:
-        if row.get("suite") in ("quality", "speed") and row.get("test") != "account":
+        if row.get("suite") in ("quality", "speed") and row.get("test") not in ("account", "compress"):
             found.setdefault(str(row.get("dataset", "")), []).append(row)
     return found
 
