@@ -1,7 +1,8 @@
 """What the README and RESULTS.md show of the measured rows, and the picture, made by one command.
 
-`python -m nutgraf.benchmarks.readme` reads `results/tradeoff.jsonl` and writes the block between the markers in README.md,
-RESULTS.md, `results/pooled.jsonl` and `results/tradeoff.png`; `--check` only says whether they are those of the rows.
+`python -m nutgraf.benchmarks.readme` reads `results/tradeoff.jsonl` and `results/allocation.jsonl` and writes the block between
+the markers in README.md, RESULTS.md, `results/pooled.jsonl` and `results/tradeoff.png`; `--check` only says whether they are
+those of the rows.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .rows import PACKAGE, RESULTS, Row, read_rows
 
 BEGIN, END = "<!-- results: begin (python -m nutgraf.benchmarks.readme) -->", "<!-- results: end -->"
 ROWS, PICTURE, POOLED_ROWS = RESULTS / "tradeoff.jsonl", RESULTS / "tradeoff.png", RESULTS / "pooled.jsonl"
+ALLOCATION_ROWS = RESULTS / "allocation.jsonl"
 PAGE, README = PACKAGE / "benchmarks" / "RESULTS.md", PACKAGE / "README.md"
 
 
@@ -44,7 +46,7 @@ def written(rows: Sequence[Row]) -> dict[Path, str]:
     pooled = pool(rows)
     return {
         README: with_block(README.read_text(encoding="utf-8"), block(rows)),
-        PAGE: results_page(pooled, comparable(rows)),
+        PAGE: results_page(pooled, comparable(rows), read_rows(ALLOCATION_ROWS) if ALLOCATION_ROWS.is_file() else []),
         POOLED_ROWS: "".join(json.dumps(row) + "\n" for row in pooled),
     }
 

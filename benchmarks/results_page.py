@@ -12,6 +12,11 @@ from .pooled import AIMS, BUDGETS, ONE_SLOT, POOLED, Key, best, budget_of
 from .rows import Row
 
 KINDS = {"soft": "best soft method", "text": "best text method", "plain": "best plain text"}
+SCORES = {"embedder": "the embedder's score", "bm25": "BM25", "gold": "knowing the right passage"}
+ALLOCATION = (
+    "As many slots a question as one ratio for all its passages gives, divided between the passages by score. Negative nats "
+    "are good: the reference answer became likelier."
+)
 FULL: Key = ("full", None, None)
 
 
@@ -66,8 +71,8 @@ def about(pooled: Sequence[Row]) -> str:
     return text
 
 
-def results_page(pooled: Sequence[Row], sets: dict[str, dict[Key, Row]]) -> str:
-    """RESULTS.md: every line, pooled and set by set."""
+def results_page(pooled: Sequence[Row], sets: dict[str, dict[Key, Row]], allocated: Sequence[Row] = ()) -> str:
+    """RESULTS.md: every line, pooled and set by set, and the rows of slots by retrieval score (`allocated`)."""
     parts = [
         "# Results",
         "Written by `python -m nutgraf.benchmarks.readme` from [results/](results); [README.md](README.md) defines the columns "
@@ -79,7 +84,39 @@ def results_page(pooled: Sequence[Row], sets: dict[str, dict[Key, Row]]) -> str:
         full = lines[FULL]
         skipped = f", {full['skipped']} too long for the reader left out" if full.get("skipped") else ""
         parts += [f"## {dataset_title(name)}", f"{full['n']} questions{skipped}.", _set_table(list(lines.values()))]
+    if table := allocation_table(allocated):
+        parts += ["## Slots by retrieval score", ALLOCATION, table]
     return "\n\n".join(parts) + "\n"
+
+
+def allocation_table(rows: Sequence[Row]) -> str:
+    """Each budget divided by score against the same budget at one ratio; the newest row of each line. Maybe empty."""
+    keys = ("dataset", "method", "ratio_asked", "allocation", "score", "temperature")
+    newest = {tuple(row.get(key) for key in keys): row for row in rows if "allocation" in row}
+    out = [
+        "| set | budget of | slots divided by | questions | F1 | against one ratio | nats of the answer, against one ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in newest.values():
+        by_score = row["allocation"] == "score"
+        cells = [
+            dataset_title(row["dataset"]),
+            method_name(row["method"]) + (f" {row['ratio_asked']:g}x" if row.get("ratio_asked") else ""),
+            f"{SCORES[row['score']]}, T = {row['temperature']:g}" if by_score else "one ratio for all",
+            str(row["n"]),
+            f"{100 * row['f1']:.1f}",
+            _change(row, "f1_minus_uniform", 100, "+.1f"),
+            _change(row, "nll_minus_uniform", 1, "+.2f"),
+        ]
+        out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out) if newest else ""
+
+
+def _change(row: Row, key: str, factor: float, form: str) -> str:
+    if key not in row:
+        return ""
+    value, low, high = (factor * row[name] for name in (key, f"{key}_low", f"{key}_high"))
+    return f"{value:{form}} ({low:{form}} to {high:{form}})"
 
 
 def _pooled_table(rows: Sequence[Row]) -> str:

@@ -321,6 +321,11 @@ def test_allocation_rows(reader: Reader, compressor: Any) -> None:
         key = f"{name}_minus_uniform"
         assert rows[3][f"{key}_low"] <= rows[3][key] <= rows[3][f"{key}_high"]
     assert json.dumps(rows)
+    lines_shown = results_page.allocation_table([*rows, *rows]).splitlines()
+    assert len(lines_shown) == 2 + 3
+    assert "| mean-pooled windows 4x | one ratio for all | 6 |" in lines_shown[2]
+    assert "| mean-pooled windows 4x | BM25, T = 1 | 6 |" in lines_shown[3]
+    assert results_page.allocation_table(rows[:2]) == ""
     with pytest.raises(ValueError, match="no score"):
         allocation.ByScore(compressor, 4, scorer="luck")
     with pytest.raises(ValueError, match="makes text"):
