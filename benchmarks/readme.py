@@ -28,9 +28,10 @@ def block(rows: Sequence[Row]) -> str:
     pooled = pool(rows)
     if not pooled:
         return "No rows yet."
-    squad = comparable(rows).get("qa_dev_squad", {})
+    sets = comparable(rows)
+    squad = sets.get("qa_dev_squad", {})
     image = f"![Recovered share by compression ratio and by time to the first token](benchmarks/results/{PICTURE.name})"
-    return "\n\n".join(part for part in (image, short_table(pooled), one_slot(squad), about(pooled)) if part)
+    return "\n\n".join(part for part in (image, short_table(pooled), one_slot(squad), about(pooled, sets)) if part)
 
 
 def with_block(readme: str, text: str) -> str:

@@ -5,7 +5,7 @@ Both are made from rows alone, so that no figure or verdict in them can outlive 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from .names import dataset_title, kind_of, method_name
 from .pooled import AIMS, BUDGETS, ONE_SLOT, POOLED, Key, best, budget_of
@@ -49,8 +49,12 @@ def one_slot(squad: dict[Key, Row]) -> str:
     return said + "."
 
 
-def about(pooled: Sequence[Row]) -> str:
-    """What the figures are of: sets, questions, intervals, and what stands outside the contest."""
+def about(pooled: Sequence[Row], measured: Collection[str]) -> str:
+    """What the figures are of: sets, questions, intervals, and what stands outside the contest.
+
+    Args:
+        measured: the sets that there are rows of.
+    """
     names = [dataset_title(name) for name in pooled[0]["datasets"]]
     sets = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
     text = (
@@ -66,8 +70,11 @@ def about(pooled: Sequence[Row]) -> str:
             f" Methods that also tune the reader ({', '.join(tuned)}) do not compete here, as what tuning gains is no "
             "compression."
         )
-    if missing := [dataset_title(name) for name in POOLED if name not in pooled[0]["datasets"]]:
-        text += f" Left out: {', '.join(missing)}, where the full text cannot be told from no context."
+    missing = [name for name in POOLED if name not in pooled[0]["datasets"]]
+    if names := [dataset_title(name) for name in missing if name in measured]:
+        text += f" Left out: {', '.join(names)}, where the full text cannot be told from no context."
+    if names := [dataset_title(name) for name in missing if name not in measured]:
+        text += f" Not measured: {', '.join(names)}."
     return text
 
 
@@ -79,7 +86,7 @@ def results_page(pooled: Sequence[Row], sets: dict[str, dict[Key, Row]], allocat
         "and has the commands. Shares and F1 in per cent, intervals 95 %.",
     ]
     if pooled:
-        parts += ["## All sets", about(pooled), _pooled_table(pooled)]
+        parts += ["## All sets", about(pooled, sets), _pooled_table(pooled)]
     for name, lines in sets.items():
         full = lines[FULL]
         skipped = f", {full['skipped']} too long for the reader left out" if full.get("skipped") else ""
