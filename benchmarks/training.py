@@ -9,10 +9,10 @@ passes are timed apart and are no part of the step.
 
 from __future__ import annotations
 
-import functools
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,10 +120,11 @@ def measure_step(
         run.bar = RunBar(1, recipe.name, enabled=False)
         progress = run.prepare(False)[1]
         task.begin_stage(recipe.stages[0])
-        if wanted.family == "kl-cached":
-            _fill(task, recipe)
         trainer = StageTrainer(run, 0, progress)
-        watch = _Stopwatch(task.module, wanted.warmup, timer)
+        if wanted.family == "kl-cached":
+            with trainer.autocast_context():
+                _fill(task, recipe)
+        watch = _Stopwatch(trainer, task.module, wanted.warmup, timer)
         trainer.add_callback(watch)
         watch.start()
         trainer.train()
@@ -144,8 +145,10 @@ def _fill(task: CompressorTask, recipe: Recipe) -> None:
 class _Stopwatch(TrainerCallback):
     """Times each step, the teacher inside it, and after it the bare passes over the same batch."""
 
-    def __init__(self, module: CompressorModule, warmup: int, timer: Callable[[], float]) -> None:
-        self.module, self.warmup, self.timer = module, warmup, timer
+    def __init__(
+        self, trainer: StageTrainer, module: CompressorModule, warmup: int, timer: Callable[[], float]
+    ) -> None:
+        self.trainer, self.module, self.warmup, self.timer = trainer, module, warmup, timer
         self.device = module.compressor.base_reader.device
         self.steps: list[float] = []
         self.teacher: list[float] = []
@@ -189,9 +192,8 @@ class _Stopwatch(TrainerCallback):
             raise RuntimeError("The trainer ended a step without a batch.")
         peak = read_peak(self.device)
         sizes = _sizes(self.module, self._batch)
-        bare = functools.partial(_bare, self.module, *sizes)
         begin = self._now()
-        bare()
+        _bare(self.module, *sizes, self.trainer.autocast_context)
         spent = self._now() - begin
         if state.global_step > self.warmup:
             self.steps.append(took)
@@ -216,7 +218,7 @@ class _Stopwatch(TrainerCallback):
             "tokens_per_s": sum(self.positions) / step,
             "bare_tokens_per_s": sum(self.positions) / bare,
             "peak_bytes": self.peak,
-            "n": n,
+            "precision": "bfloat16 autocast" if self.trainer.autocast else None,
         }
 
 
@@ -236,19 +238,28 @@ def _sizes(module: CompressorModule, batch: CompressorBatch) -> tuple[list[int],
     return encoded, read, targets
 
 
-def _bare(module: CompressorModule, encoded: Sequence[int], read: Sequence[int], targets: int) -> None:
+def _bare(
+    module: CompressorModule,
+    encoded: Sequence[int],
+    read: Sequence[int],
+    targets: int,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> None:
     """Forward and backward over so many positions; the gradients that it makes are dropped."""
     compressor = module.compressor
     reader = compressor.reader
     like, width = reader.model.get_input_embeddings().weight, reader.width
     encoder, decoder = encoder_body(compressor), reader.model.get_decoder()
-    states = [run_body(encoder, x) for x in rectangles(encoded, width, POSITIONS, like)]
+    with autocast():
+        states = [run_body(encoder, x) for x in rectangles(encoded, width, POSITIONS, like)]
     left = targets
     for embeds in rectangles(read, width, POSITIONS, like):
-        hidden = run_body(decoder, embeds.requires_grad_()).flatten(0, 1)
-        rows = hidden[: min(left, len(hidden))]
+        with autocast():
+            hidden = run_body(decoder, embeds.requires_grad_()).flatten(0, 1)
+            rows = hidden[: min(left, len(hidden))]
+            gradient = _head_gradient(reader, rows)
         left -= len(rows)
-        hidden.backward(F.pad(_head_gradient(reader, rows), (0, 0, 0, len(hidden) - len(rows))))
+        hidden.backward(F.pad(gradient, (0, 0, 0, len(hidden) - len(rows))))
     if states and states[0].requires_grad:
         torch.autograd.backward(states, [torch.full_like(x, 1e-3) for x in states])
     for parameter in module.parameters():

@@ -252,15 +252,18 @@ class KLDistillationLoss(_ChunkedLoss):
         self.temperature, self.top_k = temperature, top_k
 
     def _rows(self, hidden: Tensor, other: Other) -> Tensor:
-        student = self._logits(hidden) / self.temperature
         if isinstance(other, TeacherLogits):
-            return self._divergence(with_tail(student, other.ids), other.logprobs)
+            student = with_tail(self._logits(hidden) / self.temperature, other.ids)
+            return self._divergence(student, other.logprobs)
         with torch.no_grad():
             teacher = self._logits(other, self._held[1]) / self.temperature
+        student = self._logits(hidden) / self.temperature
         if self.top_k is not None and self.top_k < teacher.shape[-1]:
             kept = teacher.topk(self.top_k, dim=-1).indices
-            return self._divergence(with_tail(student, kept), with_tail(teacher, kept))
-        return self._divergence(student.log_softmax(-1), teacher.log_softmax(-1))
+            teacher, student = with_tail(teacher, kept), with_tail(student, kept)
+        else:
+            teacher, student = teacher.log_softmax(-1), student.log_softmax(-1)
+        return self._divergence(student, teacher)
 
     def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1) * self.temperature**2
