@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import CheckpointError, load_weights, read_config, write_checkpoint
+from .checks import check_queries
 from .fingerprint import hash_json, hash_tensors
 from .passage import CompressedPassage, Interface
+from .settings import written
 
 if TYPE_CHECKING:
     from .reader import Reader
@@ -38,9 +40,12 @@ class CompressorConfig:
     method: ClassVar[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict that `from_dict` takes back, in the constructor's order: keyword-only settings come last."""
+        """A JSON-able dict that `from_dict` takes back, in the constructor's order: keyword-only settings come last.
+
+        Settings that came later (`nutgraf.compressors.settings.added`) are left out at their defaults.
+        """
         found = asdict(self)
-        return {f.name: found[f.name] for f in sorted(fields(self), key=lambda f: bool(f.kw_only))}
+        return {f.name: found[f.name] for f in written(self)}
 
     @classmethod
     def from_dict(cls: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
@@ -71,6 +76,7 @@ class Compressor(nn.Module, ABC):
         if not isinstance(config, self.config_class):
             raise TypeError(f"{type(self).__name__} wants a {self.config_class.__name__}, got {type(config).__name__}.")
         self.config = config
+        self.query_aware = getattr(config, "query_aware", type(self).query_aware)
         self._held: tuple[Reader, ...] = (reader,)  # a tuple hides the reader from nn.Module's registration
         self._lock = threading.RLock()
         self._fingerprint: tuple[tuple[int, ...], str] | None = None
@@ -108,7 +114,8 @@ class Compressor(nn.Module, ABC):
 
         Args:
             texts: the passages; an empty one gives a compressed passage of zero slots.
-            query: one question for all passages, or one (or ``None``) for each; methods that know no queries ignore it.
+            query: one question for all passages, or one (or ``None``) for each; methods that know no queries ignore it,
+                and those made with ``query_aware=True`` need it.
             ratio: compression ratio L / l (at least 1) in place of the config's own.
             vectors: retrieval vectors that the index already holds, one entry a passage (methods that use them).
             batch_size: passages taken at a time; ``None`` lets the method choose.
@@ -258,6 +265,8 @@ class SoftCompressor(Compressor):
     ) -> list[CompressedPassage]:
         if options:
             raise TypeError(f"{type(self).__name__}.compress has no options {sorted(options)}.")
+        if self.query_aware:
+            check_queries(self.config.method, queries)
         return self.encode(texts, queries, ratio, vectors)
 
 

@@ -1,9 +1,9 @@
-"""Checks that the methods' configs share: each raises ``ValueError`` naming the field, what was wanted and what was got."""
+"""Checks that methods share: each raises ``ValueError`` naming the field, what was wanted and what was got."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 
@@ -28,3 +28,12 @@ def check_choices(config: Any, choices: Mapping[str, Collection[Any]]) -> None:
     for name, known in choices.items():
         if getattr(config, name) not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {getattr(config, name)!r}.")
+
+
+def check_queries(name: str, queries: Sequence[str | None]) -> None:
+    """Raises ``ValueError`` for passages without a question."""
+    if missing := [i for i, query in enumerate(queries) if query is None or not query.strip()]:
+        raise ValueError(
+            f"This {name} compresses passages for a question (query_aware) and got none for passage {missing[0]}; pass "
+            "compress(texts, query=...)."
+        )

@@ -158,6 +158,8 @@ def masked_logits(
 def _lay_out(compressor: GistCompressor, prompt: Sequence[Any], target: Sequence[int], ratio: float | None) -> _Row:
     """The prompt and its target but for the last token, as the reader plans it, with every passage written out."""
     reader = compressor.reader
+    if compressor.config.nested or compressor.config.query_aware:
+        raise ValueError("The single masked pass is the plain method's: it knows neither nested slots nor questions.")
     bos = list(reader.bos_ids) if compressor.config.bos else []
     atoms: list[Any] = []
     passages: list[tuple[list[int], list[tuple[int, int]]]] = []

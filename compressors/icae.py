@@ -5,95 +5,27 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .base import CompressorConfig, Query, SoftCompressor
-from .checks import check_choices, check_counts, check_ratio
-from .lora_settings import LoRASettings
-from .passage import CompressedPassage, Interface
+from .base import Query, SoftCompressor
+from .icae_config import ICAEConfig as ICAEConfig
+from .nested import NestedSlot, nest
+from .passage import CompressedPassage, Interface, cut_nested
 from .pooling import GatedPool
+from .query import question_ids
 from .reader import Reader
 from .registry import register_compressor
-from .segments import equal_lengths, slots_for, spread
+from .segments import equal_lengths, memory_row, middles, slots_for
 from .soft_sequences import SoftSequence, soft_batches
 from .twin import LoRATwin
 
 TASKS = ("ae", "lm", "ft")
 _RESIDUAL_START = 0.1  # share of the encoder's part at the start, beside the pooled embeddings
 _PROBE_TOKENS = 32  # length of the random text on which the output scale is matched
-
-
-@dataclass
-class ICAEConfig(CompressorConfig, LoRASettings):
-    """Settings of ICAE. ``ICAEConfig.faithful()`` gives the paper's form."""
-
-    method: ClassVar[str] = "icae"
-
-    mem_size: int = field(default=128, metadata={"help": "memory tokens, and the most slots that a segment gets"})
-    ratio: float = field(default=4.0, metadata={"help": "compression ratio where none is asked for"})
-    fixed_slots: bool = field(
-        default=False,
-        metadata={"help": "every segment gets all mem_size slots, as in the paper, even where that makes it longer"},
-    )
-    segment_tokens: int | None = field(default=None, metadata={"help": "longest segment; default: mem_size * ratio"})
-    projector: Literal["none", "scale", "linear"] = field(
-        default="scale",
-        metadata={"help": "'none' (the paper), 'scale': one factor, 'linear': a matrix that starts as that factor"},
-    )
-    positions: Literal["spread", "append"] = field(
-        default="spread",
-        metadata={
-            "help": "position ids of the memory tokens: 'append' counts on after the segment (the paper), 'spread' puts each "
-            "at the middle of the tokens that it stands for"
-        },
-    )
-    residual: bool = field(
-        default=True,
-        metadata={"help": "add the gated pooled embeddings of the tokens that each slot stands for; not in the paper"},
-    )
-    special_tokens: bool = field(
-        default=False, metadata={"help": "learned [AE], [LM] and [FT] embeddings, as in the paper"}
-    )
-    bos: bool = field(
-        default=True, metadata={"help": "put the tokenizer's BOS, if it has one, in front of every segment"}
-    )
-    bos_once: bool = field(
-        default=False,
-        metadata={"help": "BOS is the passage's own first token, counted and cut with it, as in the authors' code"},
-    )
-    as_prompt: bool = field(
-        default=False,
-        metadata={
-            "help": "tokenise a passage as the start of a prompt, where SentencePiece tokenizers put a space in front, as in "
-            "the authors' code; default: as it stands inside a prompt"
-        },
-    )
-    truncate: int | None = field(
-        default=None,
-        metadata={
-            "help": "read one segment of at most so many tokens (BOS counted) and drop the rest with a warning: ICAE v1's own "
-            "code alone does this; default: long passages become several segments"
-        },
-    )
-
-    def __post_init__(self) -> None:
-        optional = ("segment_tokens", "truncate")
-        check_counts(self, {"mem_size": 1, "segment_tokens": 1, "truncate": 1}, optional)
-        check_ratio(self.ratio)
-        check_choices(self, {"projector": ("none", "scale", "linear"), "positions": ("spread", "append")})
-        self.check_lora()
-
-    @classmethod
-    def faithful(cls, **changes: Any) -> ICAEConfig:
-        """The paper's form: all memory slots for every segment, bare hidden states, [AE]/[LM]/[FT] embeddings."""
-        paper = {"fixed_slots": True, "projector": "none", "positions": "append", "residual": False}
-        paper |= {"special_tokens": True, "r": 128}
-        return cls(**{**paper, **changes})
 
 
 @register_compressor
@@ -113,6 +45,10 @@ class ICAECompressor(SoftCompressor):
     the pooled embeddings of its tokens under a gate that learns which of them matter (`GatedPool`), so that training begins
     with slots that can be read and the encoder learns what to add. ``fixed_slots=True`` is the paper's
     behaviour, in which every segment gets ``mem_size`` slots and a passage of 20 tokens may become 128.
+
+    With ``nested=True`` the slots are made once, at the config's ratio, over windows of several widths (see
+    `nutgraf.compressors.nested`, which says why); any higher ratio is a part of them, here as in a store
+    (`CompressedPassage.first`). With ``query_aware=True`` every segment is read behind the question.
 
     Args:
         config: the settings.
@@ -168,27 +104,28 @@ class ICAECompressor(SoftCompressor):
 
     # -- segments --------------------------------------------------------------------------------------------------
 
-    def _longest_segment(self, ratio: float) -> int:
+    def _longest_segment(self, ratio: float, question_tokens: int = 0) -> int:
         config, reader = self.config, self.reader
         longest = math.floor(config.mem_size * ratio + 1e-6)
         if config.segment_tokens is not None:
             longest = min(longest, config.segment_tokens)
         if reader.max_positions is not None:
-            longest = min(longest, reader.max_positions - config.mem_size - len(reader.bos_ids))
+            longest = min(longest, reader.max_positions - config.mem_size - len(reader.bos_ids) - question_tokens)
         if longest < 1:
+            behind = f" and a question of {question_tokens} tokens" if question_tokens else ""
             raise ValueError(
-                f"{config.mem_size} memory tokens leave no room for a passage in the {reader.max_positions} positions of "
-                f"{reader.name!r}; choose a smaller mem_size."
+                f"{config.mem_size} memory tokens{behind} leave no room for a passage in the {reader.max_positions} positions "
+                f"of {reader.name!r}; choose a smaller mem_size{' or ask more briefly' if behind else ''}."
             )
         return longest
 
-    def segments(self, n_tokens: int, ratio: float | None = None) -> list[tuple[int, int]]:
-        """How a passage is cut: ``(tokens, slots)`` of each segment, in order."""
-        ratio = self.config.ratio if ratio is None else float(ratio)
+    def segments(self, n_tokens: int, ratio: float | None = None, question_tokens: int = 0) -> list[tuple[int, int]]:
+        """How a passage is cut: ``(tokens, slots)`` of each segment, in order; nested slots always at the config's ratio."""
+        ratio = self.config.ratio if ratio is None or self.config.nested else float(ratio)
         if n_tokens and self.config.truncate is not None:
             return [(min(n_tokens, self.config.truncate), self.config.mem_size)]
         most = self.config.mem_size
-        lengths = equal_lengths(n_tokens, self._longest_segment(ratio))
+        lengths = equal_lengths(n_tokens, self._longest_segment(ratio, question_tokens))
         return [(n, most if self.config.fixed_slots else slots_for(n, ratio, most)) for n in lengths]
 
     # -- encoding --------------------------------------------------------------------------------------------------
@@ -204,24 +141,31 @@ class ICAECompressor(SoftCompressor):
 
         Args:
             texts: the passages.
-            query: ignored: the slots serve all questions.
-            ratio: any real number of at least 1; ``None``: the config's.
+            query: what is asked of each passage (``query_aware=True``; without a question a passage is read alone);
+                otherwise ignored: the slots serve all questions.
+            ratio: any real number of at least 1; ``None``: the config's. Nested slots: not below the config's.
             vectors: ignored.
         """
-        texts = self._check_texts(texts)
-        if self.config.as_prompt:
-            return self.encode_ids(self.reader.prompts.encode_batch([(text, True) for text in texts]), ratio)
-        return self.encode_ids(self.reader.tokenize_batch(texts), ratio)
+        texts, prompts = self._check_texts(texts), self.reader.prompts
+        questions = question_ids(self.config, prompts, self._check_query(query, len(texts)))
+        return self.encode_ids(prompts.encode_batch([(t, self.config.as_prompt) for t in texts]), ratio, questions)
 
-    def encode_ids(self, ids: Sequence[Sequence[int]], ratio: float | None = None) -> list[CompressedPassage]:
-        """`encode` for passages given as token ids, BOS not among them."""
+    def encode_ids(
+        self,
+        ids: Sequence[Sequence[int]],
+        ratio: float | None = None,
+        questions: Sequence[Sequence[int]] | None = None,
+    ) -> list[CompressedPassage]:
+        """`encode` for passages given as token ids, BOS not among them, each with the ids that are read in front of it."""
         pieces: list[list[int]] = []
         slots: list[int] = []
-        owned: list[int] = []
+        heads: list[Sequence[int]] = []
+        nests: list[list[NestedSlot] | None] = []
+        cuts: list[list[tuple[int, int]]] = []
         bos = self.reader.bos_ids if self.config.bos and self.config.bos_once else []
-        for tokens in ids:
+        for tokens, question in zip(ids, questions or [()] * len(ids), strict=True):
             passage = [*bos, *tokens] if len(tokens) else []
-            cut = self.segments(len(passage), ratio)
+            cut = self.segments(len(passage), ratio, len(question))
             if (read := sum(length for length, _ in cut)) < len(passage):
                 warnings.warn(
                     f"A passage of {len(passage)} tokens was cut to its first {read}, as ICAE v1 does (truncate="
@@ -231,18 +175,26 @@ class ICAECompressor(SoftCompressor):
             ends = accumulate(length for length, _ in cut)
             pieces += [passage[end - length : end] for (length, _), end in zip(cut, ends)]
             slots += [n for _, n in cut]
-            owned.append(sum(n for _, n in cut))
-        found = torch.cat(self._forward(pieces, slots)) if pieces else self.memory.new_zeros(0, self.reader.width)
+            heads += [question] * len(cut)
+            nests += [nest(*part) for part in self.config.nest_of(cut) or ()] or [None] * len(cut)
+            cuts.append(cut)
+        found = (
+            torch.cat(self._forward(pieces, slots, heads, nests))
+            if pieces
+            else self.memory.new_zeros(0, self.reader.width)
+        )
         found = self._project(found)
         if self.pool is not None and pieces:
-            found = found + self.pool(pieces, slots).to(found.device)
+            found = found + self.pool(pieces, slots, nests).to(found.device)
+        owned = [sum(n for _, n in cut) for cut in cuts]
         rows = found.to(self.reader.device, self.reader.dtype).split(owned) if ids else ()
         origin = self.origin
         info = {"method": "icae", "ratio_asked": float(ratio or self.config.ratio), **self.reader.identity_card.runs_as}
-        return [
+        out = [
             CompressedPassage("embeds", len(p), origin, self.reader.fingerprint, embeds=e, info=dict(info))
             for p, e in zip(ids, rows)
         ]
+        return [cut_nested(p, self.config, cut, ratio) for p, cut in zip(out, cuts)]
 
     def task_marker(self, task: str) -> CompressedPassage | None:
         """The one-slot passage that tells the reader its task, or ``None`` without ``special_tokens``.
@@ -258,15 +210,23 @@ class ICAECompressor(SoftCompressor):
         embeds = self.special[row : row + 1].to(self.reader.dtype)
         return CompressedPassage("embeds", 0, self.origin, self.reader.fingerprint, embeds=embeds, info={"task": task})
 
-    def _forward(self, pieces: Sequence[list[int]], slots: Sequence[int]) -> list[Tensor]:
+    def _forward(
+        self,
+        pieces: Sequence[list[int]],
+        slots: Sequence[int],
+        heads: Sequence[Sequence[int]] | None = None,
+        nests: Sequence[list[NestedSlot] | None] | None = None,
+    ) -> list[Tensor]:
         """For each segment's ids the hidden states ``[slots, width]`` at its memory tokens, in batches of like length."""
-        reader = self.reader
+        reader, nests = self.reader, nests or [None] * len(pieces)
         bos = list(reader.bos_ids) if self.config.bos and not self.config.bos_once else []
-        rows = self.memory[torch.tensor([k for n in slots for k in range(n)], dtype=torch.long)].split(list(slots))
+        which = [k for n, nested in zip(slots, nests) for k in memory_row(n, nested)]
+        rows = self.memory[torch.tensor(which, dtype=torch.long)].split(list(slots))
         sequences = []
-        for piece, n, memory in zip(pieces, slots, rows):
-            positions = len(bos) + spread(len(piece), n) if self.config.positions == "spread" else None
-            sequences.append(SoftSequence.with_memory(bos + piece, memory, positions))
+        for piece, n, head, nested, memory in zip(pieces, slots, heads or [()] * len(pieces), nests, rows):
+            first = [*bos, *head]
+            positions = len(first) + middles(len(piece), n, nested) if self.config.positions == "spread" else None
+            sequences.append(SoftSequence.with_memory(first + piece, memory, positions))
         out: dict[int, Tensor] = {}
         for batch in soft_batches(sequences, reader.embed, reader.device, budget=self.batch_positions):
             hidden = self.encoder(batch.embeds, batch.mask, batch.positions)

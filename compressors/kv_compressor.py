@@ -16,14 +16,16 @@ from .base import CompressorConfig, Query, SoftCompressor
 from .checks import check_choices, check_counts, check_ratio
 from .kv_slots import KVSlots, check_movable, encode_kv, kv_shapes
 from .lora_settings import LoRASettings
-from .passage import CompressedPassage, Interface
+from .nested import NestedSettings, NestedSlot, nest
+from .passage import CompressedPassage, Interface, cut_nested
+from .query import QuerySettings, question_ids
 from .reader import Reader
-from .segments import equal_lengths, slot_of_token, slots_for, spread
+from .segments import equal_lengths, memory_row, middles, slots_for, tokens_of_slots
 from .twin import Twin
 
 
 @dataclass
-class KVSlotConfig(CompressorConfig, LoRASettings):
+class KVSlotConfig(CompressorConfig, LoRASettings, NestedSettings, QuerySettings):
     """Settings that methods with keys and values as slots share."""
 
     most_field: ClassVar[str]  # the field that says how many slots a segment gets at most
@@ -75,13 +77,17 @@ class KVSlotConfig(CompressorConfig, LoRASettings):
             check_ratio(self.ratio)
         check_choices(self, {"positions": ("append", "spread")})
         self.check_lora()
+        self.check_nested()
+        self.check_query()
 
 
 class KVSlotCompressor(SoftCompressor):
     """What the methods share whose slots are a tuned reader's keys and values at memory tokens.
 
     Each segment of a passage is read on its own as ``[BOS][segment][memory tokens]``; the slots of all segments follow one
-    another. A subclass makes its ``encoder`` (a twin of the reader) and says what its memory tokens are.
+    another. A subclass makes its ``encoder`` (a twin of the reader) and says what its memory tokens are. With
+    ``query_aware=True`` a segment is read behind its question; with ``nested=True`` the slots are made once, at the config's
+    ratio, and any higher ratio is a part of them (`nutgraf.compressors.nested`).
 
     Attributes:
         batch_positions: positions that one forward pass of the encoder may take (memory against speed; changes no result).
@@ -126,57 +132,74 @@ class KVSlotCompressor(SoftCompressor):
         """The positions that a passage says its keys were computed at, from which the reader moves them."""
         return computed
 
-    def memory_inputs(self, pieces: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
+    def memory_inputs(
+        self,
+        pieces: Sequence[Sequence[int]],
+        slots: Sequence[int],
+        nests: Sequence[list[NestedSlot] | None] | None = None,
+    ) -> Tensor:
         """``[all slots, width]``: what is put in for the memory tokens of segments, differentiable.
 
         Args:
             pieces: token ids of each segment, BOS left out.
             slots: slots of each segment.
+            nests: the windows of each segment's slots, where they are nested.
         """
         rows = self.memory_rows()
-        found = rows[torch.tensor([k for n in slots for k in range(n)], dtype=torch.long)]
-        return found + self._pooled(pieces, slots).to(found.device) if self.config.residual else found
+        which = [k for n, nested in zip(slots, nests or [None] * len(slots)) for k in memory_row(n, nested)]
+        found = rows[torch.tensor(which, dtype=torch.long)]
+        return found + self._pooled(pieces, slots, nests).to(found.device) if self.config.residual else found
 
-    def _pooled(self, pieces: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
+    def _pooled(
+        self,
+        pieces: Sequence[Sequence[int]],
+        slots: Sequence[int],
+        nests: Sequence[list[NestedSlot] | None] | None,
+    ) -> Tensor:
         """``[all slots, width]`` float32: each slot's own run of token embeddings, summed over sqrt(its length)."""
         embed = self.encoder.lm.get_input_embeddings()
-        where = slot_of_token([len(piece) for piece in pieces], slots).to(embed.weight.device)
-        ids = torch.tensor([i for piece in pieces for i in piece], dtype=torch.long, device=where.device)
-        tokens = embed(ids).float()
+        which, where = tokens_of_slots([len(piece) for piece in pieces], slots, nests)
+        where = where.to(embed.weight.device)
+        ids = torch.tensor([i for piece in pieces for i in piece], dtype=torch.long)[which]
+        tokens = embed(ids.to(where.device)).float()
         total = tokens.new_zeros(sum(slots), tokens.shape[1]).index_add(0, where, tokens)
         return total / torch.bincount(where, minlength=sum(slots)).clamp(min=1).sqrt()[:, None]
 
     # -- segments --------------------------------------------------------------------------------------------------
 
-    def _longest_segment(self, ratio: float | None) -> int | None:
+    def _longest_segment(self, ratio: float | None, question_tokens: int = 0) -> int | None:
         config, reader = self.config, self.base_reader
         limits = [reader.max_positions, reader.kv_placement.max_length]
         room = min((n for n in limits if n is not None), default=None)
         if room is not None:
-            room -= config.most_slots + (len(reader.bos_ids) if config.bos else 0)
+            room -= config.most_slots + (len(reader.bos_ids) if config.bos else 0) + question_tokens
             if room < 1:
+                behind = f" and a question of {question_tokens} tokens" if question_tokens else ""
                 raise ValueError(
-                    f"{config.most_slots} slots leave no room for a passage in the positions of {reader.name!r}; choose a "
-                    f"smaller {config.most_field}."
+                    f"{config.most_slots} slots{behind} leave no room for a passage in the positions of {reader.name!r}; "
+                    f"choose a smaller {config.most_field}{' or ask more briefly' if behind else ''}."
                 )
         asked = None if ratio is None else math.floor(config.most_slots * ratio + 1e-6)
         return min((n for n in (room, asked, config.segment_tokens) if n is not None), default=None)
 
-    def segments(self, n_tokens: int, ratio: float | None = None) -> list[tuple[int, int]]:
-        """How a passage is cut: ``(tokens, slots)`` of each segment, in order. Segments are equally long, but for the last."""
+    def segments(self, n_tokens: int, ratio: float | None = None, question_tokens: int = 0) -> list[tuple[int, int]]:
+        """How a passage is cut: ``(tokens, slots)`` of each segment, in order. Segments are equally long, but for the last.
+
+        Nested slots are always made at the config's ratio.
+        """
         if not n_tokens:
             return []
-        ratio = self.config.ratio if ratio is None else float(ratio)
-        lengths = equal_lengths(n_tokens, self._longest_segment(ratio) or n_tokens)
+        ratio = self.config.ratio if ratio is None or self.config.nested else float(ratio)
+        lengths = equal_lengths(n_tokens, self._longest_segment(ratio, question_tokens) or n_tokens)
         most = self.config.most_slots
         if self.config.fixed_slots:
             return [(n, most) for n in lengths]
         return [(n, slots_for(n, ratio or 1.0, most)) for n in lengths]
 
-    def _memory_positions(self, start: int, tokens: int, slots: int) -> Tensor:
+    def _memory_positions(self, start: int, tokens: int, slots: int, nested: list[NestedSlot] | None) -> Tensor:
         if self.config.positions == "append":
             return torch.arange(start + tokens, start + tokens + slots)
-        return start + spread(tokens, slots)
+        return start + middles(tokens, slots, nested)
 
     # -- encoding --------------------------------------------------------------------------------------------------
 
@@ -191,35 +214,46 @@ class KVSlotCompressor(SoftCompressor):
 
         Args:
             texts: the passages.
-            query: ignored: the slots serve all questions.
-            ratio: any real number of at least 1; ``None``: the config's.
+            query: what is asked of each passage (``query_aware=True``; without a question a passage is read alone);
+                otherwise ignored: the slots serve all questions.
+            ratio: any real number of at least 1; ``None``: the config's. Nested slots: not below the config's.
             vectors: ignored.
         """
-        texts = self._check_texts(texts)
-        if self.config.as_prompt:
-            return self.encode_ids(self.base_reader.prompts.encode_batch([(text, True) for text in texts]), ratio)
-        return self.encode_ids(self.base_reader.tokenize_batch(texts), ratio)
+        texts, prompts = self._check_texts(texts), self.base_reader.prompts
+        questions = question_ids(self.config, prompts, self._check_query(query, len(texts)))
+        return self.encode_ids(prompts.encode_batch([(t, self.config.as_prompt) for t in texts]), ratio, questions)
 
     def padded(self, piece: list[int]) -> list[int]:
         """A segment's ids as they are read; a method may pad them."""
         return piece
 
-    def encode_ids(self, ids: Sequence[Sequence[int]], ratio: float | None = None) -> list[CompressedPassage]:
-        """`encode` for passages given as token ids, BOS not among them."""
+    def encode_ids(
+        self,
+        ids: Sequence[Sequence[int]],
+        ratio: float | None = None,
+        questions: Sequence[Sequence[int]] | None = None,
+    ) -> list[CompressedPassage]:
+        """`encode` for passages given as token ids, BOS not among them, each with the ids that are read in front of it."""
         bos = list(self.base_reader.bos_ids) if self.config.bos else []
+        asked = questions or [()] * len(ids)
         pieces: list[list[int]] = []
-        cuts = [self.segments(len(passage), ratio) for passage in ids]
-        for passage, cut in zip(ids, cuts):
+        heads: list[list[int]] = []
+        nests: list[list[NestedSlot] | None] = []
+        cuts = [self.segments(len(passage), ratio, len(question)) for passage, question in zip(ids, asked, strict=True)]
+        for passage, question, cut in zip(ids, asked, cuts):
             ends = accumulate(n for n, _ in cut)
             pieces += [self.padded(list(passage[end - n : end])) for (n, _), end in zip(cut, ends)]
+            heads += [[*bos, *question] for _ in cut]
+            nests += [nest(*part) for part in self.config.nest_of(cut) or ()] or [None] * len(cut)
         slots = [n for cut in cuts for _, n in cut]
+        parts = list(zip(heads, pieces, slots, nests))
         found = iter(
             encode_kv(
                 self.encoder,
-                [bos + piece for piece in pieces],
+                [head + piece for head, piece, _, _ in parts],
                 slots,
-                self.memory_inputs(pieces, slots),
-                [self._memory_positions(len(bos), len(piece), n) for piece, n in zip(pieces, slots)],
+                self.memory_inputs(pieces, slots, nests),
+                [self._memory_positions(len(head), len(piece), n, nested) for head, piece, n, nested in parts],
                 budget=self.batch_positions,
             )
         )
@@ -230,18 +264,17 @@ class KVSlotCompressor(SoftCompressor):
         out = []
         for passage, cut in zip(ids, cuts):
             keys, values, positions = self._joined([next(found) for _ in cut])
-            out.append(
-                CompressedPassage(
-                    "kv",
-                    len(passage),
-                    origin,
-                    reader,
-                    keys=keys,
-                    values=values,
-                    positions=self.declared_positions(positions),
-                    info=dict(info),
-                )
+            whole = CompressedPassage(
+                "kv",
+                len(passage),
+                origin,
+                reader,
+                keys=keys,
+                values=values,
+                positions=self.declared_positions(positions),
+                info=dict(info),
             )
+            out.append(cut_nested(whole, self.config, cut, ratio))
         return out
 
     def _joined(self, parts: Sequence[KVSlots]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:

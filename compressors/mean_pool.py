@@ -16,13 +16,14 @@ from .embedders import MINILM, Embedder, load_embedder
 from .lora_settings import LoRASettings, lora_rank
 from .packing import pack, pass_positions
 from .passage import CompressedPassage, Interface
+from .query import QuerySettings, question_ids
 from .reader import Reader
 from .registry import register_compressor
 from .twin import LoRATwin
 
 
 @dataclass
-class MeanPoolConfig(CompressorConfig, LoRASettings):
+class MeanPoolConfig(CompressorConfig, LoRASettings, QuerySettings):
     """Settings of mean-pooled windows."""
 
     method: ClassVar[str] = "mean-pool"
@@ -64,6 +65,9 @@ class MeanPoolConfig(CompressorConfig, LoRASettings):
         check_ratio(self.ratio, "tokens a window")
         check_choices(self, {"encoder": ("reader", "embeddings", "minilm"), "weighting": ("uniform", "learned")})
         self.check_lora()
+        self.check_query()
+        if self.query_aware and self.encoder != "reader":
+            raise ValueError(f"encoder={self.encoder!r} cannot read a question: query_aware needs encoder='reader'.")
 
 
 @register_compressor
@@ -174,15 +178,18 @@ class MeanPoolCompressor(SoftCompressor):
 
         Args:
             texts: the passages.
-            query: ignored: the slots serve all questions.
+            query: what is asked of each passage (``query_aware=True``): every stretch is read behind it, and a passage
+                without a question alone. Otherwise ignored: the slots serve all questions.
             ratio: tokens a window, any real number of at least 1; ``None``: the config's.
             vectors: ignored.
         """
         texts = self._check_texts(texts)
         ratio = self.config.ratio if ratio is None else float(ratio)
+        asked = question_ids(self.config, self.reader.prompts, self._check_query(query, len(texts)))
         ids = self.reader.tokenize_batch(texts)
         lengths = [window_lengths(len(passage), ratio) for passage in ids]
-        rows = self._slots(texts, ids, [n for windows in lengths for n in windows]).split([len(w) for w in lengths])
+        windows = [n for passage in lengths for n in passage]
+        rows = self._slots(texts, ids, asked, windows).split([len(w) for w in lengths])
         origin = self.origin
         info = {"method": "mean-pool", "ratio_asked": ratio, **self.reader.identity_card.runs_as}
         return [
@@ -190,7 +197,7 @@ class MeanPoolCompressor(SoftCompressor):
             for p, e in zip(ids, rows if ids else ())
         ]
 
-    def _slots(self, texts: list[str], ids: list[list[int]], windows: list[int]) -> Tensor:
+    def _slots(self, texts: list[str], ids: list[list[int]], asked: list[list[int]], windows: list[int]) -> Tensor:
         """``[windows, width]`` slots of all passages, one after the other, from their windows' lengths."""
         reader, dtype = self.reader, self.linear.weight.dtype
         device = reader.device
@@ -199,7 +206,7 @@ class MeanPoolCompressor(SoftCompressor):
         flat = torch.tensor([i for passage in ids for i in passage], device=device)
         with torch.no_grad():
             embeds = reader.embed(flat).to(dtype)
-        states = embeds if self.config.encoder == "embeddings" else self._states(texts, ids).to(device, dtype)
+        states = embeds if self.config.encoder == "embeddings" else self._states(texts, ids, asked).to(device, dtype)
         n = len(windows)
         where = torch.repeat_interleave(torch.arange(n), torch.tensor(windows)).to(device)
         weights = self._weights(flat, states, where, n)
@@ -221,30 +228,44 @@ class MeanPoolCompressor(SoftCompressor):
 
     # -- token states ----------------------------------------------------------------------------------------------
 
-    def _states(self, texts: list[str], ids: list[list[int]]) -> Tensor:
+    def _states(self, texts: list[str], ids: list[list[int]], asked: list[list[int]]) -> Tensor:
         """``[tokens, state width]``: a state for every reader token of every passage."""
         if self.encoder is None:
             return torch.cat([self._aligned(text) for text, passage in zip(texts, ids) if passage])
-        longest = self.config.chunk_tokens
-        if self.reader.max_positions is not None:
-            longest = min(longest, self.reader.max_positions - len(self.bos))
         pieces: list[list[int]] = []
-        for passage in ids:
+        heads: list[list[int]] = []
+        for passage, question in zip(ids, asked):
+            longest = self._longest_stretch(len(question))
             size = -(-len(passage) // max(-(-len(passage) // longest), 1))  # stretches of equal length
-            pieces += [passage[start : start + size] for start in range(0, len(passage), size or 1)]
-        return torch.cat(self._encode(pieces))
+            found = [passage[start : start + size] for start in range(0, len(passage), size or 1)]
+            pieces += found
+            heads += [question] * len(found)
+        return torch.cat(self._encode(pieces, heads))
 
-    def _encode(self, pieces: Sequence[list[int]]) -> list[Tensor]:
-        """For each stretch of ids the tuned reader's last hidden states ``[tokens, hidden]``."""
-        reader, head = self.reader, len(self.bos)
-        lengths = [head + len(piece) for piece in pieces]
+    def _longest_stretch(self, question_tokens: int) -> int:
+        """Tokens that are read at once behind a question. Raises ``ValueError`` if it leaves no room for any."""
+        if self.reader.max_positions is None:
+            return self.config.chunk_tokens
+        room = self.reader.max_positions - len(self.bos) - question_tokens
+        if room < 1:
+            raise ValueError(
+                f"A question of {question_tokens} tokens leaves no room for a passage in the {self.reader.max_positions} "
+                f"positions of {self.reader.name!r}; ask more briefly."
+            )
+        return min(self.config.chunk_tokens, room)
+
+    def _encode(self, pieces: Sequence[list[int]], heads: Sequence[list[int]] | None = None) -> list[Tensor]:
+        """For each stretch of ids the tuned reader's last hidden states ``[tokens, hidden]``, behind BOS and its head."""
+        reader = self.reader
+        fronts = [self.bos + head for head in heads or [[]] * len(pieces)]
+        lengths = [len(front) + len(piece) for front, piece in zip(fronts, pieces)]
         out: dict[int, Tensor] = {}
         for batch in pack(lengths, self.batch_positions, pass_positions(reader.device)):
             longest = lengths[batch[0]]
-            rows = torch.tensor([self.bos + pieces[i] + [0] * (longest - lengths[i]) for i in batch]).to(reader.device)
+            rows = torch.tensor([fronts[i] + pieces[i] + [0] * (longest - lengths[i]) for i in batch]).to(reader.device)
             # Nothing of a causal model looks at padding on the right, and without a mask attention is faster.
             hidden = self.encoder(reader.embed(rows), torch.ones_like(rows))  # type: ignore[misc]
-            out.update((i, hidden[row, head : lengths[i]]) for row, i in enumerate(batch))
+            out.update((i, hidden[row, len(fronts[i]) : lengths[i]]) for row, i in enumerate(batch))
         return [out[i] for i in range(len(pieces))]
 
     def _aligned(self, text: str) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
+
+from .nested import MARK, NestedSettings, nested_slots, slots_at
 
 Interface = Literal["embeds", "kv", "text"]
 FORMAT_VERSION = "1"
@@ -133,6 +135,37 @@ class CompressedPassage:
         """The same passage without the graph that made it."""
         return self._map(Tensor.detach)
 
+    def first(self, k: int) -> CompressedPassage:
+        """The passage cut to the first ``k`` slots of their nested order: a compression of all of it, at a higher ratio.
+
+        A passage of fewer slots is returned as it is.
+
+        Raises:
+            ValueError: if ``k`` is below 1, or the slots are not nested (see `nutgraf.compressors.nested`).
+        """
+        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+            raise ValueError(f"A passage is cut to an integer of at least 1 slot, got {k!r}.")
+        slots = nested_slots(self.info)
+        if slots is None:
+            raise ValueError(
+                f"The slots of this passage ({self.info.get('method', self.interface)}) are not nested: some of them stand "
+                "for some of its text. Compress it again at the ratio wanted, with a compressor made with nested=True to cut."
+            )
+        if k >= self.slots:
+            return self
+        kept = torch.tensor([i for i, slot in enumerate(slots) if slot.rank < k])
+        info = {**self.info, MARK: {**self.info[MARK], "slots": k}}
+        if self.interface == "embeds":
+            rows: Tensor = self.embeds  # type: ignore[assignment]
+            return replace(self, embeds=rows[kept.to(rows.device)], info=info)
+        return replace(
+            self,
+            keys=tuple(t[:, kept.to(t.device)] for t in self.keys or ()),
+            values=tuple(t[:, kept.to(t.device)] for t in self.values or ()),
+            positions=self.positions[kept.to(self.positions.device)],  # type: ignore[index, union-attr]
+            info=info,
+        )
+
     def _map(self, f: Any) -> CompressedPassage:
         if self.interface == "embeds":
             return replace(self, embeds=f(self.embeds))
@@ -221,6 +254,29 @@ class CompressedPassage:
         except (KeyError, TypeError) as error:
             raise ValueError(f"{name} is a damaged compressed passage: {error!r}") from error
         return passage.check()
+
+
+def cut_nested(
+    passage: CompressedPassage, config: NestedSettings, cut: Sequence[tuple[int, int]], ratio: float | None
+) -> CompressedPassage:
+    """A passage whose slots may be nested, marked so, and cut to a ratio.
+
+    Args:
+        passage: all slots of its segments.
+        config: of the compressor that made them, with its own ``ratio``.
+        cut: ``(tokens, slots)`` of each segment.
+        ratio: the one asked for; ``None``: the config's.
+
+    Raises:
+        ValueError: for a ratio below the config's.
+    """
+    segments = config.nest_of(cut)
+    if segments is None:
+        return passage
+    left = slots_at(passage.source_tokens, ratio, getattr(config, "ratio", None))
+    mark = {"segments": [list(segment) for segment in segments], "slots": passage.slots}
+    marked = replace(passage, info={**passage.info, MARK: mark})
+    return marked if left is None else marked.first(left)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -18,6 +18,7 @@ from .checks import check_choices, check_counts, check_ratio
 from .lora_settings import LoRASettings, lora_rank
 from .passage import CompressedPassage, Interface
 from .pisco_plan import PISCOPlan
+from .query import QuerySettings, question_ids
 from .reader import Reader
 from .registry import register_compressor
 from .soft_sequences import SoftSequence, soft_batches
@@ -29,7 +30,7 @@ _PROBE_TOKENS = 32  # length of the random text on which the output scale is mat
 
 
 @dataclass
-class PISCOConfig(CompressorConfig, LoRASettings):
+class PISCOConfig(CompressorConfig, LoRASettings, QuerySettings):
     """Settings of PISCO. The imported checkpoints' forms are ``slots="plus-one"`` (2026) and ``"fixed"`` (2025, COCOM)."""
 
     method: ClassVar[str] = "pisco"
@@ -79,6 +80,11 @@ class PISCOConfig(CompressorConfig, LoRASettings):
         choices = {"slots": ("proportional", "plus-one", "fixed"), "connector": (None, "none", "mlp")}
         check_choices(self, {**choices, "scale": ("matched", "none"), "decoder": ("lora", "none")})
         self.check_lora()
+        self.check_query()
+        if self.query_aware and self.slots == "plus-one":
+            raise ValueError(
+                "slots='plus-one' is the authors' code, which reads no question; choose 'proportional' slots."
+            )
         if not isinstance(self.encoder, str) or not self.encoder:
             raise ValueError(f"encoder must be 'lora' or the name of a causal LM, got {self.encoder!r}.")
         if self.slots == "fixed" and self.segment_tokens < self.ratio:
@@ -104,7 +110,9 @@ class PISCOCompressor(SoftCompressor):
 
     Beyond the papers: slots are proportional to the passage (``ceil(L / ratio)`` of them, shared among equally long
     segments), so that a passage never grows and nothing of a long one is cut, and they start on the scale of the reader's
-    embeddings. ``slots="plus-one"`` and ``"fixed"`` are what the authors' code does, in which a short passage may grow.
+    embeddings. ``slots="plus-one"`` and ``"fixed"`` are what the authors' code does, in which a short passage may grow. With
+    ``query_aware=True`` the encoder reads the question in front of each segment, behind the prefix (as OSCAR does, arXiv
+    2504.07109).
 
     Args:
         config: the settings.
@@ -150,7 +158,7 @@ class PISCOCompressor(SoftCompressor):
             ).to(reader.device)
         self.log_scale: nn.Parameter | None = None
         if config.scale == "matched":
-            n = min(_PROBE_TOKENS, self.plan.longest)
+            n = min(_PROBE_TOKENS, self.plan.longest())
             ids = torch.randint(self._vocabulary, (n,), generator=torch.Generator().manual_seed(0)).tolist()
             with torch.no_grad():
                 found = self._project(torch.cat(self._forward([ids], [1])))
@@ -194,7 +202,7 @@ class PISCOCompressor(SoftCompressor):
     # -- segments --------------------------------------------------------------------------------------------------
 
     def segments(
-        self, n_tokens: int, ratio: float | None = None, source_tokens: int | None = None
+        self, n_tokens: int, ratio: float | None = None, source_tokens: int | None = None, question_tokens: int = 0
     ) -> list[tuple[int, int]]:
         """How a passage is cut: ``(encoder tokens, slots)`` of each segment, in order.
 
@@ -202,9 +210,10 @@ class PISCOCompressor(SoftCompressor):
             n_tokens: its length in the encoder's tokens (``slots="plus-one"``: with its prefix).
             ratio: ``None``: the config's.
             source_tokens: its length in the reader's tokens, which the number of slots goes by; default: ``n_tokens``.
+            question_tokens: encoder tokens of the question in front of each segment.
         """
         ratio = self.config.ratio if ratio is None else float(ratio)
-        return self.plan.cut(n_tokens, ratio, n_tokens if source_tokens is None else source_tokens)
+        return self.plan.cut(n_tokens, ratio, n_tokens if source_tokens is None else source_tokens, question_tokens)
 
     # -- encoding --------------------------------------------------------------------------------------------------
 
@@ -219,31 +228,42 @@ class PISCOCompressor(SoftCompressor):
 
         Args:
             texts: the passages.
-            query: ignored: the slots serve all questions.
+            query: what is asked of each passage (``query_aware=True``; without a question a passage is read alone);
+                otherwise ignored: the slots serve all questions.
             ratio: any real number of at least 1; ``None``: the config's. ``slots="fixed"`` knows its own alone.
             vectors: ignored.
         """
         texts = self._check_texts(texts)
         sources = [len(ids) for ids in self.reader.tokenize_batch(texts)]
-        return self.encode_ids(self.tokenizer.encode_batch([(t, self.config.as_prompt) for t in texts]), ratio, sources)
+        asked = question_ids(self.config, self.tokenizer, self._check_query(query, len(texts)))
+        ids = self.tokenizer.encode_batch([(t, self.config.as_prompt) for t in texts])
+        return self.encode_ids(ids, ratio, sources, asked)
 
     def encode_ids(
-        self, ids: Sequence[Sequence[int]], ratio: float | None = None, source_tokens: Sequence[int] | None = None
+        self,
+        ids: Sequence[Sequence[int]],
+        ratio: float | None = None,
+        source_tokens: Sequence[int] | None = None,
+        questions: Sequence[Sequence[int]] | None = None,
     ) -> list[CompressedPassage]:
-        """`encode` for passages given as the encoder's token ids, `prefix` and suffix not among them."""
+        """`encode` for passages given as the encoder's token ids, `prefix` and suffix not among them.
+
+        ``questions`` are the ids that are read between the prefix and each segment.
+        """
         sources = [len(tokens) for tokens in ids] if source_tokens is None else source_tokens
         prefix, suffix = self.prefix, list(self.config.suffix)
         whole = self.config.slots == "plus-one"  # prefix and suffix are the passage's own, and are cut with it
         pieces: list[list[int]] = []
         slots: list[int] = []
         owned: list[int] = []
-        for tokens, source in zip(ids, sources):
+        for tokens, source, question in zip(ids, sources, questions or [()] * len(ids)):
             passage = [*prefix, *tokens, *suffix] if whole and len(tokens) else list(tokens)
             # The authors' code counts the tokens that its encoder reads, which may be one more or fewer.
-            cut = self.segments(len(passage), ratio, len(passage) if self.config.as_prompt else source)
+            counted = len(passage) if self.config.as_prompt else source
+            cut = self.segments(len(passage), ratio, counted, len(question))
             ends = accumulate(length for length, _ in cut)
             parts = [passage[end - length : end] for (length, _), end in zip(cut, ends)]
-            pieces += parts if whole else [[*prefix, *part, *suffix] for part in parts]
+            pieces += parts if whole else [[*prefix, *question, *part, *suffix] for part in parts]
             slots += [n for _, n in cut]
             owned.append(sum(n for _, n in cut))
         reader = self.reader

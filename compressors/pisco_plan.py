@@ -21,14 +21,20 @@ class PISCOPlan:
     def __init__(self, config: PISCOConfig, limit: int | None, around: int) -> None:
         self.config, self.limit, self.around = config, limit, around
 
-    @property
-    def longest(self) -> int:
-        """Tokens that one segment may have. Raises ``ValueError`` if the <MEM> tokens leave no room for any."""
+    def longest(self, question_tokens: int = 0) -> int:
+        """Tokens that one segment may have, behind a question.
+
+        Raises:
+            ValueError: if the <MEM> tokens and the question leave no room for any.
+        """
         found = self.config.segment_tokens
         if self.limit is not None:
-            found = min(found, self.limit - self.around - self.most_slots)
+            found = min(found, self.limit - self.around - self.most_slots - question_tokens)
         if found < 1:
-            raise ValueError(f"The encoder's {self.limit} positions leave no room for a segment and its <MEM> tokens.")
+            asked = f", its question of {question_tokens} tokens" if question_tokens else ""
+            raise ValueError(
+                f"The encoder's {self.limit} positions have no room for a segment{asked} and its <MEM> tokens."
+            )
         return found
 
     @property
@@ -37,20 +43,21 @@ class PISCOPlan:
         config = self.config
         return config.memory_tokens if config.memory_tokens > 1 else math.ceil(config.segment_tokens / config.ratio) + 1
 
-    def cut(self, n_tokens: int, ratio: float, source_tokens: int) -> list[tuple[int, int]]:
+    def cut(self, n_tokens: int, ratio: float, source_tokens: int, question_tokens: int = 0) -> list[tuple[int, int]]:
         """``(encoder tokens, slots)`` of each segment of a passage, in order.
 
         Args:
             n_tokens: its length in the encoder's tokens.
             ratio: compression ratio; ``slots="fixed"`` knows the config's alone.
             source_tokens: its length in the reader's tokens, which the number of slots goes by.
+            question_tokens: encoder tokens of the question in front of each segment.
         """
         config = self.config
         if not n_tokens or not source_tokens:
             return []
         if config.slots == "plus-one":
             return self._greedy(n_tokens, ratio)
-        count = -(-n_tokens // self.longest)
+        count = -(-n_tokens // self.longest(question_tokens))
         total = math.ceil(source_tokens / ratio - 1e-6)
         if config.slots == "proportional":
             if config.memory_tokens > 1:
@@ -64,7 +71,7 @@ class PISCOPlan:
 
     def _greedy(self, n_tokens: int, ratio: float) -> list[tuple[int, int]]:
         """Segments of the authors' code: full ones and a shorter last one, one slot more than their share each."""
-        longest = self.longest
+        longest = self.longest()
         cut = [min(longest, n_tokens - start) for start in range(0, n_tokens, longest)]
         return [(n, int(n // ratio) + 1) for n in cut]
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .nested import NestedSlot
 from .reader import Reader
-from .segments import slot_of_token
+from .segments import tokens_of_slots
 
 _LIMIT = 8.0  # of a gate's logarithm: far enough to silence a token, never enough to overflow
 
@@ -32,12 +33,21 @@ class GatedPool(nn.Module):
         self.scale = nn.Parameter(torch.ones((), device=reader.device))
         self.gate = nn.Parameter(torch.zeros(1, reader.width, device=reader.device))
 
-    def forward(self, pieces: Sequence[list[int]], slots: Sequence[int]) -> Tensor:
-        """``[all slots, width]`` in at least float32: each piece of token ids is cut into as many even runs as it has slots."""
+    def forward(
+        self,
+        pieces: Sequence[list[int]],
+        slots: Sequence[int],
+        nests: Sequence[Sequence[NestedSlot] | None] | None = None,
+    ) -> Tensor:
+        """``[all slots, width]`` in at least float32.
+
+        Each piece of token ids is cut into as many even runs as it has slots, or pooled over its nested slots' windows.
+        """
         (reader,) = self._held
-        where, count = slot_of_token([len(piece) for piece in pieces], slots).to(reader.device), sum(slots)
+        which, where = tokens_of_slots([len(piece) for piece in pieces], slots, nests)
+        where, count = where.to(reader.device), sum(slots)
         with torch.no_grad():
-            tokens = reader.embed(torch.tensor([i for piece in pieces for i in piece], device=reader.device))
+            tokens = reader.embed(torch.tensor([i for piece in pieces for i in piece])[which].to(reader.device))
             tokens = tokens.to(torch.promote_types(self.gate.dtype, torch.float32))
             unit = tokens * (tokens.shape[1] ** 0.5 / reader.embedding_norm)
         strength = (unit * self.gate).sum(-1)  # not a matrix product, which autocast would take to bfloat16

@@ -43,7 +43,7 @@ class CompressorData(BaseModel):
         questions_per_passage: prompts that read one compressed passage; it is encoded once for all of them.
         mismatch: share of questions that are put to another passage, the answer being `unanswerable`.
         templates: weights of the question formats (`plain`, `llama_index`).
-        query_aware: give the compressor the question; each passage then gets one.
+        query_aware: each passage gets one question, which the compressor reads too; `compressor.query_aware` sets it.
         dev: question source for `evaluate`, `dev_half` of it, `dev_limit` questions.
     """
 
