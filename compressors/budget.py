@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from itertools import accumulate
 
 Span = tuple[int, int]
+Search = Generator[list[str], list[int], tuple[tuple[Span, ...], int]]
 _TRIES = 16  # units tried for what room is left in the end
 
 
@@ -18,13 +19,26 @@ def merge(text: str, spans: Sequence[Span]) -> tuple[Span, ...]:
             merged[-1][1] = max(b, merged[-1][1])
         else:
             merged.append([a, b])
-    trimmed = []
-    for a, b in merged:
-        piece = text[a:b]
-        a, b = b - len(piece.lstrip()), a + len(piece.rstrip())
-        if a < b:
-            trimmed.append((a, b))
-    return tuple(trimmed)
+    return tuple(span for a, b in merged if (span := _trimmed(text, a, b)))
+
+
+def merge_units(text: str, units: Sequence[Span], chosen: Sequence[int]) -> tuple[Span, ...]:
+    """`merge` for some units of a partition of the text, by their indices."""
+    spans: list[Span] = []
+    last = -1
+    for i in sorted(chosen):
+        if i == last + 1 and spans:
+            spans[-1] = (spans[-1][0], units[i][1])
+        else:
+            spans.append(units[i])
+        last = i
+    return tuple(span for a, b in spans if (span := _trimmed(text, a, b)))
+
+
+def _trimmed(text: str, a: int, b: int) -> Span | None:
+    piece = text[a:b]
+    a, b = b - len(piece.lstrip()), a + len(piece.rstrip())
+    return (a, b) if a < b else None
 
 
 def join(text: str, spans: Sequence[Span], joiner: str = " ") -> str:
@@ -32,56 +46,61 @@ def join(text: str, spans: Sequence[Span], joiner: str = " ") -> str:
     return joiner.join(text[a:b] for a, b in spans)
 
 
-def select(
+def search(
     text: str,
     units: Sequence[Span],
     order: Sequence[int],
     target: int,
-    count: Callable[[str], int],
+    whole: int,
+    sizes: Sequence[float],
     joiner: str = " ",
     first: int = 0,
-) -> tuple[Span, ...]:
+) -> Search:
     """Takes units in order of value until the budget is spent.
 
     The budget holds for the tokens of the joined result, not for the sum over the units. The longest run of units from the
     front of the order that fits is found by interpolation; some later, shorter units then use what room is left.
 
+    This is a generator, so that the searches of many texts can have their tokens counted together (`run_searches`): it
+    yields lists of texts, is sent their numbers of tokens, and returns kept spans, in order, whose `join` has at most
+    ``target`` tokens, with that number; maybe none, and 0.
+
     Args:
         text: the text.
-        units: spans of characters.
+        units: a partition of the text.
         order: indices into ``units``, the most valuable first.
         target: tokens that the result may have.
-        count: tokens of a text.
+        whole: tokens of the text.
+        sizes: about how many tokens each unit has; only their proportions matter.
         joiner: what is put between spans that do not touch.
         first: units at the front of the order that must stay as long as they fit; among those one that does not fit does
             not end the search.
-
-    Returns:
-        Kept spans, in order, whose `join` has at most ``target`` tokens; maybe none.
     """
     if target < 1:
-        return ()
+        return (), 0
 
-    def cost(chosen: Sequence[int]) -> int:
-        return count(join(text, merge(text, [units[i] for i in chosen]), joiner))
+    def kept(chosen: Sequence[int]) -> str:
+        return join(text, merge_units(text, units, chosen), joiner)
 
-    must = [i for i in order[:first] if cost([i]) <= target]
+    alone = (yield [kept([i]) for i in order[:first]]) if first else []
+    must = [i for i, n in zip(order[:first], alone) if n <= target]
     ranked = [*must, *order[first:]]
-    characters = list(accumulate((units[i][1] - units[i][0] for i in ranked), initial=0))
-    whole = max(1, count(text))
+    upto = list(accumulate((sizes[i] for i in ranked), initial=0.0))
     low, high = 0, len(ranked) + 1  # how many units are known to fit, and how many not to
     below, above = 0, whole
     halve = False
     while high - low > 1 and below < target:
         share = 0.5 if halve else min(max((target - below) / max(above - below, 1), 0.0), 1.0)
-        aim = characters[low] + share * (characters[min(high, len(ranked))] - characters[low])
-        k = min(max(bisect(characters, aim) - 1, low + 1), high - 1)
-        n = cost(ranked[:k])
+        aim = upto[low] + share * (upto[min(high, len(ranked))] - upto[low])
+        k = min(max(bisect(upto, aim) - 1, low + 1), high - 1)
+        (n,) = yield [kept(ranked[:k])]
+        # A step that leaves nearly all that was in question is followed by one that halves it.
+        before = high - low
         if n <= target:
             low, below = k, n
         else:
             high, above = k, n
-        halve = not halve
+        halve = not halve and 2 * (high - low) > before
     chosen = list(ranked[:low])
     room = target - below
     # Recounting a long text is dear, and there the room that is left matters little.
@@ -92,7 +111,34 @@ def select(
         if (units[i][1] - units[i][0]) * whole > (2 * room + 2) * len(text):
             continue  # too long, judged by the text's characters a token
         tries -= 1
-        if (n := cost([*chosen, i])) <= target:
+        (n,) = yield [kept([*chosen, i])]
+        if n <= target:
             chosen.append(i)
-            room = target - n
-    return merge(text, [units[i] for i in chosen])
+            below, room = n, target - n
+    return merge_units(text, units, chosen), below
+
+
+def run_searches(
+    searches: Sequence[Search], count: Callable[[list[str]], list[int]]
+) -> list[tuple[tuple[Span, ...], int]]:
+    """Runs searches side by side, so that every round of them is one call of ``count``.
+
+    Args:
+        searches: generators such as `search`.
+        count: tokens of each of some texts.
+
+    Returns:
+        What each search returns.
+    """
+    found: list[tuple[tuple[Span, ...], int]] = [((), 0)] * len(searches)
+    answers: dict[int, list[int] | None] = dict.fromkeys(range(len(searches)))
+    while answers:
+        asked: dict[int, list[str]] = {}
+        for i, answer in answers.items():
+            try:
+                asked[i] = next(searches[i]) if answer is None else searches[i].send(answer)
+            except StopIteration as stop:
+                found[i] = stop.value
+        counts = iter(count([text for texts in asked.values() for text in texts]) if asked else [])
+        answers = {i: [next(counts) for _ in texts] for i, texts in asked.items()}
+    return found

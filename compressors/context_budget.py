@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+import re
+from collections.abc import Callable, Sequence
 
 from .reader import Reader
-from .scoring import next_token_losses
+from .scoring import row_losses
 
 CONDITIONS = ("after", "before", "none")
 REORDERS = ("original", "two_stage", "sort")
 STATEMENT = " We can get the answer to this question in the given documents."
+_STEP = re.compile(r"\s*([-+*/])\s*(\d+(?:\.\d*)?|\.\d+)\s*")
+_STEPS: dict[str, Callable[[float, float], float]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
+}
 _NEGATIVE_BUDGET = 100  # what contexts are chosen for where instruction and question alone exceed the target
 
 
 def context_losses(
-    scorer: Reader, contexts: Sequence[str], question: str | None = None, condition: str = "after"
+    scorer: Reader,
+    contexts: Sequence[str],
+    question: str | None = None,
+    condition: str = "after",
+    statement: str = STATEMENT,
 ) -> list[float]:
     """Mean loss of each context behind BOS; or, given a question, that of what comes second: question or context.
 
@@ -24,20 +37,21 @@ def context_losses(
     Args:
         scorer: the causal LM.
         contexts: the contexts.
-        question: `STATEMENT` follows it.
+        question: the statement follows it.
         condition: ``"after"``: the question stands right after the context; ``"before"``: right before it.
+        statement: what is said behind the question.
     """
-    asked = question + STATEMENT if question else ""
-    out = []
-    for context in contexts:
-        first, second = (asked, context) if condition == "before" else (context, asked)
-        ids = scorer.bos_ids + scorer.prompts.encode(first + second, opens=True)
+    asked = question + statement if question else ""
+    pairs = [(asked, context) if condition == "before" else (context, asked) for context in contexts]
+    encoded = scorer.prompts.encode_batch([(first + second, True) for first, second in pairs])
+    rows = [scorer.bos_ids + ids for ids in encoded]
+    for ids in rows:
         check_length(scorer, ids)
-        losses = next_token_losses(scorer, ids)
-        if asked:
-            losses = losses[max(len(scorer.bos_ids) + token_counts(scorer, [first])[0] - 1, 0) :]
-        out.append(float(losses.mean()) if len(losses) else 0.0)
-    return out
+    found = row_losses(scorer, rows)
+    if asked:
+        starts = [max(len(scorer.bos_ids) + n - 1, 0) for n in token_counts(scorer, [first for first, _ in pairs])]
+        found = [losses[start:] for losses, start in zip(found, starts)]
+    return [float(losses.mean()) if len(losses) else 0.0 for losses in found]
 
 
 def rank_contexts(
@@ -54,7 +68,7 @@ def choose_contexts(
     lengths: Sequence[int],
     target: float,
     *,
-    extra: float = 100.0,
+    extra: float | str = 100.0,
     reorder: str = "original",
     shift: float = 0.0,
     forced: Sequence[int] = (),
@@ -72,7 +86,7 @@ def choose_contexts(
     Returns:
         The chosen indices as they will stand, and what is added to each one's keep ratio.
     """
-    left = (target if target >= 0 else _NEGATIVE_BUDGET) + extra
+    left = widened(target if target >= 0 else _NEGATIVE_BUDGET, extra)
     chosen = list(dict.fromkeys(forced))
     for i in ranks:
         if i not in chosen:
@@ -84,6 +98,22 @@ def choose_contexts(
     ramp = {i: shift * (1 - 2 * rank / steps) if steps else 0.0 for rank, i in enumerate(chosen)}
     order = reordered(chosen, reorder)
     return order, [ramp[i] for i in order]
+
+
+def widened(target: float, extra: float | str) -> float:
+    """A target with what is added to it: a number of tokens, or a step such as ``"+100"``, ``"*1.5"``, ``"-20"``, ``"/2"``.
+
+    Raises:
+        ValueError: for any other string, a division by zero, or a number that is not at least 0.
+    """
+    if not isinstance(extra, str):
+        if not extra >= 0:
+            raise ValueError(f"context_budget must be a number of at least 0, got {extra!r}.")
+        return target + extra
+    found = _STEP.fullmatch(extra)
+    if found is None or (found[1] == "/" and float(found[2]) == 0):
+        raise ValueError(f"context_budget is a number of tokens or a step such as '+100' or '*1.5', got {extra!r}.")
+    return _STEPS[found[1]](target, float(found[2]))
 
 
 def reordered(ranked: Sequence[int], how: str) -> list[int]:

@@ -10,9 +10,11 @@ modes. Its peculiarities are part of it:
 - losses that equal the threshold are dropped, so a text of one repeated token loses nearly everything;
 - contexts are read without BOS, though the lengths that the budget is made of count it.
 
-Left out: sentence filtering, kept separators, other rankers, and the sliding cache for texts beyond the model's positions,
-which are refused here. Strings of special tokens in a text are plain text. A window is scored by reading the compressed
-prefix again, which gives what the cached prefix gives.
+- the first pass reads as much of the text as the model has positions, for its losses alone;
+- beyond the model's positions the oldest of the cached tokens go, all but the first ten; the positions of the rest
+  stay as they were, and the losses known so far are not moved along.
+
+Left out: other rankers. Strings of special tokens in a text are plain text.
 """
 
 from __future__ import annotations
@@ -20,13 +22,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from .budget import Span, merge
-from .context_budget import CONDITIONS, REORDERS, check_length, choose_contexts, rank_contexts, token_counts
+from .context_budget import CONDITIONS, REORDERS, choose_contexts, rank_contexts, token_counts
 from .reader import Reader
-from .scoring import next_token_losses
+from .sentence_budget import filter_sentences
+from .token_windows import keep_tokens, window_plan
 
 RANKERS = ("llmlingua", "longllmlingua")
 _SEPARATOR = "\n\n"
@@ -41,7 +41,8 @@ class PublishedPrompt:
         text: the compressed contexts, decoded from the kept tokens (a character may be broken).
         order: indices of the contexts that were taken, as they stand in the text.
         shifts: what was added to each one's keep ratio.
-        spans: the kept ``(start, end)`` characters of the taken contexts joined by blank lines.
+        spans: the kept ``(start, end)`` characters of the taken contexts, as the sentence filter leaves them, joined by
+            blank lines.
         source_tokens, kept_tokens: the scorer's tokens of the joined contexts, and how many of them were kept.
     """
 
@@ -68,8 +69,11 @@ def compress_prompt(
     reorder: str = "original",
     shift: float = 0.0,
     size: int = 200,
-    extra: float = 100.0,
+    extra: float | str = 100.0,
     forced: Sequence[int] = (),
+    append_question: bool = True,
+    sentences: float | None = None,
+    keep_split: bool = False,
 ) -> PublishedPrompt:
     """Compresses contexts to ``rate`` of all tokens, instruction and question included.
 
@@ -88,12 +92,16 @@ def compress_prompt(
         reorder: order in the result: ``"original"``, by rank (``"sort"``), or best at both ends (``"two_stage"``).
         shift: ``r``: keep ratios run from ``+r`` to ``-r`` around the common one, by rank.
         size: tokens of a window.
-        extra: tokens added to the target when contexts are chosen.
+        extra: tokens added to the target when contexts are chosen, or a step such as ``"*1.5"`` (`context_budget.widened`).
         forced: indices of contexts that are taken in any case.
+        append_question: the question ends the prompt, and its tokens are part of what is to be kept.
+        sentences: whole sentences go before tokens do, until the rest takes this share of the target (the release: 1.4);
+            ``None``: no sentence filter.
+        keep_split: line breaks side by side stay.
 
     Raises:
-        ValueError: if an argument is none of these, a question is needed and missing, or the text is longer than the
-            scorer's positions.
+        ValueError: if an argument is none of these, a question is needed and missing, a context that is ranked is longer
+            than the scorer's positions, or these are too few for windows to slide over a longer text.
     """
     if not contexts:
         raise ValueError("compress_prompt needs at least one context, got none.")
@@ -110,27 +118,30 @@ def compress_prompt(
     bos = len(scorer.bos_ids)
     lengths = [bos + n for n in token_counts(scorer, contexts)]
     if target is None:
-        fixed = sum(bos + n for n in token_counts(scorer, [instruction, question]))
-        target = (fixed + sum(lengths)) * rate - fixed
+        first, last = (bos + n for n in token_counts(scorer, [instruction, question]))
+        target = (first + last + sum(lengths)) * rate - first - (last if append_question else 0)
     order, shifts = [0], [0.0]
+    asked = question if ranker == "longllmlingua" and condition != "none" else None
     if len(contexts) > 1:
-        asked = question if ranker == "longllmlingua" and condition != "none" else None
         ranks = rank_contexts(scorer, contexts, asked, condition)
         order, shifts = choose_contexts(
             ranks, lengths, target, extra=extra, reorder=reorder, shift=shift, forced=forced
         )
     taken = [contexts[i] for i in order]
+    if sentences is not None:
+        taken = filter_sentences(scorer, taken, target, share=sentences, question=asked, condition=condition)
     prefix = question + _SEPARATOR if compare else ""
     body = _SEPARATOR.join(taken)
     ids, offsets = scorer.prompts.encode_with_offsets(prefix + body, opens=True)
     start = sum(a < len(prefix) for a, _ in offsets)
     plan = window_plan([n + 2 for n in token_counts(scorer, taken)], target, size, shifts)
-    kept = keep_tokens(scorer, ids, plan, size, start=start, compare=compare)
+    split = _line_break(scorer) if keep_split else None
+    kept = keep_tokens(scorer, ids, plan, size, start=start, compare=compare, split=split)
     text = scorer.decode([ids[i] for i in kept])
     text = text if text.strip() else ""
     spans = [(max(offsets[i][0] - len(prefix), 0), offsets[i][1] - len(prefix)) for i in kept]
     return PublishedPrompt(
-        prompt=_SEPARATOR.join(part for part in (instruction, text, question) if part),
+        prompt=_SEPARATOR.join(part for part in (instruction, text, question if append_question else "") if part),
         text=text,
         order=tuple(order),
         shifts=tuple(shifts),
@@ -140,109 +151,8 @@ def compress_prompt(
     )
 
 
-# -- tokens --------------------------------------------------------------------------------------------------------------
-
-
-def window_plan(
-    lengths: Sequence[int], target: float, size: int, shifts: Sequence[float]
-) -> list[list[tuple[int, float]]]:
-    """For each window its stretches ``(tokens, keep ratio)``; a window may span several contexts.
-
-    Args:
-        lengths: tokens of each context and 2 for what parts it from the next.
-        target: tokens to keep; the common ratio is ``target / (sum(lengths) + 1)``.
-        size: tokens of a window; the first has one less.
-        shifts: added to the common ratio, which is then clamped to [0, 1].
-    """
-    common = target / (sum(lengths) + 1)
-    plan: list[list[tuple[int, float]]] = []
-    window: list[tuple[int, float]] = []
-    filled = 1
-    for length, shift in zip(lengths, shifts):
-        ratio = max(min(1, common + shift), 0)
-        if filled + length < size:
-            window.append((length, ratio))
-            filled += length
-            continue
-        plan.append([*window, (size - filled, ratio)])
-        filled += length - size
-        if filled > size:
-            whole, filled = divmod(filled, size)
-            plan += [[(size, ratio)]] * whole
-        window = [(filled, ratio)] if filled else []
-    return [*plan, window] if window else plan
-
-
-def keep_tokens(
-    scorer: Reader,
-    ids: Sequence[int],
-    plan: Sequence[Sequence[tuple[int, float]]],
-    size: int,
-    *,
-    start: int = 0,
-    compare: bool = False,
-) -> list[int]:
-    """Indices of the tokens that stay, without those of the prefix.
-
-    Args:
-        scorer: the causal LM.
-        ids: prefix and text; no BOS.
-        plan: see `window_plan`.
-        size: tokens of a window.
-        start: tokens of the prefix.
-        compare: threshold the loss without the prefix minus the loss behind it, in place of the loss.
-    """
-    check_length(scorer, ids)
-    tokens, alive = torch.tensor(ids, dtype=torch.long), torch.arange(len(ids))
-    end = min(size + start, len(ids))
-    behind = alone = torch.zeros(0)  # entry i belongs to token i: the loss of the token after it
-    ready = ready_alone = 0
-    for step, stretches in enumerate(plan):
-        if end > len(tokens):
-            break
-        stop = end if step else len(tokens)
-        found = next_token_losses(scorer, tokens[:stop].tolist())
-        if not len(found):
-            break
-        behind = _renew(behind, found, ready) if step else found
-        if compare:
-            found = next_token_losses(scorer, tokens[start:stop].tolist())
-            alone = _renew(alone, found, ready_alone) if step else found
-        ready = 0 if start and not step else end - size
-        ready_alone = 0 if start and not step else end - start - size
-        for length, ratio in stretches:
-            score = alone[: len(behind) - start] - behind[start:] if compare else behind
-            over = score > _threshold(score, ratio)
-            keep = torch.cat([behind[:start] > 0, over, behind[:1] > 0] if compare else [over, behind[:1] > 0])
-            # These slices count from the end where they are negative, as they do in a text shorter than a window.
-            border = end - size + length
-            keep[border:] = True
-            keep[: border - length] = True
-            behind = behind[keep[:-1]]
-            if compare:
-                keep = _fit(keep, max(len(keep), len(alone) + start + 1))
-                alone = alone[keep[start:-1]]
-            keep = _fit(keep, len(tokens))
-            tokens, alive = tokens[keep], alive[keep]
-            end = border - int((~keep[:border]).sum()) + size
-    return alive[start:].tolist()
-
-
-def _renew(past: Tensor, found: Tensor, ready: int) -> Tensor:
-    """The losses known so far with those from ``ready`` on measured anew."""
-    past = torch.cat([past, torch.zeros(max(0, len(found) - len(past)))])
-    past[ready : len(found)] = found[ready:]
-    return past
-
-
-def _threshold(losses: Tensor, ratio: float) -> float:
-    """The loss at rank ``int(n * ratio) - 1``, from the largest down."""
-    if ratio == 1.0 or not len(losses):
-        return float("-inf")
-    rank = max(0, min(len(losses) - 1, int(len(losses) * ratio) - 1))
-    return float(losses.sort(descending=True).values[rank])
-
-
-def _fit(keep: Tensor, length: int) -> Tensor:
-    """Cut to a length, or filled up with tokens that stay."""
-    return torch.cat([keep, torch.ones(max(0, length - len(keep)), dtype=torch.bool)])[:length]
+def _line_break(scorer: Reader) -> int:
+    ids = scorer.tokenize("\n")
+    if len(ids) != 1:
+        raise ValueError(f"keep_split needs a line break to be one token; {scorer.name!r} makes {len(ids)} of it.")
+    return ids[0]

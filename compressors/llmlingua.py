@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from .base import CompressorConfig
-from .context_budget import REORDERS
+from .context_budget import REORDERS, widened
 from .iterative import PublishedPrompt, compress_prompt
 from .lm_selection import LMSelectingCompressor, LMSelectionConfig
 from .passage import CompressedPassage
 from .registry import register_compressor
 from .scoring import TokenScores, self_information
+from .settings import added
 from .shares import kept_share, share_out
 from .units import Span
 
@@ -38,8 +39,9 @@ class LLMLinguaConfig(LMSelectionConfig):
         },
     )
     iterative_size: int = field(default=200, metadata={"help": "tokens of a window (faithful)"})
-    context_budget: float = field(
-        default=100.0, metadata={"help": "tokens added to the target when contexts are chosen (faithful)"}
+    context_budget: float | str = field(
+        default=100.0,
+        metadata={"help": "tokens added to the target when contexts are chosen, or a step such as '*1.5' (faithful)"},
     )
     reorder: Literal["original", "two_stage", "sort"] = field(
         default="original", metadata={"help": "how chosen contexts stand: original, two_stage or sort (faithful)"}
@@ -47,6 +49,11 @@ class LLMLinguaConfig(LMSelectionConfig):
     dynamic_ratio: float = field(
         default=0.0, metadata={"help": "keep ratios run from +r to -r around the common one, by rank of the passage"}
     )
+    sentence_budget: float | None = added(
+        None,
+        "share of the target that whole sentences may take before tokens go, 1.4 in the release; null: no filter (faithful)",
+    )
+    keep_split: bool = added(False, "line breaks side by side stay (faithful)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,8 +65,9 @@ class LLMLinguaConfig(LMSelectionConfig):
             raise ValueError(f"reorder must be one of {REORDERS}, got {self.reorder!r}.")
         if not 0 <= self.dynamic_ratio < 1:
             raise ValueError(f"dynamic_ratio must lie in [0, 1), got {self.dynamic_ratio!r}.")
-        if not self.context_budget >= 0:
-            raise ValueError(f"context_budget must be a number of at least 0, got {self.context_budget!r}.")
+        widened(0.0, self.context_budget)  # says what is wrong with it
+        if self.sentence_budget is not None and not self.sentence_budget > 0:
+            raise ValueError(f"sentence_budget must be a number above 0 or null, got {self.sentence_budget!r}.")
 
 
 @register_compressor
@@ -139,6 +147,7 @@ class LLMLinguaCompressor(LMSelectingCompressor):
         ratio: float | None = None,
         target_tokens: float | None = None,
         forced: Sequence[int] = (),
+        append_question: bool = True,
     ) -> PublishedPrompt:
         """The published pipeline over a list of contexts (see `iterative.compress_prompt`).
 
@@ -148,6 +157,7 @@ class LLMLinguaCompressor(LMSelectingCompressor):
             ratio: all tokens over the kept ones; default: the config's.
             target_tokens: the scorer's tokens that the contexts should be compressed to, in place of a ratio.
             forced: indices of contexts that are taken in any case.
+            append_question: the question ends the prompt.
         """
         config = self.config
         with self._lock:
@@ -163,6 +173,9 @@ class LLMLinguaCompressor(LMSelectingCompressor):
                 size=config.iterative_size,
                 extra=config.context_budget,
                 forced=forced,
+                append_question=append_question,
+                sentences=config.sentence_budget,
+                keep_split=config.keep_split,
                 **self._published(),
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +15,8 @@ from .context_budget import CONDITIONS, STATEMENT, reordered
 from .llmlingua import LLMLinguaCompressor, LLMLinguaConfig
 from .passage import CompressedPassage
 from .registry import register_compressor
-from .scoring import TokenScores, self_information
+from .scoring import BLANK_LINE, TokenScores, self_information
 from .shares import share_out
-
-_SEPARATOR = "\n\n"
 
 
 @dataclass
@@ -55,9 +54,10 @@ class LongLLMLinguaCompressor(LLMLinguaCompressor):
     A token's score is its contrastive perplexity, ``-log p(token | before) + log p(token | question, before)``.
 
     ``mode="fast"``: both terms from one pass each over all passages, in batches of like length, and an exact budget for
-    each passage. With ``dynamic_ratio`` r above 0 the passages of a call that share a question are ranked (a third pass)
-    and their keep ratios run from +r to -r around the common one, the total staying exactly what it was; the results stay
-    in the caller's order, ``info["rank"]`` holds each one's rank (0 is the best) and `reorder` puts them in order.
+    each passage. With ``dynamic_ratio`` r above 0 the passages of a call that share a question are ranked by its loss
+    (read behind each passage in the pass that has no question before it) and their keep ratios run from +r to -r around
+    the common one, the total staying exactly what it was; the results stay in the caller's order, ``info["rank"]`` holds
+    each one's rank (0 is the best) and `reorder` puts them in order.
 
     ``mode="faithful"``: the published computation (see `iterative`), each passage on its own; `compress_prompt` runs it
     over a list of contexts, ranking, order and dynamic ratios included.
@@ -91,11 +91,15 @@ class LongLLMLinguaCompressor(LLMLinguaCompressor):
             ValueError: if a text has no question.
         """
         questions = [self._question(query) for query in queries or [None] * len(texts)]
-        window = self.config.window
-        alone = self_information(self.scorer, texts, window=window)
-        prefixes = [question + _SEPARATOR for question in questions]
-        asked = self_information(self.scorer, texts, prefixes=prefixes, window=window)
-        return [TokenScores(a.ids, a.offsets, a.nll - b.nll) for a, b in zip(alone, asked)]
+        alone = self._alone(texts, questions if self.config.dynamic_ratio else None)
+        prefixes = [question + BLANK_LINE for question in questions]
+        asked = self_information(self.scorer, texts, prefixes=prefixes, window=self.config.window)
+        return [TokenScores(a.ids, a.offsets, a.nll - b.nll, a.ending) for a, b in zip(alone, asked)]
+
+    def _alone(self, texts: Sequence[str], questions: Sequence[str] | None) -> list[TokenScores]:
+        """The loss without a question; and, given questions, that of each question behind its text, from the same pass."""
+        endings = None if questions is None else [question + self.config.statement for question in questions]
+        return self_information(self.scorer, texts, endings=endings, window=self.config.window)
 
     def rank(self, texts: Sequence[str], query: str | None = None) -> list[int]:
         """Indices of passages, the one that makes the question most likely first; ties keep the caller's order.
@@ -109,34 +113,13 @@ class LongLLMLinguaCompressor(LLMLinguaCompressor):
     def rank_losses(self, texts: Sequence[str], query: str | None = None) -> list[float]:
         """Mean loss in nats of the question and the statement after it, given each passage: the lower, the more relevant.
 
-        A passage that does not fit the scorer's window beside the question is read in equal parts, and its best part
-        counts.
+        A passage that does not fit the scorer's window beside the question is read in several, and its best part counts.
+        An empty one has an infinite loss.
         """
-        asked = self._question(query) + self.config.statement
+        question = self._question(query)
         with self._lock, torch.no_grad():
-            parts = [self._parts(text, asked) for text in self._check_texts(texts)]
-            flat = [part for pieces in parts for part in pieces]
-            # The blank line parts passage and question; it belongs to the prefix, so that it is not scored.
-            prefixes = [part + _SEPARATOR for part in flat]
-            found = self_information(self.scorer, [asked] * len(flat), prefixes=prefixes, window=self.config.window)
-        values = iter(float(scores.nll.mean()) for scores in found)
-        return [min(next(values) for _ in pieces) for pieces in parts]
-
-    def _parts(self, text: str, question: str) -> list[str]:
-        scorer = self.scorer
-        limit = self.config.window if scorer.max_positions is None else min(self.config.window, scorer.max_positions)
-        room = limit - len(scorer.tokenize(question)) - 8  # BOS, the blank line, and what cutting a text may add
-        if room < 8:
-            raise ValueError(
-                f"The question leaves no room for a passage in a window of {limit} tokens; shorten the question."
-            )
-        _, offsets = scorer.tokenize_with_offsets(text)
-        pieces = -(-len(offsets) // room)
-        if pieces <= 1:
-            return [text]
-        step = -(-len(offsets) // pieces)
-        cuts = [0, *(offsets[i][0] for i in range(step, len(offsets), step)), len(text)]
-        return [text[a:b] for a, b in zip(cuts, cuts[1:]) if b > a]
+            found = self._alone(self._check_texts(texts), [question] * len(texts))
+        return [math.inf if scores.ending is None else scores.ending for scores in found]
 
     @property
     def pools_budget(self) -> bool:
@@ -159,8 +142,10 @@ class LongLLMLinguaCompressor(LLMLinguaCompressor):
             groups[self._question(query)].append(i)
         out = list(targets)
         notes: list[dict[str, Any]] = [{} for _ in texts]
-        for question, group in groups.items():
-            order = [group[i] for i in self.rank([texts[i] for i in group], question)]
+        for group in groups.values():
+            # Scoring has read the question behind each passage; one that is empty was not scored.
+            losses = {i: found[i].ending if i in found else None for i in group}
+            order = sorted(group, key=lambda i: math.inf if losses[i] is None else losses[i])
             weights, caps, total = [], [], 0
             for rank, i in enumerate(order):
                 notes[i] = {"rank": rank}

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from .kv import position_arguments
 from .reader import Reader
 
+BLANK_LINE = "\n\n"
 _OVERLAP = 32  # a window repeats 1/32 of itself as context for the next
-_LOGITS = 1 << 24  # logits held at a time: 64 MB in float32
+_LOGITS = 1 << 21  # logits held at a time: 8 MB in float32, which stay in a processor's cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,21 +28,24 @@ class TokenScores:
         ids: the scorer's tokens.
         offsets: ``(start, end)`` characters of each token; tokens that share a character share its offsets.
         nll: ``[tokens]`` float32 on the CPU, ``-log p(token | what came before)`` in nats.
+        ending: the mean loss of what was read behind the text, where something was; of several windows the lowest.
     """
 
     ids: list[int]
     offsets: list[tuple[int, int]]
     nll: Tensor
+    ending: float | None = None
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One row to read: its last ``scored`` tokens are tokens ``end - scored`` to ``end`` of a text."""
+    """One row to read: its last ``scored`` tokens are tokens ``end - scored`` to ``end`` of a text, ``behind`` more follow."""
 
     text: int
     end: int
     row: list[int]
     scored: int
+    behind: int = 0
 
 
 @torch.no_grad()
@@ -50,6 +54,7 @@ def self_information(
     texts: Sequence[str],
     *,
     prefixes: Sequence[str] | None = None,
+    endings: Sequence[str] | None = None,
     window: int = 2048,
     batch_positions: int = 8192,
     padding: float | None = None,
@@ -64,6 +69,8 @@ def self_information(
         scorer: the causal LM.
         texts: the texts; an empty one gets no scores.
         prefixes: for each text what is read before it in every window (a question, say) without being scored.
+        endings: for each text what is read behind it in every window, parted from it by a blank line: under a causal model
+            it changes nothing for the text, and its own loss tells what it has to do with the text.
         window: longest stretch read at once; never above the scorer's positions.
         batch_positions: positions in one forward pass, padding counted.
         padding: share of a batch that may be padding; ``None``: 0.03 on a CPU, where padding costs time, else 0.5.
@@ -72,25 +79,36 @@ def self_information(
         One `TokenScores` a text, in order.
 
     Raises:
-        ValueError: if the number of prefixes differs from that of the texts, or a prefix leaves no room for the text.
+        ValueError: if the number of prefixes or endings differs from that of the texts, or they leave no room for the text.
     """
-    if prefixes is not None and len(prefixes) != len(texts):
-        raise ValueError(f"One prefix a text is needed: got {len(prefixes)} prefixes for {len(texts)} texts.")
+    for name, given in (("prefix", prefixes), ("ending", endings)):
+        if given is not None and len(given) != len(texts):
+            plural = "prefixes" if name == "prefix" else "endings"
+            raise ValueError(f"One {name} a text is needed: got {len(given)} {plural} for {len(texts)} texts.")
     encoded = [scorer.tokenize_with_offsets(text) for text in texts]
     heads = [[]] * len(texts) if prefixes is None else scorer.tokenize_batch(prefixes)
+    asked = [[]] * len(texts) if endings is None else scorer.tokenize_batch(endings)
+    border = scorer.tokenize(BLANK_LINE) if endings is not None else []
     opening = _opening(scorer)
     room = window if scorer.max_positions is None else min(window, scorer.max_positions)
     # Nothing foretells the first token where there is no prefix at all: it is taken to be as likely as any other.
     nll = [torch.full((len(ids),), math.log(scorer.vocab_size)) for ids, _ in encoded]
-    jobs = [job for i, (ids, _) in enumerate(encoded) for job in _jobs(i, ids, [*opening, *heads[i]], room)]
+    jobs = [
+        job
+        for i, (ids, _) in enumerate(encoded)
+        for job in _jobs(i, ids, [*opening, *heads[i]], [*border, *asked[i]], room)
+    ]
+    behind = [math.inf if part else None for part in asked]
     if padding is None:
         padding = padding_share(scorer.device)
     for batch in batches([len(job.row) - 1 for job in jobs], batch_positions, padding):
         found = _score(scorer, [jobs[i] for i in batch])
         for i, values in zip(batch, found):
             job = jobs[i]
-            nll[job.text][job.end - job.scored : job.end] = values
-    return [TokenScores(ids, offsets, values) for (ids, offsets), values in zip(encoded, nll)]
+            nll[job.text][job.end - job.scored : job.end] = values[: job.scored]
+            if (known := behind[job.text]) is not None:
+                behind[job.text] = min(known, float(values[-len(asked[job.text]) :].mean()))
+    return [TokenScores(*tokens, values, ending) for tokens, values, ending in zip(encoded, nll, behind)]
 
 
 def _opening(scorer: Reader) -> list[int]:
@@ -102,33 +120,41 @@ def _opening(scorer: Reader) -> list[int]:
     return [] if found is None else [found]
 
 
-def _jobs(text: int, ids: list[int], head: list[int], room: int) -> Iterator[_Job]:
+def _jobs(text: int, ids: list[int], head: list[int], tail: list[int], room: int) -> Iterator[_Job]:
     # A row's last token is scored and not read, so a row may have one token more than there is room.
-    span = room - len(head) + 1
+    span = room - len(head) - len(tail) + 1
     if ids and span < 1:
-        raise ValueError(
-            f"A prefix of {len(head)} tokens leaves no room for the text in a window of {room}; shorten the prefix."
-        )
+        what = f"A prefix of {len(head)} tokens" + (f" and an ending of {len(tail)}" if tail else "")
+        raise ValueError(f"{what} leaves no room for the text in a window of {room}; shorten it.")
     start = 0
     while start < len(ids):
         context = max(start - span // _OVERLAP, 0)
         end = min(context + span, len(ids))
-        row = head + ids[context:end]
-        scored = min(end - start, len(row) - 1)
-        if scored:
-            yield _Job(text, end, row, scored)
+        row = [*head, *ids[context:end], *tail]
+        scored = min(end - start, len(row) - len(tail) - 1)
+        if scored or tail:
+            yield _Job(text, end, row, scored, len(tail))
         start = end
 
 
 @torch.no_grad()
-def next_token_losses(scorer: Reader, ids: Sequence[int]) -> Tensor:
-    """``[len(ids) - 1]`` losses of a row read as it stands, without BOS: entry i is ``-log p(ids[i + 1] | ids[: i + 1])``.
+def row_losses(scorer: Reader, rows: Sequence[Sequence[int]], batch_positions: int = 8192) -> list[Tensor]:
+    """For each row of n ids ``[n - 1]`` losses as it stands, without BOS: entry i is ``-log p(ids[i + 1] | ids[: i + 1])``.
 
-    Float32 on the CPU; empty where the row has fewer than two tokens.
+    Float32 on the CPU; empty where a row has fewer than two tokens. Rows of like length share a batch.
     """
-    if len(ids) < 2:
-        return torch.zeros(0)
-    return _score(scorer, [_Job(0, len(ids), list(ids), len(ids) - 1)])[0]
+    out = [torch.zeros(0)] * len(rows)
+    read = [i for i, ids in enumerate(rows) if len(ids) > 1]
+    for batch in batches([len(rows[i]) - 1 for i in read], batch_positions, padding_share(scorer.device)):
+        jobs = [_Job(0, len(rows[read[i]]), list(rows[read[i]]), len(rows[read[i]]) - 1) for i in batch]
+        for i, losses in zip(batch, _score(scorer, jobs)):
+            out[read[i]] = losses
+    return out
+
+
+def next_token_losses(scorer: Reader, ids: Sequence[int]) -> Tensor:
+    """`row_losses` of one row."""
+    return row_losses(scorer, [ids])[0]
 
 
 def padding_share(device: torch.device) -> float:
@@ -152,7 +178,7 @@ def batches(lengths: Sequence[int], positions: int, padding: float) -> Iterator[
 
 
 def _score(scorer: Reader, jobs: Sequence[_Job]) -> list[Tensor]:
-    """For each row the negative log-likelihoods ``[scored]`` of its last tokens, float32 on the CPU."""
+    """For each row the negative log-likelihoods ``[scored + behind]`` of its last tokens, float32 on the CPU."""
     longest = max(len(job.row) for job in jobs) - 1
     ids = torch.zeros(len(jobs), longest, dtype=torch.long)
     mask = torch.zeros(len(jobs), longest, dtype=torch.long)
@@ -161,7 +187,7 @@ def _score(scorer: Reader, jobs: Sequence[_Job]) -> list[Tensor]:
         n = len(job.row) - 1
         ids[row, :n] = torch.tensor(job.row[:-1])
         mask[row, :n] = 1
-        picked[row, n - job.scored : n] = True
+        picked[row, n - job.scored - job.behind : n] = True
     decoder: nn.Module = scorer.model.get_decoder()  # type: ignore[assignment]
     # Right padding under a causal mask: row by row the positions are those of an unpadded pass.
     positions = torch.arange(longest, device=scorer.device).expand(ids.shape)
@@ -172,10 +198,32 @@ def _score(scorer: Reader, jobs: Sequence[_Job]) -> list[Tensor]:
         **position_arguments(decoder, positions),
     ).last_hidden_state
     hidden = hidden[picked.to(hidden.device)]
-    targets = torch.tensor([i for job in jobs for i in job.row[len(job.row) - job.scored :]], device=hidden.device)
+    counts = [job.scored + job.behind for job in jobs]
+    targets = torch.tensor(
+        [i for job, n in zip(jobs, counts) for i in job.row[len(job.row) - n :]], device=hidden.device
+    )
+    return list(token_losses(scorer, hidden, targets).cpu().split(counts))
+
+
+@torch.no_grad()
+def token_losses(scorer: Reader, hidden: Tensor, targets: Tensor) -> Tensor:
+    """``-log p(target)`` in nats, with logits over the vocabulary for a few rows at a time.
+
+    Args:
+        scorer: the causal LM.
+        hidden: ``[rows, width]`` last hidden states.
+        targets: ``[rows]`` ids on the same device.
+
+    Returns:
+        ``[rows]`` float32.
+    """
+    out = torch.empty(len(targets), device=hidden.device)
     rows = max(1, _LOGITS // scorer.vocab_size)
-    parts = []
-    for states, wanted in zip(hidden.split(rows), targets.split(rows)):
-        logits = scorer.head(states).float()
-        parts.append(logits.logsumexp(dim=-1) - logits.gather(-1, wanted[:, None].to(logits.device))[:, 0])
-    return list(torch.cat(parts).cpu().split([job.scored for job in jobs]))
+    for first in range(0, len(targets), rows):
+        logits = scorer.head(hidden[first : first + rows]).float()
+        wanted = logits.gather(-1, targets[first : first + rows, None].to(logits.device))[:, 0]
+        # log-sum-exp in place: a second array of this size is what it would cost most
+        top = logits.amax(dim=-1)
+        total = logits.sub_(top[:, None]).exp_().sum(dim=-1).log_()
+        out[first : first + rows] = (total + top - wanted).to(out.device)
+    return out

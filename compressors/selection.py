@@ -9,14 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .base import CompressorConfig, TextCompressor
-from .budget import join, select
+from .budget import Search, join, run_searches, search
 from .passage import CompressedPassage
 from .scoring import TokenScores
-from .units import LEVELS, Span, carve, keep_spans, split_units, unit_scores
+from .units import LEVELS, Span, carve, keep_spans, split_units, tokens_in, unit_scores
 
 
 @dataclass
@@ -144,45 +145,52 @@ class SelectingCompressor(TextCompressor):
             targets, notes = self.share_budget(texts, queries, lengths, targets, found)
         info: dict[str, Any] = {"method": self.config.method, "unit": self.config.unit, "joiner": self.config.joiner}
         info |= {"ratio_asked": float(asked)} if target_tokens is None else {"target_tokens": target_tokens}
+        chosen: list[tuple[tuple[Span, ...], int]] = [
+            (((0, len(text)),) if text else (), length) if length <= target else ((), 0)
+            for text, length, target in zip(texts, lengths, targets)
+        ]
+        cut = [i for i, (length, target) in enumerate(zip(lengths, targets)) if 0 < target < length]
+        searches = [self._search(texts[i], found[i], targets[i], lengths[i]) for i in cut]
+        for i, kept in zip(cut, run_searches(searches, self._counts)):
+            chosen[i] = kept
         passages = []
-        for i, (text, length, target) in enumerate(zip(texts, lengths, targets)):
-            if length <= target:
-                spans: tuple[tuple[int, int], ...] = ((0, len(text)),) if text else ()
-            else:
-                spans = self._select(text, found[i], target) if target else ()
-            kept = join(text, spans, self.config.joiner)
+        for i, (text, length, (spans, n)) in enumerate(zip(texts, lengths, chosen)):
             extra = {"scores": found[i].nll.tolist(), "offsets": found[i].offsets} if with_scores else {}
             passages.append(
                 CompressedPassage(
                     "text",
                     length,
                     self.fingerprint,
-                    text=kept,
+                    text=join(text, spans, self.config.joiner),
                     spans=spans,
-                    n_tokens=self._count(kept),
+                    n_tokens=n,
                     info=info | notes[i] | extra,
                 )
             )
         return passages
 
+    def _counts(self, texts: list[str]) -> list[int]:
+        return [len(ids) for ids in self.reader.tokenize_batch(texts)]
+
     def _count(self, text: str) -> int:
         return len(self.reader.tokenize(text))
 
-    def _select(self, text: str, scores: TokenScores, target: int) -> tuple[tuple[int, int], ...]:
+    def _search(self, text: str, scores: TokenScores, target: int, length: int) -> Search:
         if not bool(torch.isfinite(scores.nll).all()):
             raise ValueError("The scoring model gave NaN or infinite scores; load it in float32 or bfloat16.")
         config = self.config
-        kept = keep_spans(text, config.keep, config.keep_patterns, config.keep_digits, config.keep_names)
+        must_stay = keep_spans(text, config.keep, config.keep_patterns, config.keep_digits, config.keep_names)
         # Where not one unit fits, finer ones are taken: half of a long sentence tells more than nothing.
         for level in reversed(LEVELS[: LEVELS.index(self.level) + 1]):
             units = split_units(text, level, scores.offsets)
-            values = self.unit_values(units, scores)
-            must = [False] * len(units)
-            if kept:
-                units, parents, must = carve(units, kept, text)
-                values = values[torch.tensor(parents)]
-            ranks = values.tolist()
-            order = sorted(range(len(units)), key=lambda i: (not must[i], -ranks[i], i))
-            if spans := select(text, units, order, target, self._count, config.joiner, first=sum(must)):
-                return spans
-        return ()
+            values = self.unit_values(units, scores).double().numpy()
+            must = np.zeros(len(units), dtype=bool)
+            if must_stay:
+                units, parents, marks = carve(units, must_stay, text)
+                values, must = values[parents], np.array(marks)
+            order = np.lexsort((-values, ~must)).tolist()  # the first of equals first
+            sizes = tokens_in(units, scores.offsets)
+            found = yield from search(text, units, order, target, length, sizes, config.joiner, first=int(must.sum()))
+            if found[0]:
+                return found
+        return (), 0

@@ -173,6 +173,16 @@ def unit_scores(units: Sequence[Span], offsets: Sequence[Span], scores: Tensor) 
     return torch.where(tokens > 1e-6, total / tokens.clamp(min=1e-6), 0.0)
 
 
+def tokens_in(units: Sequence[Span], offsets: Sequence[Span]) -> list[int]:
+    """How many tokens begin in each unit of a partition; ``offsets`` are the tokens' ``(start, end)`` characters."""
+    if not units:
+        return []
+    starts = torch.tensor([a for a, _ in units])
+    first = torch.tensor([a for a, _ in offsets], dtype=torch.long)
+    found = torch.searchsorted(starts, first, right=True) - 1
+    return torch.bincount(found, minlength=len(units)).tolist()
+
+
 # -- what must stay ------------------------------------------------------------------------------------------------------
 
 

@@ -11,10 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nutgraf.compressors import Reader
-from nutgraf.compressors.context_budget import choose_contexts, context_losses, rank_contexts, reordered
-from nutgraf.compressors.iterative import compress_prompt, window_plan
+from nutgraf.compressors.context_budget import choose_contexts, context_losses, rank_contexts, reordered, widened
+from nutgraf.compressors.iterative import compress_prompt
 from nutgraf.compressors.llmlingua import LLMLinguaCompressor, LLMLinguaConfig
+from nutgraf.compressors.sentence_budget import sentences_of
 from nutgraf.compressors.shares import kept_share, share_out
+from nutgraf.compressors.token_windows import window_plan
 from nutgraf.compressors.units import split_units
 
 FACTS = [
@@ -53,8 +55,10 @@ class Forwarded:
         self.handle = module.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, module, args, kwargs):
-        self.positions += int(kwargs["attention_mask"].sum())
-        self.padded += kwargs["attention_mask"].numel()
+        mask = kwargs.get("attention_mask")
+        mask = torch.ones_like(kwargs["input_ids"]) if mask is None else mask
+        self.positions += int(mask.sum())
+        self.padded += mask.numel()
 
     def __enter__(self):
         return self
@@ -284,6 +288,101 @@ def test_the_pipeline_over_contexts(reader):
     assert shorter.kept_tokens < found.kept_tokens
 
 
+@pytest.mark.parametrize("limit", [200, 330])
+def test_texts_beyond_the_models_positions_slide_through_it(reader, zoo, limit):
+    """The release's cache: beyond the limit tokens go from behind the first ten, and positions stay as they were."""
+    small = zoo.reader("llama", max_position_embeddings=limit)
+    text, size = passage(420), 40
+    ids = small.prompts.encode(text, opens=True)
+    assert len(ids) > limit + 100
+    with Forwarded(small.model.get_decoder()) as seen:
+        found = compress_prompt(small, [text], rate=0.5, size=size)
+    assert 0.35 * len(ids) < found.kept_tokens < 0.65 * len(ids)
+    # one look at what the model has positions for, then the kept tokens of a window again with the next one
+    assert seen.positions <= limit + len(ids) + found.kept_tokens
+    whole = compress_prompt(reader, [text], rate=0.5, size=size)
+    assert found.text != whole.text
+    # the first window is chosen by the losses of that look alone
+    losses = losses_of(small, ids[:limit])
+    threshold = sorted(losses, reverse=True)[int(len(losses) * min(max(_tau(small, ids), 0), 1)) - 1]
+    first = [i for i in range(size - 1) if losses[i] > threshold]
+    assert found.text.startswith(small.decode([ids[i] for i in first]))
+
+
+def _tau(reader: Reader, ids: list[int]) -> float:
+    bos = len(reader.bos_ids)
+    return ((len(ids) + 3 * bos) / 2 - 2 * bos) / (len(ids) + 3)
+
+
+def test_no_token_of_the_kept_prefix_is_read_again(reader):
+    text, size = passage(380), 40
+    n = len(reader.prompts.encode(text, opens=True))
+    with Forwarded(reader.model.get_decoder()) as seen:
+        found = compress_prompt(reader, [text], rate=0.5, size=size)
+    assert seen.positions <= 2 * n + found.kept_tokens
+
+
+def test_budgets_may_be_steps():
+    assert widened(50.0, "+100") == widened(50.0, 100) == 150
+    assert widened(50.0, " *1.5 ") == 75
+    assert widened(50.0, "-20") == 30
+    assert widened(50.0, "/4") == 12.5
+    for bad in ("100", "+", "**2", "__import__('os')", "/0", -1.0, math.nan):
+        with pytest.raises(ValueError, match="context_budget"):
+            widened(50.0, bad)
+    assert choose_contexts([1, 0], [9, 150], 100, extra="*1.4")[0] == [1]
+    assert choose_contexts([1, 0], [9, 150], 100, extra="*1.6")[0] == [0, 1]
+
+
+def test_whole_sentences_go_first(reader):
+    contexts = [" ".join(FACTS), " ".join(FACTS[::-1]) + " A last one. "]
+    assert ["".join(sentences_of(c)) for c in contexts] == contexts
+    assert sentences_of("One. Two. ") == ["One. ", "Two. "]
+    assert sentences_of("") == []
+    flat = [s for c in contexts for s in sentences_of(c)]
+    losses = context_losses(reader, flat)
+    target = 60.0
+    left, want = 1.4 * target, set()
+    for i in sorted(range(len(flat)), key=lambda i: -losses[i]):
+        want.add(i)
+        left -= len(reader.bos_ids) + len(reader.prompts.encode(flat[i], opens=True))
+        if left < 0:
+            break
+    assert 0 < len(want) < len(flat)
+    # windows longer than the text: whatever the filter leaves stays
+    compressor = build(reader, mode="faithful", iterative_size=2000, sentence_budget=1.4, context_budget=1e6)
+    found = compressor.compress_prompt(contexts, target_tokens=target)
+    count = len(sentences_of(contexts[0]))
+    parts = ("".join(s for i, s in enumerate(flat) if i in want and (i < count) == own) for own in (True, False))
+    assert found.text == "\n\n".join(parts)
+    plain = build(reader, mode="faithful", iterative_size=2000, context_budget=1e6)
+    assert plain.compress_prompt(contexts, target_tokens=target).text == "\n\n".join(contexts)
+    assert "sentence_budget" not in plain.config.to_dict()
+
+
+def test_line_breaks_side_by_side_stay(reader):
+    text = "\n\n".join(passage(12, seed) for seed in range(12))
+    assert len(reader.tokenize("\n")) == 1
+    kept, plain = (
+        build(reader, mode="faithful", iterative_size=50, keep_split=keep).compress_prompt([text], ratio=4).text
+        for keep in (True, False)
+    )
+    assert kept.count("\n\n") == 11
+    assert plain.count("\n\n") < 11
+
+
+def test_the_question_may_be_left_out_of_the_prompt(reader):
+    compressor = build(reader, mode="faithful", iterative_size=40)
+    text, question = passage(200), "Who signed the treaty of Westphalia, and when?"
+    ends, bare = (
+        compressor.compress_prompt([text], question=question, ratio=2, append_question=append)
+        for append in (True, False)
+    )
+    assert ends.prompt == f"{ends.text}\n\n{question}"
+    assert bare.prompt == bare.text
+    assert bare.kept_tokens > ends.kept_tokens  # the question's tokens are not part of what is to be kept
+
+
 def test_faithful_refuses_what_it_cannot_do(reader, zoo):
     small = zoo.reader("llama", max_position_embeddings=64)
     with pytest.raises(ValueError, match="64 positions"):
@@ -309,6 +408,8 @@ def test_faithful_refuses_what_it_cannot_do(reader, zoo):
         {"reorder": "best"},
         {"dynamic_ratio": 1.0},
         {"context_budget": -1.0},
+        {"context_budget": "much"},
+        {"sentence_budget": 0.0},
         {"window": 1},
         {"unit": "page"},
     ],

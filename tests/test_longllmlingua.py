@@ -139,12 +139,32 @@ def test_passages_are_ranked_by_the_question_behind_them(reader):
 def test_a_passage_beyond_the_window_is_ranked_by_its_best_part(reader):
     compressor = build(reader, window=128)
     long = passage(300)
-    parts = compressor._parts(long, QUESTION + STATEMENT)
-    assert "".join(parts) == long
-    assert len(parts) > 2
-    assert compressor.rank_losses([long], QUESTION)[0] == pytest.approx(min(compressor.rank_losses(parts, QUESTION)))
+    ids = reader.tokenize(long)
+    tail = reader.tokenize("\n\n") + reader.tokenize(QUESTION + STATEMENT)
+    span = 128 - len(reader.bos_ids) - len(tail) + 1
+    starts = range(0, len(ids), span - span // 32)  # every window repeats a bit of the one before
+    assert len(starts) > 2
+    asked = len(reader.tokenize(QUESTION + STATEMENT))
+    want = [nll_behind(reader, ids[a : a + span], tail)[-asked:].mean() for a in starts if a + span // 32 < len(ids)]
+    assert compressor.rank_losses([long], QUESTION)[0] == pytest.approx(float(min(want)), abs=1e-4)
     with pytest.raises(ValueError, match="leaves no room"):
         compressor.rank([long], QUESTION * 30)
+    assert compressor.rank(["", FACTS[0]], QUESTION) == [1, 0]
+
+
+def test_ranking_needs_no_pass_of_its_own(reader):
+    texts = [passage(40, seed) for seed in range(6)]
+    tail = len(reader.tokenize("\n\n")) + len(reader.tokenize(QUESTION + STATEMENT))
+    compressor = build(reader, dynamic_ratio=0.3)
+    with Forwarded(reader.model.get_decoder()) as seen:
+        plain = build(reader).score(texts, [QUESTION] * 6)
+    with Forwarded(reader.model.get_decoder()) as ranked:
+        found = compressor.score(texts, [QUESTION] * 6)
+    assert ranked.positions == seen.positions + 6 * tail
+    for a, b in zip(plain, found):
+        assert torch.allclose(a.nll, b.nll, atol=1e-5)
+        assert a.ending is None
+    assert [scores.ending for scores in found] == pytest.approx(compressor.rank_losses(texts, QUESTION), abs=1e-5)
 
 
 def test_dynamic_ratios_follow_the_rank_and_keep_the_total(reader):
