@@ -30,6 +30,7 @@ from .reading import answer_swap, gold_positions
 from .report import write_report
 from .roofline import measure
 from .rows import RESULTS, append_rows, by_dataset, latest, read_rows
+from .selection_cli import selection
 from .speed import speed as measure_speed
 from .table import terminal_table
 from .timing import Contender
@@ -190,6 +191,7 @@ def speed(
 
 
 bench_app.command()(gate)
+bench_app.command()(selection)
 bench_app.command()(training)
 bench_app.command()(compress)
 bench_app.command()(allocation)

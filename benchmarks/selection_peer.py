@@ -1,11 +1,11 @@
 """The released `llmlingua` package as a process of its own: requests come as JSON lines on stdin, answers go to stdout.
 
 The package needs transformers 4.44 and numpy below 2, so it runs under another interpreter than the toolkit. This file is
-run by path there and imports nothing of the toolkit; `selection.Peer` is the other end of the pipe.
+run by path there and imports nothing of the toolkit; `peer.Peer` is the other end of the pipe.
 
-Requests: ``{"do": "load", "name", "folder", "threads"}`` and ``{"do": "compress", "name", "options"}``, where the options
-are those of `PromptCompressor.compress_prompt`. An answer has ``error`` if the package failed. What a compression took is
-measured here, around the call alone, so the pipe costs it nothing.
+Requests: ``{"do": "versions"}``, ``{"do": "load", "name", "folder", "classifier", "threads"}`` and ``{"do": "compress",
+"name", "options"}``, where the options are those of `PromptCompressor.compress_prompt`. An answer has ``error`` if the
+package failed. What a compression took is measured here, around the call alone, so the pipe costs it nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ class Forwarded:
 
     def __init__(self, model: Any) -> None:
         self.positions = 0
-        model.register_forward_pre_hook(self._count, with_kwargs=True)
+        self._handle = model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Counts no more."""
+        self._handle.remove()
 
     def _count(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.positions += (args[0] if args else kwargs["input_ids"]).numel()
@@ -61,15 +65,17 @@ def versions() -> dict[str, str]:
 
 def answer(request: dict[str, Any], served: dict[str, Served]) -> dict[str, Any]:
     """Does what a request asks for. Raises whatever the package raises."""
+    if request["do"] == "versions":
+        return {"versions": versions()}
     if request["do"] == "load":
         import torch
 
         torch.set_num_threads(request["threads"])
         served[request["name"]] = Served(request["folder"], request["classifier"])
-        return {"versions": versions(), "threads": torch.get_num_threads()}
+        return {"threads": torch.get_num_threads()}
     if request["do"] == "compress":
         return served[request["name"]].compress(request["options"])
-    raise ValueError(f"A request is to load or to compress, got {request['do']!r}.")
+    raise ValueError(f"A request is versions, load or compress, got {request['do']!r}.")
 
 
 def main() -> None:
