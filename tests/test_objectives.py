@@ -85,6 +85,27 @@ def test_a_trainable_head_gets_its_gradient(setup):
     assert torch.allclose(torch.autograd.grad(loss(hidden, ids), head.weight)[0], expected)
 
 
+def test_the_head_runs_once_for_each_row_and_its_gradient(setup):
+    _, hidden, teacher, ids, weights = setup
+    weight = torch.randn(WIDTH, VOCABULARY, dtype=torch.float64)
+    rows = []
+
+    def head(states):
+        rows.append(len(states))
+        return states @ weight
+
+    LanguageModelingLoss(head, chunk=5)(hidden, ids, weights).backward()
+    assert sum(rows) == ROWS + 1  # one row tells whether the head is trained
+    assert max(rows) == 5
+    chunked, hidden.grad = hidden.grad, None
+    LanguageModelingLoss(head, chunk=ROWS)(hidden, ids, weights).backward()
+    assert torch.allclose(chunked, hidden.grad, atol=1e-12)
+    with torch.no_grad():
+        assert torch.allclose(
+            LanguageModelingLoss(head, chunk=5)(hidden, ids), LanguageModelingLoss(head)(hidden, ids), atol=1e-12
+        )
+
+
 class _Largest(TorchDispatchMode):
     """The largest tensor that any operation makes, and how many of at least `size` elements live at the same time."""
 
