@@ -86,7 +86,7 @@ def test_a_trainable_head_gets_its_gradient(setup):
 
 
 def test_the_head_runs_once_for_each_row_and_its_gradient(setup):
-    _, hidden, teacher, ids, weights = setup
+    _, hidden, _, ids, weights = setup
     weight = torch.randn(WIDTH, VOCABULARY, dtype=torch.float64)
     rows = []
 
