@@ -30,6 +30,8 @@ AIMS: dict[tuple[int, str], float] = {
 }
 
 Key = tuple[str, float | None, str | None]
+FULL: Key = ("full", None, None)
+NONE: Key = ("none", None, None)
 
 
 def comparable(rows: Sequence[Row], half: str = "report") -> dict[str, dict[Key, Row]]:
@@ -49,7 +51,7 @@ def comparable(rows: Sequence[Row], half: str = "report") -> dict[str, dict[Key,
         if "store_precision" not in row and (row["questions"], row["reader"]) == last.get(row["dataset"]):
             key = (row["method"], row.get("ratio_asked"), row.get("budget_of"))
             found.setdefault(row["dataset"], {})[key] = row
-    return {name: lines for name, lines in found.items() if {("full", None, None), ("none", None, None)} <= set(lines)}
+    return {name: lines for name, lines in found.items() if {FULL, NONE} <= set(lines)}
 
 
 def pool(rows: Sequence[Row]) -> list[Row]:
@@ -63,7 +65,7 @@ def tellable(rows: Sequence[Row], half: str = "report") -> dict[str, dict[Key, R
     return {
         name: lines
         for name, lines in comparable(rows, half).items()
-        if "recovered_share" in pooled_row({name: lines}, ("full", None, None))
+        if "recovered_share" in pooled_row({name: lines}, FULL)
     }
 
 
@@ -78,6 +80,7 @@ def pooled_rows(sets: dict[str, dict[Key, Row]]) -> list[Row]:
 def pooled_row(sets: dict[str, dict[Key, Row]], key: Key, seed: int = 0) -> Row:
     """A line pooled over sets: `recovered_share` with `ci_low` and `ci_high`, mean `f1`, geometric mean `ratio`, mean TTFT.
 
+    The mean TTFT is the line's in relation to the full text's that it took turns with, times that of the full text's own row.
     The share is absent where the full text of a set brings nothing that can be told from chance.
     """
     rows = [lines[key] for lines in sets.values()]
@@ -95,15 +98,14 @@ def pooled_row(sets: dict[str, dict[Key, Row]], key: Key, seed: int = 0) -> Row:
             row[name] = rows[0][name]
     if all(r.get("ratio", 0) > 0 for r in rows):
         row["ratio"] = math.exp(sum(math.log(r["ratio"]) for r in rows) / len(rows))
-    for name in ("reader_tokens", "ttft_ms", "ttft_full_ms"):
-        if all(name in r for r in rows):
-            row[name] = sum(r[name] for r in rows) / len(rows)
-    if "ttft_ms" in row:
+    row["reader_tokens"] = sum(r["reader_tokens"] for r in rows) / len(rows)
+    if all("ttft_ms" in r and "ttft_ms" in lines[FULL] for r, lines in zip(rows, sets.values())):
+        # Each line was timed in turns with the full text, at the machine's pace of that minute: that relation is what counts.
+        full = [lines[FULL]["ttft_ms"] for lines in sets.values()]
+        times = [ms * r["ttft_ms"] / r["ttft_full_ms"] for ms, r in zip(full, rows)]
+        row["ttft_ms"], row["ttft_full_ms"] = sum(times) / len(rows), sum(full) / len(rows)
         row["ttft_speedup"] = row["ttft_full_ms"] / row["ttft_ms"]
-    scores = [
-        tuple(np.array(lines[line]["f1_each"], float) for line in (key, ("none", None, None), ("full", None, None)))
-        for lines in sets.values()
-    ]
+    scores = [tuple(np.array(lines[line]["f1_each"], float) for line in (key, NONE, FULL)) for lines in sets.values()]
     if (share := metrics.pooled_recovered_share(scores, seed=seed)) is not None:  # type: ignore[arg-type]
         row |= dict(zip(("recovered_share", "ci_low", "ci_high"), share))
     return row

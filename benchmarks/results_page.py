@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from .names import dataset_title, kind_of, method_name
-from .pooled import AIMS, BUDGETS, ONE_SLOT, POOLED, Key, best, budget_of
+from .pooled import AIMS, BUDGETS, FULL, ONE_SLOT, POOLED, Key, best, budget_of
 from .rows import Row
 
 KINDS = {"soft": "best soft method", "text": "best text method", "plain": "best plain text"}
@@ -17,7 +17,6 @@ ALLOCATION = (
     "As many slots a question as one ratio for all its passages gives, divided between the passages by score. Negative nats "
     "are good: the reference answer became likelier."
 )
-FULL: Key = ("full", None, None)
 
 
 def short_table(pooled: Sequence[Row]) -> str:

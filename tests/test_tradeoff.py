@@ -222,6 +222,11 @@ def test_only_paired_rows_are_pooled() -> None:
     assert mine["ttft_speedup"] == pytest.approx(4)
 
 
+def test_times_count_in_relation_to_the_full_text_of_the_same_minute() -> None:
+    slow = [r | {"ttft_ms": 3 * r["ttft_ms"], "ttft_full_ms": 60.0} if r["method"] == "mean-pool" else r for r in ROWS]
+    assert [r["ttft_ms"] for r in pooled.pool(slow)] == [r["ttft_ms"] for r in pooled.pool(ROWS)]
+
+
 def test_a_set_whose_text_tells_nothing_is_left_out_and_named() -> None:
     lost = [r | {"f1_each": scores(0.3, 100, k).tolist()} for k, r in enumerate(one_set("qa_dev_quoref"))]
     pooled_rows = pooled.pool([*ROWS, *lost])
