@@ -141,7 +141,7 @@ async def test_identity_slots_read_as_text_in_every_mode(reader, compressor, ind
     assert compressor.asked  # and the second engine did not read the text
 
 
-@pytest.mark.parametrize("mode", ["compact", "tree_summarize"])
+@pytest.mark.parametrize("mode", ["compact", "refine", "simple_summarize", "tree_summarize"])
 async def test_streaming_gives_the_same_answer(reader, compressor, index, mode):
     llm = CompressedContextLLM(reader, max_new_tokens=8)
     whole = str(make_engine(index, llm, compressor, mode).query(QUESTION))
@@ -432,6 +432,39 @@ async def test_the_event_loop_is_never_blocked(reader, index, monkeypatch):
         ticking.cancel()
     assert len(waits) >= 6
     assert all(waits)
+
+
+def test_settings_may_hold_the_prompt_helper(zoo, make_index, monkeypatch):
+    """The third line, in its other form: the window is filled by slots, and not by how long placeholders are as text."""
+    reader = zoo.reader("llama", num_hidden_layers=1, seed=6)
+    llm = CompressedContextLLM(reader, max_new_tokens=2, context_window=900)
+    compressor, calls = Identity(reader), []
+    index = make_index(["the"] * 24)  # fewer slots than a placeholder has tokens
+    for helper in (None, llm.prompt_helper()):
+        monkeypatch.setattr(Settings, "_prompt_helper", helper)
+        engine = index.as_query_engine(
+            llm=llm, node_postprocessors=[CompressedContextPostprocessor(compressor)], similarity_top_k=24
+        )
+        calls.append(count_calls(engine, QUESTION))
+    assert calls[0] > calls[1] == 1
+
+
+def count_calls(engine: Any, question: str) -> int:
+    """How often the LLM is asked for one answer."""
+    ends: list[Any] = []
+
+    class Handler(BaseEventHandler):
+        def handle(self, event: Any, **kwargs: Any) -> None:
+            if type(event).__name__ == "LLMCompletionEndEvent":
+                ends.append(event)
+
+    handler = Handler()
+    get_dispatcher().add_event_handler(handler)
+    try:
+        engine.query(question)
+    finally:
+        get_dispatcher().event_handlers.remove(handler)
+    return len(ends)
 
 
 def test_settings_llm_is_not_needed(reader, compressor, index):
