@@ -20,6 +20,7 @@ DATASETS = {
 }
 METHODS = {
     "full": "full text",
+    "full-text": "full text, tuned reader",
     "none": "no context",
     "mean-pool": "mean-pooled windows",
     "icae": "ICAE",
@@ -56,7 +57,7 @@ def dataset_title(dataset: str) -> str:
 
 def kind_of(row: Row) -> Kind:
     """What a quality row is: a fixed line, soft or text compressor, plain text of the same budget, or a control."""
-    if row["method"] in ("full", "none"):
+    if row["method"] in ("full", "none", "full-text"):
         return "fixed"
     if str(row["method"]).endswith("-shuffled"):
         return "control"

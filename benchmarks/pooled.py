@@ -80,8 +80,10 @@ def pooled_rows(sets: dict[str, dict[Key, Row]]) -> list[Row]:
 def pooled_row(sets: dict[str, dict[Key, Row]], key: Key, seed: int = 0) -> Row:
     """A line pooled over sets: `recovered_share` with `ci_low` and `ci_high`, mean `f1`, geometric mean `ratio`, mean TTFT.
 
-    The mean TTFT is the line's in relation to the full text's that it took turns with, times that of the full text's own row.
-    The share is absent where the full text of a set brings nothing that can be told from chance.
+    The full text of a method that tunes the reader is that of a reader tuned without compression (`full-text`), where every
+    set has that line; `against` then names it. The mean TTFT is the line's in relation to the full text's that it took turns
+    with, times that of the full text's own row. The share is absent where the full text of a set brings nothing that can be
+    told from chance.
     """
     rows = [lines[key] for lines in sets.values()]
     row: Row = {
@@ -105,10 +107,21 @@ def pooled_row(sets: dict[str, dict[Key, Row]], key: Key, seed: int = 0) -> Row:
         times = [ms * r["ttft_ms"] / r["ttft_full_ms"] for ms, r in zip(full, rows)]
         row["ttft_ms"], row["ttft_full_ms"] = sum(times) / len(rows), sum(full) / len(rows)
         row["ttft_speedup"] = row["ttft_full_ms"] / row["ttft_ms"]
-    scores = [tuple(np.array(lines[line]["f1_each"], float) for line in (key, NONE, FULL)) for lines in sets.values()]
+    reference, tuned = FULL, _tuned_full_text(sets)
+    if row.get("reader_tuned") and tuned is not None and key != tuned:
+        reference, row["against"] = tuned, tuned[0]
+    scores = [
+        tuple(np.array(lines[line]["f1_each"], float) for line in (key, NONE, reference)) for lines in sets.values()
+    ]
     if (share := metrics.pooled_recovered_share(scores, seed=seed)) is not None:  # type: ignore[arg-type]
         row |= dict(zip(("recovered_share", "ci_low", "ci_high"), share))
     return row
+
+
+def _tuned_full_text(sets: dict[str, dict[Key, Row]]) -> Key | None:
+    """The line of full text read by a tuned reader that every set has."""
+    first, *others = sets.values()
+    return next((key for key in first if key[0] == "full-text" and all(key in lines for lines in others)), None)
 
 
 def budget_of(row: Row) -> int | None:
@@ -122,7 +135,8 @@ def budget_of(row: Row) -> int | None:
 def best(rows: Sequence[Row], budget: int, kind: str) -> Row | None:
     """Of the rows of one kind at one budget the one of highest share.
 
-    Methods that tune the reader do not compete: what they gain by tuning is no compression.
+    Methods that tune the reader compete only if they were held against a reader tuned alike (`against`): what is gained by
+    tuning is no compression.
     """
     there = [
         row
@@ -130,6 +144,6 @@ def best(rows: Sequence[Row], budget: int, kind: str) -> Row | None:
         if kind_of(row) == kind
         and budget_of(row) == budget
         and "recovered_share" in row
-        and not row.get("reader_tuned")
+        and ("against" in row or not row.get("reader_tuned"))
     ]
     return max(there, key=lambda row: row["recovered_share"], default=None)

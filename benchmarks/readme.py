@@ -14,24 +14,13 @@ from pathlib import Path
 
 from . import picture
 from .pooled import comparable, pool
-from .results_page import about, one_slot, results_page, short_table
+from .results_page import readme_block, results_page
 from .rows import PACKAGE, RESULTS, Row, read_rows
 
 BEGIN, END = "<!-- results: begin (python -m nutgraf.benchmarks.readme) -->", "<!-- results: end -->"
 ROWS, PICTURE, POOLED_ROWS = RESULTS / "tradeoff.jsonl", RESULTS / "tradeoff.png", RESULTS / "pooled.jsonl"
 ALLOCATION_ROWS = RESULTS / "allocation.jsonl"
 PAGE, README = PACKAGE / "benchmarks" / "RESULTS.md", PACKAGE / "README.md"
-
-
-def block(rows: Sequence[Row]) -> str:
-    """The README's part: the picture, what to use at each budget, and what the figures are of."""
-    pooled = pool(rows)
-    if not pooled:
-        return "No rows yet."
-    sets = comparable(rows)
-    squad = sets.get("qa_dev_squad", {})
-    image = f"![Recovered share by compression ratio and by time to the first token](benchmarks/results/{PICTURE.name})"
-    return "\n\n".join(part for part in (image, short_table(pooled), one_slot(squad), about(pooled, sets)) if part)
 
 
 def with_block(readme: str, text: str) -> str:
@@ -43,11 +32,18 @@ def with_block(readme: str, text: str) -> str:
 
 
 def written(rows: Sequence[Row]) -> dict[Path, str]:
-    """The text files that the rows make, by path."""
-    pooled = pool(rows)
+    """The text files that the rows make, by path.
+
+    Raises ValueError if the rows hold no set of `pooled.POOLED` with all fixed lines, or the README lacks a marker.
+    """
+    pooled, sets = pool(rows), comparable(rows)
+    if not pooled:
+        raise ValueError(f"{ROWS.name} holds nothing to pool yet; run benchmarks/tradeoff.sh first.")
     return {
-        README: with_block(README.read_text(encoding="utf-8"), block(rows)),
-        PAGE: results_page(pooled, comparable(rows), read_rows(ALLOCATION_ROWS) if ALLOCATION_ROWS.is_file() else []),
+        README: with_block(
+            README.read_text(encoding="utf-8"), readme_block(pooled, sets, PICTURE.relative_to(PACKAGE).as_posix())
+        ),
+        PAGE: results_page(pooled, sets, read_rows(ALLOCATION_ROWS) if ALLOCATION_ROWS.is_file() else []),
         POOLED_ROWS: "".join(json.dumps(row) + "\n" for row in pooled),
     }
 
@@ -57,12 +53,14 @@ def main(arguments: Sequence[str]) -> int:
     if unknown := set(arguments) - {"--check"}:
         print(f"Unknown argument {min(unknown)!r}; there is only --check.", file=sys.stderr)
         return 2
+    if "--check" in arguments and not ROWS.is_file():
+        return 0  # nothing that could be stale
     rows = read_rows(ROWS)
     files = written(rows)
     pooled = pool(rows)
     if "--check" in arguments:
         stale = [path for path, text in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
-        if pooled and (not PICTURE.is_file() or picture.hash_in(PICTURE.read_bytes()) != picture.rows_hash(pooled)):
+        if not PICTURE.is_file() or picture.hash_in(PICTURE.read_bytes()) != picture.rows_hash(pooled):
             stale.append(PICTURE)
         for path in stale:
             print(f"{path.relative_to(PACKAGE)} is not that of the rows.", file=sys.stderr)

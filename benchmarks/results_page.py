@@ -35,6 +35,31 @@ def short_table(pooled: Sequence[Row]) -> str:
     return "\n".join(out)
 
 
+def readme_block(pooled: Sequence[Row], sets: dict[str, dict[Key, Row]], picture: str) -> str:
+    """All that the README says of quality: the picture, what to use at each budget, and how to read it.
+
+    Args:
+        picture: its path from the README.
+    """
+    parts = (
+        "On the shipped toy reader (6 million parameters, [two hours of training](benchmarks/results/reader_training.jsonl) on "
+        "two CPU cores), greedy answers. **Find your budget in the first column; in bold is what kept most of it.**",
+        short_table(pooled),
+        one_slot(sets.get("qa_dev_squad", {})),
+        f"![Recovered share by compression ratio and by time to the first token]({picture})",
+        about(pooled, sets),
+        "Aims are what we want to reach, not what is reached. Plain text is what any pipeline can do without a compressor: the "
+        'first tokens of each passage, random ones, or sentences picked by the question. These sentences, and methods "for the '
+        'question", need the question first; the passages of all others can be compressed and stored before there is one. '
+        "[benchmarks/RESULTS.md](benchmarks/RESULTS.md) has every method at every ratio on every set, with exact match, "
+        "perplexity, KL to the full text and controls. The reader is weak, and it has seen pooled embeddings in its own "
+        "training ([its card](recipes/pretrained/reader-small/README.md)): with another reader the figures will differ.",
+        "A slot of this reader takes 2 x 256 = 512 bytes in bfloat16, or 2 x 5 layers x 2 heads x (64 + 64) = 2,560 as keys "
+        "and values (gist tokens, 500xCompressor).",
+    )
+    return "\n\n".join(part for part in parts if part)
+
+
 def one_slot(squad: dict[Key, Row]) -> str:
     """A sentence on one slot a passage, on SQuAD alone, beside the same slots of other questions' passages; maybe empty."""
     row = best(list(squad.values()), ONE_SLOT, "soft")
@@ -61,19 +86,19 @@ def about(pooled: Sequence[Row], measured: Collection[str]) -> str:
         "passage each, of the halves that took no part in any choice), with its 95 % bootstrap interval. Faster: time to the "
         "first token against the full text, slots in memory."
     )
-    tuned = dict.fromkeys(
-        method_name(row["method"]) for row in pooled if row.get("reader_tuned") and kind_of(row) == "soft"
-    )
-    if tuned:
+    tuned = [row for row in pooled if row.get("reader_tuned") and kind_of(row) == "soft"]
+    names = ", ".join(dict.fromkeys(method_name(row["method"]) for row in tuned))
+    if tuned and all("against" in row for row in tuned):
+        text += f" Methods that also tune the reader ({names}) are held against the full text of a reader tuned alike."
+    elif tuned:
         text += (
-            f" Methods that also tune the reader ({', '.join(tuned)}) do not compete here, as what tuning gains is no "
-            "compression."
+            f" Methods that also tune the reader ({names}) do not compete here, as what tuning gains is no compression."
         )
     missing = [name for name in POOLED if name not in pooled[0]["datasets"]]
-    if names := [dataset_title(name) for name in missing if name in measured]:
-        text += f" Left out: {', '.join(names)}, where the full text cannot be told from no context."
-    if names := [dataset_title(name) for name in missing if name not in measured]:
-        text += f" Not measured: {', '.join(names)}."
+    if lost := [dataset_title(name) for name in missing if name in measured]:
+        text += f" Left out: {', '.join(lost)}, where the full text cannot be told from no context."
+    if absent := [dataset_title(name) for name in missing if name not in measured]:
+        text += f" Not measured: {', '.join(absent)}."
     return text
 
 
@@ -82,7 +107,8 @@ def results_page(pooled: Sequence[Row], sets: dict[str, dict[Key, Row]], allocat
     parts = [
         "# Results",
         "Written by `python -m nutgraf.benchmarks.readme` from [results/](results); [README.md](README.md) defines the columns "
-        "and has the commands. Shares and F1 in per cent, intervals 95 %.",
+        "and has the commands. Shares and F1 in per cent, intervals 95 %. Set by set, all shares are against the full text "
+        "of the reader as it is.",
     ]
     if pooled:
         parts += ["## All sets", about(pooled, sets), _pooled_table(pooled)]

@@ -28,22 +28,12 @@ def test_readme_links_lead_somewhere():
             assert (README.parent / target).exists(), target
 
 
-def test_the_results_table_is_that_of_the_committed_rows():
+def test_results_and_picture_are_those_of_the_committed_rows():
     assert readme.main(["--check"]) == 0, "run python -m nutgraf.benchmarks.readme"
 
 
-def test_the_table_takes_the_newest_rows_of_the_newest_reader():
-    row = {"suite": "quality", "half": "report", "dataset": "qa_dev_squad", "reader_tokens": 9.6, "reader": "old"}
-    rows = [
-        {**row, "method": "icae", "ratio_asked": 4.0, "f1": 0.9},
-        {**row, "method": "full", "f1": 0.2, "reader": "new"},
-        {**row, "method": "gist", "ratio_asked": 4.0, "f1": 0.1, "reader": "new"},
-        {**row, "method": "gist", "ratio_asked": 4.0, "f1": 0.15, "reader": "new", "bytes_per_passage": 2560.0}
-        | {"recovered_share": 0.5, "ci_low": 0.25, "ci_high": 0.75},
-    ]
-    lines = readme.table(rows).splitlines()
-    assert len(lines) == 4
-    assert lines[2].startswith("| full text | 1x |  | 10 | 20.0 |")
-    assert lines[3].startswith("| gist tokens | 4x | 2,560 | 10 | 15.0 | 50 % (25 to 75) |")
+def test_markers_are_needed():
     with pytest.raises(ValueError, match="needs one line"):
-        readme.with_table("no markers", rows)
+        readme.with_block("no markers", "text")
+    text = f"a\n{readme.BEGIN}\nold\n{readme.END}\nb\n"
+    assert readme.with_block(text, "new") == f"a\n{readme.BEGIN}\nnew\n{readme.END}\nb\n"
