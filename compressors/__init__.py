@@ -8,6 +8,7 @@ if __name__ != "nutgraf.compressors":
 
 from . import (  # each registers its method
     autocompressor,
+    full_text,
     gist,
     icae,
     kv_memory,
@@ -43,6 +44,7 @@ __all__ = [
     "Targets",
     "TextCompressor",
     "autocompressor",
+    "full_text",
     "gist",
     "icae",
     "kv_memory",
@@ -54,6 +56,7 @@ __all__ = [
     "mean_pool",
     "pisco",
     "register_compressor",
+    "salient_pool",
     "selective_context",
     "xrag",
 ]

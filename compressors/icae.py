@@ -18,6 +18,7 @@ from .passage import CompressedPassage, Interface, cut_nested
 from .pooling import GatedPool
 from .query import question_ids
 from .reader import Reader
+from .reader_tuning import tuned_reader
 from .registry import register_compressor
 from .segments import equal_lengths, memory_row, middles, slots_for
 from .soft_sequences import SoftSequence, soft_batches
@@ -57,6 +58,7 @@ class ICAECompressor(SoftCompressor):
     Attributes:
         encoder: the reader's `LoRATwin`.
         memory: ``[mem_size, width]`` memory embeddings.
+        reader_twin: the `LoRATwin` that ``reader`` reads with (``tune_reader=True`` only); the paper's reader is frozen.
         special: ``[3, width]`` embeddings of [AE], [LM] and [FT] (``special_tokens=True`` only).
         batch_positions: positions that one forward pass of the encoder may take (memory against speed; changes no result).
 
@@ -89,10 +91,11 @@ class ICAECompressor(SoftCompressor):
             nn.init.zeros_(self.linear.bias)
             with torch.no_grad():
                 self.linear.weight.copy_(factor * torch.eye(reader.width))
+        self.reader_twin = tuned_reader(self)
 
     def identity_parts(self) -> list[Any]:
         """The slots depend on the base weights too."""
-        return [self.reader.fingerprint]
+        return [self.base_reader.fingerprint]
 
     @torch.no_grad()
     def _matching_factor(self) -> float:

@@ -10,10 +10,11 @@ from .checks import check_choices, check_counts, check_ratio
 from .lora_settings import LoRASettings
 from .nested import NestedSettings
 from .query import QuerySettings
+from .reader_tuning import ReaderTuningSettings
 
 
 @dataclass
-class ICAEConfig(CompressorConfig, LoRASettings, NestedSettings, QuerySettings):
+class ICAEConfig(CompressorConfig, LoRASettings, NestedSettings, QuerySettings, ReaderTuningSettings):
     """Settings of ICAE. ``ICAEConfig.faithful()`` gives the paper's form."""
 
     method: ClassVar[str] = "icae"
@@ -73,6 +74,7 @@ class ICAEConfig(CompressorConfig, LoRASettings, NestedSettings, QuerySettings):
         self.check_lora()
         self.check_nested()
         self.check_query()
+        self.check_reader_tuning()
         if self.query_aware and self.bos_once:
             raise ValueError(
                 "With bos_once BOS is the passage's own, and a question cannot stand behind it; leave one out."

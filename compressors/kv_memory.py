@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from .kv_compressor import KVSlotCompressor, KVSlotConfig
 from .kv_slots import drop_idle_lora
 from .reader import Reader
+from .reader_tuning import ReaderTuningSettings, tuned_reader
 from .registry import register_compressor
 from .twin import LoRATwin
 
 
 @dataclass
-class KVMemoryConfig(KVSlotConfig):
+class KVMemoryConfig(KVSlotConfig, ReaderTuningSettings):
     """Settings of 500xCompressor. ``KVMemoryConfig.faithful()`` gives the paper's form."""
 
     method: ClassVar[str] = "500x"
@@ -50,6 +51,7 @@ class KVMemoryConfig(KVSlotConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_reader_tuning()
         if self.pad_to is not None and (not isinstance(self.pad_to, int) or self.pad_to < 1):
             raise ValueError(f"pad_to must be an integer of at least 1, got {self.pad_to!r}.")
         if self.init not in ("tokens", "normal"):
@@ -87,6 +89,7 @@ class KVMemoryCompressor(KVSlotCompressor):
     Attributes:
         encoder: the reader's `LoRATwin`.
         memory: ``[num_mem, width]`` memory embeddings.
+        reader_twin: the `LoRATwin` that ``reader`` reads with (``tune_reader=True`` only); the paper's reader is frozen.
 
     Raises:
         ValueError: if the reader's keys cannot move (GPT-2, OPT, ALiBi), or it has too few positions for the slots.
@@ -100,6 +103,7 @@ class KVMemoryCompressor(KVSlotCompressor):
         self.encoder = LoRATwin(reader.model, **config.lora)
         drop_idle_lora(self.encoder)
         self.memory = nn.Parameter(self._start().to(reader.device))
+        self.reader_twin = tuned_reader(self)
 
     @torch.no_grad()
     def _start(self) -> Tensor:

@@ -18,12 +18,13 @@ from .packing import pack, pass_positions
 from .passage import CompressedPassage, Interface
 from .query import QuerySettings, question_ids
 from .reader import Reader
+from .reader_tuning import ReaderTuningSettings, tuned_reader
 from .registry import register_compressor
 from .twin import LoRATwin
 
 
 @dataclass
-class MeanPoolConfig(CompressorConfig, LoRASettings, QuerySettings):
+class MeanPoolConfig(CompressorConfig, LoRASettings, QuerySettings, ReaderTuningSettings):
     """Settings of mean-pooled windows."""
 
     method: ClassVar[str] = "mean-pool"
@@ -66,6 +67,7 @@ class MeanPoolConfig(CompressorConfig, LoRASettings, QuerySettings):
         check_choices(self, {"encoder": ("reader", "embeddings", "minilm"), "weighting": ("uniform", "learned")})
         self.check_lora()
         self.check_query()
+        self.check_reader_tuning()
         if self.query_aware and self.encoder != "reader":
             raise ValueError(f"encoder={self.encoder!r} cannot read a question: query_aware needs encoder='reader'.")
 
@@ -100,6 +102,7 @@ class MeanPoolCompressor(SoftCompressor):
     Attributes:
         encoder: the reader's `LoRATwin` (``encoder="reader"`` only).
         linear: A, ``[width, width]``.
+        reader_twin: the `LoRATwin` that ``reader`` reads with (``tune_reader=True`` only).
         norm, mlp: the RMSNorm over pooled states, and Linear, GELU, Linear from its output to ``width``.
         log_scale: logarithm of s.
         token_score: ``[vocabulary]``; `state_score`: linear, from a state to a number (``weighting="learned"`` only).
@@ -146,10 +149,11 @@ class MeanPoolCompressor(SoftCompressor):
         nn.init.zeros_(self.mlp[2].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.mlp[2].bias)  # type: ignore[arg-type]
         self.to(reader.device)
+        self.reader_twin = tuned_reader(self)
 
     def identity_parts(self) -> list[Any]:
         """The slots depend on the reader's weights and on the embedder's too."""
-        return [self.reader.fingerprint, self.config.embedder_hash]
+        return [self.base_reader.fingerprint, self.config.embedder_hash]
 
     def _use_embedder(self, given: Any) -> int:
         """Loads the frozen encoder, or checks the one that is given; its width."""

@@ -15,6 +15,7 @@ from .checks import check_choices, check_counts
 from .embedders import MINILM, Embedder, load_embedder
 from .passage import CompressedPassage, Interface
 from .reader import Reader
+from .reader_tuning import ReaderTuningSettings, tuned_reader
 from .registry import register_compressor
 from .xrag_reference import load_last_token_embedder
 
@@ -23,7 +24,7 @@ _PROBES = 256  # random inputs on which the output scale is matched
 
 
 @dataclass
-class XRAGConfig(CompressorConfig):
+class XRAGConfig(CompressorConfig, ReaderTuningSettings):
     """Settings of xRAG. The defaults suit small embedders; ``XRAGConfig.faithful()`` gives the paper's projector."""
 
     method: ClassVar[str] = "xrag"
@@ -78,6 +79,7 @@ class XRAGConfig(CompressorConfig):
             raise ValueError(f"embedder must be the name or folder of an embedder, got {self.embedder!r}.")
         check_counts(self, {"shard_tokens": 1, "layers": 1, "hidden": 1}, optional=("hidden",))
         check_choices(self, {"scale": ("matched", "none")})
+        self.check_reader_tuning()
         if self.vector_size is not None and self.vector_size < 1:
             raise ValueError(f"vector_size must be at least 1, got {self.vector_size}.")
 
@@ -108,6 +110,7 @@ class XRAGCompressor(SoftCompressor):
         vector_size: width of the retrieval vectors.
         projector: ``[n, vector_size] -> [n, width]``.
         log_scale: logarithm of the output factor (``scale="matched"`` only).
+        reader_twin: the `LoRATwin` that ``reader`` reads with (``tune_reader=True`` only); the paper's reader is frozen.
     """
 
     config_class = XRAGConfig
@@ -132,6 +135,7 @@ class XRAGCompressor(SoftCompressor):
         self.to(reader.device)
         if self.log_scale is not None:
             self._match_scale()
+        self.reader_twin = tuned_reader(self)
 
     @property
     def embedder(self) -> Embedder:

@@ -35,6 +35,7 @@ ARCHITECTURES = [
 ]
 # A new method needs one entry: small settings under which every one of its parts is at work.
 SETTINGS: dict[str, dict] = {
+    "full-text": {"reader_r": 4},
     "xrag": {"shard_tokens": 24},
     "gist": {"n_gist": 6, "r": 4, "shared_embedding": False},
     "500x": {"num_mem": 6, "ratio": 4.0, "r": 4},
@@ -65,6 +66,10 @@ OPTIONS: dict[str, dict] = {
     "500x:query": {**SETTINGS["500x"], "query_aware": True},
     "gist:query": {**SETTINGS["gist"], "positions": "spread", "query_aware": True},
     "mean-pool:query": {**SETTINGS["mean-pool"], "query_aware": True},
+    "icae:reader": {**_ICAE, "ratio": 4.0, "tune_reader": True, "reader_r": 3},
+    "500x:reader": {**SETTINGS["500x"], "tune_reader": True, "reader_r": 3},
+    "mean-pool:reader": {**SETTINGS["mean-pool"], "tune_reader": True, "reader_r": 3},
+    "xrag:reader": {**SETTINGS["xrag"], "tune_reader": True, "reader_r": 3},
     "pisco:query": {**SETTINGS["pisco"], "query_aware": True},
 }
 METHODS = set(SETTINGS)
@@ -93,7 +98,7 @@ def embedder():
 def build(method: str, reader: Reader) -> Compressor:
     torch.manual_seed(0)
     cls = COMPRESSORS[method.partition(":")[0]]
-    extra = {"embedder": embedder()} if method == "xrag" else {}
+    extra = {"embedder": embedder()} if method.startswith("xrag") else {}
     compressor = cls(cls.config_class.from_dict(SETTINGS[method]), reader, **extra)
     with torch.no_grad():  # as after some training: no matrix is zero
         for p in compressor.parameters():
