@@ -1,13 +1,16 @@
 """The pipelines of `rag_before.py` and `rag_after.py` side by side: answers, tokens that the reader read, time to first token.
 
 The third pipeline is that of `rag_after.py` with its passages compressed while they are indexed: asking no longer pays for
-that. Run it with ``python examples/rag_compare.py``.
+that, and the time to the first token depends on the number of slots alone. The second table shows it: passages twice and
+four times as long are compressed to as many slots. Run it with ``python examples/rag_compare.py``.
 """
 
+import statistics
 import time
 
 import rag_before
 from llama_index.core import VectorStoreIndex
+from llama_index.core.schema import TextNode
 from nutgraf.adapters.llama_index import (
     CompressedContextLLM,
     CompressedContextPostprocessor,
@@ -16,18 +19,30 @@ from nutgraf.adapters.llama_index import (
 )
 from nutgraf.adapters.store import MemoryStore
 from rag_after import compressor, pipeline, reader
-from shared import ask, embedding, passages, questions, show
+from rich.console import Console
+from rich.table import Table
+from shared import READER, TransformersLLM, ask, embedding, passages, questions, show
+
+RATIO = 4  # tokens a slot, the compressor's own
 
 
-def indexed_pipeline():
+def indexed_pipeline(nodes, ratio=RATIO):
     """The pipeline over passages that are compressed now, once, for all questions to come."""
     store = MemoryStore()  # a LanceStore keeps them: ingest_lancedb.py
-    index = VectorStoreIndex(CompressPassages(compressor, store)(passages()), embed_model=embedding())
+    index = VectorStoreIndex(CompressPassages(compressor, store, ratio=ratio)(nodes), embed_model=embedding())
     return index.as_query_engine(
         similarity_top_k=2,
         llm=CompressedContextLLM(reader, max_new_tokens=16),
-        node_postprocessors=[CompressedContextPostprocessor(compressor, store=store, cache=PassageCache())],
+        node_postprocessors=[
+            CompressedContextPostprocessor(compressor, ratio=ratio, store=store, cache=PassageCache())
+        ],
     )
+
+
+def longer_passages(times):
+    """Every third passage, joined with those after it until it is so many times as long."""
+    texts = [node.text for node in passages()]
+    return [TextNode(text="\n".join((texts * 2)[i : i + times])) for i in range(0, len(texts), 3)]
 
 
 def warm_up(text_pipeline):
@@ -37,16 +52,17 @@ def warm_up(text_pipeline):
     list(reader.stream([*slots, "Yes"], max_new_tokens=4))
 
 
-def tokens_and_ms(answers):
-    """The mean over the questions."""
-    return [sum(getattr(a, name) for a in answers) / len(answers) for name in ("reader_tokens", "ttft_ms")]
+def mean_tokens_and_median_ms(answers):
+    """Over the questions."""
+    return statistics.mean(a.reader_tokens for a in answers), statistics.median(a.ttft_ms for a in answers)
 
 
-if __name__ == "__main__":
+def compare_pipelines():
+    """The same questions to the pipeline with compression off and on."""
     before, after = rag_before.pipeline(), pipeline()
     warm_up(before)
     start = time.perf_counter()
-    indexed = indexed_pipeline()
+    indexed = indexed_pipeline(passages())
     print(f"{len(passages())} passages embedded and compressed in {time.perf_counter() - start:.1f} s.")
     columns = {
         "as text": ask(before, questions()),
@@ -54,10 +70,30 @@ if __name__ == "__main__":
         "compressed when indexed": ask(indexed, questions()),
     }
     show(questions(), **columns)
-    tokens, ms = tokens_and_ms(columns["as text"])
+    tokens, ms = mean_tokens_and_median_ms(columns["as text"])
     for name, answers in columns.items():
-        read, first = tokens_and_ms(answers)
-        print(
-            f"{name:24} {read:5.0f} tokens read ({1 - read / tokens:4.0%} saved), first token after {first:5.0f} ms "
-            f"({1 - first / ms:4.0%} saved)"
-        )
+        read, first = mean_tokens_and_median_ms(answers)
+        saved = "" if name == "as text" else f" ({1 - read / tokens:.0%} fewer)"
+        faster = "" if name == "as text" else f" ({ms / first:.1f} times as fast)"
+        print(f"{name:24}{read:5.0f} tokens read{saved}, first token after {first:.0f} ms{faster}")
+
+
+def compare_lengths():
+    """Longer and longer passages, as text and in the same number of slots."""
+    table = Table("passages", "tokens read as text", "first token", "tokens read compressed", "first token")
+    text_llm = TransformersLLM(folder=READER)
+    for times in (1, 2, 4):
+        nodes = longer_passages(times)
+        text = VectorStoreIndex(nodes, embed_model=embedding()).as_query_engine(similarity_top_k=2, llm=text_llm)
+        row = [f"{times} x as long, ratio {RATIO * times}"]
+        for engine in (text, indexed_pipeline(nodes, RATIO * times)):
+            tokens, ms = mean_tokens_and_median_ms(ask(engine, questions()))
+            row += [f"{tokens:.0f}", f"{ms:.0f} ms"]
+        table.add_row(*row)
+    print("\nCompressed when indexed, longer passages cost no more to read:")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    compare_pipelines()
+    compare_lengths()

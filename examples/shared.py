@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Sequence
@@ -28,8 +29,9 @@ SAMPLE = Path(nutgraf.__file__).parent / "benchmarks" / "sample" / "squad_dev.js
 N_PASSAGES, N_QUESTIONS = 24, 4
 
 
+@functools.cache
 def embedding() -> SentenceTransformerEmbedding:
-    """The retriever's embedding."""
+    """The retriever's embedding, loaded once."""
     return SentenceTransformerEmbedding("all-MiniLM-L6-v2")
 
 
