@@ -8,6 +8,7 @@ from itertools import accumulate
 
 Span = tuple[int, int]
 Search = Generator[list[str], list[int], tuple[tuple[Span, ...], int]]
+_POOR = 3  # interpolations that hardly narrow the search, before a step that halves it
 _TRIES = 16  # units tried for what room is left in the end
 
 
@@ -88,19 +89,18 @@ def search(
     upto = list(accumulate((sizes[i] for i in ranked), initial=0.0))
     low, high = 0, len(ranked) + 1  # how many units are known to fit, and how many not to
     below, above = 0, whole
-    halve = False
+    poor = 0  # steps in a row that left more than half of what was in question
     while high - low > 1 and below < target:
-        share = 0.5 if halve else min(max((target - below) / max(above - below, 1), 0.0), 1.0)
+        share = min(max((target - below) / max(above - below, 1), 0.0), 1.0)
         aim = upto[low] + share * (upto[min(high, len(ranked))] - upto[low])
-        k = min(max(bisect(upto, aim) - 1, low + 1), high - 1)
+        k = (low + high) // 2 if poor > _POOR else min(max(bisect(upto, aim) - 1, low + 1), high - 1)
         (n,) = yield [kept(ranked[:k])]
-        # A step that leaves nearly all that was in question is followed by one that halves it.
         before = high - low
         if n <= target:
             low, below = k, n
         else:
             high, above = k, n
-        halve = not halve and 2 * (high - low) > before
+        poor = poor + 1 if 2 * (high - low) > before and poor <= _POOR else 0
     chosen = list(ranked[:low])
     room = target - below
     # Recounting a long text is dear, and there the room that is left matters little.

@@ -94,13 +94,13 @@ def test_both_sides_read_one_folder(side):
         (Case("llmlingua", 300, 3, "lm-tiny"), 1),
         (Case("longllmlingua", 300, 3, "lm-tiny"), 2),
         (Case("llmlingua", 600, model="lm-tiny", mode="faithful"), 2),
-        (Case("longllmlingua", 600, 3, model="lm-tiny", mode="faithful"), 4),
+        (Case("longllmlingua", 600, 3, model="lm-tiny", mode="faithful"), 3),
     ],
 )
 def test_a_row_without_the_package(side, case, passes):
     row = measure(side, case, None, repeats=2, threads=THREADS)
     assert key(row) == row_key(case, THREADS, None)
-    assert 0.3 < row["rate"] <= 0.6
+    assert 0.3 < row["rate"] <= (0.5 if case.mode == "fast" else 0.75)
     assert 0 < row["bare_seconds"] < 10
     assert row["over_bare"] > 0.3
     assert passes * 0.8 * case.tokens < row["positions"] < passes * 1.5 * case.tokens
@@ -124,8 +124,9 @@ def test_a_row_beside_the_package(side, package, monkeypatch):
         assert peer.name == "llmlingua 0.2.2"
         row = measure(side, TINY, peer, repeats=2, threads=THREADS)
         assert key(row) == row_key(TINY, THREADS, "llmlingua 0.2.2")
-        assert row["peer_positions"] == 2 * 120
-        assert row["forwarded_ratio"] == pytest.approx(row["positions"] / 240, rel=1e-4)
+        assert row["peer_positions"] == 2 * 121  # BOS and text, twice
+        assert row["positions"] == 120  # the last token is scored and not read
+        assert row["forwarded_ratio"] == pytest.approx(120 / 242, rel=1e-4)
         assert 0.3 < row["peer_rate"] < 0.8
         assert row["peer_rate"] - 0.05 < row["rate"] <= row["peer_rate"] + 1e-6  # the same kept share
         assert row["speedup"] > 0
