@@ -235,12 +235,14 @@ class KVSlotCompressor(SoftCompressor):
     ) -> list[CompressedPassage]:
         """`encode` for passages given as token ids, BOS not among them, each with the ids that are read in front of it."""
         bos = list(self.base_reader.bos_ids) if self.config.bos else []
-        asked = questions or [()] * len(ids)
+        fronts = questions or [()] * len(ids)
         pieces: list[list[int]] = []
         heads: list[list[int]] = []
         nests: list[list[NestedSlot] | None] = []
-        cuts = [self.segments(len(passage), ratio, len(question)) for passage, question in zip(ids, asked, strict=True)]
-        for passage, question, cut in zip(ids, asked, cuts):
+        cuts = [
+            self.segments(len(passage), ratio, len(question)) for passage, question in zip(ids, fronts, strict=True)
+        ]
+        for passage, question, cut in zip(ids, fronts, cuts):
             ends = accumulate(n for n, _ in cut)
             pieces += [self.padded(list(passage[end - n : end])) for (n, _), end in zip(cut, ends)]
             heads += [[*bos, *question] for _ in cut]
