@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -143,7 +143,7 @@ def _series(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for row in drawn:
         if row.get("budget_of") in (None, owner):
             groups.setdefault((kind_of(row), row["method"]), []).append(row)
-    looks = {
+    looks: dict[str, Iterator[tuple[str, str]]] = {
         "soft": zip(SOFT * 9, FILLED * 9),
         "text": zip(TEXT * 9, HOLLOW * 9),
         "plain": zip(PLAIN * 9, HOLLOW * 9),
@@ -160,7 +160,8 @@ def _series(rows: Sequence[Row]) -> list[dict[str, Any]]:
             if kind == "plain":
                 look |= {"linestyle": "--", "markerfacecolor": "white", "linewidth": 1.3}
             name = method_name(method) + (" (reader tuned)" if points[0].get("reader_tuned") else "")
-            out.append({"kind": kind, "name": name, "look": look, "rows": sorted(points, key=lambda row: row["ratio"])})
+            ordered = sorted(points, key=lambda row: row["ratio"])
+            out.append({"kind": kind, "name": name, "look": look, "rows": ordered})
     return out
 
 

@@ -87,13 +87,13 @@ def about(pooled: Sequence[Row], measured: Collection[str]) -> str:
         "first token against the full text, slots in memory."
     )
     tuned = [row for row in pooled if row.get("reader_tuned") and kind_of(row) == "soft"]
-    names = ", ".join(dict.fromkeys(method_name(row["method"]) for row in tuned))
+    methods = ", ".join(dict.fromkeys(method_name(row["method"]) for row in tuned))
     if tuned and all("against" in row for row in tuned):
-        text += f" Methods that also tune the reader ({names}) are held against the full text of a reader tuned alike."
-    elif tuned:
         text += (
-            f" Methods that also tune the reader ({names}) do not compete here, as what tuning gains is no compression."
+            f" Methods that also tune the reader ({methods}) are held against the full text of a reader tuned alike."
         )
+    elif tuned:
+        text += f" Methods that also tune the reader ({methods}) do not compete here, as what tuning gains is no compression."
     missing = [name for name in POOLED if name not in pooled[0]["datasets"]]
     if lost := [dataset_title(name) for name in missing if name in measured]:
         text += f" Left out: {', '.join(lost)}, where the full text cannot be told from no context."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...compressors.allocation import allocate, ratio_of
@@ -62,7 +63,7 @@ class ScoreBudget(Policy):
         raise ValueError(f"{self} has no room for even the best passage at ratio {self.highest:g}.")
 
     def _divided(
-        self, retrieved: Retrieved, text: list[int] | tuple[int, ...], scores: list[float], places: list[int]
+        self, retrieved: Retrieved, text: Sequence[int], scores: list[float], places: list[int]
     ) -> dict[int, Form] | None:
         """Forms of the passages at some places that keep the budget together, None if there are none."""
         tokens = [text[place] for place in places]
