@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .fingerprint import hash_json, hash_tensors
+from .packing import pack, pass_positions
 from .tokenization import clean
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 Span = tuple[int, int]
 MINILM = "all-MiniLM-L6-v2"
+_POSITIONS = 8192  # of one pass
 
 
 class Embedder:
@@ -125,24 +127,33 @@ class Embedder:
 
     # -- embedding -------------------------------------------------------------------------------------------------
 
-    def embed(self, texts: Sequence[str], batch_size: int = 32) -> Tensor:
+    def embed(self, texts: Sequence[str]) -> Tensor:
         """Vectors ``[texts, dim]`` (float32, on the CPU) of texts that `shard` found short enough."""
         keys = [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts]
         with self._lock:
             found = {key: self._cache[key] for key in keys if key in self._cache}
             todo = {key: clean(text) for key, text in zip(keys, texts) if key not in found}
-            if todo:
-                vectors = self.model.encode(
-                    list(todo.values()), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False
-                )
-                # `encode` runs in inference mode, whose tensors autograd refuses; a copy is an ordinary tensor.
-                found.update(zip(todo, vectors.to("cpu", torch.float32, copy=True).clone()))
+            found.update(zip(todo, self._encode(list(todo.values()))))
             for key in keys:
                 self._cache[key] = found[key].clone() if key in todo else found[key]
                 self._cache.move_to_end(key)
             while len(self._cache) > self.cache_entries:
                 self._cache.popitem(last=False)
         return torch.stack([found[key] for key in keys]) if keys else torch.zeros(0, self.dim)
+
+    def _encode(self, texts: list[str]) -> list[Tensor]:
+        """``[dim]`` vectors of cleaned texts; those of like length share a pass."""
+        if not texts:
+            return []
+        lengths = [len(ids) for ids in self._tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
+        out: dict[int, Tensor] = {}
+        for group in pack(lengths, _POSITIONS, pass_positions(self.model.device)):
+            vectors = self.model.encode(
+                [texts[i] for i in group], batch_size=len(group), convert_to_tensor=True, show_progress_bar=False
+            )
+            # `encode` runs in inference mode, whose tensors autograd refuses; a copy is an ordinary tensor.
+            out.update(zip(group, vectors.to("cpu", torch.float32, copy=True).clone()))
+        return [out[i] for i in range(len(texts))]
 
     @torch.no_grad()
     def token_states(self, texts: Sequence[str], batch_size: int = 32) -> list[tuple[list[Span], Tensor]]:

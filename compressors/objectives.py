@@ -272,11 +272,11 @@ class KLDistillationLoss(_ChunkedLoss):
         self, hidden: Tensor, teacher: Other, weights: Tensor | None = None, num_items: float | Tensor | None = None
     ) -> Tensor:
         """The objective, a scalar; see the class."""
-        stored = isinstance(teacher, TeacherLogits)
-        if len(teacher) != len(hidden) or (not stored and teacher.shape != hidden.shape):
-            got = [len(teacher)] if stored else list(teacher.shape)
+        got = [len(teacher), *hidden.shape[1:]] if isinstance(teacher, TeacherLogits) else list(teacher.shape)
+        if got != list(hidden.shape):
             raise ValueError(
                 f"Teacher and student need the same target positions, got {got} and {list(hidden.shape)}; take both from "
                 "target_hidden with the same targets."
             )
-        return self._reduce(hidden, teacher if stored else teacher.detach(), weights, num_items)
+        kept = teacher if isinstance(teacher, TeacherLogits) else teacher.detach()
+        return self._reduce(hidden, kept, weights, num_items)
