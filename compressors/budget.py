@@ -9,6 +9,7 @@ from itertools import accumulate
 Span = tuple[int, int]
 Search = Generator[list[str], list[int], tuple[tuple[Span, ...], int]]
 _POOR = 3  # interpolations that hardly narrow the search, before a step that halves it
+_SLACK = 256  # of so many tokens of a budget, one may stay unused
 _TRIES = 16  # units tried for what room is left in the end
 
 
@@ -60,7 +61,8 @@ def search(
     """Takes units in order of value until the budget is spent.
 
     The budget holds for the tokens of the joined result, not for the sum over the units. The longest run of units from the
-    front of the order that fits is found by interpolation; some later, shorter units then use what room is left.
+    front of the order that fits is found by interpolation; some later, shorter units then use what room is left. Of a
+    budget of 256 tokens and more, one in 256 may stay unused: recounting a long text for it costs more than it tells.
 
     This is a generator, so that the searches of many texts can have their tokens counted together (`run_searches`): it
     yields lists of texts, is sent their numbers of tokens, and returns kept spans, in order, whose `join` has at most
@@ -90,7 +92,8 @@ def search(
     low, high = 0, len(ranked) + 1  # how many units are known to fit, and how many not to
     below, above = 0, whole
     poor = 0  # steps in a row that left more than half of what was in question
-    while high - low > 1 and below < target:
+    slack = target // _SLACK
+    while high - low > 1 and below + slack < target:
         share = min(max((target - below) / max(above - below, 1), 0.0), 1.0)
         aim = upto[low] + share * (upto[min(high, len(ranked))] - upto[low])
         k = (low + high) // 2 if poor > _POOR else min(max(bisect(upto, aim) - 1, low + 1), high - 1)
@@ -102,7 +105,7 @@ def search(
             high, above = k, n
         poor = poor + 1 if 2 * (high - low) > before and poor <= _POOR else 0
     chosen = list(ranked[:low])
-    room = target - below
+    room = target - below - slack
     # Recounting a long text is dear, and there the room that is left matters little.
     tries = len(must) + max(1, min(_TRIES, _TRIES * 10_000 // len(text)))
     for i in ranked[low:]:
@@ -114,7 +117,7 @@ def search(
         (n,) = yield [kept([*chosen, i])]
         if n <= target:
             chosen.append(i)
-            below, room = n, target - n
+            below, room = n, target - n - slack
     return merge_units(text, units, chosen), below
 
 

@@ -221,9 +221,6 @@ def token_losses(scorer: Reader, hidden: Tensor, targets: Tensor) -> Tensor:
     rows = max(1, _LOGITS // scorer.vocab_size)
     for first in range(0, len(targets), rows):
         logits = scorer.head(hidden[first : first + rows]).float()
-        wanted = logits.gather(-1, targets[first : first + rows, None].to(logits.device))[:, 0]
-        # log-sum-exp in place: a second array of this size is what it would cost most
-        top = logits.amax(dim=-1)
-        total = logits.sub_(top[:, None]).exp_().sum(dim=-1).log_()
-        out[first : first + rows] = (total + top - wanted).to(out.device)
+        wanted = targets[first : first + rows].to(logits.device)
+        out[first : first + rows] = nn.functional.cross_entropy(logits, wanted, reduction="none").to(out.device)
     return out
