@@ -1,9 +1,9 @@
-"""Time to the first token of a benchmark's own prompts, slots in memory, in turns with the full text."""
+"""Time to the first token of a benchmark's own prompts, in turns with the full text."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..compressors import Reader
 from ..recipes.templates import Piece
@@ -18,17 +18,20 @@ def first_token_times(
     *,
     requests: int,
     repeats: int = 3,
+    fresh: Callable[[int], list[Piece]] | None = None,
 ) -> tuple[float, float]:
     """Median milliseconds of a line's prompts and of the full text's, one request at a time.
 
-    Laying the prompt out and prefill count, making and loading slots does not (`nutgraf bench speed` measures those). The two
-    take turns, after a round of warm-up, so that a change of the machine's pace meets both.
+    Laying the prompt out and prefill count. Slots are in memory, as making and loading them is what `nutgraf bench speed`
+    measures; but what can only be made when the question is there is made anew, and counts. The two take turns, after a
+    round of warm-up, so that a change of the machine's pace meets both.
 
     Args:
         reads: who reads the line's prompts. `prompts`: of all questions.
         reader: who reads the full text's, `full`, of the same questions.
         requests: questions timed, evenly spread.
         repeats: times each.
+        fresh: makes the prompt of question i anew, compressing its passages; for methods that need the question.
 
     Raises ValueError for no request, or lists that differ in length.
     """
@@ -43,7 +46,7 @@ def first_token_times(
     full_times: list[float] = []
     for turn in range(1 + repeats):
         for i in chosen:
-            ours = answer_parts(reads, lambda i=i: [prompts[i]], 1).ttft  # type: ignore[misc]
+            ours = answer_parts(reads, lambda i=i: [fresh(i) if fresh else prompts[i]], 1).ttft  # type: ignore[misc]
             theirs = answer_parts(reader, lambda i=i: [full[i]], 1).ttft  # type: ignore[misc]
             if turn:
                 times.append(ours)

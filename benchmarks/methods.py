@@ -86,6 +86,10 @@ class Compressed:
             self._made.update(zip(new, made))
         return [[self._made[key] for key in keys] for keys in wanted]
 
+    def fresh(self, record: Record) -> list[Piece]:
+        """A record's passages compressed anew, whatever was compressed before."""
+        return list(self.compressor.compress(list(record.passages), self._query(record), self.ratio, **self.options))  # type: ignore[arg-type]
+
     def _query(self, record: Record) -> str | None:
         return record.question if self.query_aware else None
 

@@ -23,6 +23,7 @@ METHODS = {
     "full-text": "full text, tuned reader",
     "none": "no context",
     "mean-pool": "mean-pooled windows",
+    "salient-pool": "salient windows",
     "icae": "ICAE",
     "gist": "gist tokens",
     "500x": "500xCompressor",

@@ -42,7 +42,7 @@ class Family:
 
 FAMILIES = (
     Family("memory slots", "ICAE, PISCO, AutoCompressor", "embeds", "slots"),
-    Family("pooled states", "mean-pooled windows", "embeds", "states"),
+    Family("pooled states", "mean-pooled windows, salient windows", "embeds", "states"),
     Family("keys and values", "gist tokens, 500xCompressor", "kv", "slots"),
     Family("one vector", "xRAG", "embeds", "vector"),
     Family("shorter text", "LLMLingua, LLMLingua-2, Selective Context", "text", "scores"),

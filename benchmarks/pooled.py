@@ -132,8 +132,8 @@ def budget_of(row: Row) -> int | None:
     return ONE_SLOT if ratio >= ONE_SLOT else min(BUDGETS, key=lambda budget: abs(math.log(ratio / budget)))
 
 
-def best(rows: Sequence[Row], budget: int, kind: str) -> Row | None:
-    """Of the rows of one kind at one budget the one of highest share.
+def best(rows: Sequence[Row], budget: int, kind: str, for_the_question: bool | None = None) -> Row | None:
+    """Of the rows of one kind at one budget the one of highest share; of methods that need the question, or of the others.
 
     Methods that tune the reader compete only if they were held against a reader tuned alike (`against`): what is gained by
     tuning is no compression.
@@ -142,6 +142,7 @@ def best(rows: Sequence[Row], budget: int, kind: str) -> Row | None:
         row
         for row in rows
         if kind_of(row) == kind
+        and for_the_question in (None, row.get("query_aware", False))
         and budget_of(row) == budget
         and "recovered_share" in row
         and ("against" in row or not row.get("reader_tuned"))

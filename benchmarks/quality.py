@@ -128,13 +128,32 @@ def evaluate(
             if isinstance(method, Stored):
                 row |= _stored(method, predictions, scores, found, settings.seed)
             if settings.ttft:
-                ours, theirs = first_token_times(reads, prompts, reader, full_prompts, requests=settings.ttft)
-                row |= {"ttft_ms": ours, "ttft_full_ms": theirs, "ttft_speedup": theirs / ours}
+                row |= _first_token(method, kept, reads, prompts, reader, full_prompts, settings.ttft)
             compressor = compressor_of(method)
             row |= provenance(reader, settings.seed, compressor) | {"code": code_of(compressor)}
             found.append(Line(method.name, method.ratio, predictions, scores, clean(row)))
             on_line(found[-1])
     return found
+
+
+def _first_token(
+    method: Method,
+    records: Sequence[Record],
+    reads: Reader,
+    prompts: Sequence[list[Piece]],
+    reader: Reader,
+    full: Sequence[list[Piece]],
+    requests: int,
+) -> Row:
+    fresh = None
+    if isinstance(method, Compressed) and method.query_aware:
+
+        def fresh(i: int) -> list[Piece]:
+            return question_prompt(method.fresh(records[i]), records[i].question)
+
+    ours, theirs = first_token_times(reads, prompts, reader, full, requests=requests, fresh=fresh)
+    row: Row = {"ttft_ms": ours, "ttft_full_ms": theirs, "ttft_speedup": theirs / ours}
+    return row | ({"ttft_compresses": True} if fresh else {})
 
 
 def questions_hash(records: Sequence[Record]) -> str:

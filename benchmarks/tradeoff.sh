@@ -13,14 +13,17 @@ single() { # a set of one passage a question: all methods, then controls
     --compressor mean-pool-small@2,4,8,16,32,512 --compressor icae-small@4,8,16 --compressor gist-small@4,8,16 \
     --compressor 500x-small@4,8,16 --compressor autocompressor-small@4,8,16 --compressor pisco-small@4,8,16 \
     --compressor xrag-small --compressor llmlingua2-small@2,4 --compressor llmlingua@2,4 --compressor longllmlingua@2,4 \
-    --compressor selective-context@2,4
-  $bench --baseline none --compressor mean-pool-small@4,512 --compressor gist-small@4 --compressor xrag-small
+    --compressor selective-context@2,4 --compressor salient-pool-small@2,4,8,16,32,512 \
+    --compressor salient-pool-query-small@2,4,8,16,32,512 --compressor llmlingua2-query-small@2,4
+  $bench --baseline none --compressor mean-pool-small@4,512 --compressor gist-small@4 --compressor xrag-small \
+    --compressor salient-pool-small@4,512 --compressor salient-pool-query-small@4,512
 }
 
 several() { # a set with distractors: set, passages a question
   $NUTGRAF bench quality "$DATA/qa_dev_$1.jsonl.xz" --passages "$2" --half report --limit $((LIMIT / 3)) --ttft 2 --resume \
     --out "$OUT" --no-shuffled --baselines-of mean-pool --baseline truncate --baseline fewer-passages \
-    --baseline extract-embedder --compressor mean-pool-small@4,16 --compressor gist-small@4 --compressor llmlingua2-small@4
+    --baseline extract-embedder --compressor mean-pool-small@4,16 --compressor gist-small@4 --compressor llmlingua2-small@4 \
+    --compressor salient-pool-small@4 --compressor salient-pool-query-small@4,16
 }
 
 task() { case $1 in *:*) several "${1%:*}" "${1#*:}" ;; *) single "$1" ;; esac; }

@@ -20,6 +20,7 @@ from .reader import Reader
 from .registry import register_compressor
 from .scoring import TokenScores
 from .selection import SelectingCompressor, SelectionConfig
+from .settings import added
 from .shares import kept_share
 from .token_classifier import (
     ClassifierTokenizer,
@@ -74,11 +75,8 @@ class LLMLingua2Config(SelectionConfig, LoRASettings):
         default=(".", "\n"), metadata={"help": "tokens after which a long text may be cut (faithful)"}
     )
     r: int = lora_rank(16)
-    query_aware: bool = field(
-        default=False,
-        metadata={
-            "help": "the classifier reads the question in front of the passage and says what is worth keeping for it"
-        },
+    query_aware: bool = added(
+        False, "the classifier reads the question in front of the passage and says what is worth keeping for it"
     )
 
     def __post_init__(self) -> None:
@@ -192,7 +190,9 @@ class LLMLingua2Compressor(SelectingCompressor):
         if not self.query_aware:
             return before
         if query is None or not query.strip():
-            raise ValueError("This LLMLingua-2 keeps words for a question (query_aware): pass compress(texts, query=...).")
+            raise ValueError(
+                "This LLMLingua-2 keeps words for a question (query_aware): pass compress(texts, query=...)."
+            )
         asked = self.pieces(query).ids
         if len(asked) > (room := self.limit // 2 - len(before) - len(after)):
             raise ValueError(f"The question has {len(asked)} of the classifier's tokens, there is room for {room}.")

@@ -112,7 +112,8 @@ def test_the_question_moves_the_slots_and_is_asked_for(reader, asking, plain, tm
     compressor.save_pretrained(tmp_path)
     loaded = load_compressor(tmp_path, reader)
     assert loaded.query_aware
-    assert torch.equal(loaded.compress([PASSAGE], query="Where was she born?")[0].embeds, one.embeds)
+    again = loaded.compress([PASSAGE], query="Where was she born?")[0]
+    assert torch.allclose(again.embeds, one.embeds, atol=1e-4)
     unasked = SalientPoolCompressor(config(), reader, tagger=plain).eval()
     assert not unasked.query_aware
     assert torch.equal(

@@ -76,14 +76,22 @@ def sentence_with_answer(record: dict) -> str:
     return text[bounds[0][0] : bounds[0][1]] if bounds else text
 
 
+# AutoCompressor, PISCO and 500xCompressor are left out for the time they take.
+SHIPPED = (
+    *("gist-small", "icae-small", "mean-pool-small", "salient-pool-small", "salient-pool-query-small"),
+    *("xrag-small", "llmlingua2-small", "llmlingua2-query-small"),
+)
+
+
 # xRAG's one slot is asked to carry a sentence, not a paragraph: more of it does not survive.
-@pytest.mark.parametrize("name", ["gist-small", "icae-small", "mean-pool-small", "xrag-small", "llmlingua2-small"])
+@pytest.mark.parametrize("name", sorted(SHIPPED))
 def test_compressed_passages_answer_better_than_none_and_than_those_of_others(reader, name):
     compressor = load_compressor(pretrained(name), reader=reader)
     lines = next(SAMPLE.glob("*.jsonl")).read_text(encoding="utf-8").splitlines()
     records = [record for line in lines if (record := json.loads(line)).get("gold") is not None]
     records = records if name == "xrag-small" else records[::3]  # the weaker, the more questions
-    passages = compressor.compress([sentence_with_answer(r) for r in records])
+    asked = [r["question"] for r in records] if compressor.query_aware else None
+    passages = compressor.compress([sentence_with_answer(r) for r in records], asked)
     reads = compressor.reader or reader
 
     def score(contexts):

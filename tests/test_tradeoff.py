@@ -248,7 +248,17 @@ def test_the_best_is_named_and_tuned_readers_do_not_compete() -> None:
     assert "sentences picked by BM25: **" in eight
     assert "gist tokens" in results_page.about(rows, rows[0]["datasets"])
     said = results_page.one_slot(pooled.comparable(ROWS)["qa_dev_squad"])
-    assert "keeps 20 % (10 to 30) on SQuAD (xRAG; aim 15 %); slots of another question's passage 5 %" in said
+    assert "on SQuAD 20 % (10 to 30) compressed once (xRAG), slots of another question's passage 5 %" in said
+    assert said.endswith("The aim is 15 %.")
+
+
+def test_what_needs_the_question_stands_in_columns_of_its_own() -> None:
+    asking = [row(name, "icae-query", 0.9, 4.0, query_aware=True) for name in ("qa_dev_squad", "qa_dev_qamr")]
+    table = results_page.short_table(pooled.pool([*ROWS, *asking])).splitlines()
+    cells = next(line for line in table if line.startswith("| 4x")).split(" | ")
+    assert cells[1].startswith("mean-pooled windows: ")
+    assert cells[2].startswith("ICAE, for the question: **")
+    assert cells[5].strip() == ""
 
 
 def test_a_tuned_reader_is_held_against_full_text_tuned_alike() -> None:
@@ -269,7 +279,7 @@ def test_a_tuned_reader_is_held_against_full_text_tuned_alike() -> None:
 def test_the_readme_says_it_in_one_block() -> None:
     text = results_page.readme_block(pooled.pool(ROWS), pooled.comparable(ROWS), "there/p.png")
     assert text.index("| 4x |") < text.index("](there/p.png)") < text.index("Aims are")
-    assert "One slot a passage keeps 20 %" in text
+    assert "One slot a passage keeps on SQuAD 20 %" in text
 
 
 def test_the_page_has_every_line() -> None:
