@@ -80,7 +80,8 @@ def answer(request: dict[str, Any], served: dict[str, Served]) -> dict[str, Any]
 
 def main() -> None:
     """Answers until stdin ends."""
-    out, served = sys.stdout, {}
+    out = sys.stdout
+    served: dict[str, Served] = {}
     for line in sys.stdin:
         with contextlib.redirect_stdout(sys.stderr):  # the package prints
             try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -62,8 +64,9 @@ class CachedLosses:
         self._keep(slice(0, start), slice(start + number, None))
 
     def _keep(self, front: slice, back: slice) -> None:
-        old, self._cache = self._cache, DynamicCache()
-        for i, layer in enumerate(old.layers):
+        layers: list[Any] = self._cache.layers
+        self._cache = DynamicCache()
+        for i, layer in enumerate(layers):
             keys, values = (torch.cat([t[..., front, :], t[..., back, :]], -2) for t in (layer.keys, layer.values))
             if keys.shape[-2]:
                 self._cache.update(keys, values, i)
