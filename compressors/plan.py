@@ -105,7 +105,7 @@ def plan_prompts(batch: Sequence[Sequence[Any]], tokenizer: PromptTokenizer, bos
 
 @dataclass
 class Layout:
-    """A batch of plans as left-padded tensors: the positions that are run through the model, KV slots left out.
+    """A batch of plans as padded tensors: the positions that are run through the model, KV slots left out.
 
     Attributes:
         ids: ``[batch, time]`` token ids, 0 at slots and padding.
@@ -122,8 +122,10 @@ class Layout:
     soft: Tensor | None
 
     @classmethod
-    def of(cls, plans: Sequence[PromptPlan], device: torch.device, dtype: torch.dtype) -> Layout:
-        """Lays a batch out on a device; soft slots are cast to the reader's dtype."""
+    def of(
+        cls, plans: Sequence[PromptPlan], device: torch.device, dtype: torch.dtype, *, pad_right: bool = False
+    ) -> Layout:
+        """Lays a batch out on a device, padded on the left unless told otherwise; soft slots are cast to `dtype`."""
         run_at = [[p for p, kind in enumerate(plan.kinds) if kind != KV] if plan.kv else None for plan in plans]
         lengths = [len(plan) if at is None else len(at) for plan, at in zip(plans, run_at)]
         time = max(lengths, default=0)
@@ -136,12 +138,13 @@ class Layout:
             if not n:
                 continue
             where = torch.arange(n) if at is None else torch.tensor(at)
-            ids[row, time - n :] = torch.tensor(plan.ids)[where]
-            valid[row, time - n :] = True
-            positions[row, time - n :] = _without_place(where, plan) if plan.placeless else where
+            begin = 0 if pad_right else time - n
+            ids[row, begin : begin + n] = torch.tensor(plan.ids)[where]
+            valid[row, begin : begin + n] = True
+            positions[row, begin : begin + n] = _without_place(where, plan) if plan.placeless else where
             column = {p: c for c, p in enumerate(at)} if at is not None else None
             for start, embeds in plan.soft:
-                first = time - n + (start if column is None else column[start])
+                first = begin + (start if column is None else column[start])
                 index.append(torch.arange(embeds.shape[0]) + row * time + first)
                 soft.append(embeds.to(device=device, dtype=dtype))
         return cls(

@@ -256,7 +256,7 @@ class Reader:
         return KVPlacement(self.model)
 
     def forward(
-        self, plans: Sequence[PromptPlan], *, drop_last: bool = False, use_cache: bool = False
+        self, plans: Sequence[PromptPlan], *, drop_last: bool = False, use_cache: bool = False, pad_right: bool = False
     ) -> tuple[Tensor, Layout, DynamicCache | None, Tensor | None]:
         """Runs the decoder's body over planned prompts.
 
@@ -264,19 +264,24 @@ class Reader:
             plans: the prompts.
             drop_last: leave out each prompt's last position (which `generate` then feeds itself).
             use_cache: keep the keys and values.
+            pad_right: pad on the right, where nothing looks at it, so that attention needs no mask and is faster; not for
+                prompts with KV passages.
 
         Returns:
             Last hidden states ``[batch, time, hidden]``, the layout, the cache, and the KV slots' positions.
         """
-        layout = Layout.of(plans, self.device, self.dtype)
+        has_kv = any(plan.kv for plan in plans)
+        if pad_right and (has_kv or drop_last or use_cache):
+            raise ValueError("Prompts are padded on the right only to be read whole, without KV passages and cache.")
+        layout = Layout.of(plans, self.device, self.dtype, pad_right=pad_right)
         inputs: dict[str, Any] = {}
         cache = kv_positions = None
-        if any(plan.kv for plan in plans):
+        if has_kv:
             self.kv_placement.check_length(max(map(len, plans)))
             cache, kv_positions = join(self.kv_placement, plans, self.dtype, self.device)
             inputs["attention_mask"] = self.kv_placement.mask(kv_positions, layout, self.dtype)
         else:
-            inputs["attention_mask"] = layout.valid.long()
+            inputs["attention_mask"] = torch.ones_like(layout.ids) if pad_right else layout.valid.long()
             cache = DynamicCache() if use_cache else None
         embeds, positions = layout.splice(self.embed), layout.positions
         if drop_last:

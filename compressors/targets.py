@@ -65,11 +65,12 @@ def target_hidden(
             raise ValueError("A prompt must not end with a KV passage: something must be run to predict what follows.")
         plan.add_tokens(target[:-1])
     reader.check_room(plans, 1)
-    hidden, _, _, _ = reader.forward(plans)
-    time = hidden.shape[1]
+    right = not any(plan.kv for plan in plans)
+    hidden, _, _, _ = reader.forward(plans, pad_right=right)
+    ends = [len(plan) if right else hidden.shape[1] for plan in plans]
     counts = torch.tensor([len(t) for t in ids])
     rows = torch.repeat_interleave(torch.arange(len(ids)), counts)
-    columns = torch.cat([torch.arange(time - n, time) for n in counts.tolist()])
+    columns = torch.cat([torch.arange(end - n, end) for end, n in zip(ends, counts.tolist())])
     picked = hidden[rows.to(reader.device), columns.to(reader.device)]
     flat = torch.tensor([i for t in ids for i in t], device=picked.device)
     return Targets(picked, flat, rows.to(picked.device))
