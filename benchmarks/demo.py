@@ -38,7 +38,7 @@ from .speed import FULL, speed
 from .table import terminal_table
 from .timing import Contender, Request, time_contenders
 
-COMPRESSORS = ("mean-pool-small@4", "icae-small@4", "xrag-small", "selective-context@2")
+COMPRESSORS = ("salient-pool-small@4", "mean-pool-small@4", "xrag-small", "selective-context@2")
 MAX_NEW_TOKENS = 16
 
 

@@ -9,7 +9,7 @@ from nutgraf.adapters.llama_index import CompressedContextLLM, CompressedContext
 from shared import READER, embedding, passages, questions
 
 reader = Reader.from_pretrained(READER)
-compressor = load_compressor(pretrained("icae-small"), reader)
+compressor = load_compressor(pretrained("salient-pool-small"), reader)
 
 
 def chat_engine():

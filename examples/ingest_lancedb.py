@@ -36,7 +36,7 @@ QUESTION = "Where was Marie Curie born?"
 def main(folder: str = "passages") -> None:
     """Ingests three short articles into the store in ``folder`` and asks one question of it."""
     reader = Reader.from_pretrained(pretrained("reader-small"))
-    compressor = load_compressor(pretrained("icae-small"), reader)
+    compressor = load_compressor(pretrained("salient-pool-small"), reader)
     embedder = SentenceTransformerEmbedding()
     store = LanceStore(folder)
 

@@ -14,7 +14,7 @@ from nutgraf.adapters.langchain import CompressedContextDocumentCompressor, Comp
 from shared import READER, embedding, passages, questions
 
 reader = Reader.from_pretrained(READER)
-compressor = load_compressor(pretrained("icae-small"), reader)
+compressor = load_compressor(pretrained("salient-pool-small"), reader)
 shorten = CompressedContextDocumentCompressor(compressor)
 llm = CompressedContextLLM(reader=reader, max_new_tokens=16)
 prompt = PromptTemplate.from_template("{context}\n\nQuestion: {question}\nAnswer:")

@@ -29,7 +29,7 @@ def start_server(reader: Reader) -> tuple[uvicorn.Server, str]:
 
 
 reader = Reader.from_pretrained(READER)
-compressor = load_compressor(pretrained("icae-small"), reader)
+compressor = load_compressor(pretrained("salient-pool-small"), reader)
 
 
 if __name__ == "__main__":

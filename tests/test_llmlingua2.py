@@ -176,7 +176,7 @@ def test_long_texts_are_cut_at_sentence_ends_and_nothing_is_lost(reader):
     classifier = make_classifier("bert", positions=64)
     compressor = build(reader, classifier)
     text = passage(12) + " " + "x" * 300 + " " + passage(2, 1)
-    pieces, ranges = compressor.rows(text)
+    pieces, ranges, _ = compressor.rows(text)
     assert [a for a, _ in ranges] == [0, *(b for _, b in ranges[:-1])]
     assert ranges[-1][1] == len(pieces.ids)
     assert all(0 < b - a <= 62 for a, b in ranges)
