@@ -97,4 +97,6 @@ def soft_batches(
         # Indices on the CPU serve tensors on any device.
         where = (torch.tensor(rows, dtype=torch.long), torch.tensor(columns, dtype=torch.long))
         embeds = tokens.index_put(where, source)
-        yield SoftBatch(which, [lengths[i] for i in which], embeds, torch.ones_like(ids, device=device), positions.to(device))
+        yield SoftBatch(
+            which, [lengths[i] for i in which], embeds, torch.ones_like(ids, device=device), positions.to(device)
+        )
