@@ -100,7 +100,9 @@ def _passes(
         return None
     lengths = encoded_lengths(compressor, texts, entrant.ratio)
     bodies = [body] if _same_tree(body, reader) else [body, reader.model.get_decoder()]
-    made = [[functools.partial(_run, each, lengths, reader, budget) for budget in BUDGETS] for each in bodies]
+    made: list[list[Callable[[], None]]] = [
+        [functools.partial(_run, each, lengths, reader, budget) for budget in BUDGETS] for each in bodies
+    ]
     return lengths, made[0], made[1] if len(made) > 1 else []
 
 

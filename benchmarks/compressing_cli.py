@@ -53,7 +53,12 @@ def compress(
         done = {tuple(row.get(key) for key in KEY) for row in have}
         tokens = sum(map(len, loaded.tokenize_batch(texts)))
         for entrant in find_entrants(loaded, compressor, (), (), untrained=shape is not None):
-            about = {"test": "compress", "method": entrant.method, "ratio_asked": entrant.ratio, "passages": passages}
+            about: dict[str, object] = {
+                "test": "compress",
+                "method": entrant.method,
+                "ratio_asked": entrant.ratio,
+                "passages": passages,
+            }
             if _done(about | {"context_tokens": tokens, "reader": loaded.fingerprint}, done):
                 continue
             rows = compress_rows(loaded, [entrant], texts, repeats=repeats, seed=seed)

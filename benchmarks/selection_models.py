@@ -124,7 +124,7 @@ def _bert(shape: ModelShape, vocabulary: int) -> BertConfig:
         intermediate_size=shape.mlp,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
-        num_labels=2,
+        num_labels=2,  # type: ignore[call-arg]
     )
 
 

@@ -141,7 +141,7 @@ def training(rows: Sequence[Row]) -> SpeedTable | None:
     lines = [
         (
             str(row["method"]),
-            names.get(row["objective"], row["objective"]),
+            str(names.get(row["objective"], row["objective"])),
             f"{row['step_cost']:.2f}",
             _ms(row["step_ms"]),
             _ms(row["teacher_ms"]) if "teacher_ms" in row else "",

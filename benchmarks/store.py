@@ -137,7 +137,7 @@ def main(
         "slots": slots,
         "width": width,
     }
-    rows = [about | row for row in found]
+    rows: list[dict[str, Any]] = [about | row for row in found]
     for row in rows:
         if reader is not None:
             typer.echo(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def first_token_rows(
     for turn in range(repeats + 2):
         spent = _milliseconds(lambda: reader.generate([[*made, tail]], 1, min_new_tokens=1))
         copy = _milliseconds(lambda: torch.cat(tensors))
-        reads = {name: _milliseconds(lambda store=store: _read(store, keys, reader)) for name, store in opened.items()}
+        reads = {name: _milliseconds(partial(_read, store, keys, reader)) for name, store in opened.items()}
         if turn >= 2:
             ttft.append(spent)
             copied.append(copy)

@@ -145,7 +145,7 @@ class LongLLMLinguaCompressor(LLMLinguaCompressor):
         for group in groups.values():
             # Scoring has read the question behind each passage; one that is empty was not scored.
             losses = {i: found[i].ending if i in found else None for i in group}
-            order = sorted(group, key=lambda i: math.inf if losses[i] is None else losses[i])
+            order = sorted(group, key=lambda i: math.inf if (loss := losses[i]) is None else loss)
             weights, caps, total = [], [], 0
             for rank, i in enumerate(order):
                 notes[i] = {"rank": rank}

@@ -24,7 +24,8 @@ def pass_positions(device: torch.device) -> int:
 @contextlib.contextmanager
 def watch_lengths() -> Iterator[list[int]]:
     """Collects the length of every sequence that is packed inside, padding left out: what an encoder has to read."""
-    token = _watched.set(seen := [])
+    seen: list[int] = []
+    token = _watched.set(seen)
     try:
         yield seen
     finally:
