@@ -92,6 +92,11 @@ class LastTokenModel(nn.Module):
     def __iter__(self) -> Iterator[nn.Module]:
         return iter([self.body])
 
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return torch.device(next(self.body.parameters()).device)
+
     def get_embedding_dimension(self) -> int:
         """Width of the vectors."""
         return int(self.body.config.hidden_size)
@@ -105,7 +110,7 @@ class LastTokenModel(nn.Module):
     def read(self, texts: Sequence[Sequence[int]], batch_size: int = 32) -> Tensor:
         """`encode` for texts given as token ids, special tokens among them."""
         rows = []
-        device = next(self.body.parameters()).device
+        device = self.device
         for start in range(0, len(texts), batch_size):
             ids = texts[start : start + batch_size]
             longest = max(map(len, ids))

@@ -140,9 +140,9 @@ def check_reads_slots(reader: Reader) -> None:
     prompts = [[TokenIds((*reader.bos_ids, *short))], [TokenIds((*reader.bos_ids, *passage, *short))]]
     try:
         with torch.no_grad():
-            wanted = [reader.target_logits([prompt], [short])[0] for prompt in prompts]
+            wanted = [reader.forward(reader.plan([prompt]))[0][0, -1] for prompt in prompts]
             slots = [reader.identity(_PROBE), TokenIds(tuple(short))]
-            found = reader.target_logits([prompts[0], slots], [short, short])
+            found = reader.forward(reader.plan([prompts[0], slots]))[0][:, -1]  # padded on the left, as for answers
         reads = all(map(_close, found, wanted))
     except (TypeError, ValueError, RuntimeError, NotImplementedError):
         reads = False
