@@ -211,7 +211,7 @@ def _by_time(axes: Axes, series: Sequence[dict[str, Any]], rows: Sequence[Row]) 
             axes.annotate(words, (row["ttft_ms"], level), (-10 if left else 10, 8 if left else -15), textcoords="offset points",
                           ha="right" if left else "left", color=INK)  # fmt: skip
     axes.set_xlim(left=0)
-    axes.set_xlabel("time to the first token, ms (slots in memory)")
+    axes.set_xlabel("time to the first token, ms (compressing included where it needs the question)")
 
 
 def _limits(rows: Sequence[Row]) -> tuple[float, float]:

@@ -218,8 +218,10 @@ def _choice(row: Row | None, top: bool) -> str:
     if row is None:
         return ""
     share = f"**{_percent(row['recovered_share'])}**" if top else _percent(row["recovered_share"])
-    faster = f", {row['ttft_speedup']:.1f}x faster" if row.get("ttft_speedup", 0) >= 1.05 else ""
-    return f"{method_name(row['method'])}: {share} ({100 * row['ci_low']:.0f} to {100 * row['ci_high']:.0f}){faster}"
+    speed = row.get("ttft_speedup")
+    faster = "" if speed is None else f", {speed:.1f}x faster" if speed >= 1.05 else f", {speed:.1f} times as fast"
+    name = method_name(row["method"]).removesuffix(", for the question")  # the column says it
+    return f"{name}: {share} ({100 * row['ci_low']:.0f} to {100 * row['ci_high']:.0f}){faster}"
 
 
 def _share(row: Row) -> str:

@@ -257,7 +257,7 @@ def test_what_needs_the_question_stands_in_columns_of_its_own() -> None:
     table = results_page.short_table(pooled.pool([*ROWS, *asking])).splitlines()
     cells = next(line for line in table if line.startswith("| 4x")).split(" | ")
     assert cells[1].startswith("mean-pooled windows: ")
-    assert cells[2].startswith("ICAE, for the question: **")
+    assert cells[2].startswith("ICAE: **")
     assert cells[5].strip() == ""
 
 
