@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .base import CompressorConfig
-from .checks import check_counts
+from .checks import check_counts, check_queries
 from .embedders import MINILM
 from .fingerprint import hash_json
 from .lora_settings import LoRASettings, lora_rank
@@ -154,7 +154,6 @@ class LLMLingua2Compressor(SelectingCompressor):
                 "classifier=(model, tokenizer) if it was given so."
             )
         self.config = replace(config, frozen_hash=found)
-        self.query_aware = config.query_aware
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, reader: Reader, **kwargs: Any) -> LLMLingua2Compressor:
@@ -189,10 +188,7 @@ class LLMLingua2Compressor(SelectingCompressor):
         before, after = self.pieces.before, self.pieces.after
         if not self.query_aware:
             return before
-        if query is None or not query.strip():
-            raise ValueError(
-                "This LLMLingua-2 keeps words for a question (query_aware): pass compress(texts, query=...)."
-            )
+        check_queries(self.config.method, [query])
         asked = self.pieces(query).ids
         if len(asked) > (room := self.limit // 2 - len(before) - len(after)):
             raise ValueError(f"The question has {len(asked)} of the classifier's tokens, there is room for {room}.")
@@ -203,14 +199,17 @@ class LLMLingua2Compressor(SelectingCompressor):
         pieces, head = self.pieces(text), self.head(query)
         return pieces, cut(text, pieces, self.limit - len(head) - len(self.pieces.after)), head
 
+    def row_ids(self, read: Sequence[tuple[Pieces, list[tuple[int, int]], list[int]]]) -> list[list[int]]:
+        """The rows that the classifier reads, of all texts one after the other, special tokens and questions among them."""
+        after = self.pieces.after
+        return [[*head, *pieces.ids[a:b], *after] for pieces, ranges, head in read for a, b in ranges]
+
     def probabilities(
         self, texts: Sequence[str], queries: Sequence[str | None] | None = None
     ) -> list[tuple[Pieces, Tensor]]:
         """For each text its tokens and their probabilities ``[tokens]`` of being worth keeping."""
         read = [self.rows(text, query) for text, query in zip(texts, queries or [None] * len(texts), strict=True)]
-        after = self.pieces.after
-        rows = [[*head, *pieces.ids[a:b], *after] for pieces, ranges, head in read for a, b in ranges]
-        found = iter(row_probabilities(self.logits, rows, self.pieces.pad, self.device))
+        found = iter(row_probabilities(self.logits, self.row_ids(read), self.pieces.pad, self.device))
         out = []
         for pieces, ranges, head in read:
             parts = [next(found)[len(head) :][: b - a] for a, b in ranges]

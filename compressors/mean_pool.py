@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from .alignment import averaged
 from .base import CompressorConfig, Query, SoftCompressor
 from .checks import check_choices, check_counts, check_ratio
 from .embedders import MINILM, Embedder, load_embedder
@@ -279,21 +280,12 @@ class MeanPoolCompressor(SoftCompressor):
         """
         embedder: Any = self._embedder
         spans = embedder.shard(text, embedder.max_tokens)
-        owner = torch.full((len(text),), -1)  # the embedder token that each character belongs to
         found: list[Tensor] = [torch.zeros(0, self.config.state_size or 0)]
-        count = 0
+        places: list[tuple[int, int]] = []
         for (start, _), (offsets, states) in zip(spans, embedder.token_states([text[a:b] for a, b in spans])):
-            for a, b in offsets:
-                owner[start + a : start + b] = count
-                count += 1
+            places += [(start + a, start + b) for a, b in offsets]
             found.append(states)
-        offsets = self.reader.tokenize_with_offsets(text)[1]
-        token = torch.tensor([t for t, (a, b) in enumerate(offsets) for _ in range(a, b)], dtype=torch.long)
-        characters = torch.tensor([c for a, b in offsets for c in range(a, b)], dtype=torch.long)
-        known = owner[characters] >= 0
-        token, states = token[known], torch.cat(found)[owner[characters[known]]]
-        total = states.new_zeros(len(offsets), states.shape[1]).index_add(0, token, states)
-        return total / torch.bincount(token, minlength=len(offsets)).clamp(min=1)[:, None]
+        return averaged(torch.cat(found), places, self.reader.tokenize_with_offsets(text)[1], len(text))[0]
 
 
 def window_lengths(n_tokens: int, ratio: float) -> list[int]:

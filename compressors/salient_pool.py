@@ -10,6 +10,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from .alignment import averaged
 from .base import CompressorConfig, Query, SoftCompressor
 from .checks import check_choices, check_counts, check_ratio
 from .embedders import MINILM
@@ -25,6 +26,11 @@ from .word_merge import MERGES, spread_over_words
 
 _POSITIONS = 16384  # of the classifier in one pass
 _SHARPNESS = 4.0  # at first: a token half as likely to be worth keeping has a sixteenth of the weight
+# What the classifier is made of: settings of both configs.
+_SHARED = (
+    *("encoder", "frozen_hash", "merge", "window", "query_aware"),
+    *("r", "alpha", "dropout", "target_modules"),
+)
 _UNSEEN = -10.0  # log-odds of tokens that the classifier has nothing for, such as white space
 
 
@@ -104,31 +110,9 @@ class SalientPoolCompressor(SoftCompressor):
                     "tagger must be a LLMLingua-2 with LoRA and a head of its own, not a classifier given whole."
                 )
             tagger = given
-            shared = (
-                "encoder",
-                "frozen_hash",
-                "merge",
-                "window",
-                "query_aware",
-                "r",
-                "alpha",
-                "dropout",
-                "target_modules",
-            )
-            config = replace(config, **{name: getattr(tagger.config, name) for name in shared})
+            config = replace(config, **{name: getattr(tagger.config, name) for name in _SHARED})
         super().__init__(config, reader)
-        self.query_aware = config.query_aware
-        self.words = LLMLingua2Compressor(
-            LLMLingua2Config(
-                encoder=config.encoder,
-                frozen_hash=config.frozen_hash,
-                merge=config.merge,  # type: ignore[arg-type]
-                window=config.window,
-                query_aware=config.query_aware,
-                **config.lora,  # type: ignore[arg-type]
-            ),
-            reader,
-        )
+        self.words = LLMLingua2Compressor(LLMLingua2Config(**{name: getattr(config, name) for name in _SHARED}), reader)
         if tagger is not None:
             self.words.load_state_dict(tagger.state_dict())
         self.config = replace(config, frozen_hash=self.words.config.frozen_hash)
@@ -166,10 +150,11 @@ class SalientPoolCompressor(SoftCompressor):
         texts = self._check_texts(texts)
         queries = self._check_query(query, len(texts))
         ratio = self.config.ratio if ratio is None else float(ratio)
-        ids = self.reader.tokenize_batch(texts)
+        ids, offsets = zip(*map(self.reader.tokenize_with_offsets, texts)) if texts else ((), ())
         read = [i for i, passage in enumerate(ids) if passage]
+        scored = self._scored(*([part[i] for i in read] for part in (texts, queries, offsets)))
         slots: dict[int, Tensor] = {}
-        for i, (states, odds, worth) in zip(read, self._scored([texts[i] for i in read], [queries[i] for i in read])):
+        for i, (states, odds, worth) in zip(read, scored):
             slots[i] = self._slots(torch.tensor(ids[i], device=states.device), states, odds, worth, ratio)
         empty = torch.zeros(0, self.reader.width, device=self.reader.device, dtype=self.reader.dtype)
         info = {"method": "salient-pool", "ratio_asked": ratio, **self.reader.identity_card.runs_as}
@@ -197,69 +182,29 @@ class SalientPoolCompressor(SoftCompressor):
         out = self.linear(pooled / length[:, None]) + self.mlp(self.norm(means)) * self.log_scale.exp()
         return out.to(reader.dtype)
 
-    def _scored(self, texts: list[str], queries: list[str | None]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """For each passage, of the reader's tokens: the classifier's states ``[tokens, size]``, log-odds and probabilities."""
+    def _scored(
+        self, texts: list[str], queries: list[str | None], offsets: list[list[tuple[int, int]]]
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """For each passage, of the reader's tokens at `offsets`: states ``[tokens, size]``, log-odds and probabilities."""
         words, device, dtype = self.words, self.reader.device, self.linear.weight.dtype
         tagger = cast(LoRATagger, words.tagger)
         read = [words.rows(text, query) for text, query in zip(texts, queries, strict=True)]
-        after = words.pieces.after
-        rows = [[*head, *pieces.ids[a:b], *after] for pieces, ranges, head in read for a, b in ranges]
+        rows = words.row_ids(read)
         hidden: dict[int, Tensor] = {}
         for batch in batches([len(row) for row in rows], _POSITIONS, padding_share(words.device)):
             ids, mask = pad_rows([rows[i] for i in batch], words.pieces.pad)
             states = tagger.states(ids.to(words.device), mask.to(words.device))
             hidden.update(zip(batch, states))
-        out, row = [], 0
-        for text, (pieces, ranges, head) in zip(texts, read):
-            parts = []
-            for a, b in ranges:
-                parts.append(hidden[row][len(head) : len(head) + b - a])
-                row += 1
+        out = []
+        found_rows = (hidden[i] for i in range(len(rows)))
+        for text, wanted, (pieces, ranges, head) in zip(texts, offsets, read):
+            parts = [next(found_rows)[len(head) :][: b - a] for a, b in ranges]
             states = torch.cat(parts) if parts else torch.zeros(0, self.norm.normalized_shape[0], device=words.device)
             logits = tagger.head(states.to(tagger.head.weight.dtype)).float()
             odds = logits[:, 1] - logits[:, 0]
             worth = spread_over_words(odds.detach().sigmoid().cpu(), pieces.words, self.config.merge).to(odds.device)
             columns = torch.cat([states.float(), odds[:, None], worth[:, None]], dim=1).to(device, dtype)
-            found, seen = averaged(columns, pieces.offsets, self.reader.tokenize_with_offsets(text)[1], len(text))
-            unseen = ~seen
-            odds = torch.where(unseen, _UNSEEN, found[:, -2])
-            out.append((found[:, :-2], odds, torch.where(unseen, -1.0, found[:, -1]).detach()))
+            found, seen = averaged(columns, pieces.offsets, wanted, len(text))
+            odds = torch.where(seen, found[:, -2], _UNSEEN)
+            out.append((found[:, :-2], odds, torch.where(seen, found[:, -1], -1.0).detach()))
         return out
-
-
-def averaged(
-    values: Tensor, spans: Sequence[tuple[int, int]], wanted: Sequence[tuple[int, int]], characters: int
-) -> tuple[Tensor, Tensor]:
-    """Values of one tokenizer's tokens carried over to another's, by the characters that they share.
-
-    Args:
-        values: ``[tokens, size]``.
-        spans: ``(start, end)`` characters of each of these tokens.
-        wanted: characters of the other tokenizer's tokens.
-        characters: length of the text.
-
-    Returns:
-        ``[wanted, size]`` means over each wanted token's characters, and ``[wanted]`` whether there was anything to average
-        (white space, say, belongs to no token of BERT's); zeros where there was not.
-    """
-    device = values.device
-    owner = torch.full((characters,), -1, device=device)
-    lengths = torch.tensor([b - a for a, b in spans], dtype=torch.long, device=device)
-    starts = torch.tensor([a for a, _ in spans], dtype=torch.long, device=device)
-    owner[_ranges(starts, lengths)] = torch.repeat_interleave(torch.arange(len(spans), device=device), lengths)
-    lengths = torch.tensor([b - a for a, b in wanted], dtype=torch.long, device=device)
-    starts = torch.tensor([a for a, _ in wanted], dtype=torch.long, device=device)
-    token = torch.repeat_interleave(torch.arange(len(wanted), device=device), lengths)
-    source = owner[_ranges(starts, lengths)]
-    token, source = token[source >= 0], source[source >= 0]
-    total = values.new_zeros(len(wanted), values.shape[1]).index_add(0, token, values[source])
-    count = torch.bincount(token, minlength=len(wanted))
-    return total / count.clamp(min=1)[:, None], count > 0
-
-
-def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
-    """The integers of all ranges ``[start, start + length)``, one range after the other."""
-    if not len(lengths):
-        return starts
-    first = lengths.cumsum(0) - lengths
-    return torch.arange(int(lengths.sum()), device=starts.device) + torch.repeat_interleave(starts - first, lengths)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from nutgraf.compressors import Reader, load_compressor, make_compressor
+from nutgraf.compressors.alignment import averaged
 from nutgraf.compressors.llmlingua2 import LLMLingua2Compressor
-from nutgraf.compressors.salient_pool import SalientPoolCompressor, averaged
+from nutgraf.compressors.salient_pool import SalientPoolCompressor
 
 PASSAGE = "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911)."
 LONG = "Rivers carry sediment to the sea; the Amazon, the Nile and the Yangtze are among the longest on Earth. " * 40
