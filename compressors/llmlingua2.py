@@ -189,7 +189,7 @@ class LLMLingua2Compressor(SelectingCompressor):
         if not self.query_aware:
             return before
         check_queries(self.config.method, [query])
-        asked = self.pieces(query).ids
+        asked = self.pieces(query or "").ids
         if len(asked) > (room := self.limit // 2 - len(before) - len(after)):
             raise ValueError(f"The question has {len(asked)} of the classifier's tokens, there is room for {room}.")
         return [*before, *asked, *after]

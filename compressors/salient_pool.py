@@ -150,9 +150,10 @@ class SalientPoolCompressor(SoftCompressor):
         texts = self._check_texts(texts)
         queries = self._check_query(query, len(texts))
         ratio = self.config.ratio if ratio is None else float(ratio)
-        ids, offsets = zip(*map(self.reader.tokenize_with_offsets, texts)) if texts else ((), ())
+        tokens = [self.reader.tokenize_with_offsets(text) for text in texts]
+        ids = [found for found, _ in tokens]
         read = [i for i, passage in enumerate(ids) if passage]
-        scored = self._scored(*([part[i] for i in read] for part in (texts, queries, offsets)))
+        scored = self._scored([texts[i] for i in read], [queries[i] for i in read], [tokens[i][1] for i in read])
         slots: dict[int, Tensor] = {}
         for i, (states, odds, worth) in zip(read, scored):
             slots[i] = self._slots(torch.tensor(ids[i], device=states.device), states, odds, worth, ratio)
