@@ -29,7 +29,7 @@ from .quality_cli import quality
 from .reading import answer_swap, gold_positions
 from .report import write_report
 from .roofline import measure
-from .rows import RESULTS, append_rows, by_dataset, latest, read_rows
+from .rows import RESULTS, append_rows, by_dataset, latest, paired, read_rows
 from .selection_cli import selection
 from .speed import speed as measure_speed
 from .table import terminal_table
@@ -208,7 +208,7 @@ def report_command(
     """One HTML file of results rows, and their table."""
     with friendly_errors():
         rows = [row for row in read_rows(files or [RESULTS]) if dataset is None or row.get("dataset") == dataset]
-        groups = by_dataset(latest(rows))
+        groups = by_dataset(latest(paired(rows)))
         for name, group in groups.items():
             Console().print(terminal_table(group, name, [row for rows in groups.values() for row in rows]))
         typer.echo(f"Report: {write_report(out, rows)}")

@@ -121,16 +121,7 @@ def _embedder_passes(
     compressor: XRAGCompressor, texts: Sequence[str]
 ) -> tuple[list[int], list[Callable[[], None]], list[Callable[[], None]]]:
     body: Any = compressor.embedder.model[0].auto_model
-    lengths: list[int] = []
-
-    def see(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        lengths.extend(kwargs["attention_mask"].sum(1).tolist())
-
-    hook = body.register_forward_pre_hook(see, with_kwargs=True)
-    try:
-        compressor.compress(list(texts))
-    finally:
-        hook.remove()
+    lengths = encoded_lengths(compressor, texts)
     mean = -(-sum(lengths) // len(lengths))
     ids = torch.full((len(lengths), mean), 5, device=body.device)
 

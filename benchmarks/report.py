@@ -18,7 +18,7 @@ from .picture import draw
 from .plots import best_baselines, position_plot, quality_plot, ttft_plot
 from .pooled import pool
 from .report_style import STYLE
-from .rows import Row, by_dataset, latest
+from .rows import Row, by_dataset, latest, paired
 from .speed_tables import SpeedTable, speed_tables
 from .table import COLUMNS, FIXED, kind_of, name_of, table_lines
 
@@ -60,7 +60,7 @@ def write_report(
         ValueError: if no row is given.
         ImportError: if matplotlib is missing.
     """
-    groups = by_dataset(latest(rows))
+    groups = by_dataset(latest(paired(rows)))
     costs = speed_tables(rows)
     if not groups and not costs:
         raise ValueError("A report needs at least one results row of the suites quality or speed, got none.")

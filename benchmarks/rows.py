@@ -14,6 +14,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -63,6 +64,29 @@ def read_rows(paths: str | Path | Sequence[str | Path]) -> list[Row]:
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{file}, line {number} is not a JSON row: {error}.") from error
     return rows
+
+
+def paired(rows: Sequence[Row]) -> list[Row]:
+    """The rows whose lines compare: of each question set those of its newest reader, on the questions of most lines.
+
+    The newest reader is the one of the set's last full text. Rows of suites or tests of their own, and rows that do not say
+    which questions they are about, are held to the reader alone.
+    """
+    lines = [row for row in rows if row.get("suite") == "quality" and "test" not in row]
+    reader = {row.get("dataset"): row.get("reader") for row in lines if row.get("method") == "full"}
+    kept = [row for row in rows if row.get("reader") == reader.get(row.get("dataset"), row.get("reader"))]
+    counts: dict[Any, Counter[Any]] = defaultdict(Counter)
+    for row in lines:
+        if "questions" in row and row.get("reader") == reader.get(row.get("dataset")):
+            counts[row.get("dataset")][row["questions"]] += 1
+    most = {dataset: found.most_common(1)[0][0] for dataset, found in counts.items()}
+    return [
+        row
+        for row in kept
+        if row.get("suite") != "quality"
+        or "test" in row
+        or row.get("questions", most.get(row.get("dataset"))) == most.get(row.get("dataset"))
+    ]
 
 
 def latest(rows: Sequence[Row]) -> list[Row]:

@@ -21,10 +21,9 @@ from .reader import Reader
 from .registry import load_compressor, register_compressor
 from .scoring import batches, padding_share
 from .segments import slots_for
-from .token_classifier import LoRATagger, pad_rows
+from .token_classifier import LoRATagger, pad_rows, positions_per_pass
 from .word_merge import MERGES, spread_over_words
 
-_POSITIONS = 16384  # of the classifier in one pass
 _SHARPNESS = 4.0  # at first: a token half as likely to be worth keeping has a sixteenth of the weight
 # What the classifier is made of: settings of both configs.
 _SHARED = (
@@ -192,7 +191,8 @@ class SalientPoolCompressor(SoftCompressor):
         read = [words.rows(text, query) for text, query in zip(texts, queries, strict=True)]
         rows = words.row_ids(read)
         hidden: dict[int, Tensor] = {}
-        for batch in batches([len(row) for row in rows], _POSITIONS, padding_share(words.device)):
+        where = words.device
+        for batch in batches([len(row) for row in rows], positions_per_pass(where), padding_share(where)):
             ids, mask = pad_rows([rows[i] for i in batch], words.pieces.pad)
             states = tagger.states(ids.to(words.device), mask.to(words.device))
             hidden.update(zip(batch, states))

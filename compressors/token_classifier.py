@@ -22,7 +22,6 @@ from .twin import LoRATwin
 from .units import Span, split_units
 
 KEEP = 1  # the label of tokens that are worth keeping
-_POSITIONS = 16384  # positions in one forward pass
 
 
 @dataclass(frozen=True)
@@ -200,6 +199,11 @@ def _begins_word(words: Sequence[int | None], i: int) -> bool:
     return words[i] is None or words[i] != words[i - 1]
 
 
+def positions_per_pass(device: torch.device) -> int:
+    """Positions of a classifier's pass: on a CPU as many as its caches hold the states of."""
+    return 4096 if device.type == "cpu" else 16384
+
+
 def pad_rows(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     """Rows as ids and mask ``[rows, longest]``, padded on the right."""
     longest = max(map(len, rows), default=0)
@@ -217,7 +221,7 @@ def row_probabilities(
 ) -> list[Tensor]:
     """Probability of "keep" for every token of every row, float32 on the CPU; rows of like length share a batch."""
     out: list[Tensor] = [torch.zeros(0)] * len(rows)
-    for batch in batches([len(row) for row in rows], _POSITIONS, padding_share(device)):
+    for batch in batches([len(row) for row in rows], positions_per_pass(device), padding_share(device)):
         ids, mask = pad_rows([rows[i] for i in batch], pad)
         found = logits(ids.to(device), mask.to(device)).float().softmax(dim=-1)[..., KEEP].cpu()
         for i, values in zip(batch, found):

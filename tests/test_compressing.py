@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from nutgraf import pretrained
 from nutgraf.benchmarks import bare, compressing, shapes, store, store_answers
 from nutgraf.benchmarks.cli import bench_app
 from nutgraf.benchmarks.entrants import find_entrants, make_passages
@@ -44,6 +45,16 @@ def test_rows_of_every_kind_of_encoder(reader: Reader, method: str) -> None:
     assert row["compressor_weights"] == "random"
     with pytest.raises(ValueError, match="at least one text"):
         compressing.compress_rows(reader, entrants, [])
+
+
+def test_the_embedder_is_what_xrag_compresses_with() -> None:
+    reader = Reader.from_pretrained(pretrained("reader-small"))
+    texts = ["The treaty was signed in 1648.", "Rivers carry sediment to the sea, and some of it stays in the delta."]
+    entrants = find_entrants(reader, ["xrag-small"], (), ())
+    entrants[0].compressor.compress(texts)  # type: ignore[union-attr]  # remembered vectors are no measurement
+    (row,) = compressing.compress_rows(reader, entrants, texts, repeats=1, warmup=0)
+    embedder = entrants[0].compressor.embedder  # type: ignore[union-attr]
+    assert row["encoder_tokens"] == sum(embedder.count(text) + 2 for text in texts)
 
 
 def test_rectangles_hold_every_position_once(reader: Reader) -> None:

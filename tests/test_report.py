@@ -116,6 +116,16 @@ def test_datasets_stand_apart_and_newer_rows_replace(tmp_path: Path) -> None:
     assert "60.0" not in page.split('class="set"')[1]
 
 
+def test_lines_of_an_older_reader_and_of_other_questions_are_left_out(tmp_path: Path) -> None:
+    old = [row | {"reader": "a", "questions": "q", "f1": 0.333} for row in ROWS if row["suite"] == "quality"]
+    new = [row | {"reader": "b", "questions": "q"} for row in ROWS if row["method"] in ("full", "none")]
+    few = [quality("full", 0.99, 190) | {"reader": "b", "questions": "few"}]
+    page = report.write_report(tmp_path / "r.html", [*old, *new, *few]).read_text("utf-8")
+    assert "33.3" not in page
+    assert "99.0" not in page
+    assert "60.0" in page
+
+
 def test_an_empty_report_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one"):
         report.write_report(tmp_path / "r.html", [])
