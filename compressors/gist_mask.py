@@ -12,6 +12,7 @@ from torch import Tensor
 from .gist import GistCompressor
 from .passage import CompressedPassage
 from .plan import TOKEN
+from .segment_overlap import overlaps
 
 
 @dataclass(frozen=True)
@@ -184,10 +185,11 @@ def _lay_out(compressor: GistCompressor, prompt: Sequence[Any], target: Sequence
             at += 1
             continue
         ids, cut = starts[at]
-        for tokens, slots in cut:
+        again = overlaps(ids, [n for n, _ in cut], compressor.config.segment_overlap)
+        for (tokens, slots), lead in zip(cut, again):
             blocks += 1
             row.segments.append((ids[:tokens], slots))
-            hidden = bos + ids[:tokens]
+            hidden = bos + lead + ids[:tokens]
             ids = ids[tokens:]
             row.add(hidden, at - len(hidden), blocks)
             row.add([0] * slots, at, blocks, gist=True)

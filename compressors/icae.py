@@ -20,6 +20,7 @@ from .query import question_ids
 from .reader import Reader
 from .reader_tuning import tuned_reader
 from .registry import register_compressor
+from .segment_overlap import in_front, overlaps
 from .segments import equal_lengths, memory_row, middles, slots_for
 from .soft_sequences import SoftSequence, soft_batches
 from .twin import LoRATwin
@@ -49,7 +50,8 @@ class ICAECompressor(SoftCompressor):
 
     With ``nested=True`` the slots are made once, at the config's ratio, over windows of several widths (see
     `nutgraf.compressors.nested`, which says why); any higher ratio is a part of them, here as in a store
-    (`CompressedPassage.first`). With ``query_aware=True`` every segment is read behind the question.
+    (`CompressedPassage.first`). With ``query_aware=True`` every segment is read behind the question, and with
+    ``segment_overlap`` behind so many of the tokens in front of it.
 
     Args:
         config: the settings.
@@ -73,6 +75,7 @@ class ICAECompressor(SoftCompressor):
     def __init__(self, config: ICAEConfig, reader: Reader) -> None:
         super().__init__(config, reader)
         self.batch_positions = 16384
+        self._longest_segment(config.ratio, overlap=config.segment_overlap)
         self.encoder = LoRATwin(reader.model, **config.lora)
         rows = torch.randperm(reader.vocab_size)[: config.mem_size + len(TASKS)]
         rows = rows[torch.arange(config.mem_size + len(TASKS)) % len(rows)].to(reader.device)
@@ -107,18 +110,20 @@ class ICAECompressor(SoftCompressor):
 
     # -- segments --------------------------------------------------------------------------------------------------
 
-    def _longest_segment(self, ratio: float, question_tokens: int = 0) -> int:
+    def _longest_segment(self, ratio: float, question_tokens: int = 0, overlap: int = 0) -> int:
         config, reader = self.config, self.reader
         longest = math.floor(config.mem_size * ratio + 1e-6)
         if config.segment_tokens is not None:
             longest = min(longest, config.segment_tokens)
         if reader.max_positions is not None:
-            longest = min(longest, reader.max_positions - config.mem_size - len(reader.bos_ids) - question_tokens)
+            front = len(reader.bos_ids) + question_tokens + overlap
+            longest = min(longest, reader.max_positions - config.mem_size - front)
         if longest < 1:
-            behind = f" and a question of {question_tokens} tokens" if question_tokens else ""
+            words, advice = in_front(question_tokens, overlap)
             raise ValueError(
-                f"{config.mem_size} memory tokens{behind} leave no room for a passage in the {reader.max_positions} positions "
-                f"of {reader.name!r}; choose a smaller mem_size{' or ask more briefly' if behind else ''}."
+                f"{' and '.join([f'{config.mem_size} memory tokens', *words])} leave no room for a passage in the "
+                f"{reader.max_positions} positions of {reader.name!r}; "
+                f"{' or '.join(['choose a smaller mem_size', *advice])}."
             )
         return longest
 
@@ -128,7 +133,10 @@ class ICAECompressor(SoftCompressor):
         if n_tokens and self.config.truncate is not None:
             return [(min(n_tokens, self.config.truncate), self.config.mem_size)]
         most = self.config.mem_size
-        lengths = equal_lengths(n_tokens, self._longest_segment(ratio, question_tokens))
+        longest = self._longest_segment(ratio, question_tokens)
+        if n_tokens > longest:
+            longest = self._longest_segment(ratio, question_tokens, self.config.segment_overlap)
+        lengths = equal_lengths(n_tokens, longest)
         return [(n, most if self.config.fixed_slots else slots_for(n, ratio, most)) for n in lengths]
 
     # -- encoding --------------------------------------------------------------------------------------------------
@@ -178,7 +186,8 @@ class ICAECompressor(SoftCompressor):
             ends = accumulate(length for length, _ in cut)
             pieces += [passage[end - length : end] for (length, _), end in zip(cut, ends)]
             slots += [n for _, n in cut]
-            heads += [question] * len(cut)
+            lengths = [length for length, _ in cut]
+            heads += [[*question, *again] for again in overlaps(passage, lengths, self.config.segment_overlap)]
             nests += [nest(*part) for part in self.config.nest_of(cut) or ()] or [None] * len(cut)
             cuts.append(cut)
         found = (

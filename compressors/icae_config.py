@@ -11,10 +11,11 @@ from .lora_settings import LoRASettings
 from .nested import NestedSettings
 from .query import QuerySettings
 from .reader_tuning import ReaderTuningSettings
+from .segment_overlap import OverlapSettings
 
 
 @dataclass
-class ICAEConfig(CompressorConfig, LoRASettings, NestedSettings, QuerySettings, ReaderTuningSettings):
+class ICAEConfig(CompressorConfig, LoRASettings, NestedSettings, QuerySettings, ReaderTuningSettings, OverlapSettings):
     """Settings of ICAE. ``ICAEConfig.faithful()`` gives the paper's form."""
 
     method: ClassVar[str] = "icae"
@@ -75,9 +76,14 @@ class ICAEConfig(CompressorConfig, LoRASettings, NestedSettings, QuerySettings, 
         self.check_nested()
         self.check_query()
         self.check_reader_tuning()
+        self.check_overlap()
         if self.query_aware and self.bos_once:
             raise ValueError(
                 "With bos_once BOS is the passage's own, and a question cannot stand behind it; leave one out."
+            )
+        if self.segment_overlap and self.truncate is not None:
+            raise ValueError(
+                "With truncate there is one segment alone, and segment_overlap has no meaning; leave one out."
             )
 
     @classmethod

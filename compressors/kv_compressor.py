@@ -20,12 +20,13 @@ from .nested import NestedSettings, NestedSlot, nest
 from .passage import CompressedPassage, Interface, cut_nested
 from .query import QuerySettings, question_ids
 from .reader import Reader
+from .segment_overlap import OverlapSettings, in_front, overlaps
 from .segments import equal_lengths, memory_row, middles, slots_for, tokens_of_slots
 from .twin import Twin
 
 
 @dataclass
-class KVSlotConfig(CompressorConfig, LoRASettings, NestedSettings, QuerySettings):
+class KVSlotConfig(CompressorConfig, LoRASettings, NestedSettings, QuerySettings, OverlapSettings):
     """Settings that methods with keys and values as slots share."""
 
     most_field: ClassVar[str]  # the field that says how many slots a segment gets at most
@@ -79,6 +80,7 @@ class KVSlotConfig(CompressorConfig, LoRASettings, NestedSettings, QuerySettings
         self.check_lora()
         self.check_nested()
         self.check_query()
+        self.check_overlap()
 
 
 class KVSlotCompressor(SoftCompressor):
@@ -86,8 +88,9 @@ class KVSlotCompressor(SoftCompressor):
 
     Each segment of a passage is read on its own as ``[BOS][segment][memory tokens]``; the slots of all segments follow one
     another. A subclass makes its ``encoder`` (a twin of the reader) and says what its memory tokens are. With
-    ``query_aware=True`` a segment is read behind its question; with ``nested=True`` the slots are made once, at the config's
-    ratio, and any higher ratio is a part of them (`nutgraf.compressors.nested`).
+    ``query_aware=True`` a segment is read behind its question, with ``segment_overlap`` behind so many of the tokens in front
+    of it; with ``nested=True`` the slots are made once, at the config's ratio, and any higher ratio is a part of them
+    (`nutgraf.compressors.nested`).
 
     Attributes:
         batch_positions: positions that one forward pass of the encoder may take (memory against speed; changes no result).
@@ -106,7 +109,7 @@ class KVSlotCompressor(SoftCompressor):
         check_movable(reader)
         self.batch_positions = 16384
         self.slot_shapes = kv_shapes(reader)
-        self._longest_segment(config.ratio)
+        self._longest_segment(config.ratio, overlap=config.segment_overlap)
 
     @property
     def bytes_per_slot(self) -> int:
@@ -167,17 +170,17 @@ class KVSlotCompressor(SoftCompressor):
 
     # -- segments --------------------------------------------------------------------------------------------------
 
-    def _longest_segment(self, ratio: float | None, question_tokens: int = 0) -> int | None:
+    def _longest_segment(self, ratio: float | None, question_tokens: int = 0, overlap: int = 0) -> int | None:
         config, reader = self.config, self.base_reader
         limits = [reader.max_positions, reader.kv_placement.max_length]
         room = min((n for n in limits if n is not None), default=None)
         if room is not None:
-            room -= config.most_slots + (len(reader.bos_ids) if config.bos else 0) + question_tokens
+            room -= config.most_slots + (len(reader.bos_ids) if config.bos else 0) + question_tokens + overlap
             if room < 1:
-                behind = f" and a question of {question_tokens} tokens" if question_tokens else ""
+                words, advice = in_front(question_tokens, overlap)
                 raise ValueError(
-                    f"{config.most_slots} slots{behind} leave no room for a passage in the positions of {reader.name!r}; "
-                    f"choose a smaller {config.most_field}{' or ask more briefly' if behind else ''}."
+                    f"{' and '.join([f'{config.most_slots} slots', *words])} leave no room for a passage in the positions of "
+                    f"{reader.name!r}; {' or '.join([f'choose a smaller {config.most_field}', *advice])}."
                 )
         asked = None if ratio is None else math.floor(config.most_slots * ratio + 1e-6)
         return min((n for n in (room, asked, config.segment_tokens) if n is not None), default=None)
@@ -190,7 +193,10 @@ class KVSlotCompressor(SoftCompressor):
         if not n_tokens:
             return []
         ratio = self.config.ratio if ratio is None or self.config.nested else float(ratio)
-        lengths = equal_lengths(n_tokens, self._longest_segment(ratio, question_tokens) or n_tokens)
+        longest = self._longest_segment(ratio, question_tokens) or n_tokens
+        if n_tokens > longest:
+            longest = self._longest_segment(ratio, question_tokens, self.config.segment_overlap) or longest
+        lengths = equal_lengths(n_tokens, longest)
         most = self.config.most_slots
         if self.config.fixed_slots:
             return [(n, most) for n in lengths]
@@ -245,7 +251,8 @@ class KVSlotCompressor(SoftCompressor):
         for passage, question, cut in zip(ids, fronts, cuts):
             ends = accumulate(n for n, _ in cut)
             pieces += [self.padded(list(passage[end - n : end])) for (n, _), end in zip(cut, ends)]
-            heads += [[*bos, *question] for _ in cut]
+            again = overlaps(passage, [n for n, _ in cut], self.config.segment_overlap)
+            heads += [[*bos, *question, *lead] for lead in again]
             nests += [nest(*part) for part in self.config.nest_of(cut) or ()] or [None] * len(cut)
         slots = [n for cut in cuts for _, n in cut]
         parts = list(zip(heads, pieces, slots, nests))

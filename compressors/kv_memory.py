@@ -54,6 +54,11 @@ class KVMemoryConfig(KVSlotConfig, ReaderTuningSettings):
         self.check_reader_tuning()
         if self.pad_to is not None and (not isinstance(self.pad_to, int) or self.pad_to < 1):
             raise ValueError(f"pad_to must be an integer of at least 1, got {self.pad_to!r}.")
+        if self.segment_overlap and self.reference_positions:
+            raise ValueError(
+                "reference_positions reads a single segment as the paper's release does, which knows no segment_overlap; "
+                "leave one out."
+            )
         if self.init not in ("tokens", "normal"):
             raise ValueError(f"init must be 'tokens' or 'normal', got {self.init!r}.")
 

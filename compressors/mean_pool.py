@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,11 +22,13 @@ from .query import QuerySettings, question_ids
 from .reader import Reader
 from .reader_tuning import ReaderTuningSettings, tuned_reader
 from .registry import register_compressor
+from .segment_overlap import OverlapSettings, in_front, overlaps
+from .segments import equal_lengths
 from .twin import LoRATwin
 
 
 @dataclass
-class MeanPoolConfig(CompressorConfig, LoRASettings, QuerySettings, ReaderTuningSettings):
+class MeanPoolConfig(CompressorConfig, LoRASettings, QuerySettings, ReaderTuningSettings, OverlapSettings):
     """Settings of mean-pooled windows."""
 
     method: ClassVar[str] = "mean-pool"
@@ -69,8 +72,11 @@ class MeanPoolConfig(CompressorConfig, LoRASettings, QuerySettings, ReaderTuning
         self.check_lora()
         self.check_query()
         self.check_reader_tuning()
+        self.check_overlap()
         if self.query_aware and self.encoder != "reader":
             raise ValueError(f"encoder={self.encoder!r} cannot read a question: query_aware needs encoder='reader'.")
+        if self.segment_overlap and self.encoder != "reader":
+            raise ValueError(f"encoder={self.encoder!r} reads no overlap: segment_overlap needs encoder='reader'.")
 
 
 @register_compressor
@@ -91,8 +97,9 @@ class MeanPoolCompressor(SoftCompressor):
     state, both zero at first. Nothing depends on the ratio, so one checkpoint serves every ratio: train it on random ones.
 
     The papers' encoders read in both directions. A causal reader cannot: with ``encoder="reader"`` a token's state knows
-    what comes before it in its stretch of ``chunk_tokens`` tokens, and nothing after it. ``"minilm"`` reads in both
-    directions; its tokens are aligned with the reader's by their characters. Windows cross the borders of stretches.
+    what comes before it in its stretch of ``chunk_tokens`` tokens (and in the ``segment_overlap`` tokens in front of it), and
+    nothing after it. ``"minilm"`` reads in both directions; its tokens are aligned with the reader's by their characters.
+    Windows cross the borders of stretches.
 
     Args:
         config: the settings.
@@ -132,6 +139,7 @@ class MeanPoolCompressor(SoftCompressor):
             self.encoder = LoRATwin(reader.model, **config.lora)
             if reader.max_positions is not None and reader.max_positions <= len(self.bos):
                 raise ValueError(f"{reader.name!r} has {reader.max_positions} positions, none of them for a passage.")
+            self._longest_stretch(overlap=config.segment_overlap)
             with torch.no_grad():  # the width of hidden states, which is not that of the embeddings in every model
                 size = self._encode([[0]])[0].shape[1]
         elif config.encoder == "minilm":
@@ -241,21 +249,23 @@ class MeanPoolCompressor(SoftCompressor):
         heads: list[list[int]] = []
         for passage, question in zip(ids, asked):
             longest = self._longest_stretch(len(question))
-            size = -(-len(passage) // max(-(-len(passage) // longest), 1))  # stretches of equal length
-            found = [passage[start : start + size] for start in range(0, len(passage), size or 1)]
-            pieces += found
-            heads += [question] * len(found)
+            if len(passage) > longest:
+                longest = self._longest_stretch(len(question), self.config.segment_overlap)
+            lengths = equal_lengths(len(passage), longest)
+            pieces += [passage[end - n : end] for n, end in zip(lengths, accumulate(lengths))]
+            heads += [question + again for again in overlaps(passage, lengths, self.config.segment_overlap)]
         return torch.cat(self._encode(pieces, heads))
 
-    def _longest_stretch(self, question_tokens: int) -> int:
-        """Tokens that are read at once behind a question. Raises ``ValueError`` if it leaves no room for any."""
+    def _longest_stretch(self, question_tokens: int = 0, overlap: int = 0) -> int:
+        """Tokens that are read at once behind a question and overlap. Raises ``ValueError`` if they leave no room for any."""
         if self.reader.max_positions is None:
             return self.config.chunk_tokens
-        room = self.reader.max_positions - len(self.bos) - question_tokens
+        room = self.reader.max_positions - len(self.bos) - question_tokens - overlap
         if room < 1:
+            words, advice = in_front(question_tokens, overlap)
             raise ValueError(
-                f"A question of {question_tokens} tokens leaves no room for a passage in the {self.reader.max_positions} "
-                f"positions of {self.reader.name!r}; ask more briefly."
+                f"There is no room for a passage behind {' and '.join(words)} in the {self.reader.max_positions} positions of "
+                f"{self.reader.name!r}; {' or '.join(advice)}."
             )
         return min(self.config.chunk_tokens, room)
 

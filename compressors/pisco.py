@@ -21,6 +21,7 @@ from .pisco_plan import PISCOPlan
 from .query import QuerySettings, question_ids
 from .reader import Reader
 from .registry import register_compressor
+from .segment_overlap import OverlapSettings, overlaps
 from .soft_sequences import SoftSequence, soft_batches
 from .tokenization import PromptTokenizer
 from .twin import LoRATwin, Twin
@@ -30,7 +31,7 @@ _PROBE_TOKENS = 32  # length of the random text on which the output scale is mat
 
 
 @dataclass
-class PISCOConfig(CompressorConfig, LoRASettings, QuerySettings):
+class PISCOConfig(CompressorConfig, LoRASettings, QuerySettings, OverlapSettings):
     """Settings of PISCO. The imported checkpoints' forms are ``slots="plus-one"`` (2026) and ``"fixed"`` (2025, COCOM)."""
 
     method: ClassVar[str] = "pisco"
@@ -81,6 +82,7 @@ class PISCOConfig(CompressorConfig, LoRASettings, QuerySettings):
         check_choices(self, {**choices, "scale": ("matched", "none"), "decoder": ("lora", "none")})
         self.check_lora()
         self.check_query()
+        self.check_overlap()
         if self.query_aware and self.slots == "plus-one":
             raise ValueError(
                 "slots='plus-one' is the authors' code, which reads no question; choose 'proportional' slots."
@@ -112,7 +114,7 @@ class PISCOCompressor(SoftCompressor):
     segments), so that a passage never grows and nothing of a long one is cut, and they start on the scale of the reader's
     embeddings. ``slots="plus-one"`` and ``"fixed"`` are what the authors' code does, in which a short passage may grow. With
     ``query_aware=True`` the encoder reads the question in front of each segment, behind the prefix (as OSCAR does, arXiv
-    2504.07109).
+    2504.07109), and with ``segment_overlap`` so many of the tokens that stand in front of it.
 
     Args:
         config: the settings.
@@ -145,6 +147,7 @@ class PISCOCompressor(SoftCompressor):
             self.encoder = (encoder_model or BodyEncoder.from_pretrained(config.encoder)).to(reader.device)
         limit = self._own.max_positions if self._own else reader.max_positions
         self.plan = PISCOPlan(config, limit, len(self.prefix) + len(config.suffix))
+        self.plan.longest(overlap=config.segment_overlap)
         width = self._embed(torch.zeros(1, dtype=torch.long)).shape[-1]
         with torch.no_grad():
             rows = self._embed(torch.randperm(self._vocabulary)[: config.memory_tokens]).float()
@@ -263,7 +266,9 @@ class PISCOCompressor(SoftCompressor):
             cut = self.segments(len(passage), ratio, counted, len(question))
             ends = accumulate(length for length, _ in cut)
             parts = [passage[end - length : end] for (length, _), end in zip(cut, ends)]
-            pieces += parts if whole else [[*prefix, *question, *part, *suffix] for part in parts]
+            leads = overlaps(passage, [length for length, _ in cut], self.config.segment_overlap)
+            for lead, part in zip(leads, parts):
+                pieces.append([*lead, *part] if whole else [*prefix, *question, *lead, *part, *suffix])
             slots += [n for _, n in cut]
             owned.append(sum(n for _, n in cut))
         reader = self.reader

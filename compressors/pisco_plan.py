@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from .segment_overlap import in_front
+
 if TYPE_CHECKING:
     from .pisco import PISCOConfig
 
@@ -21,19 +23,21 @@ class PISCOPlan:
     def __init__(self, config: PISCOConfig, limit: int | None, around: int) -> None:
         self.config, self.limit, self.around = config, limit, around
 
-    def longest(self, question_tokens: int = 0) -> int:
-        """Tokens that one segment may have, behind a question.
+    def longest(self, question_tokens: int = 0, overlap: int = 0) -> int:
+        """Tokens that one segment may have, behind a question and an overlap.
 
         Raises:
-            ValueError: if the <MEM> tokens and the question leave no room for any.
+            ValueError: if they and the <MEM> tokens leave no room for any.
         """
         found = self.config.segment_tokens
         if self.limit is not None:
-            found = min(found, self.limit - self.around - self.most_slots - question_tokens)
+            found = min(found, self.limit - self.around - self.most_slots - question_tokens - overlap)
         if found < 1:
-            asked = f", its question of {question_tokens} tokens" if question_tokens else ""
+            words, advice = in_front(question_tokens, overlap)
             raise ValueError(
-                f"The encoder's {self.limit} positions have no room for a segment{asked} and its <MEM> tokens."
+                f"The encoder's {self.limit} positions have no room for a segment and "
+                f"{' and '.join([f'up to {self.most_slots} <MEM> tokens', *words])}; "
+                f"{' or '.join(['lower segment_tokens or memory_tokens', *advice])}."
             )
         return found
 
@@ -59,10 +63,14 @@ class PISCOPlan:
             return self._greedy(n_tokens, ratio)
         count = -(-n_tokens // self.longest(question_tokens))
         total = math.ceil(source_tokens / ratio - 1e-6)
+        many = config.slots == "proportional" and config.memory_tokens > 1
+        if many:
+            count = min(max(count, -(-total // config.memory_tokens)), n_tokens)
+        if count > 1:
+            count = max(count, -(-n_tokens // self.longest(question_tokens, config.segment_overlap)))
+        if many:
+            total = min(total, count * config.memory_tokens)
         if config.slots == "proportional":
-            if config.memory_tokens > 1:
-                count = min(max(count, -(-total // config.memory_tokens)), n_tokens)
-                total = min(total, count * config.memory_tokens)
             total = min(max(total, count), source_tokens)
         cut = even_shares(n_tokens, count)
         if config.slots == "fixed":
@@ -72,6 +80,8 @@ class PISCOPlan:
     def _greedy(self, n_tokens: int, ratio: float) -> list[tuple[int, int]]:
         """Segments of the authors' code: full ones and a shorter last one, one slot more than their share each."""
         longest = self.longest()
+        if n_tokens > longest:
+            longest = self.longest(overlap=self.config.segment_overlap)
         cut = [min(longest, n_tokens - start) for start in range(0, n_tokens, longest)]
         return [(n, int(n // ratio) + 1) for n in cut]
 
