@@ -32,6 +32,7 @@ def calibrate(
     settings: Settings,
     config: FidelityConfig | None = None,
     by: str = "f1",
+    priced: bool = True,
 ) -> FidelityGate:
     """A gate fitted on questions about single passages: each record's gold one, or its only one.
 
@@ -44,6 +45,7 @@ def calibrate(
         config: what the gate measures.
         by: what is lost: ``"f1"`` of the answers, or ``"probability"`` of the reference answer (of a token, in the mean),
             which tells more about a weak reader, whose answers are often wrong either way.
+        priced: passages that cost little as text come before others that lose as much.
 
     Raises:
         ValueError: if too few records have a passage that is known to hold the answer, or ``by`` is neither.
@@ -58,7 +60,8 @@ def calibrate(
     texts = list(kept)
     gate = FidelityGate(method.compressor, config)
     measured = _measure(gate, mixture, texts)
-    return gate.fit(measured, [kept[t] for t in texts], [mixture.counts[t] for t in texts])
+    saved = [mixture.saved[text] for text in texts] if priced else None
+    return gate.fit(measured, [kept[t] for t in texts], [mixture.counts[t] for t in texts], saved=saved)
 
 
 def gate_rows(
@@ -75,7 +78,8 @@ def gate_rows(
 
     Rows carry ``sending``: ``none`` (no context), ``slots``, ``text``, ``gate`` and ``random``, and ``level``: the share asked
     for, a name that `FidelityGate.threshold` takes, ``curve`` (the mean over all shares asked for), or ``budget-of-R`` (as
-    many reader tokens as the compressor alone takes at a lower ratio R).
+    many reader tokens as the compressor alone takes at a lower ratio R). Beside each of the gate's stand ``random`` and
+    ``shortest``: the passages that cost least as text, up to as many reader tokens, whatever they lost.
 
     Args:
         gate: calibrated on other questions.
@@ -97,7 +101,7 @@ def gate_rows(
     mixture = Mixture(method, kept, settings)
     texts = list(mixture.passages)
     measured = _measure(gate, mixture, texts)
-    scores = dict(zip(texts, gate.scores_of(measured)))
+    scores = dict(zip(texts, gate.scores_of(measured, [mixture.saved[text] for text in texts])))
     order = sorted(texts, key=lambda text: (scores[text], text))
     report = _Report(mixture, _no_context(mixture), settings, len(records) - len(kept))
 
@@ -111,7 +115,14 @@ def gate_rows(
         name: [mixture.at_random(sent, f"{settings.seed}/{name}/{i}") for i in range(seeds)]
         for name, sent in sendings.items()
     }
-    mixture.read([*sendings.values(), *(sent for some in drawn.values() for sent in some)])  # in common batches
+    short = sorted(texts, key=lambda text: (mixture.saved[text], text))
+    shortest = {
+        name: mixture.within(sum(mixture.extra[text] for text in sent), short, skip=True)
+        for name, sent in sendings.items()
+    }
+    mixture.read(
+        [*sendings.values(), *shortest.values(), *(s for some in drawn.values() for s in some)]
+    )  # in common batches
 
     rows = [
         report.row("none", report.none),
@@ -124,6 +135,8 @@ def gate_rows(
         row = report.row("gate", chosen, sent, full) | {"level": name}
         row["threshold"] = max((scores[t] for t in sent), default=None)
         row |= report.difference("random", chosen, by_chance) | {"seeds": seeds}
+        cheapest = mixture.read([shortest[name]])[0]
+        row |= report.difference("shortest", chosen, cheapest)
         if name in alone:
             row |= report.difference("slots", chosen, alone[name])
         elif name not in LEVELS:
@@ -131,6 +144,7 @@ def gate_rows(
         rows.append(row)
         share = float(np.mean([mixture.share(some) for some in drawn[name]]))
         rows.append(report.row("random", by_chance, (), full) | {"level": name, "share": share, "seeds": seeds})
+        rows.append(report.row("shortest", cheapest, shortest[name], full) | {"level": name})
     if differences:
         mean = np.mean(differences, axis=0)
         low, high = clustered_interval(mean, [record.passages for record in kept], settings.seed)
@@ -274,7 +288,7 @@ def gate_line(row: Row) -> str:
         parts.append(f"as text {100 * row['share']:5.1f} %")
     if "f1" in row:
         parts.append(f"tokens {row['reader_tokens']:6.1f}  F1 {100 * row['f1']:5.1f}")
-    for other in ("random", "slots"):
+    for other in ("random", "shortest", "slots"):
         if f"f1_minus_{other}" in row:
             low, high = (100 * row[f"f1_minus_{other}_{end}"] for end in ("low", "high"))
             parts.append(f"F1 - {other} {100 * row[f'f1_minus_{other}']:+5.2f} ({low:+.2f} to {high:+.2f})")

@@ -14,7 +14,12 @@ from .quality import Settings, label
 
 
 def gate(
-    file: Annotated[str, typer.Argument(help="Questions (.jsonl or .jsonl.xz) with halves `tune` and `report`.")],
+    file: Annotated[
+        list[str],
+        typer.Argument(
+            help="Questions (.jsonl or .jsonl.xz) with halves `tune` and `report`; several are taken together."
+        ),
+    ],
     reader: Annotated[str, typer.Option("--reader", help="A shipped reader, a folder or a hub id.")] = "reader-small",
     compressor: Annotated[
         list[str],
@@ -22,7 +27,8 @@ def gate(
     ] = [],  # noqa: B006 (typer copies it)
     ratio: Annotated[list[float], typer.Option("--ratio", help="Ratio for compressors that name none.")] = [],  # noqa: B006
     tune: Annotated[
-        list[str] | None, typer.Option(help="Calibrate on the tune half of this file, repeatable; default FILE's own.")
+        list[str] | None,
+        typer.Option(help="Calibrate on the tune half of this file, repeatable; default that of each FILE."),
     ] = None,
     half: Annotated[str, typer.Option(help="Report on this half.")] = "report",
     limit: Annotated[int | None, typer.Option(help="At most so many questions of each half, evenly spread.")] = None,
@@ -34,6 +40,9 @@ def gate(
     target: Annotated[
         str, typer.Option(help="Calibrate on the loss of f1, or of the reference answer's probability (weak readers).")
     ] = "f1",
+    priced: Annotated[
+        bool, typer.Option("--priced/--unpriced", help="Go by what is lost for each token saved, or by what is lost.")
+    ] = True,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")] = 24,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Prompts read at a time.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of random sending and of intervals.")] = 0,
@@ -48,21 +57,21 @@ def gate(
     from .cli import _finish, _methods, friendly_errors  # which imports this module
 
     with friendly_errors():
-        settings = Settings(dataset_name(file), max_new_tokens, batch_size, seed=seed)
-        dev = [record for name in tune or [file] for record in find_records(name, "tune", limit)]
-        records = find_records(file, half, limit)
+        settings = Settings(" + ".join(map(dataset_name, file)), max_new_tokens, batch_size, seed=seed)
+        dev = [record for name in tune or file for record in find_records(name, "tune", limit)]
+        records = [record for name in file for record in find_records(name, half, limit)]
         config = FidelityConfig(signals=tuple(signal)) if signal else FidelityConfig()
         methods = _methods(find_reader(reader, device, dtype), compressor, ratio)
         if not methods:
             raise ValueError("A gate judges a compressor's passages: name one, such as --compressor mean-pool-small@4.")
         rows = []
         for method in methods:
-            fitted = calibrate(method, dev, settings, config, target)
+            fitted = calibrate(method, dev, settings, config, target, priced)
             if save is not None:
                 fitted.save_pretrained(save / label(method).replace(" ", "-") if len(methods) > 1 else save)
             lower = [m for m in methods if m.compressor is method.compressor and (m.ratio or 0) < (method.ratio or 0)]
             found = gate_rows(fitted, method, records, settings, shares=share or SHARES, seeds=seeds, slots_alone=lower)
-            rows += [row | {"half": half, "calibrated_by": target} for row in found]
+            rows += [row | {"half": half, "calibrated_by": target, "priced": priced} for row in found]
         _finish(rows, out)
         for row in rows:
             typer.echo(gate_line(row))

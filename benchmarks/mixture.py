@@ -50,10 +50,8 @@ class Mixture:
         self.passages = {text: piece for r, pieces in zip(records, contexts) for text, piece in zip(r.passages, pieces)}
         self.counts = Counter(text for record in records for text in record.passages)
         lengths = map(len, self.reader.tokenize_batch(list(self.passages)))
-        self.extra = {
-            text: self.counts[text] * (n - piece.slots)  # type: ignore[union-attr]
-            for (text, piece), n in zip(self.passages.items(), lengths)
-        }
+        self.saved = {t: n - p.slots for (t, p), n in zip(self.passages.items(), lengths)}  # type: ignore[union-attr]
+        self.extra = {text: self.counts[text] * n for text, n in self.saved.items()}
         self._read: dict[tuple[int, tuple[bool, ...]], tuple[float, float, float, int]] = {}
 
     def read(self, sendings: Sequence[Collection[str]]) -> list[Reading]:

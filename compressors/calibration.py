@@ -11,6 +11,7 @@ import numpy as np
 
 MOST = 4.0  # standard deviations from the mean at which a signal is cut, so that no single one decides
 LEAST_ROWS = 8
+_NEVER = -1e9  # below every score
 
 
 @dataclass(frozen=True)
@@ -132,3 +133,20 @@ def _minimise(z: np.ndarray, targets: np.ndarray, share: np.ndarray, l2: float) 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
     return 0.5 * (1.0 + np.tanh(0.5 * x))
+
+
+def signal_rows(measured: Sequence[Sequence[float | None]], size: int) -> np.ndarray:
+    """Measured passages as an array ``[n, size]``, NaN where a signal is missing."""
+    return np.array([[np.nan if v is None else v for v in row] for row in measured], dtype=float).reshape(-1, size)
+
+
+def threshold_leaving(scores: np.ndarray, losses: np.ndarray, left: float) -> float:
+    """The lowest score from which on passages lose at most the share ``left`` of all; 0 where nothing is lost."""
+    order = np.argsort(scores, kind="stable")
+    ranked, lost = scores[order], np.cumsum(losses[order])
+    if not len(lost) or lost[-1] <= 0:
+        return _NEVER
+    sent = int(np.searchsorted(lost, (1 - left) * lost[-1] - 1e-12)) + 1
+    while sent < len(ranked) and ranked[sent] == ranked[sent - 1]:
+        sent += 1
+    return float((ranked[sent - 1] + ranked[sent]) / 2 if sent < len(ranked) else (ranked[-1] + 1) / 2)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .base import CheckpointError, ReaderMismatchError, evaluating
-from .calibration import MonotoneLogistic
+from .calibration import MonotoneLogistic, signal_rows, threshold_leaving
 from .fingerprint import hash_json
 from .passage import CompressedPassage, write_atomically
 from .probing import FidelityConfig, Measured, Prober
@@ -45,6 +45,7 @@ class FidelityGate:
         compressor, config: as given.
         calibration: the map from signals to the probability, ``None`` before `fit`.
         thresholds: by the names ``"low"``, ``"medium"`` and ``"high"``.
+        price: reader tokens that reading a passage compressed saves, the mean over the dev data; ``None``: not counted.
 
     Empty passages, and those whose text the reader has no room for, score 1: they are never sent as text.
 
@@ -67,6 +68,7 @@ class FidelityGate:
         self.config = config or FidelityConfig()
         self.calibration: MonotoneLogistic | None = None
         self.thresholds: dict[str, float] = {}
+        self.price: float | None = None
         self._made_for: tuple[str, str] | None = None
         self._fitted_on = 0
 
@@ -140,15 +142,24 @@ class FidelityGate:
     # -- judging ---------------------------------------------------------------------------------------------------
 
     def fit(
-        self, measured: Sequence[Measured | None], targets: Sequence[float], weights: Sequence[float] | None = None
+        self,
+        measured: Sequence[Measured | None],
+        targets: Sequence[float],
+        weights: Sequence[float] | None = None,
+        *,
+        saved: Sequence[int] | None = None,
     ) -> FidelityGate:
         """Calibrates the gate on dev data, and sets its thresholds.
+
+        With ``saved`` the gate also goes by what a passage costs as text: its score becomes 1 - (1 - p) * (mean tokens
+        saved) / (tokens saved), so that those come first which lose most for each token that reading them compressed saves.
 
         Args:
             measured: what `measure` gave; passages without signals are left out.
             targets: for each passage, how good answers from its slots are against those from its text, in [0, 1]: one less
                 the loss of F1, say, the mean over its questions.
             weights: how much each passage counts (its number of questions); default: all the same.
+            saved: each passage's tokens less its slots.
 
         Returns:
             Itself.
@@ -157,19 +168,22 @@ class FidelityGate:
             ValueError: if the lists differ in length, or there are too few passages.
         """
         counts = [1.0] * len(measured) if weights is None else list(weights)
-        if not len(measured) == len(targets) == len(counts):
+        spared = [1] * len(measured) if saved is None else list(saved)
+        if not len(measured) == len(targets) == len(counts) == len(spared):
             raise ValueError(
-                "Calibration needs a target (and a weight) for each measured passage, got "
-                f"{len(measured)} passages, {len(targets)} targets and {len(counts)} weights."
+                "Calibration needs a target (a weight, and tokens saved) for each measured passage, got "
+                f"{len(measured)} passages, {len(targets)} targets, {len(counts)} weights and {len(spared)} numbers of tokens."
             )
         there = [i for i, values in enumerate(measured) if values is not None]
-        rows = _rows([measured[i] for i in there], len(self.signals))  # type: ignore[misc]
+        rows = signal_rows([measured[i] for i in there], len(self.signals))  # type: ignore[misc]
         good, count = np.array([targets[i] for i in there], dtype=float), np.array([counts[i] for i in there])
         self.calibration = MonotoneLogistic.fit(rows, good, count)
         self._made_for = (self.compressor.fingerprint, self.reader.fingerprint)
         self._fitted_on = len(there)
-        scores = self.calibration(rows)
-        self.thresholds = {name: _threshold(scores, (1 - good) * count, left) for name, left in LEVELS.items()}
+        spared = [max(spared[i], 1) for i in there]
+        self.price = None if saved is None else float(np.average(spared, weights=count))
+        scores = self._priced(self.calibration(rows), spared)
+        self.thresholds = {name: threshold_leaving(scores, (1 - good) * count, left) for name, left in LEVELS.items()}
         return self
 
     def check_fits(self, compressor: Compressor) -> None:
@@ -184,33 +198,50 @@ class FidelityGate:
                     "nutgraf bench gate FILE --compressor NAME --save FOLDER."
                 )
 
-    def scores_of(self, measured: Sequence[Measured | None]) -> list[float]:
-        """Probabilities of measured passages, in order. Raises ``ValueError`` if the gate is not fitted."""
+    def scores_of(self, measured: Sequence[Measured | None], saved: Sequence[int] | None = None) -> list[float]:
+        """Scores of measured passages, in order.
+
+        Args:
+            measured: what `measure` gave.
+            saved: each passage's tokens less its slots; needed by a gate that was fitted with them.
+
+        Raises:
+            ValueError: if the gate is not fitted, or ``saved`` is missing or of another length.
+        """
         self.check_fits(self.compressor)
+        if self.price is not None and (saved is None or len(saved) != len(measured)):
+            raise ValueError("This gate counts what passages cost as text: give saved, the tokens less slots of each.")
         there = [i for i, values in enumerate(measured) if values is not None]
         scores = [1.0] * len(measured)
         if there:
-            rows = _rows([measured[i] for i in there], len(self.signals))  # type: ignore[misc]
-            for place, score in zip(there, self.calibration(rows).tolist()):  # type: ignore[misc]
+            rows = signal_rows([measured[i] for i in there], len(self.signals))  # type: ignore[misc]
+            spared = [1 if saved is None else max(saved[i], 1) for i in there]
+            for place, score in zip(there, self._priced(self.calibration(rows), spared).tolist()):  # type: ignore[misc]
                 scores[place] = score
         return scores
+
+    def _priced(self, probabilities: np.ndarray, saved: Sequence[int]) -> np.ndarray:
+        if self.price is None:
+            return probabilities
+        return 1 - (1 - probabilities) * self.price / np.array(saved, dtype=float)
 
     def scores(
         self, passages: Sequence[CompressedPassage], texts: Sequence[str], *, batch_size: int = 16
     ) -> list[float]:
-        """Probabilities that answers from the slots are as good as those from the text, in order.
+        """How safe passages are to read compressed, in order; of a gate without a price, the probability that answers from
+        the slots are as good as those from the text. Lower scores are sent as text first.
 
         Marked passages are not measured again. Arguments and errors: see `measure`.
         """
         marked = self.mark(passages, texts, batch_size=batch_size)
-        return self.scores_of([_marked(passage) for passage in marked])
+        return self.scores_of([_marked(p) for p in marked], [p.source_tokens - p.slots for p in marked])
 
     def threshold(self, fidelity: Fidelity) -> float:
         """The score below which a passage is to be read as text.
 
         Args:
             fidelity: ``"low"``, ``"medium"`` or ``"high"``: on the dev data, what passages lost that are still read
-                compressed was at most 75, 50 or 25 % of what all of them lost; or the probability itself, in (0, 1).
+                compressed was at most 75, 50 or 25 % of what all of them lost; or the score itself, in (0, 1).
 
         Raises:
             ValueError: for anything else, or a name if the gate is not fitted.
@@ -238,6 +269,7 @@ class FidelityGate:
             "config": asdict(self.config),
             "calibration": self.calibration.to_dict(),
             "thresholds": self.thresholds,
+            "price": self.price,
             "passages": self._fitted_on,
         }
         write_atomically(Path(folder) / FILE_NAME, (json.dumps(about, indent=2) + "\n").encode())
@@ -261,6 +293,7 @@ class FidelityGate:
             config = FidelityConfig(**{**about["config"], "signals": tuple(about["config"]["signals"])})
             calibration = MonotoneLogistic.from_dict(about["calibration"])
             thresholds = {name: float(about["thresholds"][name]) for name in LEVELS}
+            price = None if about.get("price") is None else float(about["price"])
             made_for = (str(about["compressor"]), str(about["reader"]))
         except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, CheckpointError):
@@ -269,28 +302,12 @@ class FidelityGate:
         gate = cls(compressor, config)
         if len(calibration.weights) != len(config.signals):
             raise CheckpointError(f"{path} holds another number of weights than of signals.")
-        gate.calibration, gate.thresholds, gate._made_for = calibration, thresholds, made_for
+        gate.calibration, gate.thresholds, gate.price, gate._made_for = calibration, thresholds, price, made_for
         gate._fitted_on = int(about.get("passages", 0))
         gate.check_fits(compressor)
         return gate
 
 
-def _threshold(scores: np.ndarray, losses: np.ndarray, left: float) -> float:
-    """The lowest score from which on passages lose at most the share ``left`` of all; 0 where nothing is lost."""
-    order = np.argsort(scores, kind="stable")
-    ranked, lost = scores[order], np.cumsum(losses[order])
-    if not len(lost) or lost[-1] <= 0:
-        return 0.0
-    sent = int(np.searchsorted(lost, (1 - left) * lost[-1] - 1e-12)) + 1
-    while sent < len(ranked) and ranked[sent] == ranked[sent - 1]:
-        sent += 1
-    return float((ranked[sent - 1] + ranked[sent]) / 2 if sent < len(ranked) else (ranked[-1] + 1) / 2)
-
-
 def _marked(passage: CompressedPassage) -> Measured | None:
     values = passage.info[MARK]["values"]
     return None if values is None else tuple(values)
-
-
-def _rows(measured: Sequence[Measured], size: int) -> np.ndarray:
-    return np.array([[np.nan if v is None else v for v in row] for row in measured], dtype=float).reshape(-1, size)

@@ -258,7 +258,34 @@ def test_thresholds_leave_the_share_of_the_loss_that_they_promise(compressor):
         assert left - 0.03 < kept <= left + 1e-9
     assert gate.threshold(0.4) == 0.4
     gate.fit(rows, [1.0] * 300)
-    assert gate.threshold("high") == 0  # nothing is lost, so nothing is sent
+    assert gate.threshold("high") < 0  # nothing is lost, so nothing is sent
+
+
+def test_a_price_sends_those_first_that_lose_most_for_each_token_saved(tmp_path, compressor):
+    gate = FidelityGate(compressor, FidelityConfig(signals=("reconstruction",)))
+    rows = [(float(i),) for i in range(20)]
+    targets, saved = [i / 19 for i in range(20)], [50 if i % 2 else 150 for i in range(20)]
+    plain = np.array(gate.fit(rows, targets).scores_of(rows))
+    assert gate.price is None
+    priced = np.array(gate.fit(rows, targets, saved=saved).scores_of(rows, saved))
+    assert gate.price == 100
+    assert np.allclose(priced, 1 - (1 - plain) * 100 / np.array(saved))
+    assert priced[1] < priced[0]  # as much is lost, for a third of the tokens
+    losses = 1 - np.array(targets)
+    for name, left in zip(("low", "medium", "high"), (0.75, 0.5, 0.25)):
+        assert losses[priced >= gate.threshold(name)].sum() / losses.sum() <= left + 1e-9
+    for bad in (None, saved[1:]):
+        with pytest.raises(ValueError, match="give saved"):
+            gate.scores_of(rows, bad)
+    with pytest.raises(ValueError, match="numbers of tokens"):
+        gate.fit(rows, targets, saved=saved[1:])
+    gate.save_pretrained(tmp_path)
+    again = FidelityGate.from_pretrained(tmp_path, compressor)
+    assert again.price == gate.price
+    passages = compressor.compress(TEXTS)
+    assert again.scores(passages, TEXTS) == gate.scores(passages, TEXTS)
+    spared = [p.source_tokens - p.slots for p in passages]
+    assert again.scores(passages, TEXTS) == again.scores_of(again.measure(passages, TEXTS), spared)
 
 
 def test_saved_and_loaded(zoo, tmp_path, compressor):
@@ -401,7 +428,11 @@ def test_the_suite_reports_the_curve_at_equal_tokens(compressor):
     found = {(row["sending"], row.get("level")): row for row in rows}
     assert set(found) == {
         ("none", None), ("slots", None), ("text", None), ("gate", "curve"),
-        *((who, level) for who in ("gate", "random") for level in ("0.25", "0.5", "low", "medium", "high", "budget-of-2")),
+        *(
+            (who, level)
+            for who in ("gate", "random", "shortest")
+            for level in ("0.25", "0.5", "low", "medium", "high", "budget-of-2")
+        ),
     }  # fmt: skip
     slots, text = found["slots", None], found["text", None]
     assert (slots["share"], text["share"]) == (0, 1)
@@ -413,6 +444,10 @@ def test_the_suite_reports_the_curve_at_equal_tokens(compressor):
         assert row["random_reader_tokens"] <= row["reader_tokens"] + 1e-6
         assert row["f1_minus_random"] == pytest.approx(row["f1"] - found["random", level]["f1"], abs=1e-5)
         assert row["f1_minus_random_low"] <= row["f1_minus_random"] <= row["f1_minus_random_high"]
+        short = found["shortest", level]
+        assert short["reader_tokens"] <= row["reader_tokens"] + 1e-6
+        assert short["share"] >= row["share"] - 1e-6
+        assert row["f1_minus_shortest"] == pytest.approx(row["f1"] - short["f1"], abs=1e-5)
     row = found["gate", "budget-of-2"]
     assert row["reader_tokens"] <= row["slots_reader_tokens"]
     assert found["gate", "curve"]["f1_minus_random"] == pytest.approx(
@@ -437,6 +472,8 @@ def test_calibration_by_probability(reader, compressor):
         logits = reader.target_logits([prompt], [" " + record.answers[0]])[0].log_softmax(-1)
         assert p == pytest.approx(float(logits.gather(1, ids[:, None]).mean().exp()), rel=1e-3)
     by_probability = suite.calibrate(method, records, settings, by="probability")
+    assert by_probability.price == pytest.approx(np.mean([mixture.saved[r.passages[0]] for r in records]))
+    assert suite.calibrate(method, records, settings, priced=False).price is None
     assert by_probability.thresholds != suite.calibrate(method, records, settings).thresholds
     with pytest.raises(ValueError, match="by f1 or by probability"):
         suite.calibrate(method, records, settings, by="luck")
