@@ -37,7 +37,7 @@ def overlaps(ids: Sequence[int], lengths: Iterable[int], most: int) -> list[list
     Args:
         ids: the passage.
         lengths: tokens of each segment.
-        most: the overlap; no more than there are in front of a segment.
+        most: the overlap, or as much of it as there is in front; it may be longer than the segment before.
     """
     starts = [0, *accumulate(lengths)][:-1]
     return [list(ids[max(start - most, 0) : start]) for start in starts]
