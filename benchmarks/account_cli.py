@@ -15,7 +15,7 @@ from .account_rows import Case
 from .costs import decoder_shape
 from .entrants import find_entrants
 from .loading import find_reader
-from .plan_cli import wide_console
+from .options import wide_console
 from .roofline import measure
 from .rows import Row, append_rows, read_rows
 from .shapes import random_reader

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .allocation import SCORERS, allocation_rows
 from .loading import dataset_name, find_reader, find_records
+from .options import (
+    Batch,
+    Device,
+    Dtype,
+    File,
+    Half,
+    Limit,
+    Out,
+    Ratios,
+    ReaderName,
+    Tokens,
+    friendly_errors,
+    named_methods,
+)
 from .quality import Settings
 from .rows import Row, append_rows
 
 
 def allocation(
-    file: Annotated[str, typer.Argument(help="Questions (.jsonl or .jsonl.xz), or `sample` for the shipped ones.")],
-    reader: Annotated[str, typer.Option("--reader", help="A shipped reader, a folder or a hub id.")] = "reader-small",
+    file: File,
+    reader: ReaderName = "reader-small",
     compressor: Annotated[
         list[str], typer.Option("--compressor", help="NAME or NAME@RATIO,RATIO; one whose ratio can be chosen.")
     ] = [],  # noqa: B006 (typer copies it)
-    ratio: Annotated[
-        list[float], typer.Option("--ratio", help="Ratio for compressors that name none. Repeatable.")
-    ] = [],  # noqa: B006
-    half: Annotated[str | None, typer.Option(help="Only questions of this half (`tune` or `report`).")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many questions, evenly spread over the file.")] = None,
+    ratio: Ratios = [],  # noqa: B006
+    half: Half = None,
+    limit: Limit = None,
     passages: Annotated[
         int, typer.Option(help="So many passages a question: distractors are cut, or topped up from other questions.")
     ] = 4,
@@ -35,21 +46,19 @@ def allocation(
         list[float] | None, typer.Option(help="The lower, the more the best passages get. Repeatable; default 1.")
     ] = None,
     lowest: Annotated[float, typer.Option(help="Compression ratio that no passage falls below.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")] = 24,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Prompts read at a time.")] = 16,
+    max_new_tokens: Tokens = 24,
+    batch_size: Batch = 16,
     seed: Annotated[int, typer.Option(help="Seed of the intervals.")] = 0,
-    device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (float32 on the CPU), float32, bfloat16 or float16.")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="Results file that rows are appended to, line by line.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: Out = None,
 ) -> None:
     """A budget of slots over several passages: one ratio for all of them, or slots by retrieval score."""
-    from .cli import _methods, friendly_errors  # which imports this module
-
     with friendly_errors():
         settings = Settings(f"{dataset_name(file)}, {passages} passages", max_new_tokens, batch_size, seed=seed)
         records = find_records(file, half, limit, passages=passages)
         loaded = find_reader(reader, device, dtype)
-        methods = _methods(loaded, compressor, ratio)
+        methods = named_methods(loaded, compressor, ratio)
         if not methods:
             raise ValueError("Name a compressor whose slots are to be divided, such as --compressor mean-pool-small@8.")
 

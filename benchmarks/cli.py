@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from ..compressors import Reader
 from .account_cli import Asked, run_account
 from .allocation_cli import allocation
 from .compressing_cli import compress
 from .gate_cli import gate
 from .loading import (
-    CompressorSpec,
     dataset_name,
-    find_compressor,
     find_reader,
     find_records,
-    hide_loading_bars,
 )
-from .methods import Compressed, FullText, Method, NoContext
+from .methods import FullText, Method, NoContext
+from .options import (
+    Again,
+    Batch,
+    Compressors,
+    Device,
+    Dtype,
+    File,
+    Half,
+    Limit,
+    Out,
+    Ratios,
+    ReaderName,
+    Seed,
+    Tokens,
+    friendly_errors,
+    keep,
+    named_methods,
+)
 from .quality import Settings
 from .quality_cli import quality
 from .reading import answer_swap, gold_positions
 from .report import write_report
 from .roofline import measure
-from .rows import RESULTS, append_rows, by_dataset, latest, paired, read_rows
+from .rows import RESULTS, by_dataset, latest, paired, read_rows
 from .selection_cli import selection
 from .speed import speed as measure_speed
 from .table import terminal_table
@@ -37,25 +49,6 @@ from .timing import Contender
 from .training_cli import training
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure quality, speed and cost on equal terms.")
-
-File = Annotated[str, typer.Argument(help="Questions (.jsonl or .jsonl.xz), or `sample` for the shipped ones.")]
-ReaderName = Annotated[str, typer.Option("--reader", help="A shipped reader, a folder or a hub id.")]
-Compressors = Annotated[
-    list[str],
-    typer.Option(
-        "--compressor", help="NAME or NAME@RATIO,RATIO; a shipped one, a folder, a hub id, selective-context."
-    ),
-]
-Ratios = Annotated[list[float], typer.Option("--ratio", help="Ratio for compressors that name none. Repeatable.")]
-Half = Annotated[str | None, typer.Option(help="Only questions of this half (`tune` or `report`).")]
-Limit = Annotated[int | None, typer.Option(help="At most so many questions, evenly spread over the file.")]
-Out = Annotated[Path | None, typer.Option(help="Results file that rows are appended to.")]
-Device = Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, ...")]
-Dtype = Annotated[str, typer.Option(help="auto (float32 on the CPU), float32, bfloat16 or float16.")]
-Seed = Annotated[int, typer.Option(help="Seed of baselines, controls and intervals.")]
-Batch = Annotated[int, typer.Option("--batch-size", help="Prompts read at a time.")]
-Tokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")]
-
 
 bench_app.command()(quality)
 
@@ -83,11 +76,11 @@ def reading(
         settings = Settings(dataset_name(file), max_new_tokens, batch_size, seed=seed)
         records = find_records(file, half, limit)
         loaded = find_reader(reader, device, dtype)
-        methods: list[Method] = [FullText(), *_methods(loaded, compressor, ratio)]
+        methods: list[Method] = [FullText(), *named_methods(loaded, compressor, ratio)]
         rows = gold_positions(loaded, methods, records, settings, position) if move else []
         rows += answer_swap(loaded, [*methods, NoContext()], records, settings) if swap else []
         rows = [row | ({"half": half} if half else {}) for row in rows]
-        _finish(rows, out)
+        keep(rows, out)
         for row in rows:
             where = f"gold at {row['position']}" if row["test"] == "gold-position" else "answer swapped"
             more = f"  old answer {100 * row['em_old']:.1f}" if "em_old" in row else ""
@@ -119,7 +112,7 @@ def speed(
     requests: Annotated[int, typer.Option(help="Different requests at each number of passages.")] = 3,
     repeats: Annotated[int, typer.Option(help="Rounds over all requests and methods that count.")] = 5,
     warmup: Annotated[int, typer.Option(help="Rounds before them (--context).")] = 1,
-    again: Annotated[bool, typer.Option("--again", help="Measure rows anew that --out holds (--context).")] = False,
+    again: Again = False,
     decode_tokens: Annotated[int, typer.Option(help="Tokens decoded to time one.")] = 16,
     half: Half = None,
     seed: Seed = 0,
@@ -166,7 +159,7 @@ def speed(
             )
         records = find_records(file, half)
         loaded = find_reader(reader, device, dtype)
-        contenders = [Contender(m.name, m.compressor, m.ratio) for m in _methods(loaded, compressor, ratio)]
+        contenders = [Contender(m.name, m.compressor, m.ratio) for m in named_methods(loaded, compressor, ratio)]
         rows = measure_speed(
             loaded,
             contenders,
@@ -179,7 +172,7 @@ def speed(
             seed=seed,
             roofline=measure(str(loaded.device), str(loaded.dtype).removeprefix("torch.")),
         )
-        _finish(rows, out)
+        keep(rows, out)
         for row in rows:
             online = f"  online {row['ttft_online_ms']:8.1f} ms" if "ttft_online_ms" in row else ""
             typer.echo(
@@ -212,29 +205,3 @@ def report_command(
         for name, group in groups.items():
             Console().print(terminal_table(group, name, [row for rows in groups.values() for row in rows]))
         typer.echo(f"Report: {write_report(out, rows)}")
-
-
-@contextlib.contextmanager
-def friendly_errors() -> Iterator[None]:
-    """What a user can mend is told in one sentence and exit status 2, without a traceback."""
-    hide_loading_bars()
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        typer.secho(str(error), fg=typer.colors.RED, err=True)
-        raise typer.Exit(2) from error
-
-
-def _methods(reader: Reader, specs: Sequence[str], ratios: Sequence[float]) -> list[Compressed]:
-    found = []
-    for text in specs:
-        spec = CompressorSpec.parse(text, ratios)
-        loaded = find_compressor(spec.name, reader)
-        found += [Compressed(loaded, ratio, query_aware=loaded.query_aware) for ratio in spec.ratios]
-    return found
-
-
-def _finish(rows: Sequence[dict[str, Any]], out: Path | None) -> None:
-    if out is not None:
-        append_rows(out, rows)
-        typer.echo(f"{len(rows)} rows appended to {out}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,7 +12,7 @@ from rich.table import Table
 from .compressing import compress_rows
 from .entrants import find_entrants
 from .loading import find_reader, find_records
-from .plan_cli import wide_console
+from .options import Again, Device, Dtype, Out, ReaderName, friendly_errors, wide_console
 from .rows import append_rows, read_rows
 from .shapes import random_reader
 
@@ -22,22 +21,20 @@ KEY = ("test", "method", "ratio_asked", "reader", "device", "dtype", "threads", 
 
 def compress(
     compressor: Annotated[list[str], typer.Option(help="NAME or NAME@RATIO; with --shape methods. Repeatable.")],
-    reader: Annotated[str, typer.Option(help="A shipped reader, a folder or a hub id.")] = "reader-small",
+    reader: ReaderName = "reader-small",
     shape: Annotated[str | None, typer.Option(help="A reader of this shape with random weights.")] = None,
     passages: Annotated[int, typer.Option(help="Passages in one call, drawn from the sample's.")] = 64,
     repeats: Annotated[int, typer.Option(help="Rounds that count.")] = 5,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
-    device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (float32 on the CPU), float32 or bfloat16.")] = "auto",
-    again: Annotated[bool, typer.Option("--again", help="Measure rows anew that --out holds.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Results file that rows are appended to.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    again: Again = False,
+    out: Out = None,
 ) -> None:
     """Compressing passages of mixed lengths, beside a bare forward pass of the encoder's layers over the same tokens.
 
     Rows that --out holds are not measured again, so a run can be stopped and gone on with.
     """
-    from .cli import friendly_errors
-
     with friendly_errors():
         texts = list(dict.fromkeys(text for record in find_records("sample") for text in record.passages))
         if not 1 <= passages <= len(texts):

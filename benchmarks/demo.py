@@ -26,10 +26,10 @@ from rich.text import Text
 from ..adapters.llama_index import CompressedContextLLM, CompressedContextPostprocessor, SentenceTransformerEmbedding
 from ..compressors import Reader
 from ..recipes.corpus import Record, read_records
-from .cli import friendly_errors
 from .loading import SAMPLE, SAMPLE_ARTICLES, SAMPLE_QUESTIONS, CompressorSpec, find_compressor, find_reader
 from .methods import Compressed, lines
 from .metrics import exact_match
+from .options import friendly_errors
 from .plots import require_matplotlib
 from .quality import Settings, evaluate, progress_bar
 from .report import Example, write_report

@@ -10,6 +10,19 @@ import typer
 from ..compressors import FidelityConfig
 from .gate import SHARES, calibrate, gate_line, gate_rows
 from .loading import dataset_name, find_reader, find_records
+from .options import (
+    Batch,
+    Device,
+    Dtype,
+    Limit,
+    Out,
+    Ratios,
+    ReaderName,
+    Tokens,
+    friendly_errors,
+    keep,
+    named_methods,
+)
 from .quality import Settings, label
 
 
@@ -20,18 +33,18 @@ def gate(
             help="Questions (.jsonl or .jsonl.xz) with halves `tune` and `report`; several are taken together."
         ),
     ],
-    reader: Annotated[str, typer.Option("--reader", help="A shipped reader, a folder or a hub id.")] = "reader-small",
+    reader: ReaderName = "reader-small",
     compressor: Annotated[
         list[str],
         typer.Option("--compressor", help="NAME or NAME@RATIO,RATIO; lower ratios are compared with as well."),
     ] = [],  # noqa: B006 (typer copies it)
-    ratio: Annotated[list[float], typer.Option("--ratio", help="Ratio for compressors that name none.")] = [],  # noqa: B006
+    ratio: Ratios = [],  # noqa: B006
     tune: Annotated[
         list[str] | None,
         typer.Option(help="Calibrate on the tune half of this file, repeatable; default that of each FILE."),
     ] = None,
     half: Annotated[str, typer.Option(help="Report on this half.")] = "report",
-    limit: Annotated[int | None, typer.Option(help="At most so many questions of each half, evenly spread.")] = None,
+    limit: Limit = None,
     share: Annotated[
         list[float] | None, typer.Option(help="Shares of passages sent as text; default 5 to 90 %.")
     ] = None,
@@ -43,25 +56,23 @@ def gate(
     priced: Annotated[
         bool, typer.Option("--priced/--unpriced", help="Go by what is lost for each token saved, or by what is lost.")
     ] = True,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")] = 24,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Prompts read at a time.")] = 16,
+    max_new_tokens: Tokens = 24,
+    batch_size: Batch = 16,
     seed: Annotated[int, typer.Option(help="Seed of random sending and of intervals.")] = 0,
-    device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (float32 on the CPU), float32, bfloat16 or float16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     save: Annotated[
         Path | None, typer.Option(help="Folder for the calibrated gate; of several, one below it for each.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Results file that rows are appended to.")] = None,
+    out: Out = None,
 ) -> None:
     """Passages that did not survive compression as text: the gate against random sending and against slots alone."""
-    from .cli import _finish, _methods, friendly_errors  # which imports this module
-
     with friendly_errors():
         settings = Settings(" + ".join(map(dataset_name, file)), max_new_tokens, batch_size, seed=seed)
         dev = [record for name in tune or file for record in find_records(name, "tune", limit)]
         records = [record for name in file for record in find_records(name, half, limit)]
         config = FidelityConfig(signals=tuple(signal)) if signal else FidelityConfig()
-        methods = _methods(find_reader(reader, device, dtype), compressor, ratio)
+        methods = named_methods(find_reader(reader, device, dtype), compressor, ratio)
         if not methods:
             raise ValueError("A gate judges a compressor's passages: name one, such as --compressor mean-pool-small@4.")
         rows = []
@@ -72,6 +83,6 @@ def gate(
             lower = [m for m in methods if m.compressor is method.compressor and (m.ratio or 0) < (method.ratio or 0)]
             found = gate_rows(fitted, method, records, settings, shares=share or SHARES, seeds=seeds, slots_alone=lower)
             rows += [row | {"half": half, "calibrated_by": target, "priced": priced} for row in found]
-        _finish(rows, out)
+        keep(rows, out)
         for row in rows:
             typer.echo(gate_line(row))

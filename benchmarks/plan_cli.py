@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from .costs import DecoderShape, item_bytes
+from .options import wide_console
 from .plan import Hardware, Line, Load, best, work_out
 from .roofline import Roofline, measure
 from .shapes import find_shape
@@ -129,12 +129,6 @@ def plan_table(lines: Sequence[Line], load: Load) -> Table:
             ("" if full else "yes" if line.pays else "no") + ("" if line.fits else " (no room)"),
         )
     return table
-
-
-def wide_console() -> Console:
-    """The terminal; where the output goes elsewhere, wide enough for a table."""
-    console = Console()
-    return console if console.is_terminal else Console(width=140)
 
 
 def _number(value: float) -> str:

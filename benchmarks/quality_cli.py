@@ -11,6 +11,20 @@ from rich.console import Console
 from .baselines import BASELINES
 from .loading import dataset_name, find_reader, find_records, store_encoding
 from .methods import EqualBudget, lines
+from .options import (
+    Batch,
+    Device,
+    Dtype,
+    File,
+    Half,
+    Limit,
+    Out,
+    Ratios,
+    ReaderName,
+    Tokens,
+    friendly_errors,
+    named_methods,
+)
 from .quality import Line, Settings, evaluate
 from .remaining import holds, remaining
 from .report import write_report
@@ -19,19 +33,17 @@ from .table import terminal_table
 
 
 def quality(
-    file: Annotated[str, typer.Argument(help="Questions (.jsonl or .jsonl.xz), or `sample` for the shipped ones.")],
-    reader: Annotated[str, typer.Option("--reader", help="A shipped reader, a folder or a hub id.")] = "reader-small",
+    file: File,
+    reader: ReaderName = "reader-small",
     compressor: Annotated[
         list[str],
         typer.Option(
             "--compressor", help="NAME or NAME@RATIO,RATIO; a shipped one, a folder, a hub id, selective-context."
         ),
     ] = [],  # noqa: B006 (typer copies it)
-    ratio: Annotated[
-        list[float], typer.Option("--ratio", help="Ratio for compressors that name none. Repeatable.")
-    ] = [],  # noqa: B006
-    half: Annotated[str | None, typer.Option(help="Only questions of this half (`tune` or `report`).")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many questions, evenly spread over the file.")] = None,
+    ratio: Ratios = [],  # noqa: B006
+    half: Half = None,
+    limit: Limit = None,
     passages: Annotated[
         int | None,
         typer.Option(help="So many passages a question: distractors are cut, or topped up from other questions."),
@@ -55,13 +67,13 @@ def quality(
     ttft: Annotated[
         int, typer.Option(help="Also time so many questions to the first token, slots in memory; 0: none.")
     ] = 0,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")] = 24,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Prompts read at a time.")] = 16,
+    max_new_tokens: Tokens = 24,
+    batch_size: Batch = 16,
     beta: Annotated[float, typer.Option(help="Weight of recall in ROUGE-L.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of baselines, controls and intervals.")] = 0,
-    device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (float32 on the CPU), float32, bfloat16 or float16.")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="Results file that rows are appended to, line by line.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: Out = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -71,8 +83,6 @@ def quality(
     report: Annotated[Path | None, typer.Option(help="Also write an HTML report of these rows.")] = None,
 ) -> None:
     """Answers from compressed passages between the full text and no context, beside text of the same length."""
-    from .cli import _methods, friendly_errors  # which imports this module
-
     with friendly_errors():
         if resume and out is None:
             raise ValueError("--resume goes on with what --out holds; give --out.")
@@ -82,7 +92,7 @@ def quality(
         encodings = [store_encoding(precision) for precision in store_precision or ()]
         records = find_records(file, half, limit, passages=passages)
         loaded = find_reader(reader, device, dtype)
-        made = _methods(loaded, compressor, ratio)
+        made = named_methods(loaded, compressor, ratio)
         if encodings and all(method.compressor.interface == "text" for method in made):
             raise ValueError("--store-precision needs a --compressor that makes slots; text is stored as it is.")
         methods = lines(made, baselines=names, shuffled=shuffled, seed=seed, encodings=encodings)

@@ -18,8 +18,8 @@ import typer
 from rich import box
 from rich.table import Table
 
+from .options import Again, Out, friendly_errors, wide_console
 from .peer import Peer
-from .plan_cli import wide_console
 from .rows import Row, append_rows, command, read_rows
 from .selection import CASES, Case, Side, key, measure, row_key
 
@@ -44,16 +44,14 @@ def selection(
     work: Annotated[
         Path | None, typer.Option(help="Folder where models are kept; default one that goes again.")
     ] = None,
-    again: Annotated[bool, typer.Option("--again", help="Measure rows anew that --out holds.")] = False,
+    again: Again = False,
     seed: Annotated[int, typer.Option(help="Of random weights.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Results file that rows are appended to.")] = None,
+    out: Out = None,
 ) -> None:
     """LLMLingua, LongLLMLingua and LLMLingua-2 beside the pip package, one bare forward of the model between them.
 
     Rows are appended one by one, and what --out holds already is not measured again, so a run can be cut off and gone on with.
     """
-    from .cli import friendly_errors  # which imports this module
-
     with friendly_errors():
         chosen = choose(case or ())
         if show:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -13,7 +12,7 @@ from rich.table import Table
 from ..compressors import Reader
 from .costs import decoder_shape
 from .loading import find_reader
-from .plan_cli import wide_console
+from .options import Again, Device, Dtype, Out, ReaderName, friendly_errors, wide_console
 from .rows import Row, append_rows, clean, command, commit, device_name, provenance, read_rows
 from .shapes import random_reader
 from .training import FAMILIES, Wanted, loss_memory, measure_step
@@ -40,7 +39,7 @@ def training(
     objective: Annotated[
         list[str] | None, typer.Option(help=f"Families of objectives, repeatable: {', '.join(FAMILIES)}; default all.")
     ] = None,
-    reader: Annotated[str, typer.Option(help="A shipped reader, a folder or a hub id.")] = "reader-small",
+    reader: ReaderName = "reader-small",
     shape: Annotated[str | None, typer.Option(help="A reader of this shape with random weights.")] = None,
     steps: Annotated[int, typer.Option(help="Timed steps; items are drawn 16 batches at a time.")] = 32,
     batch_size: Annotated[int, typer.Option(help="Items of a step.")] = 8,
@@ -49,17 +48,15 @@ def training(
         typer.Option(help="Instead: memory of the losses over so many target tokens, at a vocabulary of 128,256."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and items.")] = 0,
-    device: Annotated[str, typer.Option(help="Where to run: auto, cpu, cuda, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (float32 on the CPU), float32 or bfloat16.")] = "auto",
-    again: Annotated[bool, typer.Option("--again", help="Measure rows anew that --out holds.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Results file that rows are appended to.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    again: Again = False,
+    out: Out = None,
 ) -> None:
     """What a training step costs beside a bare forward and backward pass over the same tokens, and what memory losses take.
 
     Rows that --out holds are not measured again, so a run can be stopped and gone on with.
     """
-    from .cli import friendly_errors
-
     with friendly_errors():
         done = {_key(row) for row in read_rows(out)} if out is not None and out.exists() and not again else set()
 

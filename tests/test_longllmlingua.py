@@ -10,7 +10,7 @@ import pytest
 import torch
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
 from nutgraf.adapters.llama_index import CompressedContextPostprocessor
-from nutgraf.benchmarks.cli import _methods
+from nutgraf.benchmarks.options import named_methods
 from nutgraf.compressors import Reader
 from nutgraf.compressors.context_budget import STATEMENT, context_losses, rank_contexts
 from nutgraf.compressors.iterative import compress_prompt
@@ -119,7 +119,7 @@ def test_adapters_and_benchmarks_hand_the_question_over(reader):
     assert [node.node.get_content(MetadataMode.LLM) for node in asked] == [
         passage.text for passage in compressor.compress(FACTS, QUESTION)
     ]
-    (method,) = _methods(reader, ["longllmlingua@2"], [])
+    (method,) = named_methods(reader, ["longllmlingua@2"], [])
     assert method.query_aware
     assert method.name == "longllmlingua-query"
 
