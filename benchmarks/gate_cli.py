@@ -75,14 +75,13 @@ def gate(
         methods = named_methods(find_reader(reader, device, dtype), compressor, ratio)
         if not methods:
             raise ValueError("A gate judges a compressor's passages: name one, such as --compressor mean-pool-small@4.")
-        rows = []
         for method in methods:
             fitted = calibrate(method, dev, settings, config, target, priced)
             if save is not None:
                 fitted.save_pretrained(save / label(method).replace(" ", "-") if len(methods) > 1 else save)
             lower = [m for m in methods if m.compressor is method.compressor and (m.ratio or 0) < (method.ratio or 0)]
             found = gate_rows(fitted, method, records, settings, shares=share or SHARES, seeds=seeds, slots_alone=lower)
-            rows += [row | {"half": half, "calibrated_by": target, "priced": priced} for row in found]
-        keep(rows, out)
-        for row in rows:
-            typer.echo(gate_line(row))
+            rows = [row | {"half": half, "calibrated_by": target, "priced": priced} for row in found]
+            keep(rows, out)
+            for row in rows:
+                typer.echo(gate_line(row))

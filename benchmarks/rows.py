@@ -101,6 +101,8 @@ def latest(rows: Sequence[Row]) -> list[Row]:
         "budget_of",
         "sending",
         "level",
+        "calibrated_by",
+        "priced",
         "allocation",
         "score",
         "temperature",
