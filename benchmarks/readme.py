@@ -1,8 +1,8 @@
 """What the README and RESULTS.md show of the measured rows, and the picture, made by one command.
 
-`python -m nutgraf.benchmarks.readme` reads `results/tradeoff.jsonl` and `results/allocation.jsonl` and writes the block between
-the markers in README.md, RESULTS.md, `results/pooled.jsonl` and `results/tradeoff.png`; `--check` only says whether they are
-those of the rows.
+`python -m nutgraf.benchmarks.readme` reads `results/tradeoff.jsonl`, `allocation.jsonl`, `gate.jsonl` and `sweeps.jsonl` and
+writes the block between the markers in README.md, RESULTS.md, `results/pooled.jsonl` and `results/tradeoff.png`; `--check` only
+says whether they are those of the rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .rows import PACKAGE, RESULTS, Row, read_rows
 
 BEGIN, END = "<!-- results: begin (python -m nutgraf.benchmarks.readme) -->", "<!-- results: end -->"
 ROWS, PICTURE, POOLED_ROWS = RESULTS / "tradeoff.jsonl", RESULTS / "tradeoff.png", RESULTS / "pooled.jsonl"
-ALLOCATION_ROWS = RESULTS / "allocation.jsonl"
+OTHER_ROWS = tuple(RESULTS / name for name in ("allocation.jsonl", "gate.jsonl", "sweeps.jsonl"))
 PAGE, README = PACKAGE / "benchmarks" / "RESULTS.md", PACKAGE / "README.md"
 
 
@@ -43,7 +43,7 @@ def written(rows: Sequence[Row]) -> dict[Path, str]:
         README: with_block(
             README.read_text(encoding="utf-8"), readme_block(pooled, sets, PICTURE.relative_to(PACKAGE).as_posix())
         ),
-        PAGE: results_page(pooled, sets, read_rows(ALLOCATION_ROWS) if ALLOCATION_ROWS.is_file() else []),
+        PAGE: results_page(pooled, sets, read_rows([path for path in OTHER_ROWS if path.is_file()])),
         POOLED_ROWS: "".join(json.dumps(row) + "\n" for row in pooled),
     }
 

@@ -10,13 +10,14 @@ from collections.abc import Collection, Sequence
 from .names import dataset_title, kind_of, method_name
 from .pooled import AIMS, BUDGETS, FULL, ONE_SLOT, POOLED, Key, best, budget_of
 from .rows import Row
+from .side_tables import ALLOCATION, GATE, SWEEPS, allocation_table, gate_table, several_passages, sweep_table
 
-COLUMNS = (("soft", False), ("soft", True), ("text", False), ("text", True), ("plain", None))  # kind, for the question
-SCORES = {"embedder": "the embedder's score", "bm25": "BM25", "gold": "knowing the right passage"}
-ALLOCATION = (
-    "As many slots a question as one ratio for all its passages gives, divided between the passages by score. Negative nats "
-    "are good: the reference answer became likelier."
+SEVERAL = (
+    "**Several passages a question**, one of which has the answer: F1 of the full text, of no context, and of the best line of "
+    "each kind with its interval. Where the full text scores little more than no context, the reader is lost in prompts of "
+    "that length, and whatever leaves less to read wins."
 )
+COLUMNS = (("soft", False), ("soft", True), ("text", False), ("text", True), ("plain", None))  # kind, for the question
 
 
 def short_table(pooled: Sequence[Row]) -> str:
@@ -46,6 +47,7 @@ def readme_block(pooled: Sequence[Row], sets: dict[str, dict[Key, Row]], picture
     Args:
         picture: its path from the README.
     """
+    several = several_passages(sets)
     parts = (
         "On the shipped toy reader (6 million parameters, [two hours of training](benchmarks/results/reader_training.jsonl) on "
         "two CPU cores), greedy answers. **Find your budget in the first column; in bold is what kept most of it.**",
@@ -53,6 +55,8 @@ def readme_block(pooled: Sequence[Row], sets: dict[str, dict[Key, Row]], picture
         one_slot(sets.get("qa_dev_squad", {})),
         f"![Recovered share by compression ratio and by time to the first token]({picture})",
         about(pooled, sets),
+        SEVERAL if several else "",
+        several,
         "Aims are what we want to reach, not what is reached, whichever way. **Compressed once** is what this package is for: "
         "passages are compressed when they are indexed, and every question reads what is stored. **For the question** a "
         "passage is compressed anew for each one, which the times count: a classifier four times the reader's size reads both "
@@ -112,8 +116,8 @@ def about(pooled: Sequence[Row], measured: Collection[str]) -> str:
     return text
 
 
-def results_page(pooled: Sequence[Row], sets: dict[str, dict[Key, Row]], allocated: Sequence[Row] = ()) -> str:
-    """RESULTS.md: every line, pooled and set by set, and the rows of slots by retrieval score (`allocated`)."""
+def results_page(pooled: Sequence[Row], sets: dict[str, dict[Key, Row]], others: Sequence[Row] = ()) -> str:
+    """RESULTS.md: every line, pooled and set by set, and the rows of other tests (`others`)."""
     parts = [
         "# Results",
         "Written by `python -m nutgraf.benchmarks.readme` from [results/](results); [README.md](README.md) defines the columns "
@@ -126,39 +130,13 @@ def results_page(pooled: Sequence[Row], sets: dict[str, dict[Key, Row]], allocat
         full = lines[FULL]
         skipped = f", {full['skipped']} too long for the reader left out" if full.get("skipped") else ""
         parts += [f"## {dataset_title(name)}", f"{full['n']} questions{skipped}.", _set_table(list(lines.values()))]
-    if table := allocation_table(allocated):
-        parts += ["## Slots by retrieval score", ALLOCATION, table]
+    for title, text, table in (
+        ("Slots by retrieval score", ALLOCATION, allocation_table(others)),
+        ("The fidelity gate", GATE, gate_table(others)),
+        ("Sweeps", SWEEPS, sweep_table(others)),
+    ):
+        parts += [f"## {title}", text, table] if table else []
     return "\n\n".join(parts) + "\n"
-
-
-def allocation_table(rows: Sequence[Row]) -> str:
-    """Each budget divided by score against the same budget at one ratio; the newest row of each line. Maybe empty."""
-    keys = ("dataset", "method", "ratio_asked", "allocation", "score", "temperature")
-    newest = {tuple(row.get(key) for key in keys): row for row in rows if "allocation" in row}
-    out = [
-        "| set | budget of | slots divided by | questions | F1 | against one ratio | nats of the answer, against one ratio |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in newest.values():
-        by_score = row["allocation"] == "score"
-        cells = [
-            dataset_title(row["dataset"]),
-            method_name(row["method"]) + (f" {row['ratio_asked']:g}x" if row.get("ratio_asked") else ""),
-            f"{SCORES[row['score']]}, T = {row['temperature']:g}" if by_score else "one ratio for all",
-            str(row["n"]),
-            f"{100 * row['f1']:.1f}",
-            _change(row, "f1_minus_uniform", 100, "+.1f"),
-            _change(row, "nll_minus_uniform", 1, "+.2f"),
-        ]
-        out.append("| " + " | ".join(cells) + " |")
-    return "\n".join(out) if newest else ""
-
-
-def _change(row: Row, key: str, factor: float, form: str) -> str:
-    if key not in row:
-        return ""
-    value, low, high = (factor * row[name] for name in (key, f"{key}_low", f"{key}_high"))
-    return f"{value:{form}} ({low:{form}} to {high:{form}})"
 
 
 def _pooled_table(rows: Sequence[Row]) -> str:

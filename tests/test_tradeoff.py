@@ -22,6 +22,7 @@ from nutgraf.benchmarks import (
     quality,
     remaining,
     results_page,
+    side_tables,
     source_hash,
 )
 from nutgraf.benchmarks import methods as lines
@@ -290,6 +291,44 @@ def test_the_page_has_every_line() -> None:
     assert page.count("gist tokens (reader tuned)") == 3
 
 
+def test_tables_beside_the_trade_off_hold_the_newest_rows() -> None:
+    gate = {
+        "test": "gate", "sending": "gate", "level": "0.2", "dataset": "qa_dev_squad + qa_dev_qamr", "n": 90, "share": 0.2,
+        "method": "mean-pool", "ratio_asked": 4.0, "reader_tokens": 80.0, "f1": 0.2, "calibrated_by": "probability",
+        "priced": True, "f1_minus_random": 0.01, "f1_minus_random_low": -0.004, "f1_minus_random_high": 0.02,
+    }  # fmt: skip
+    table = side_tables.gate_table([gate | {"f1": 0.9}, gate, gate | {"sending": "random"}]).splitlines()
+    assert table[2:] == [
+        "| SQuAD + QAMR (90) | mean-pooled windows 4x | probability for each token | 0.2 | 20 % | 80 | 20.0 "
+        "| +1.0 (-0.4 to +2.0) |  |  |"
+    ]
+    cell = {
+        "suite": "sweep", "recipe": "icae", "settings": {"a.b": "1", "c": "{x: 2}"}, "cell": "0f", "dataset": "qa_dev_squad",
+        "n": 50, "ratio_asked": 4.0, "steps": 9, "f1": 0.1, "f1_se": 0.02, "f1_full": 0.3, "f1_none": 0.01,
+    }  # fmt: skip
+    table = side_tables.sweep_table([cell, cell | {"cell": "1f", "f1": 0.12}, {"suite": "sweep", "diverged": "nan"}])
+    assert table.splitlines()[2:] == [
+        f"| icae | `a.b=1`, `c={{x: 2}}` | SQuAD (50) | 4x | 9 | {f1} ± 2.0 | 30.0 | 1.0 |" for f1 in ("10.0", "12.0")
+    ]
+    assert "settings_text" not in cell
+    assert side_tables.gate_table([]) == side_tables.sweep_table([]) == side_tables.several_passages({}) == ""
+
+
+def test_several_passages_have_a_table_of_their_own() -> None:
+    def of(name: str, passages: int) -> list[dict[str, Any]]:
+        more = {"dataset": name, "passages": passages, "f1_ci_low": 0.1, "f1_ci_high": 0.3}
+        return [row | more for row in ROWS if row["dataset"] == "qa_dev_squad"]
+
+    rows = [*of("qa_dev_squad_10, 10 passages", 10), *of("qa_dev_squad_10, 5 passages", 5), *ROWS]
+    table = side_tables.several_passages(pooled.comparable(rows)).splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == [
+        "| SQuAD among distractors, 5 passages", "| SQuAD among distractors, 10 passages"
+    ]  # fmt: skip
+    assert "gist" not in table[2]
+    assert "(10 to 30): " in table[2]
+    assert table[2] in results_page.readme_block(pooled.pool(ROWS), pooled.comparable(rows), "p.png")
+
+
 # -- the picture -------------------------------------------------------------------------------------------------------
 
 
@@ -358,11 +397,11 @@ def test_allocation_rows(reader: Reader, compressor: Any) -> None:
         key = f"{name}_minus_uniform"
         assert rows[3][f"{key}_low"] <= rows[3][key] <= rows[3][f"{key}_high"]
     assert json.dumps(rows)
-    lines_shown = results_page.allocation_table([*rows, *rows]).splitlines()
+    lines_shown = side_tables.allocation_table([*rows, *rows]).splitlines()
     assert len(lines_shown) == 2 + 3
     assert "| mean-pooled windows 4x | one ratio for all | 6 |" in lines_shown[2]
     assert "| mean-pooled windows 4x | BM25, T = 1 | 6 |" in lines_shown[3]
-    assert results_page.allocation_table(rows[:2]) == ""
+    assert side_tables.allocation_table(rows[:2]) == ""
     with pytest.raises(ValueError, match="no score"):
         allocation.ByScore(compressor, 4, scorer="luck")
     with pytest.raises(ValueError, match="makes text"):
