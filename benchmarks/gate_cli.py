@@ -10,6 +10,7 @@ import typer
 from ..compressors import FidelityConfig
 from .gate import SHARES, calibrate, gate_line, gate_rows
 from .loading import dataset_name, find_reader, find_records
+from .methods import Compressed
 from .options import (
     Batch,
     Device,
@@ -36,7 +37,7 @@ def gate(
     reader: ReaderName = "reader-small",
     compressor: Annotated[
         list[str],
-        typer.Option("--compressor", help="NAME or NAME@RATIO,RATIO; lower ratios are compared with as well."),
+        typer.Option("--compressor", help="NAME or NAME@RATIO,RATIO; a gate for each, the lower ones compared with."),
     ] = [],  # noqa: B006 (typer copies it)
     ratio: Ratios = [],  # noqa: B006
     tune: Annotated[
@@ -47,6 +48,9 @@ def gate(
     limit: Limit = None,
     share: Annotated[
         list[float] | None, typer.Option(help="Shares of passages sent as text; default 5 to 90 %.")
+    ] = None,
+    alone: Annotated[
+        list[float] | None, typer.Option(help="Compare with slots alone at this lower ratio as well, repeatable.")
     ] = None,
     seeds: Annotated[int, typer.Option(help="Random sendings beside each of the gate's.")] = 20,
     signal: Annotated[list[str] | None, typer.Option(help="What the gate measures, repeatable; default all.")] = None,
@@ -80,6 +84,7 @@ def gate(
             if save is not None:
                 fitted.save_pretrained(save / label(method).replace(" ", "-") if len(methods) > 1 else save)
             lower = [m for m in methods if m.compressor is method.compressor and (m.ratio or 0) < (method.ratio or 0)]
+            lower += [Compressed(method.compressor, each) for each in alone or ()]
             found = gate_rows(fitted, method, records, settings, shares=share or SHARES, seeds=seeds, slots_alone=lower)
             rows = [row | {"half": half, "calibrated_by": target, "priced": priced} for row in found]
             keep(rows, out)
