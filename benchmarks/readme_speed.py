@@ -15,7 +15,7 @@ from .speed_tables import SpeedTable, missing, speed_tables
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- speed: begin (python -m nutgraf.benchmarks.readme_speed) -->", "<!-- speed: end -->"
-FILES = ("speed.jsonl", "store.jsonl", "training_speed.jsonl")
+FILES = ("speed.jsonl", "store.jsonl", "training_speed.jsonl", "selection.jsonl")
 
 
 def section(rows: Iterable[Row]) -> str:

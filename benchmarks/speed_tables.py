@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from .names import method_name
 from .rows import Row
 
 FULL, RANDOM = "full", "random-slots"
@@ -26,7 +27,7 @@ def speed_tables(rows: Iterable[Row]) -> list[SpeedTable]:
     """All tables that some row belongs in, from the newest row of each line."""
     rows = list(rows)
     makers: list[Callable[[list[Row]], SpeedTable | None]] = [
-        first_token, batches, compressing, training, loss_memory, store,
+        first_token, batches, compressing, selecting, training, loss_memory, store,
     ]  # fmt: skip
     return [table for make in makers if (table := make(rows)) is not None]
 
@@ -130,6 +131,30 @@ def compressing(rows: Sequence[Row]) -> SpeedTable | None:
         "Share of the throughput of a bare forward pass of the encoder's layers over the same tokens and slots, and of the "
         "reader's layers without LoRA.",
         ("method", "passages", "tokens", "tokens/s", "of the bare encoder", "of the reader's layers"),
+        lines,
+    )
+
+
+def selecting(rows: Sequence[Row]) -> SpeedTable | None:
+    """Token selection beside the package it comes from."""
+    about = ("method", "mode", "model", "tokens", "passages")
+    rows = [row | {"reader_shape": row.get("model")} for row in rows if row.get("suite") == "selection"]
+    lines = [
+        (
+            f"{method_name(row['method'])}{', as published' if row['mode'] == 'faithful' else ''}",
+            f"{row['passages']} x {row['tokens'] // row['passages']:,}",
+            row["model"],
+            f"{row['seconds']:.2f} s",
+            f"{row['speedup']:.2f}x as fast",
+            f"{row['over_bare']:.2f}",
+        )
+        for row in _newest(rows, "speed", about, "selection")
+    ]
+    return _table(
+        "Selecting tokens",
+        "To the same kept share as llmlingua 0.2.2, with the same weights, text and threads, taking turns; and over one bare "
+        "forward pass of the model. As published, both forward the same positions.",
+        ("method", "passages x tokens", "model", "took", "beside llmlingua", "over a bare forward"),
         lines,
     )
 

@@ -36,12 +36,15 @@ ROWS = [
      "vocabulary": 128256, "extra_bytes": 7.9e8, "bound_bytes": 7.88e8, "whole_bytes": 3.15e9, **CPU},
     {"suite": "store", "state": "answer", **CPU, "reader_shape": "r", "method": "slabs", "passages": 64, "slots": 13.0,
      "read_ms": 1.5, "ttft_memory_ms": 90.0, "read_share_of_ttft": 0.0167, "read_gbps": 1.9, "copy_gbps": 8.0},
+    *({"suite": "selection", "test": "speed", **CPU, "method": "llmlingua", "mode": mode, "model": model, "tokens": 800,
+       "passages": 4, "seconds": 0.5, "speedup": speedup, "over_bare": 1.1, "reader": model}
+      for mode, model, speedup in (("fast", "a", 9.0), ("fast", "a", 2.5), ("faithful", "b", 1.0))),
 ]  # fmt: skip
 
 
 def test_tables_hold_the_newest_figures() -> None:
     tables = {table.title: table for table in speed_tables.speed_tables(ROWS)}
-    assert len(tables) == 6
+    assert len(tables) == 7
     first = tables["Time to the first token"].lines
     assert ("reader-small, CPU, 2 threads", "1,995 in 10", "full text", "2,000", "250 ms", "", "54 %", "") in first
     assert first[-1][2:] == ("130 slots of mean-pool (16x)", "194", "29 ms", "8.6x", "54 %", "1.0 reads")
@@ -52,6 +55,10 @@ def test_tables_hold_the_newest_figures() -> None:
     step = ("icae", "KL, teacher beside it", "1.12", "512 ms", "13.2 ms", "4,000", "600 MB")
     assert tables["A training step"].lines == (step,)
     assert tables["Memory of the losses"].lines[0][3:] == ("790 MB", "788 MB", "3,150 MB")
+    assert tables["Selecting tokens"].lines == (
+        ("LLMLingua", "4 x 200", "a", "0.50 s", "2.50x as fast", "1.10"),
+        ("LLMLingua, as published", "4 x 200", "b", "0.50 s", "1.00x as fast", "1.10"),
+    )
     assert tables["Reading from the store"].lines[0][4] == "1.7 %"
     assert all(len(line) == len(table.columns) for table in tables.values() for line in table.lines)
     assert speed_tables.speed_tables([{"suite": "quality"}]) == []
@@ -67,7 +74,7 @@ def test_what_is_missing_is_named() -> None:
 
 def test_the_report_has_the_account_alone_or_beside_answers(tmp_path: Path) -> None:
     page = report.write_report(tmp_path / "report.html", ROWS).read_text()
-    assert page.count("<h3>") == 6
+    assert page.count("<h3>") == 7
     assert "130 slots of mean-pool (16x)" in page
     with pytest.raises(ValueError, match="at least one"):
         report.write_report(tmp_path / "none.html", [])
