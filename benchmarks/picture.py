@@ -190,9 +190,12 @@ def _by_ratio(axes: Axes, series: Sequence[dict[str, Any]]) -> None:
     ticks = [2.0**k for k in range(low, high + 1)]
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
     axes.minorticks_off()
-    for level, words, color, height in ((100, "full text", INK, 4), (0, "no context", QUIET, -14)):
-        axes.annotate(words, (1, level), (-4, height), xycoords=("axes fraction", "data"), textcoords="offset points",
-                      ha="right", color=color)  # fmt: skip
+    for level, words, side, color, shift in (
+        (100, "full text", 1, INK, (-4, 4)),
+        (0, "no context", 0, QUIET, (4, -14)),
+    ):
+        axes.annotate(words, (side, level), shift, xycoords=("axes fraction", "data"), textcoords="offset points",
+                      ha="right" if side else "left", color=color)  # fmt: skip
     axes.set_xlabel("compression ratio: passage tokens per slot")
 
 
@@ -211,7 +214,7 @@ def _by_time(axes: Axes, series: Sequence[dict[str, Any]], rows: Sequence[Row]) 
             axes.annotate(words, (row["ttft_ms"], level), (-10 if left else 10, 8 if left else -15), textcoords="offset points",
                           ha="right" if left else "left", color=INK)  # fmt: skip
     axes.set_xlim(left=0)
-    axes.set_xlabel("time to the first token, ms (compressing included where it needs the question)")
+    axes.set_xlabel("time to the first token, ms\n(compressing included where it needs the question)")
 
 
 def _limits(rows: Sequence[Row]) -> tuple[float, float]:

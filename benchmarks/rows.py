@@ -69,8 +69,8 @@ def read_rows(paths: str | Path | Sequence[str | Path]) -> list[Row]:
 def paired(rows: Sequence[Row]) -> list[Row]:
     """The rows whose lines compare: of each question set those of its newest reader, on the questions of most lines.
 
-    The newest reader is the one of the set's last full text. Rows of suites or tests of their own, and rows that do not say
-    which questions they are about, are held to the reader alone.
+    The newest reader is the one of the set's last full text. Rows that do not say which questions they are about are left out
+    where others do; rows of suites or tests of their own are held to the reader alone.
     """
     lines = [row for row in rows if row.get("suite") == "quality" and "test" not in row]
     reader = {row.get("dataset"): row.get("reader") for row in lines if row.get("method") == "full"}
@@ -83,9 +83,7 @@ def paired(rows: Sequence[Row]) -> list[Row]:
     return [
         row
         for row in kept
-        if row.get("suite") != "quality"
-        or "test" in row
-        or row.get("questions", most.get(row.get("dataset"))) == most.get(row.get("dataset"))
+        if row.get("suite") != "quality" or "test" in row or row.get("questions") == most.get(row.get("dataset"))
     ]
 
 
@@ -125,11 +123,11 @@ def latest(rows: Sequence[Row]) -> list[Row]:
 def by_dataset(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Quality and speed rows by the dataset that they were measured on, in order of appearance.
 
-    Rows of the account of speed have no dataset and stand elsewhere.
+    Rows of the account of speed and of earlier ways have no dataset and stand elsewhere.
     """
     found: dict[str, list[Row]] = {}
     for row in rows:
-        if row.get("suite") in ("quality", "speed") and row.get("test") not in ("account", "compress"):
+        if row.get("suite") in ("quality", "speed") and row.get("test") not in ("account", "compress", "before-after"):
             found.setdefault(str(row.get("dataset", "")), []).append(row)
     return found
 

@@ -120,9 +120,11 @@ def test_lines_of_an_older_reader_and_of_other_questions_are_left_out(tmp_path: 
     old = [row | {"reader": "a", "questions": "q", "f1": 0.333} for row in ROWS if row["suite"] == "quality"]
     new = [row | {"reader": "b", "questions": "q"} for row in ROWS if row["method"] in ("full", "none")]
     few = [quality("full", 0.99, 190) | {"reader": "b", "questions": "few"}]
+    few += [quality("soft", 0.88, 40, 8) | {"reader": "b", "half": "report"}]
     page = report.write_report(tmp_path / "r.html", [*old, *new, *few]).read_text("utf-8")
     assert "33.3" not in page
     assert "99.0" not in page
+    assert "88.0" not in page
     assert "60.0" in page
 
 
