@@ -42,7 +42,7 @@ def batches(reader: Reader, passages: int = 64) -> Ways:
             body(input_ids=ids, attention_mask=mask if masked else None, use_cache=False)
 
     full = [list(range(start, min(start + n, len(rows)))) for start, n in _in_order([len(row) for row in rows])]
-    packed = list(pack([len(row) for row in rows], _POSITIONS, pass_positions(reader.device)))
+    packed = list(pack([len(row) for row in rows], _POSITIONS, pass_positions(reader.device, gradients=False)))
     return {
         "sorted, masked": lambda: run(full, True),
         "packed, masked": lambda: run(packed, True),

@@ -147,7 +147,7 @@ class Embedder:
             return []
         lengths = [len(ids) for ids in self._tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
         out: dict[int, Tensor] = {}
-        for group in pack(lengths, _POSITIONS, pass_positions(self.model.device)):
+        for group in pack(lengths, _POSITIONS, pass_positions(self.model.device, gradients=False)):
             vectors = self.model.encode(
                 [texts[i] for i in group], batch_size=len(group), convert_to_tensor=True, show_progress_bar=False
             )

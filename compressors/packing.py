@@ -12,13 +12,19 @@ _watched: ContextVar[list[int] | None] = ContextVar("watched", default=None)
 _MOST = 256  # sequences in a batch: more save no pass worth counting
 
 
-def pass_positions(device: torch.device) -> int:
+def pass_positions(device: torch.device, gradients: bool | None = None) -> int:
     """What one more forward pass costs beside the positions that it runs, in positions.
 
-    On a CPU a pass's own cost (reading the weights, Python) is that of a few positions; a GPU is idle in passes of less than
-    about a thousand.
+    On a CPU a pass's own cost (reading the weights, Python) is that of a few positions, or of some hundred with the graph and
+    the backward pass; a GPU is idle in passes of less than about a thousand.
+
+    Args:
+        device: where it runs.
+        gradients: whether there is a backward pass; default: whether torch records one now.
     """
-    return 32 if device.type == "cpu" else 1024
+    if device.type != "cpu":
+        return 1024
+    return 400 if (torch.is_grad_enabled() if gradients is None else gradients) else 32
 
 
 @contextlib.contextmanager
