@@ -190,11 +190,11 @@ def _by_ratio(axes: Axes, series: Sequence[dict[str, Any]]) -> None:
     ticks = [2.0**k for k in range(low, high + 1)]
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
     axes.minorticks_off()
-    for level, words, side, color, shift in (
+    for level, words, side, color, offset in (
         (100, "full text", 1, INK, (-4, 4)),
         (0, "no context", 0, QUIET, (4, -14)),
     ):
-        axes.annotate(words, (side, level), shift, xycoords=("axes fraction", "data"), textcoords="offset points",
+        axes.annotate(words, (side, level), offset, xycoords=("axes fraction", "data"), textcoords="offset points",
                       ha="right" if side else "left", color=color)  # fmt: skip
     axes.set_xlabel("compression ratio: passage tokens per slot")
 
