@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ..compressors import Reader
 from ..compressors.objectives import LanguageModelingLoss
 from ..compressors.packing import pack, pass_positions
+from ..compressors.scoring import batches as filled
 from ..compressors.token_classifier import pad_rows, positions_per_pass
 from .clock import Clock
 from .loading import find_reader, find_records
@@ -33,7 +34,7 @@ def batches(reader: Reader, passages: int = 64) -> Ways:
     """The encoder's passes over passages of mixed lengths: sorted and padded under a mask, packed, packed without a mask."""
     texts = list(dict.fromkeys(text for record in find_records("sample") for text in record.passages))
     rows = reader.tokenize_batch(random.Random(0).sample(texts, min(passages, len(texts))))
-    rows.sort(key=len, reverse=True)
+    lengths = [len(row) for row in rows]
     body: Any = reader.model.get_decoder()
 
     def run(groups: Sequence[Sequence[int]], masked: bool) -> None:
@@ -41,23 +42,13 @@ def batches(reader: Reader, passages: int = 64) -> Ways:
             ids, mask = (part.to(reader.device) for part in pad_rows([rows[i] for i in group], 0))
             body(input_ids=ids, attention_mask=mask if masked else None, use_cache=False)
 
-    full = [list(range(start, min(start + n, len(rows)))) for start, n in _in_order([len(row) for row in rows])]
-    packed = list(pack([len(row) for row in rows], _POSITIONS, pass_positions(reader.device, gradients=False)))
+    full = list(filled(lengths, _POSITIONS, 1.0))
+    packed = list(pack(lengths, _POSITIONS, pass_positions(reader.device, gradients=False)))
     return {
         "sorted, masked": lambda: run(full, True),
         "packed, masked": lambda: run(packed, True),
         "packed, no mask": lambda: run(packed, False),
     }
-
-
-def _in_order(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Start and size of batches filled in order up to `_POSITIONS`."""
-    found, start = [], 0
-    while start < len(lengths):
-        n = max(1, min(_POSITIONS // max(lengths[start], 1), len(lengths) - start))
-        found.append((start, n))
-        start += n
-    return found
 
 
 def head(reader: Reader, tokens: int = 4096) -> Ways:

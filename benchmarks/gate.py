@@ -120,9 +120,8 @@ def gate_rows(
         name: mixture.within(sum(mixture.extra[text] for text in sent), short, skip=True)
         for name, sent in sendings.items()
     }
-    mixture.read(
-        [*sendings.values(), *shortest.values(), *(s for some in drawn.values() for s in some)]
-    )  # in common batches
+    # All of them in common batches.
+    mixture.read([*sendings.values(), *shortest.values(), *(sent for some in drawn.values() for sent in some)])
 
     rows = [
         report.row("none", report.none),

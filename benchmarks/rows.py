@@ -123,11 +123,11 @@ def latest(rows: Sequence[Row]) -> list[Row]:
 def by_dataset(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Quality and speed rows by the dataset that they were measured on, in order of appearance.
 
-    Rows of the account of speed and of earlier ways have no dataset and stand elsewhere.
+    Rows of tests of speed (the account, compressing, earlier ways) have no dataset and stand elsewhere.
     """
     found: dict[str, list[Row]] = {}
     for row in rows:
-        if row.get("suite") in ("quality", "speed") and row.get("test") not in ("account", "compress", "before-after"):
+        if row.get("suite") == "quality" or (row.get("suite") == "speed" and "test" not in row):
             found.setdefault(str(row.get("dataset", "")), []).append(row)
     return found
 

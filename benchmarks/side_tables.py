@@ -23,26 +23,24 @@ SWEEPS = (
     "Recipes trained with some settings varied, few steps, on the halves for choosing: F1, with the standard error. The full "
     "text and no context are the reader's own."
 )
-_COLUMNS = (("compressed once", False), ("for the question", True))
 
 
 def several_passages(sets: dict[str, dict[Key, Row]]) -> str:
     """Sets with several passages a question: the best of each kind by F1. Maybe empty."""
-    out = [
-        "| passages | no context | all of the full text | compressed once | for the question | plain text |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     named = [(name, lines) for name, lines in sets.items() if ", " in name]
-    for name, lines in sorted(named, key=lambda pair: (pair[0].split(", ")[0], pair[1][FULL]["passages"])):
-        rows = [row for row in lines.values() if not row.get("reader_tuned")]
-        cells = [dataset_title(name), *(f"{100 * lines[key]['f1']:.1f}" for key in (NONE, FULL))]
-        for _, asked in _COLUMNS:
+    for name, found in sorted(named, key=lambda pair: (pair[0].split(", ")[0], pair[1][FULL]["passages"])):
+        rows = [row for row in found.values() if not row.get("reader_tuned")]
+        cells = [dataset_title(name), *(f"{100 * found[key]['f1']:.1f}" for key in (NONE, FULL))]
+        for asked in (False, True):
             cells.append(
                 _best(r for r in rows if kind_of(r) in ("soft", "text") and r.get("query_aware", False) == asked)
             )
         cells.append(_best(r for r in rows if kind_of(r) == "plain"))
-        out.append("| " + " | ".join(cells) + " |")
-    return "\n".join(out) if named else ""
+        lines.append(cells)
+    return _table(
+        ("passages", "no context", "all of the full text", "compressed once", "for the question", "plain text"), lines
+    )
 
 
 def _best(rows: Iterable[Row]) -> str:
@@ -60,10 +58,7 @@ def allocation_table(rows: Sequence[Row]) -> str:
     """Each budget divided by score against the same budget at one ratio; the newest row of each line. Maybe empty."""
     keys = ("dataset", "method", "ratio_asked", "allocation", "score", "temperature")
     newest = _newest((row for row in rows if "allocation" in row), keys)
-    out = [
-        "| set | budget of | slots divided by | questions | F1 | against one ratio | nats of the answer, against one ratio |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for row in newest:
         by_score = row["allocation"] == "score"
         cells = [
@@ -75,19 +70,16 @@ def allocation_table(rows: Sequence[Row]) -> str:
             _change(row, "f1_minus_uniform", 100, "+.1f"),
             _change(row, "nll_minus_uniform", 1, "+.2f"),
         ]
-        out.append("| " + " | ".join(cells) + " |")
-    return "\n".join(out) if newest else ""
+        lines.append(cells)
+    columns = ("set", "budget of", "slots divided by", "questions", "F1", "against one ratio")
+    return _table((*columns, "nats of the answer, against one ratio"), lines)
 
 
 def gate_table(rows: Sequence[Row]) -> str:
     """Every sending of a gate beside random, shortest and slots alone, the newest row of each line. Maybe empty."""
     keys = ("dataset", "method", "ratio_asked", "calibrated_by", "priced", "level")
     newest = _newest((r for r in rows if r.get("test") == "gate" and r["sending"] == "gate" and "share" in r), keys)
-    out = [
-        "| sets | compressor | gate goes by | level | as text | tokens read | F1 | against random | against the shortest "
-        "| against slots alone |",
-        "|---" * 10 + "|",
-    ]
+    lines = []
     for row in newest:
         loss = "probability" if row.get("calibrated_by") == "probability" else "F1"
         cells = [
@@ -100,15 +92,16 @@ def gate_table(rows: Sequence[Row]) -> str:
             f"{100 * row['f1']:.1f}",
             *(_change(row, f"f1_minus_{other}", 100, "+.1f") for other in ("random", "shortest", "slots")),
         ]
-        out.append("| " + " | ".join(cells) + " |")
-    return "\n".join(out) if newest else ""
+        lines.append(cells)
+    columns = ("sets", "compressor", "gate goes by", "level", "as text", "tokens read", "F1", "against random")
+    return _table((*columns, "against the shortest", "against slots alone"), lines)
 
 
 def sweep_table(rows: Sequence[Row]) -> str:
     """Every cell of every sweep, the newest row of each line. Maybe empty."""
     found = [row for row in rows if row.get("suite") == "sweep" and "f1" in row]
     newest = _newest(found, ("recipe", "cell", "dataset", "ratio_asked"))
-    out = ["| recipe | settings | set | ratio | steps | F1 | full text | no context |", "|---" * 8 + "|"]
+    lines = []
     for row in newest:
         cells = [
             row["recipe"],
@@ -120,8 +113,8 @@ def sweep_table(rows: Sequence[Row]) -> str:
             f"{100 * row['f1_full']:.1f}",
             f"{100 * row['f1_none']:.1f}",
         ]
-        out.append("| " + " | ".join(cells) + " |")
-    return "\n".join(out) if newest else ""
+        lines.append(cells)
+    return _table(("recipe", "settings", "set", "ratio", "steps", "F1", "full text", "no context"), lines)
 
 
 def _newest(rows: Iterable[Row], keys: Sequence[str]) -> list[Row]:
@@ -129,6 +122,16 @@ def _newest(rows: Iterable[Row], keys: Sequence[str]) -> list[Row]:
     for row in rows:
         found[tuple(row.get(key) for key in keys)] = row
     return list(found.values())
+
+
+def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; nothing without lines."""
+    rule = "|---" * len(columns) + "|"
+    return (
+        "\n".join([f"| {' | '.join(columns)} |", rule, *(f"| {' | '.join(cells)} |" for cells in lines)])
+        if lines
+        else ""
+    )
 
 
 def _change(row: Row, key: str, factor: float, form: str) -> str:
