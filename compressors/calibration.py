@@ -141,7 +141,7 @@ def signal_rows(measured: Sequence[Sequence[float | None]], size: int) -> np.nda
 
 
 def threshold_leaving(scores: np.ndarray, losses: np.ndarray, left: float) -> float:
-    """The lowest score from which on passages lose at most the share ``left`` of all; 0 where nothing is lost."""
+    """The lowest score from which on passages lose at most the share ``left`` of all; -1e9 where nothing is lost."""
     order = np.argsort(scores, kind="stable")
     ranked, lost = scores[order], np.cumsum(losses[order])
     if not len(lost) or lost[-1] <= 0:

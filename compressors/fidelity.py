@@ -294,6 +294,8 @@ class FidelityGate:
             calibration = MonotoneLogistic.from_dict(about["calibration"])
             thresholds = {name: float(about["thresholds"][name]) for name in LEVELS}
             price = None if about.get("price") is None else float(about["price"])
+            if price is not None and not 0 < price < float("inf"):
+                raise ValueError(f"its price must be a positive number, got {price!r}")
             made_for = (str(about["compressor"]), str(about["reader"]))
         except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, CheckpointError):

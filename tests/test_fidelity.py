@@ -303,7 +303,8 @@ def test_saved_and_loaded(zoo, tmp_path, compressor):
     (tmp_path / "fidelity.json").write_text(json.dumps({**about, "reader": "0" * 32}))
     with pytest.raises(ReaderMismatchError, match="the reader"):
         FidelityGate.from_pretrained(tmp_path, compressor)
-    for broken in ("{", "[]", json.dumps({**about, "thresholds": {}}), json.dumps({**about, "version": 99})):
+    prices = (json.dumps({**about, "price": price}) for price in (0, -3.0, float("nan"), "much"))
+    for broken in ("{", "[]", json.dumps({**about, "thresholds": {}}), json.dumps({**about, "version": 99}), *prices):
         (tmp_path / "fidelity.json").write_text(broken)
         with pytest.raises(CheckpointError):
             FidelityGate.from_pretrained(tmp_path, compressor)
