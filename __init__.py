@@ -38,6 +38,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+SMOLLM2 = "SmolLM2-135M-Instruct"  # a reader that the package index holds; see compressors/packaged_lm.py
 _PRETRAINED = Path(__file__).parent / "recipes" / "pretrained"
 
 
@@ -54,3 +55,12 @@ def pretrained(name: str) -> str:
     if name not in (have := sorted(p.name for p in _PRETRAINED.glob("*/") if (p / "config.json").exists())):
         raise ValueError(f"No shipped artefact is called {name!r}; the package holds {have}.")
     return str(folder)
+
+
+def locate(name: str) -> str:
+    """The folder of a shipped artefact, or `name` itself: a folder, a hub id or `SMOLLM2`.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    return name if "/" in name or name == SMOLLM2 or Path(name).exists() else pretrained(name)

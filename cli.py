@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import locate
+
 if TYPE_CHECKING:
     from .compressors import CompressedPassage, Compressor
 
@@ -29,7 +31,7 @@ def friendly_errors() -> Iterator[None]:
     """Turn the errors that are written for users into one line and exit status 2."""
     try:
         yield
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
         from rich.console import Console
 
         Console(stderr=True).print(f"[bold red]Error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
@@ -119,9 +121,9 @@ def inspect(
         from .compressors import COMPRESSORS, Reader, load_compressor, make_compressor
 
         passage_text = _read_text(text)
-        loaded = Reader.from_pretrained(_shipped(reader))
+        loaded = Reader.from_pretrained(locate(reader))
         method = COMPRESSORS.get(compressor)
-        made = make_compressor(compressor, loaded) if method else load_compressor(_shipped(compressor), loaded)
+        made = make_compressor(compressor, loaded) if method else load_compressor(locate(compressor), loaded)
         (found,) = made.compress([passage_text], query=query, ratio=ratio)
         _show(made, found, passage_text, query)
 
@@ -148,7 +150,7 @@ def import_(
             if not equals:
                 raise ValueError(f"Settings are written name=value, got {setting!r}.")
             given[key] = parse_value(value)
-        found = _shipped(reader) if reader else None
+        found = locate(reader) if reader else None
         ignored = import_to(name, path, out, found, device=device, **given)
         for line in describe_ignored(ignored):
             typer.echo(f"left out, {line}", err=True)
@@ -289,15 +291,6 @@ def _read_text(text: str) -> str:
         if path.is_file():
             return path.read_text(encoding="utf-8")
     return text
-
-
-def _shipped(name: str) -> str:
-    """The folder of a shipped artefact, or `name` itself: a folder or a hub id."""
-    if "/" in name or Path(name).exists():
-        return name
-    from . import pretrained
-
-    return pretrained(name)
 
 
 def _escape(text: str) -> str:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
+from .. import locate
 from ..adapters.store import Encoding
 from ..compressors import COMPRESSORS, Compressor, Reader, load_compressor, make_compressor
 from ..recipes.corpus import Record, read_records
 from .distractors import with_passages
 
-PRETRAINED = Path(__file__).resolve().parent.parent / "recipes" / "pretrained"
 SAMPLE = Path(__file__).resolve().parent / "sample"
 SAMPLE_QUESTIONS = SAMPLE / "squad_dev.jsonl"
 SAMPLE_ARTICLES = SAMPLE / "articles.txt"
@@ -53,7 +53,7 @@ def find_reader(name: str, device: str = "auto", dtype: str = "auto") -> Reader:
         dtype: `auto` takes float32 on the CPU, where it is exact and often faster, and the checkpoint's own elsewhere.
     """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    return Reader.from_pretrained(_shipped(name), device=device, dtype=torch_dtype(dtype, device))
+    return Reader.from_pretrained(locate(name), device=device, dtype=torch_dtype(dtype, device))
 
 
 def hide_loading_bars() -> None:
@@ -78,7 +78,7 @@ def find_compressor(name: str, reader: Reader) -> Compressor:
     cls = COMPRESSORS.get(name)
     if cls is not None and cls.interface == "text":
         return make_compressor(name, reader)
-    return load_compressor(_shipped(name), reader)
+    return load_compressor(locate(name), reader)
 
 
 def store_encoding(precision: str) -> Encoding:
@@ -121,8 +121,3 @@ def find_records(
 def dataset_name(path: str) -> str:
     """What rows call a question file: its name without folders and endings."""
     return "squad_sample" if path == "sample" else Path(path).name.split(".")[0]
-
-
-def _shipped(name: str) -> str:
-    folder = PRETRAINED / name
-    return str(folder) if "/" not in name and (folder / "config.json").is_file() else name

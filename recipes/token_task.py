@@ -16,11 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from .. import locate
 from ..compressors import Reader, make_compressor
 from ..compressors.llmlingua2 import LLMLingua2Compressor
 from ..compressors.token_classifier import pad_rows
 from .compressor_items import CompressorItems
-from .compressor_task import find_reader
 from .corpus import find_files, open_text
 from .records import Asked, Material, load_records
 from .schema import Recipe, Stage, validate
@@ -144,7 +144,7 @@ class TokenTask:
         torch.manual_seed(recipe.seed)
         settings = dict(recipe.compressor)
         found = make_compressor(
-            settings.pop("method"), reader or Reader.from_pretrained(find_reader(str(recipe.reader))), **settings
+            settings.pop("method"), reader or Reader.from_pretrained(locate(str(recipe.reader))), **settings
         )
         if not isinstance(found, LLMLingua2Compressor) or found.tagger is None:
             raise ValueError("A recipe of kind 'tokens' trains llmlingua2 with LoRA and a head: leave out classifier.")

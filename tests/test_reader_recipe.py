@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 from llama_index.core.prompts.default_prompts import DEFAULT_TEXT_QA_PROMPT_TMPL
+from nutgraf import Reader
 from nutgraf.recipes.answer_scores import exact_match, f1
 from nutgraf.recipes.corpus import parse_record, read_documents, read_records
 from nutgraf.recipes.overlap import HeldOut
@@ -320,6 +321,132 @@ def test_the_recipe_trains_scores_and_saves_a_loadable_reader(recipe, tmp_path):
     torch.testing.assert_close(model(input_ids=ids).logits, want)
     scores = ReaderTask(recipe).evaluate(recipe.stages[0])
     assert {"copy_loss", "heldout_ppl", "em_squad", "f1_squad_none", "ended_qamr"} <= set(scores)
+
+
+# -- a pretrained base ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(zoo, tmp_path_factory):
+    """A tiny Llama that stands for a pretrained model, in a folder."""
+    folder = tmp_path_factory.mktemp("base")
+    zoo.model("llama").to(torch.bfloat16).save_pretrained(folder)
+    zoo.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def on_base(data, base, *overrides):
+    return load_recipe(
+        "reader_smollm2",
+        [
+            f"data.dir={data}",
+            "data.dev_questions=[qa_dev_squad.jsonl.xz]",
+            "data.dev_limit=1",
+            f"model.base={base}",
+            "model.first_layer=1",
+            "stages.*.steps=2",
+            "stages.*.batch_size=2",
+            "stages.*.mix.row_tokens=400",
+            "stages.*.eval_every=null",
+            *overrides,
+        ],
+    )
+
+
+def test_a_pretrained_base_becomes_an_adapter_that_a_reader_loads(data, base, tmp_path):
+    recipe = on_base(data, base, "stages.*.lr=0.05")
+    task = ReaderTask(recipe)
+    before = {name: value.clone() for name, value in task.module.named_parameters()}
+    final = run_recipe(recipe, task, tmp_path / "run")
+    changed = {name for name, value in task.module.named_parameters() if not torch.equal(value, before[name])}
+    assert changed
+    assert all("lora_" in name and ".layers.0." not in name for name in changed)
+    assert {file.name for file in final.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "config.json",
+    }
+    reader, again = Reader.from_pretrained(final), Reader.from_pretrained(final, dtype=torch.float32)
+    assert reader.fingerprint == again.fingerprint != Reader.from_pretrained(base).fingerprint
+    ids = torch.tensor([reader.tokenize(TESLA)])
+    with torch.no_grad():
+        want, got = task.module.model.float().eval()(ids).logits, again.model(ids).logits
+    torch.testing.assert_close(got, want, atol=0.05, rtol=0.05)  # the adapter and the sum are stored in bfloat16
+    with torch.no_grad():
+        assert (got - Reader.from_pretrained(base, dtype=torch.float32).model(ids).logits).abs().max() > 0.2
+
+
+def test_rows_on_a_base_are_laid_out_in_its_own_chat_format(data, base):
+    recipe = on_base(data, base, "stages.*.mix.formats={chat: 1.0}", "stages.*.mix.kinds={human: 1.0}")
+    task = ReaderTask(recipe)
+    reader = Reader.from_pretrained(base)
+    row = task.dataset(recipe.stages[0])[0]
+    ids, branches = row["ids"][row["groups"] == 1], row["branches"][row["groups"] == 1]
+    asked = torch.tensor(ids[(branches == 0) | (branches == 1)])
+    text = task.tokenizer.decode(asked)
+    question, answer = text.split("Question: ")[1].split("\nAnswer:")[0], text.split("\n")[-1].removesuffix("</s>")
+    context = text.split("<|user|>\n")[1].split("\n\nQuestion")[0]
+    assert answer == answer.strip()  # the template ends with a line of its own
+    (plan,) = reader.plan([[f"{context}\n\nQuestion: {question}\nAnswer:"]], chat=True)
+    assert asked.tolist()[: len(plan)] == list(plan.ids)
+
+
+def test_the_small_reader_keeps_its_chat_format(task):
+    rows = rows_of(task, formats={"chat": 1.0})
+    names = [task.tokenizer.convert_ids_to_tokens(part) for part in rows.chat]
+    assert names == [[BOS, "<|user|>", "Ċ"], ["Ċ", "<|assistant|>"]]
+    assert rows.prompts.bos_ids == [task.tokenizer.bos_token_id]
+
+
+def test_rows_on_a_base_give_what_each_prompt_gives_alone(data, zoo, tmp_path):
+    for name in ("llama", "qwen3", "gemma3_text", "gpt_neox", "olmo2"):
+        model = zoo.model(name).float().eval()
+        task = ReaderTask(on_base(data, _saved(zoo, name, tmp_path), "model.target_modules=all-linear"))
+        module = PackedReader(model)
+        batch = collate_rows([rows_of_base(task)])
+        got = module(**batch)
+        losses = []
+        ids, groups, branches, kinds = (batch[key][0] for key in ("ids", "groups", "branches", "kinds"))
+        for group in range(1, int(groups.max()) + 1):
+            for branch in range(1, int(branches[groups == group].max()) + 1):
+                chosen = (groups == group) & ((branches == 0) | (branches == branch))
+                logits = model(ids[chosen][None]).logits[0, :-1]
+                wanted = kinds[chosen][1:] > 0
+                losses.append(
+                    torch.nn.functional.cross_entropy(logits[wanted], ids[chosen][1:][wanted], reduction="none")
+                )
+        torch.testing.assert_close(got["loss"], torch.cat(losses).mean(), atol=1e-4, rtol=1e-4)
+
+
+def rows_of_base(task):
+    settings = RowSettings(row_tokens=400, kinds={"human": 1.0}, text_share=0.0)
+    return ReaderRows(task.corpus, task.tokenizer, settings, "7/test", 1)[0]
+
+
+def _saved(zoo, name, folder):
+    place = folder / name
+    zoo.model(name).save_pretrained(place)
+    zoo.tokenizer().save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.first_layer=3"], "first_layer is 3.*3 layers"),
+        (["model.rank=3"], "unknown key model.rank"),
+        (["tokenizer={vocab_size: 300}"], "remove tokenizer"),
+    ],
+)
+def test_a_base_that_cannot_be_used_is_refused(data, base, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        ReaderTask(on_base(data, base, *overrides))
+
+
+def test_pointing_heads_are_refused_on_a_base(data, base):
+    recipe = on_base(data, base, "stages.*.mix.point=0.5")
+    with pytest.raises(ValueError, match=r"mix\.point"):
+        ReaderTask(recipe).begin_stage(recipe.stages[0])
 
 
 def test_a_missing_data_folder_is_named(recipe):

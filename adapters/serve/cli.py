@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ... import locate
+
 
 def serve(
     reader: Annotated[str, typer.Option("--reader", "-r", help="A shipped reader, a folder or a hub id.")],
@@ -29,10 +31,10 @@ def serve(
     timeout_s: Annotated[float, typer.Option(min=0.1, help="Seconds until a request gives up.")] = 300,
 ) -> None:
     """Serve a reader to OpenAI clients: text, token ids and prompt embeddings; batched, streamed, bounded."""
-    from ...cli import _shipped, friendly_errors
+    from ...cli import friendly_errors
 
     with friendly_errors():
-        folder = _shipped(reader)  # a wrong name is told before anything large is imported
+        folder = locate(reader)  # a wrong name is told before anything large is imported
         from ...compressors import Reader
         from .limits import Limits
 

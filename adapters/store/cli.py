@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ... import locate
 from .base import MakerStats, StoreError
 
 store_app = typer.Typer(no_args_is_help=True, help="Look after a store of compressed passages.")
@@ -67,8 +68,8 @@ def compress(
                 filled = compress_corpus_with_ray(
                     passages,
                     opened,
-                    _shipped(compressor),
-                    _shipped(reader),
+                    locate(compressor),
+                    locate(reader),
                     ratio=ratio,
                     batch_size=batch_size,
                     workers=workers,
@@ -222,20 +223,11 @@ def _open(folder: str) -> Any:
 def _load(compressor: str, reader: str, device: str) -> Any:
     from ...compressors import COMPRESSORS, Reader, load_compressor, make_compressor
 
-    loaded = Reader.from_pretrained(_shipped(reader), device=device)
+    loaded = Reader.from_pretrained(locate(reader), device=device)
     method = COMPRESSORS.get(compressor)
     if method is not None and method.interface == "text":
         return make_compressor(compressor, loaded)
-    return load_compressor(_shipped(compressor), loaded)
-
-
-def _shipped(name: str) -> str:
-    """The folder of a shipped artefact, or `name` itself: a folder or a hub id."""
-    if "/" in name or Path(name).exists():
-        return name
-    from ... import pretrained
-
-    return pretrained(name)
+    return load_compressor(locate(compressor), loaded)
 
 
 def _bytes(number: float) -> str:

