@@ -9,8 +9,9 @@ from collections.abc import Collection, Sequence
 
 from .names import dataset_title, kind_of, method_name
 from .pooled import AIMS, BUDGETS, FULL, ONE_SLOT, POOLED, Key, best, budget_of
-from .rows import Row
+from .rows import PACKAGE, Row
 from .side_tables import ALLOCATION, GATE, SWEEPS, allocation_table, gate_table, several_passages, sweep_table
+from .studies import Study
 
 SEVERAL = (
     "**Several passages a question**, one of which has the answer: F1 of the full text, of no context, and of the best line of "
@@ -41,32 +42,19 @@ def short_table(pooled: Sequence[Row]) -> str:
     return "\n".join(out)
 
 
-def readme_block(pooled: Sequence[Row], sets: dict[str, dict[Key, Row]], picture: str) -> str:
-    """All that the README says of quality: the picture, what to use at each budget, and how to read it.
-
-    Args:
-        picture: its path from the README.
-    """
+def readme_block(study: Study, pooled: Sequence[Row], sets: dict[str, dict[Key, Row]]) -> str:
+    """All that the README says of quality with one reader: the picture, what to use at each budget, and how to read it."""
     several = several_passages(sets)
+    picture = study.picture.relative_to(PACKAGE).as_posix()
     parts = (
-        "On the shipped toy reader (6 million parameters, [two hours of training](benchmarks/results/reader_training.jsonl) on "
-        "two CPU cores), greedy answers. **Find your budget in the first column; in bold is what kept most of it.**",
+        study.intro,
         short_table(pooled),
         one_slot(sets.get("qa_dev_squad", {})),
         f"![Recovered share by compression ratio and by time to the first token]({picture})",
         about(pooled, sets),
         SEVERAL if several else "",
         several,
-        "Aims are what we want to reach, not what is reached, whichever way. **Compressed once** is what this package is for: "
-        "passages are compressed when they are indexed, and every question reads what is stored. **For the question** a "
-        "passage is compressed anew for each one, which the times count: a classifier four times the reader's size reads both "
-        "first, and finds the answer better than this reader does; that is why it can keep more than all. Plain text is what "
-        "any pipeline can do without a compressor: the first tokens of each passage, random ones, or sentences picked by the "
-        "question. [benchmarks/RESULTS.md](benchmarks/RESULTS.md) has every method at every ratio on every set, with exact "
-        "match, perplexity, KL to the full text and controls. The reader is weak, and it has seen pooled embeddings in its own "
-        "training ([its card](recipes/pretrained/reader-small/README.md)): with another reader the figures will differ.",
-        "A slot of this reader takes 2 x 256 = 512 bytes in bfloat16, or 2 x 5 layers x 2 heads x (64 + 64) = 2,560 as keys "
-        "and values (gist tokens, 500xCompressor).",
+        *study.notes,
     )
     return "\n\n".join(part for part in parts if part)
 

@@ -201,15 +201,24 @@ class Compressor(nn.Module, ABC):
 
     # -- saving and loading ----------------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes ``config.json`` and ``model.safetensors`` (the trained tensors alone), each atomically."""
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Writes ``config.json`` and ``model.safetensors`` (the trained tensors alone), each atomically.
+
+        Args:
+            folder: where to.
+            dtype: rounds the tensors to this floating dtype; ``None`` keeps theirs. A compressor that is loaded from rounded
+                tensors has another fingerprint than the one that was saved.
+        """
+        state = self.trainable_state()
+        if dtype is not None:
+            state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
         about = {
             "method": self.config_class.method,
             "reader": None if self.interface == "text" else self.base_reader.fingerprint,
             "reader_name": self.base_reader.name,
             "config": self.config.to_dict(),
         }
-        write_checkpoint(folder, about, self.trainable_state())
+        write_checkpoint(folder, about, state)
 
     @classmethod
     def from_pretrained(cls: type[CompressorT], folder: str | Path, reader: Reader, **kwargs: Any) -> CompressorT:

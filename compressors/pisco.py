@@ -307,11 +307,11 @@ class PISCOCompressor(SoftCompressor):
 
     # -- saving and loading ----------------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """As every compressor; an encoder of its own also leaves its config and tokenizer in ``encoder``."""
         if self._own is not None:
             self._own.save_description(Path(folder) / ENCODER_FOLDER)
-        super().save_pretrained(folder)
+        super().save_pretrained(folder, dtype=dtype)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, reader: Reader, **kwargs: Any) -> PISCOCompressor:

@@ -42,8 +42,6 @@ class CompressorTask:
     def __init__(self, recipe: Recipe, reader: Reader | None = None) -> None:
         if recipe.kind != "compressor" or recipe.compressor is None:
             raise ValueError(f"The recipe {recipe.name!r} trains a {recipe.kind}; a compressor recipe is needed here.")
-        if recipe.output.dtype is not None:
-            raise ValueError("A compressor is stored in the precision it was trained in: remove output.dtype.")
         self.data = validate(CompressorData, recipe.data, recipe.name, "data")
         self.recipe = recipe
         self.reader = reader or Reader.from_pretrained(locate(str(recipe.reader)))
@@ -163,4 +161,5 @@ class CompressorTask:
 
     def save(self, folder: Path) -> None:
         """Write the compressor."""
-        self.compressor.save_pretrained(folder)
+        dtype = self.recipe.output.dtype
+        self.compressor.save_pretrained(folder, dtype=None if dtype is None else getattr(torch, dtype))

@@ -137,8 +137,6 @@ class TokenTask:
     def __init__(self, recipe: Recipe, reader: Reader | None = None) -> None:
         if recipe.kind != "tokens" or recipe.compressor is None:
             raise ValueError(f"The recipe {recipe.name!r} trains a {recipe.kind}; one of kind 'tokens' is needed here.")
-        if recipe.output.dtype is not None:
-            raise ValueError("LoRA and head are stored in the precision they were trained in: remove output.dtype.")
         self.recipe = recipe
         self.data = validate(TokenData, recipe.data, recipe.name, "data")
         torch.manual_seed(recipe.seed)
@@ -246,7 +244,8 @@ class TokenTask:
 
     def save(self, folder: Path) -> None:
         """Write the compressor."""
-        self.compressor.save_pretrained(folder)
+        dtype = self.recipe.output.dtype
+        self.compressor.save_pretrained(folder, dtype=None if dtype is None else getattr(torch, dtype))
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 

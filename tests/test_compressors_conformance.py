@@ -224,6 +224,21 @@ def test_save_and_load_gives_bit_equal_slots(method, architecture, tmp_path):
         assert difference(a, back) == 0
 
 
+@pytest.mark.parametrize("method", [m for m in sorted(SETTINGS) if m not in UNTRAINED])
+def test_weights_rounded_to_bfloat16_take_half_the_bytes_and_load_as_they_are(method, tmp_path):
+    compressor, _ = pair(method, "llama")
+    compressor.save_pretrained(tmp_path / "whole")
+    compressor.save_pretrained(tmp_path / "half", dtype=torch.bfloat16)
+    whole, half = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "half"))
+    assert {t.dtype for t in half.values()} == {torch.bfloat16}
+    loaded = load(tmp_path / "half", compressor.base_reader)
+    for name, tensor in loaded.trainable_state().items():
+        assert tensor.dtype == whole[name].dtype
+        assert torch.equal(tensor.cpu(), whole[name].bfloat16().to(tensor.dtype)), name
+    loaded.save_pretrained(tmp_path / "again")
+    assert load(tmp_path / "again", compressor.base_reader).fingerprint == loaded.fingerprint
+
+
 @pytest.mark.parametrize("method", SOFT)
 def test_no_ratio_is_high_enough_to_lose_a_passage(method):
     compressor, found = pair(method, "llama")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from nutgraf.benchmarks import readme
+from nutgraf.benchmarks.studies import STUDIES
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -34,6 +35,8 @@ def test_results_and_picture_are_those_of_the_committed_rows():
 
 def test_markers_are_needed():
     with pytest.raises(ValueError, match="needs one line"):
-        readme.with_block("no markers", "text")
-    text = f"a\n{readme.BEGIN}\nold\n{readme.END}\nb\n"
-    assert readme.with_block(text, "new") == f"a\n{readme.BEGIN}\nnew\n{readme.END}\nb\n"
+        readme.with_block("no markers", STUDIES[0].markers, "text")
+    for study in STUDIES:
+        begin, end = study.markers
+        text = f"a\n{begin}\nold\n{end}\nb\n"
+        assert readme.with_block(text, study.markers, "new") == f"a\n{begin}\nnew\n{end}\nb\n"

@@ -26,6 +26,7 @@ from nutgraf.benchmarks import (
     source_hash,
 )
 from nutgraf.benchmarks import methods as lines
+from nutgraf.benchmarks.studies import SMALL
 from nutgraf.compressors import Reader, make_compressor
 from nutgraf.recipes.corpus import Record
 from nutgraf.recipes.templates import question_prompt
@@ -278,8 +279,8 @@ def test_a_tuned_reader_is_held_against_full_text_tuned_alike() -> None:
 
 
 def test_the_readme_says_it_in_one_block() -> None:
-    text = results_page.readme_block(pooled.pool(ROWS), pooled.comparable(ROWS), "there/p.png")
-    assert text.index("| 4x |") < text.index("](there/p.png)") < text.index("Aims are")
+    text = results_page.readme_block(SMALL, pooled.pool(ROWS), pooled.comparable(ROWS))
+    assert text.index("| 4x |") < text.index("](benchmarks/results/tradeoff.png)") < text.index("Aims are")
     assert "One slot a passage keeps on SQuAD 20 %" in text
 
 
@@ -326,7 +327,7 @@ def test_several_passages_have_a_table_of_their_own() -> None:
     ]  # fmt: skip
     assert "gist" not in table[2]
     assert "(10 to 30): " in table[2]
-    assert table[2] in results_page.readme_block(pooled.pool(ROWS), pooled.comparable(rows), "p.png")
+    assert table[2] in results_page.readme_block(SMALL, pooled.pool(ROWS), pooled.comparable(rows))
 
 
 # -- the picture -------------------------------------------------------------------------------------------------------

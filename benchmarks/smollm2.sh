@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# The rows of results/smollm2.jsonl: a pretrained reader, SmolLM2 with the shipped adapter, in bfloat16. What the file holds
+# already, measured by the same code and weights on the same questions, is left out, so it can be stopped and started again.
+# LIMIT (questions a set), DATA (folder of the sets), OUT and TASKS may be set.
+set -euo pipefail
+LIMIT=${LIMIT:-100} DATA=${DATA:-data} OUT=${OUT:-benchmarks/results/smollm2.jsonl} NUTGRAF=${NUTGRAF:-nutgraf}
+
+quality() { # set, questions, further arguments
+  $NUTGRAF bench quality "$DATA/qa_dev_$1.jsonl.xz" --reader reader-smollm2 --dtype bfloat16 --half report --limit "$2" \
+    --resume --out "$OUT" --no-shuffled "${@:3}"
+}
+
+single() { # a set of one passage a question
+  quality "$1" "$LIMIT" --ttft 2 --baselines-of llmlingua2 --baseline truncate --baseline extract --baseline extract-embedder \
+    --compressor llmlingua2-small@2,4 --compressor llmlingua2-query-small@2,4 --compressor llmlingua@2,4 \
+    --compressor longllmlingua@2,4 --compressor selective-context@2,4
+}
+
+several() { # ten passages a question
+  quality "$1" "$LIMIT" --ttft 2 --baselines-of llmlingua2 --baseline truncate --baseline fewer-passages \
+    --baseline extract-embedder --compressor llmlingua2-small@4
+}
+
+for task in ${TASKS:-squad nq qamr quoref fairytaleqa squad_10 nq_10}; do
+  case $task in *_10) several "$task" ;; *) single "$task" ;; esac
+done
