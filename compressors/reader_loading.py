@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from .packaged_lm import SMOLLM2, packaged_lm
 
 ADAPTER = "adapter_config.json"
+TOKENIZER = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def load_lm(name: str, dtype: torch.dtype | str = "auto", **model_kwargs: Any) -
 
     Raises:
         ImportError: if a packaged model is asked for whose package is not installed.
-        ValueError: if an adapter's base is to be loaded quantised, or the adapter is no LoRA on linear layers.
+        ValueError: if an adapter's base is to be loaded quantised or offloaded, or the adapter is no LoRA on linear layers.
     """
     if (Path(name) / ADAPTER).is_file():
         return _load_adapted(name, dtype, model_kwargs)
@@ -59,15 +60,21 @@ def _load_adapted(folder: str, dtype: torch.dtype | str, model_kwargs: dict[str,
             f"{folder} is an adapter, which is added to its base model's weights, and these cannot be quantised: save the "
             "reader that comes out with reader.model.save_pretrained and load that."
         )
-    settings = PeftConfig.from_pretrained(folder)
-    base = str(settings.base_model_name_or_path)
-    local = resolve(base)
+    settings: Any = PeftConfig.from_pretrained(folder)
+    if not isinstance(settings, LoraConfig) or settings.use_dora or settings.modules_to_save or settings.bias != "none":
+        raise ValueError(
+            f"{folder} holds more than plain LoRA on linear layers, which alone can be added to the weights."
+        )
+    local = resolve(str(settings.base_model_name_or_path))
     # Added in the base's own precision, so that the values do not depend on the dtype asked for.
     model = AutoModelForCausalLM.from_pretrained(local, dtype="auto", **model_kwargs)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(f"{folder} is an adapter; it cannot be added to weights that a device_map keeps elsewhere.")
     adapted = PeftModel.from_pretrained(model, folder)
     merge(adapted)
     plain = adapted.unload()
-    return LoadedLM(plain if dtype == "auto" else plain.to(dtype), local, None)
+    tokenizer = folder if (Path(folder) / TOKENIZER).is_file() else local
+    return LoadedLM(plain if dtype == "auto" else plain.to(dtype), tokenizer, None)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from ..compressors.reader_loading import ADAPTER, resolve
+from ..compressors.reader_loading import resolve
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -90,12 +90,13 @@ class TunedBase:
         settings = self.peft.peft_config["default"]
         settings.base_model_name_or_path = self.settings.base
         settings.inference_mode = True
+        if not isinstance(settings.target_modules, str):
+            settings.target_modules = sorted(settings.target_modules)  # PEFT keeps a set, whose order changes
         state = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
         settings.save_pretrained(str(folder))
         save_file(
             {name: value.detach().to("cpu", dtype).contiguous() for name, value in state.items()}, folder / WEIGHTS
         )
         self.model.config.save_pretrained(folder)
-
-
-__all__ = ["ADAPTER", "BaseSettings", "TunedBase"]
+        for file in folder.iterdir():  # safetensors makes files that nobody else can read
+            file.chmod(0o644)

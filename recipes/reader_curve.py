@@ -19,7 +19,7 @@ from safetensors import safe_open
 from .schema import load_recipe
 
 
-def curve_rows(run: Path, command: str, device: str, dtype: str) -> list[dict[str, Any]]:
+def curve_rows(run: Path, device: str, dtype: str) -> list[dict[str, Any]]:
     """The rows of the run folder `run`, in order. ValueError when the run has no evaluation."""
     recipe = load_recipe(run / "recipe.yaml")
     written = datetime.datetime.fromtimestamp((run / "log.jsonl").stat().st_mtime, datetime.UTC)
@@ -32,7 +32,7 @@ def curve_rows(run: Path, command: str, device: str, dtype: str) -> list[dict[st
             rows.append(
                 {
                     "suite": "reader",
-                    "command": command,
+                    "command": f"nutgraf train {recipe.name}",
                     "device": device,
                     "dtype": dtype,
                     "seed": recipe.seed,
@@ -50,9 +50,9 @@ def curve_rows(run: Path, command: str, device: str, dtype: str) -> list[dict[st
     return rows
 
 
-def parameter_count(folder: Path) -> int:
-    """Parameters stored in a folder's `model.safetensors`."""
-    with safe_open(str(folder / "model.safetensors"), framework="pt") as file:
+def parameter_count(path: Path) -> int:
+    """Parameters stored in a safetensors file: of a whole model, or of an adapter."""
+    with safe_open(str(path), framework="pt") as file:
         return sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys())  # noqa: SIM118
 
 
@@ -62,9 +62,9 @@ def main(argv: list[str]) -> None:
         raise SystemExit("usage: python -m nutgraf.recipes.reader_curve RUN RESULTS.jsonl")
     run, results = Path(argv[0]), Path(argv[1])
     device = f"{platform.machine()} CPU" if not torch.cuda.is_available() else torch.cuda.get_device_name()
-    rows = curve_rows(run, "nutgraf train reader", device, "bfloat16 autocast")
-    final = run / "final"
-    params = parameter_count(final) if (final / "model.safetensors").is_file() else None
+    rows = curve_rows(run, device, "bfloat16 autocast")
+    weights = [run / "final" / name for name in ("model.safetensors", "adapter_model.safetensors")]
+    params = next((parameter_count(file) for file in weights if file.is_file()), None)
     with results.open("a", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps({**row, "params": params} if params else row) + "\n")

@@ -68,6 +68,21 @@ def test_an_adapter_on_other_layers_than_linear_ones_is_refused(base, tmp_path):
         Reader.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}])
+def test_more_than_plain_lora_is_refused(base, tmp_path, settings):
+    _, folder = adapter(base, tmp_path / "adapter", **settings)
+    with pytest.raises(ValueError, match="more than plain LoRA"):
+        Reader.from_pretrained(folder)
+
+
+def test_a_tokenizer_beside_the_adapter_is_taken(base, zoo, tmp_path):
+    _, folder = adapter(base, tmp_path / "adapter")
+    longer = zoo.tokenizer().__class__.from_pretrained(base)
+    longer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    longer.save_pretrained(folder)
+    assert Reader.from_pretrained(folder).tokenizer.chat_template == longer.chat_template
+
+
 def test_a_package_that_is_not_installed_is_named_with_the_command(monkeypatch):
     monkeypatch.setattr(packaged, "PACKAGE", "no_such_package")
     assert not packaged.is_installed()
