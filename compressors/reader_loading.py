@@ -6,6 +6,7 @@ runs at the base's speed, and compressors put their own adapters on it.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,9 @@ def _load_adapted(folder: str, dtype: torch.dtype | str, model_kwargs: dict[str,
     model = AutoModelForCausalLM.from_pretrained(local, dtype="auto", **model_kwargs)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(f"{folder} is an adapter; it cannot be added to weights that a device_map keeps elsewhere.")
-    adapted = PeftModel.from_pretrained(model, folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an old name
+        adapted = PeftModel.from_pretrained(model, folder)
     merge(adapted)
     plain = adapted.unload()
     tokenizer = folder if (Path(folder) / TOKENIZER).is_file() else local

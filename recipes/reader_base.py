@@ -77,6 +77,7 @@ class TunedBase:
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # it renames base_model_name_or_path; `save` names it again
+            warnings.simplefilter("ignore", FutureWarning)  # it asks transformers by an old name
             self.peft: PeftModel = get_peft_model(model, lora)
         self.model: Any = self.peft.get_base_model()
 

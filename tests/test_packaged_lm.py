@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nutgraf import Reader
+from nutgraf import Reader, pretrained
 from nutgraf.compressors import packaged_lm as packaged
 from nutgraf.compressors.packaged_lm import SMOLLM2
 from nutgraf.compressors.reader_loading import load_lm
@@ -123,6 +123,23 @@ def test_it_is_unpacked_once_and_whole(smollm2, monkeypatch):
     again = Reader.from_pretrained(SMOLLM2, dtype=torch.float32)
     assert again.fingerprint == reader.fingerprint
     assert again.name == SMOLLM2
+
+
+@needs_package
+def test_the_shipped_adapter_answers_briefly_and_from_the_passage(smollm2, monkeypatch):
+    plain, cache = smollm2
+    monkeypatch.setenv("NUTGRAF_CACHE", str(cache))
+    reader = Reader.from_pretrained(pretrained("reader-smollm2"))
+    assert reader.name == "reader-smollm2"
+    assert reader.fingerprint not in (plain.fingerprint, Reader.from_pretrained(pretrained("reader-small")).fingerprint)
+    facts = {"Where did Ada Holm sail?": "Tromsø", "Who built the pier?": "Olaf Berg", "When was it painted?": "1931"}
+    passage = "In 1907 Ada Holm sailed to Tromsø. The pier was built by Olaf Berg. It was painted in 1931."
+    other = "The Danube rises in the Black Forest and flows through ten countries before it reaches the Black Sea."
+    prompts = [[passage, "\n\n", other, f"\n\nQuestion: {question}\nAnswer:"] for question in facts]
+    answers = reader.generate(prompts, 16)
+    assert [answer.strip() for answer in answers] == list(facts.values())
+    slots = [[reader.identity(passage), *prompt[1:]] for prompt in prompts]
+    assert reader.generate(slots, 16) == answers
 
 
 @needs_package
