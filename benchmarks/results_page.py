@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from .names import dataset_title, kind_of, method_name
-from .pooled import AIMS, BUDGETS, FULL, ONE_SLOT, POOLED, Key, best, budget_of
+from .pooled import AIMS, BUDGETS, FULL, NONE, ONE_SLOT, POOLED, Key, best, budget_of
 from .rows import PACKAGE, Row
 from .side_tables import ALLOCATION, GATE, SWEEPS, allocation_table, gate_table, several_passages, sweep_table
 from .studies import Study
@@ -48,6 +48,7 @@ def readme_block(study: Study, pooled: Sequence[Row], sets: dict[str, dict[Key, 
     picture = study.picture.relative_to(PACKAGE).as_posix()
     parts = (
         study.intro,
+        the_reader(sets),
         short_table(pooled),
         one_slot(sets.get("qa_dev_squad", {})),
         f"![Recovered share by compression ratio and by time to the first token]({picture})",
@@ -57,6 +58,17 @@ def readme_block(study: Study, pooled: Sequence[Row], sets: dict[str, dict[Key, 
         *study.notes,
     )
     return "\n\n".join(part for part in parts if part)
+
+
+def the_reader(sets: dict[str, dict[Key, Row]]) -> str:
+    """A sentence on what the reader answers from the whole text, set by set."""
+    said = []
+    for name, lines in sets.items():
+        full, none = lines[FULL], lines[NONE]
+        count = full.get("passages", 1)
+        passages = f", {count:.0f} passages" if count > 1 and "," not in name else ""
+        said.append(f"{dataset_title(name)}{passages} {100 * full['f1']:.1f} ({100 * none['f1']:.1f})")
+    return f"F1 of the reader from the full text, and without any: {'; '.join(said)}."
 
 
 def one_slot(squad: dict[Key, Row]) -> str:

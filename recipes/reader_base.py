@@ -70,7 +70,7 @@ class TunedBase:
         lora = LoraConfig(
             layers_to_transform=list(range(settings.first_layer, layers)) if settings.first_layer else None,
             r=settings.r,
-            lora_alpha=settings.alpha,
+            lora_alpha=settings.alpha,  # type: ignore[arg-type]
             target_modules=settings.target_modules,
             task_type="CAUSAL_LM",
             base_model_name_or_path=settings.base,
@@ -88,7 +88,7 @@ class TunedBase:
 
     def save(self, folder: Path, dtype: torch.dtype) -> None:
         """Write the adapter as PEFT does, weights in `dtype`, and the base model's config beside it."""
-        settings = self.peft.peft_config["default"]
+        settings: Any = self.peft.peft_config["default"]
         settings.base_model_name_or_path = self.settings.base
         settings.inference_mode = True
         if not isinstance(settings.target_modules, str):

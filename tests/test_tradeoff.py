@@ -282,6 +282,7 @@ def test_the_readme_says_it_in_one_block() -> None:
     text = results_page.readme_block(SMALL, pooled.pool(ROWS), pooled.comparable(ROWS))
     assert text.index("| 4x |") < text.index("](benchmarks/results/tradeoff.png)") < text.index("Aims are")
     assert "One slot a passage keeps on SQuAD 20 %" in text
+    assert "F1 of the reader from the full text, and without any: SQuAD " in text
 
 
 def test_the_page_has_every_line() -> None:
