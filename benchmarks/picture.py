@@ -32,6 +32,11 @@ HEADINGS = {"soft": "soft slots", "text": "shorter text", "plain": "plain text o
 _SIZE, _DPI = (11.0, 6.4), 150
 
 
+def drawable(rows: Sequence[Row]) -> bool:
+    """Whether pooled rows hold anything that a picture could show."""
+    return bool(_series(rows))
+
+
 def draw(rows: Sequence[Row]) -> bytes | None:
     """A PNG of pooled rows (`pooled.pooled_rows`), or None where there is nothing to draw.
 

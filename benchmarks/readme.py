@@ -59,12 +59,16 @@ def main(arguments: Sequence[str]) -> int:
             stale += [
                 path for path, text in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != text
             ]
-            if not study.picture.is_file() or picture.hash_in(study.picture.read_bytes()) != picture.rows_hash(pooled):
+            shown = picture.hash_in(study.picture.read_bytes()) if study.picture.is_file() else None
+            if shown != (picture.rows_hash(pooled) if picture.drawable(pooled) else None):
                 stale.append(study.picture)
             continue
         for path, text in files.items():
             path.write_text(text, encoding="utf-8")
-        if (image := picture.draw(pooled)) is not None:
+        image = picture.draw(pooled)
+        if image is None:
+            study.picture.unlink(missing_ok=True)
+        else:
             study.picture.write_bytes(image)
     for path in stale:
         print(f"{path.relative_to(PACKAGE)} is not that of the rows.", file=sys.stderr)

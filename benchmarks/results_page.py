@@ -46,12 +46,13 @@ def readme_block(study: Study, pooled: Sequence[Row], sets: dict[str, dict[Key, 
     """All that the README says of quality with one reader: the picture, what to use at each budget, and how to read it."""
     several = several_passages(sets)
     picture = study.picture.relative_to(PACKAGE).as_posix()
+    compared = any(kind_of(row) != "fixed" for row in pooled)
     parts = (
         study.intro,
         the_reader(sets),
-        short_table(pooled),
+        short_table(pooled) if compared else "",
         one_slot(sets.get("qa_dev_squad", {})),
-        f"![Recovered share by compression ratio and by time to the first token]({picture})",
+        f"![Recovered share by compression ratio and by time to the first token]({picture})" if compared else "",
         about(pooled, sets),
         SEVERAL if several else "",
         several,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -42,6 +42,12 @@ class BaseSettings(BaseModel):
         "up_proj",
         "down_proj",
     ]
+
+    @model_validator(mode="after")
+    def _named(self) -> BaseSettings:
+        if self.first_layer and self.target_modules == "all-linear":
+            raise ValueError("all-linear means every layer; with first_layer name the modules in target_modules")
+        return self
 
 
 class TunedBase:

@@ -42,7 +42,8 @@ class PackedReader(nn.Module):
         self._inputs: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
         layers = getattr(self.model.get_decoder(), "layers", ())
         for index in range(max(0, len(layers) - 2), len(layers)):
-            layers[index].self_attn.register_forward_pre_hook(self._keep(index), with_kwargs=True)
+            if (attention := getattr(layers[index], "self_attn", None)) is not None:
+                attention.register_forward_pre_hook(self._keep(index), with_kwargs=True)
 
     def _keep(self, index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

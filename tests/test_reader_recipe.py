@@ -398,10 +398,13 @@ def test_the_small_reader_keeps_its_chat_format(task):
     assert rows.prompts.bos_ids == [task.tokenizer.bos_token_id]
 
 
+EVERYWHERE = ("model.target_modules=all-linear", "model.first_layer=0")
+
+
 def test_rows_on_a_base_give_what_each_prompt_gives_alone(data, zoo, tmp_path):
     for name in ("llama", "qwen3", "gemma3_text", "gpt_neox", "olmo2"):
         model = zoo.model(name).float().eval()
-        task = ReaderTask(on_base(data, _saved(zoo, name, tmp_path), "model.target_modules=all-linear"))
+        task = ReaderTask(on_base(data, _saved(zoo, name, tmp_path), *EVERYWHERE))
         module = PackedReader(model)
         batch = collate_rows([rows_of_base(task)])
         got = module(**batch)
@@ -435,6 +438,7 @@ def _saved(zoo, name, folder):
     [
         (["model.first_layer=3"], "first_layer is 3.*3 layers"),
         (["model.rank=3"], "unknown key model.rank"),
+        (["model.target_modules=all-linear"], "all-linear means every layer; with first_layer name the modules"),
         (["tokenizer={vocab_size: 300}"], "remove tokenizer"),
     ],
 )
