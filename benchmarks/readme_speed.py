@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from .readme import with_block
 from .rows import RESULTS, Row, read_rows
 from .speed_tables import SpeedTable, missing, speed_tables
 
@@ -35,10 +36,7 @@ def _markdown(table: SpeedTable) -> str:
 
 def with_section(readme: str, rows: Iterable[Row]) -> str:
     """`readme` with the section of `rows` between its markers; ValueError if a marker is missing."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"The README needs one line {BEGIN!r} and, behind it, one line {END!r}.")
-    head, rest = readme.split(BEGIN)
-    return f"{head}{BEGIN}\n{section(rows)}\n{END}{rest.split(END)[1]}"
+    return with_block(readme, (BEGIN, END), section(rows))
 
 
 def committed_rows() -> list[Row]:

@@ -7,20 +7,27 @@ LIMIT=${LIMIT:-100} DATA=${DATA:-data} OUT=${OUT:-benchmarks/results/smollm2.jso
 
 quality() { # set, questions, further arguments
   $NUTGRAF bench quality "$DATA/qa_dev_$1.jsonl.xz" --reader reader-smollm2 --dtype bfloat16 --half report --limit "$2" \
-    --resume --out "$OUT" --no-shuffled "${@:3}"
+    --resume --out "$OUT" --ttft 2 "${@:3}"
 }
 
-single() { # a set of one passage a question
-  quality "$1" "$LIMIT" --ttft 2 --baselines-of llmlingua2 --baseline truncate --baseline extract --baseline extract-embedder \
-    --compressor llmlingua2-small@2,4 --compressor llmlingua2-query-small@2,4 --compressor llmlingua@2,4 \
-    --compressor longllmlingua@2,4 --compressor selective-context@2,4
+soft() { # slots, and plain text of their budgets
+  quality "$1" "$2" --baseline none --compressor icae-smollm2@4 --compressor xrag-smollm2
+  quality "$1" "$2" --no-shuffled --baseline truncate --baseline extract --compressor salient-pool-query-smollm2@2,4,8,16
+}
+
+text() { # shorter texts
+  quality "$1" "$2" --no-shuffled --baseline none --compressor llmlingua2-small@2,4 --compressor llmlingua2-query-small@2,4 \
+    --compressor llmlingua@2,4 --compressor longllmlingua@2,4 --compressor selective-context@2,4
 }
 
 several() { # ten passages a question
-  quality "$1" "$LIMIT" --ttft 2 --baselines-of llmlingua2 --baseline truncate --baseline fewer-passages \
-    --baseline extract-embedder --compressor llmlingua2-small@4
+  quality "$1" "$LIMIT" --no-shuffled --baseline truncate --baseline fewer-passages --baseline extract-embedder \
+    --compressor salient-pool-query-smollm2@4
 }
 
 for task in ${TASKS:-squad nq qamr quoref fairytaleqa squad_10 nq_10}; do
-  case $task in *_10) several "$task" ;; *) single "$task" ;; esac
+  case $task in
+    *_10) several "$task" ;;
+    *) soft "$task" "$LIMIT"; text "$task" "$LIMIT" ;;
+  esac
 done

@@ -161,5 +161,4 @@ class CompressorTask:
 
     def save(self, folder: Path) -> None:
         """Write the compressor."""
-        dtype = self.recipe.output.dtype
-        self.compressor.save_pretrained(folder, dtype=None if dtype is None else getattr(torch, dtype))
+        self.compressor.save_pretrained(folder, dtype=self.recipe.output.torch_dtype)

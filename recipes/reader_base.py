@@ -8,14 +8,12 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..compressors.reader_loading import resolve
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 class BaseSettings(BaseModel):
@@ -101,9 +99,6 @@ class TunedBase:
             settings.target_modules = sorted(settings.target_modules)  # PEFT keeps a set, whose order changes
         state = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
         settings.save_pretrained(str(folder))
-        save_file(
-            {name: value.detach().to("cpu", dtype).contiguous() for name, value in state.items()}, folder / WEIGHTS
-        )
+        state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in state.items()}
+        save_file(state, folder / SAFETENSORS_WEIGHTS_NAME)
         self.model.config.save_pretrained(folder)
-        for file in folder.iterdir():  # safetensors makes files that nobody else can read
-            file.chmod(0o644)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from .schema import load_recipe
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> None:
     run, results = Path(argv[0]), Path(argv[1])
     device = f"{platform.machine()} CPU" if not torch.cuda.is_available() else torch.cuda.get_device_name()
     rows = curve_rows(run, device, "bfloat16 autocast")
-    weights = [run / "final" / name for name in ("model.safetensors", "adapter_model.safetensors")]
+    weights = [run / "final" / name for name in ("model.safetensors", SAFETENSORS_WEIGHTS_NAME)]
     params = next((parameter_count(file) for file in weights if file.is_file()), None)
     with results.open("a", encoding="utf-8") as file:
         for row in rows:

@@ -29,6 +29,18 @@ MAX_POINTERS = 160
 IGNORED = 0  # kind of a position without loss; kinds count from 1 in the order of LOSS_KINDS
 
 
+@dataclass(frozen=True)
+class _ChatFrame:
+    """What the chat template puts in front of a user's message and between it and the answer.
+
+    `opens_line`: the answer then begins a line, or stands behind a space, and needs none of its own.
+    """
+
+    before: list[int] = field(default_factory=list)
+    behind: list[int] = field(default_factory=list)
+    opens_line: bool = False
+
+
 class ReaderRows(Dataset):
     """Map-style rows of a stage. `rows[i]` is a dict of int64 arrays of shape [row_tokens]:
 
@@ -58,7 +70,7 @@ class ReaderRows(Dataset):
         self.tokenizer, self.settings, self.seed, self.rows = tokenizer, settings, seed, rows
         self.core: Any = tokenizer.backend_tokenizer
         self.prompts = PromptTokenizer(tokenizer)
-        self.chat = self._chat_frame() if any(FORMATS[name].chat for name in settings.formats) else ([], [])
+        self.chat = self._chat_frame() if any(FORMATS[name].chat for name in settings.formats) else _ChatFrame()
 
     def __len__(self) -> int:
         return self.rows
@@ -75,24 +87,22 @@ class ReaderRows(Dataset):
             misses += not row.add(*pieces)
         return row.arrays()
 
-    def _chat_frame(self) -> tuple[list[int], list[int]]:
-        """What the chat template puts in front of a user's message and between it and the answer."""
+    def _chat_frame(self) -> _ChatFrame:
         here = object()
         atoms = self.prompts.render_chat([{"role": "user", "content": [here]}])
         at = next(i for i, atom in enumerate(atoms) if atom is here)
-        self.opens_line = isinstance(atoms[-1], str) and atoms[-1][-1:].isspace()
         before, behind = (
             [i for atom in part for i in ([atom.id] if isinstance(atom, Special) else self._ids(atom))]
             for part in (atoms[:at], atoms[at + 1 :])
         )
-        return before, behind
+        return _ChatFrame(before, behind, isinstance(atoms[-1], str) and atoms[-1][-1:].isspace())
 
     def _ids(self, text: str) -> list[int]:
         return self.core.encode(text, add_special_tokens=False).ids
 
     def _encode(self, group: Group, rng: random.Random) -> tuple[Tokens, list[Tokens]]:
         """Token ids and loss kinds of a group's context and of each of its branches."""
-        head = list(self.chat[0] if group.format.chat else self.prompts.bos_ids)
+        head = list(self.chat.before if group.format.chat else self.prompts.bos_ids)
         head += self._ids(group.format.head) if group.context else []
         kind = LOSS_KINDS.index(group.context_kind) + 1 if group.context_kind else IGNORED
         share = self.settings.text_share if group.branches else 1.0
@@ -104,8 +114,8 @@ class ReaderRows(Dataset):
 
     def _branch(self, branch: Branch, group: Group, context: list[int]) -> Tokens:
         """A branch that reads `context`, in which the places of its answer are looked up."""
-        prompt = self._ids(branch.prompt) + (self.chat[1] if group.format.chat else [])
-        text = branch.answer.lstrip() if group.format.chat and self.opens_line else branch.answer
+        prompt = self._ids(branch.prompt) + (self.chat.behind if group.format.chat else [])
+        text = branch.answer.lstrip() if group.format.chat and self.chat.opens_line else branch.answer
         answer = [*self._ids(text), self.tokenizer.eos_token_id]
         places = find_places(context, answer[:-1]) if branch.kind == "answer" else []
         kinds = [0] * len(prompt) + [LOSS_KINDS.index(branch.kind) + 1] * len(answer)

@@ -25,7 +25,6 @@ from .schema import Recipe, Stage, validate
 from .tokenizer import load_tokenizer, tokenizer_texts, train_tokenizer
 
 PARAGRAPHS = 4  # of an article, in which document frequencies are counted
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class ReaderTask:
@@ -55,7 +54,6 @@ class ReaderTask:
                 )
             self.base = TunedBase(validate(BaseSettings, recipe.model or {}, recipe.name, "model"))
         self.tokenizer: Any = self.base.tokenizer if self.base else self._tokenizer()
-        torch.manual_seed(recipe.seed)
         self.module = PackedReader(self.base.model if self.base else self._model())
 
     def _tokenizer(self) -> PreTrainedTokenizerFast:
@@ -158,10 +156,15 @@ class ReaderTask:
 
     def save(self, folder: Path) -> None:
         """Write the reader into an empty folder that `Reader.from_pretrained` loads: with its tokenizer, or as an adapter."""
-        dtype = DTYPES[self.recipe.output.dtype or "float32"]
+        dtype = self.recipe.output.torch_dtype or torch.float32
         if self.base is not None:
             self.base.save(folder, dtype)
-            return
+        else:
+            self._save_whole(folder, dtype)
+        for file in folder.iterdir():  # safetensors makes files that nobody else can read
+            file.chmod(0o644)
+
+    def _save_whole(self, folder: Path, dtype: torch.dtype) -> None:
         state = {name: value.detach().to("cpu", dtype) for name, value in self.module.model.state_dict().items()}
         copy: Any = LlamaForCausalLM(self.module.model.config)
         copy = copy.to(dtype)
@@ -177,5 +180,3 @@ class ReaderTask:
         self.tokenizer.backend_tokenizer.no_truncation()  # scoring leaves its own truncation and padding behind
         self.tokenizer.backend_tokenizer.no_padding()
         self.tokenizer.save_pretrained(folder)
-        for file in folder.iterdir():  # safetensors makes files that nobody else can read
-            file.chmod(0o644)

@@ -13,12 +13,15 @@ import difflib
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .yaml_values import load_yaml, parse_value
+
+if TYPE_CHECKING:
+    import torch
 
 Objective = Literal["ae", "lm", "kl", "match", "segments"]
 Positive = Annotated[int, Field(gt=0)]
@@ -134,6 +137,13 @@ class Output(_Strict):
 
     folder: str = Field(default="final", pattern=r"^[A-Za-z0-9_.-]*[A-Za-z0-9_-]$")
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """`dtype` as torch knows it."""
+        import torch  # which takes seconds, and reading a recipe needs none of it
+
+        return None if self.dtype is None else getattr(torch, self.dtype)
 
 
 class Recipe(_Strict):

@@ -244,8 +244,7 @@ class TokenTask:
 
     def save(self, folder: Path) -> None:
         """Write the compressor."""
-        dtype = self.recipe.output.dtype
-        self.compressor.save_pretrained(folder, dtype=None if dtype is None else getattr(torch, dtype))
+        self.compressor.save_pretrained(folder, dtype=self.recipe.output.torch_dtype)
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from nutgraf import Reader, pretrained
@@ -9,16 +11,14 @@ from nutgraf.compressors import packaged_lm as packaged
 from nutgraf.compressors.packaged_lm import SMOLLM2
 from nutgraf.compressors.reader_loading import load_lm
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TEXTS = ["The treaty was signed in 1648 in Westphalia.", "Rivers carry sediment to the sea."]
 
 
 @pytest.fixture(scope="module")
 def base(zoo, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    zoo.model("qwen3").to(torch.bfloat16).save_pretrained(folder)
-    zoo.tokenizer().save_pretrained(folder)
-    return folder
+    return zoo.saved("qwen3", tmp_path_factory.mktemp("base"), torch.bfloat16)
 
 
 def adapter(base, folder, **settings):
@@ -143,12 +143,23 @@ def test_the_shipped_adapter_answers_briefly_and_from_the_passage(smollm2, monke
 
 
 @needs_package
-def test_an_unpacking_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    source = tmp_path / "package" / "broken.gguf"
-    source.parent.mkdir()
-    source.write_bytes(b"GGUF, but no more")
-    monkeypatch.setenv("NUTGRAF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(packaged, "_gguf", lambda: source)
-    with pytest.raises(Exception):  # noqa: B017 - whatever the parser says
-        packaged.packaged_lm(SMOLLM2)
-    assert not list(tmp_path.glob("cache/*"))
+def test_an_unpacking_that_fails_leaves_nothing(zoo, tmp_path, monkeypatch):
+    model, tokenizer = zoo.model("llama"), zoo.tokenizer()
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+    monkeypatch.setenv("NUTGRAF_CACHE", str(tmp_path))
+    written = []
+
+    def full_disk(folder):
+        written.extend(Path(folder).iterdir())
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "save_pretrained", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            packaged.packaged_lm(SMOLLM2)
+    assert {"config.json", "model.safetensors"} <= {file.name for file in written}
+    assert not list(tmp_path.iterdir())
+    folder = Path(packaged.packaged_lm(SMOLLM2))
+    assert (folder / "tokenizer.json").is_file()
+    assert list(tmp_path.iterdir()) == [folder]

@@ -329,10 +329,7 @@ def test_the_recipe_trains_scores_and_saves_a_loadable_reader(recipe, tmp_path):
 @pytest.fixture(scope="module")
 def base(zoo, tmp_path_factory):
     """A tiny Llama that stands for a pretrained model, in a folder."""
-    folder = tmp_path_factory.mktemp("base")
-    zoo.model("llama").to(torch.bfloat16).save_pretrained(folder)
-    zoo.tokenizer().save_pretrained(folder)
-    return folder
+    return zoo.saved("llama", tmp_path_factory.mktemp("base"), torch.bfloat16)
 
 
 def on_base(data, base, *overrides):
@@ -393,7 +390,7 @@ def test_rows_on_a_base_are_laid_out_in_its_own_chat_format(data, base):
 
 def test_the_small_reader_keeps_its_chat_format(task):
     rows = rows_of(task, formats={"chat": 1.0})
-    names = [task.tokenizer.convert_ids_to_tokens(part) for part in rows.chat]
+    names = [task.tokenizer.convert_ids_to_tokens(part) for part in (rows.chat.before, rows.chat.behind)]
     assert names == [[BOS, "<|user|>", "Ċ"], ["Ċ", "<|assistant|>"]]
     assert rows.prompts.bos_ids == [task.tokenizer.bos_token_id]
 
@@ -404,7 +401,7 @@ EVERYWHERE = ("model.target_modules=all-linear", "model.first_layer=0")
 def test_rows_on_a_base_give_what_each_prompt_gives_alone(data, zoo, tmp_path):
     for name in ("llama", "qwen3", "gemma3_text", "gpt_neox", "olmo2"):
         model = zoo.model(name).float().eval()
-        task = ReaderTask(on_base(data, _saved(zoo, name, tmp_path), *EVERYWHERE))
+        task = ReaderTask(on_base(data, zoo.saved(name, tmp_path / name), *EVERYWHERE))
         module = PackedReader(model)
         batch = collate_rows([rows_of_base(task)])
         got = module(**batch)
@@ -424,13 +421,6 @@ def test_rows_on_a_base_give_what_each_prompt_gives_alone(data, zoo, tmp_path):
 def rows_of_base(task):
     settings = RowSettings(row_tokens=400, kinds={"human": 1.0}, text_share=0.0)
     return ReaderRows(task.corpus, task.tokenizer, settings, "7/test", 1)[0]
-
-
-def _saved(zoo, name, folder):
-    place = folder / name
-    zoo.model(name).save_pretrained(place)
-    zoo.tokenizer().save_pretrained(place)
-    return place
 
 
 @pytest.mark.parametrize(

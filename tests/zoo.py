@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,3 +112,10 @@ def reader(architecture: str = "llama", seed: int = 0, **changes: Any) -> Any:
     from nutgraf import Reader
 
     return Reader.from_pretrained(model(architecture, seed, **changes), tokenizer=tokenizer())
+
+
+def saved(architecture: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """`folder`, with a tiny random model and its tokenizer in it."""
+    model(architecture).to(dtype).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
