@@ -11,6 +11,7 @@ import torch
 from .. import locate
 from ..adapters.store import Encoding
 from ..compressors import COMPRESSORS, Compressor, Reader, load_compressor, make_compressor
+from ..compressors.reader_loading import as_dtype
 from ..recipes.corpus import Record, read_records
 from .distractors import with_passages
 
@@ -67,10 +68,7 @@ def torch_dtype(name: str, device: str) -> torch.dtype | str:
     """What `Reader.from_pretrained` takes for `auto` or the name of a floating dtype."""
     if name == "auto":
         return torch.float32 if device == "cpu" else "auto"
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {name!r}.")
-    return found
+    return as_dtype(name)
 
 
 def find_compressor(name: str, reader: Reader) -> Compressor:

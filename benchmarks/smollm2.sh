@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The rows of results/smollm2.jsonl: a pretrained reader, SmolLM2 with the shipped adapter, in bfloat16. What the file holds
 # already, measured by the same code and weights on the same questions, is left out, so it can be stopped and started again.
-# LIMIT (questions a set), DATA (folder of the sets), OUT and TASKS may be set.
+# LIMIT (questions a set), DATA (folder of the sets), OUT, TASKS and PARTS (soft, text) may be set.
 set -euo pipefail
 LIMIT=${LIMIT:-100} DATA=${DATA:-data} OUT=${OUT:-benchmarks/results/smollm2.jsonl} NUTGRAF=${NUTGRAF:-nutgraf}
 
@@ -28,6 +28,6 @@ several() { # ten passages a question
 for task in ${TASKS:-squad nq qamr quoref fairytaleqa squad_10 nq_10}; do
   case $task in
     *_10) several "$task" ;;
-    *) soft "$task" "$LIMIT"; text "$task" "$LIMIT" ;;
+    *) for part in ${PARTS:-soft text}; do "$part" "$task" "$LIMIT"; done ;;
   esac
 done

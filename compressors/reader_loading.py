@@ -31,6 +31,16 @@ class LoadedLM:
     checkpoint: str | None
 
 
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    """``"auto"`` or a floating torch dtype, from the same or its name; ValueError for anything else."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype == "auto":
+        return dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
+    return found
+
+
 def load_lm(name: str, dtype: torch.dtype | str = "auto", **model_kwargs: Any) -> LoadedLM:
     """Loads a causal LM.
 

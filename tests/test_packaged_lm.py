@@ -56,6 +56,18 @@ def test_its_fingerprint_is_that_of_the_sum_in_every_precision(base, tmp_path):
     assert Reader.from_pretrained(tmp_path / "whole").fingerprint == fingerprint
 
 
+def test_a_dtype_may_be_named(base, zoo, tmp_path):
+    _, folder = adapter(base, tmp_path / "adapter")
+    for source in (folder, base):
+        assert Reader.from_pretrained(source, dtype="float32").dtype == torch.float32
+    assert (
+        Reader.from_pretrained(zoo.model("llama"), tokenizer=zoo.tokenizer(), dtype="bfloat16").dtype == torch.bfloat16
+    )
+    for wrong in ("float31", "int8", torch.int8):
+        with pytest.raises(ValueError, match="dtype must be auto, float32"):
+            Reader.from_pretrained(folder, dtype=wrong)
+
+
 def test_an_adapter_cannot_be_added_to_quantised_weights(base, tmp_path):
     _, folder = adapter(base, tmp_path / "adapter")
     with pytest.raises(ValueError, match="cannot be quantised: save the reader"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import nutgraf
 import pytest
 from nutgraf import Reader, load_compressor, pretrained
+from nutgraf.compressors import packaged_lm
 from nutgraf.recipes.answer_scores import f1
 from nutgraf.recipes.questions import sentences
 
@@ -86,10 +87,26 @@ SHIPPED = (
 # xRAG's one slot is asked to carry a sentence, not a paragraph: more of it does not survive.
 @pytest.mark.parametrize("name", sorted(SHIPPED))
 def test_compressed_passages_answer_better_than_none_and_than_those_of_others(reader, name):
+    answers_better_than_none_and_than_those_of_others(reader, name, 1 if name == "xrag-small" else 3)
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Reader:
+    return Reader.from_pretrained(pretrained("reader-smollm2"), dtype="bfloat16")
+
+
+@pytest.mark.skipif(not packaged_lm.is_installed(), reason=f"needs {packaged_lm.INSTALL}")
+@pytest.mark.parametrize("name", ["icae-smollm2", "salient-pool-query-smollm2", "xrag-smollm2"])
+def test_so_do_those_for_the_pretrained_reader(smollm2, name):
+    answers_better_than_none_and_than_those_of_others(smollm2, name, 12)
+
+
+def answers_better_than_none_and_than_those_of_others(reader, name, every):
+    """With one question in `every`: the weaker, the more questions; the slower, the fewer."""
     compressor = load_compressor(pretrained(name), reader=reader)
     lines = next(SAMPLE.glob("*.jsonl")).read_text(encoding="utf-8").splitlines()
     records = [record for line in lines if (record := json.loads(line)).get("gold") is not None]
-    records = records if name == "xrag-small" else records[::3]  # the weaker, the more questions
+    records = records[::every]
     asked = [r["question"] for r in records] if compressor.query_aware else None
     passages = compressor.compress([sentence_with_answer(r) for r in records], asked)
     reads = compressor.reader or reader
