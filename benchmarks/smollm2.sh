@@ -16,7 +16,7 @@ soft() { # slots, and plain text of their budgets
 }
 
 text() { # shorter texts
-  quality "$1" "$2" --no-shuffled --baseline none --compressor llmlingua2-small@2,4 --compressor llmlingua2-query-small@2,4 \
+  quality "$1" "$2" --no-shuffled --baseline none --compressor llmlingua2-small@2,4 --compressor llmlingua2-query-small@2,4,8,16 \
     --compressor llmlingua@2,4 --compressor longllmlingua@2,4 --compressor selective-context@2,4
 }
 
