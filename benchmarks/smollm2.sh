@@ -11,7 +11,7 @@ quality() { # set, questions, further arguments
 }
 
 soft() { # slots, and plain text of their budgets
-  quality "$1" "$2" --baseline none --compressor icae-smollm2@4 --compressor xrag-smollm2
+  quality "$1" "$2" --baseline none --compressor icae-smollm2@2,4 --compressor xrag-smollm2
   quality "$1" "$2" --no-shuffled --baseline truncate --baseline extract --compressor salient-pool-query-smollm2@2,4,8,16
 }
 

@@ -22,6 +22,11 @@ cpu_batches() { # several prompts at a time
     --batch 1 --batch 4 --batch 16 --batch 64
 }
 
+cpu_pretrained() { # a pretrained reader; its package must be installed
+  account --reader reader-smollm2 --dtype bfloat16 --context 2048 --passages 10 --compressor icae-smollm2@16 --slots 16 \
+    --repeats 3
+}
+
 cpu_large() { # a reader of the 1B shape, float32, 5 GB
   account --shape llama-1b --context 256 --passages 2 --slots 16 --repeats 1 --decode-tokens 4
 }
@@ -72,7 +77,7 @@ cuda_training() {
 }
 
 if [ "$DEVICE" = cpu ]; then
-  tasks=(contexts batches compress training store large)
+  tasks=(contexts batches pretrained compress training store large)
 else
   tasks=(8b contexts small methods training)
 fi
