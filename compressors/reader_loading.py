@@ -33,9 +33,9 @@ class LoadedLM:
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
     """``"auto"`` or a floating torch dtype, from the same or its name; ValueError for anything else."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype == "auto":
         return dtype
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
     return found
@@ -107,5 +107,5 @@ def merge(adapted: PeftModel) -> None:
                 f"The adapter changes {name}, a {type(base).__name__}; LoRA on linear layers can be added."
             )
         down, up = module.lora_A[which].weight, module.lora_B[which].weight  # type: ignore[index]
-        update = (up.double() @ down.double()) * module.scaling[which]  # type: ignore[index]
-        base.weight.copy_((base.weight.double() + update).to(base.weight.dtype))
+        total = (up.double() @ down.double()).mul_(module.scaling[which])  # type: ignore[index]
+        base.weight.copy_(total.add_(base.weight))

@@ -1,11 +1,11 @@
-"""Shared fixtures: `zoo` (tiny random models), LlamaIndex indexes of a few texts, and quiet, deterministic torch."""
+"""Shared fixtures: `zoo` (tiny random models), LlamaIndex indexes, a cache for packaged models, and quiet, deterministic torch."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +32,15 @@ _ZOO = _load_zoo()
 def zoo() -> ModuleType:
     """The module `tests/zoo.py`: ``zoo.reader("llama")``, ``zoo.ARCHITECTURES``, ``zoo.tokenizer()``."""
     return _ZOO
+
+
+@pytest.fixture(scope="session")
+def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An empty folder that packaged models are unpacked into, once for all tests."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NUTGRAF_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

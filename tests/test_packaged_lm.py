@@ -108,12 +108,9 @@ needs_package = pytest.mark.skipif(not packaged.is_installed(), reason=f"needs {
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
+def smollm2(model_cache):
     """SmolLM2, unpacked into an empty cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        cache = tmp_path_factory.mktemp("cache")
-        patch.setenv("NUTGRAF_CACHE", str(cache))
-        yield Reader.from_pretrained(SMOLLM2), cache
+    return Reader.from_pretrained(SMOLLM2), model_cache
 
 
 @needs_package
@@ -128,7 +125,6 @@ def test_the_packaged_model_answers(smollm2):
 @needs_package
 def test_it_is_unpacked_once_and_whole(smollm2, monkeypatch):
     reader, cache = smollm2
-    monkeypatch.setenv("NUTGRAF_CACHE", str(cache))
     monkeypatch.setattr(packaged, "_unpack", lambda *_: pytest.fail("unpacked again"))
     (folder,) = cache.iterdir()
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in folder.iterdir()}
@@ -138,9 +134,8 @@ def test_it_is_unpacked_once_and_whole(smollm2, monkeypatch):
 
 
 @needs_package
-def test_the_shipped_adapter_answers_briefly_and_from_the_passage(smollm2, monkeypatch):
-    plain, cache = smollm2
-    monkeypatch.setenv("NUTGRAF_CACHE", str(cache))
+def test_the_shipped_adapter_answers_briefly_and_from_the_passage(smollm2):
+    plain, _ = smollm2
     reader = Reader.from_pretrained(pretrained("reader-smollm2"))
     assert reader.name == "reader-smollm2"
     assert reader.fingerprint not in (plain.fingerprint, Reader.from_pretrained(pretrained("reader-small")).fingerprint)

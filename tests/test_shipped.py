@@ -108,7 +108,7 @@ def test_compressed_passages_answer_better_than_none_and_than_those_of_others(re
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> Reader:
+def smollm2(model_cache: Path) -> Reader:
     return Reader.from_pretrained(pretrained("reader-smollm2"), dtype="bfloat16")
 
 
