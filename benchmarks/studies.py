@@ -78,7 +78,8 @@ SMOLLM2 = Study(
     notes=(
         "ICAE, xRAG and salient windows were [trained](benchmarks/results/compressor_training.jsonl) for this reader on two "
         "CPU cores, for 23, 13 and 9 minutes, a small part of what their papers take. Methods that are missing were not "
-        "trained for it. **For the question** a passage is compressed anew for each one, which the times count, by a classifier of 22 million parameters. "
+        "trained for it. **For the question** a passage is compressed anew for each one, which the times "
+        "count, by a classifier of 22 million parameters. "
         f"{PLAIN} Times are of two CPU cores and bfloat16. "
         "[benchmarks/RESULTS_SMOLLM2.md](benchmarks/RESULTS_SMOLLM2.md) has every line.",
     ),

@@ -1,4 +1,4 @@
-"""Shared fixtures: `zoo` (tiny random models), LlamaIndex indexes, a cache for packaged models, and quiet, deterministic torch."""
+"""Shared fixtures: `zoo` (tiny random models), indexes, a cache for packaged models, and quiet, deterministic torch."""
 
 from __future__ import annotations
 
