@@ -1,4 +1,4 @@
-"""Which code measured a row: a hash of the modules that decide what comes out, so that stale rows are known."""
+"""Hash of the code that measured a row, so that rows of older code are recognised as stale."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def code_of(compressor: Compressor | None = None) -> str:
 def source_hash(modules: Sequence[str], root: Path = PACKAGE) -> str:
     """Hash of modules of a package and of all that they import from it by relative imports.
 
-    Comments, docstrings and layout do not count, nor do packages' `__init__` files, which only gather names.
+    Only content counts: every top-level statement is hashed by itself, and the statements' hashes are sorted. So a file or
+    a definition may move without making rows stale. Imports, comments, docstrings, layout and packages' `__init__` files do
+    not count.
 
     Args:
         modules: dotted names below the package.
@@ -40,7 +42,7 @@ def source_hash(modules: Sequence[str], root: Path = PACKAGE) -> str:
 
     Raises ValueError for a module that is not there.
     """
-    found: dict[Path, str] = {}
+    found: dict[Path, tuple[str, ...]] = {}
     todo = [root.joinpath(*name.split(".")).with_suffix(".py") for name in modules]
     if missing := [path for path in todo if not path.is_file()]:
         raise ValueError(f"There is no module {missing[0]}.")
@@ -49,23 +51,35 @@ def source_hash(modules: Sequence[str], root: Path = PACKAGE) -> str:
         if path not in found:
             found[path], imported = _parsed(path)
             todo += imported
-    digest = hashlib.sha256()
-    for path in sorted(found):
-        digest.update(f"{path.relative_to(root)}\0{found[path]}\0".encode())
-    return digest.hexdigest()[:10]
+    statements = sorted({statement for statements in found.values() for statement in statements})
+    return hashlib.sha256("\0".join(statements).encode()).hexdigest()[:10]
 
 
 @cache
-def _parsed(path: Path) -> tuple[str, tuple[Path, ...]]:
-    """What a module says, and the files that its relative imports name."""
+def _parsed(path: Path) -> tuple[tuple[str, ...], tuple[Path, ...]]:
+    """The hashes of a module's top-level statements, and the files that its relative imports name."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     imported: list[Path] = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
-            node
-        ):
-            node.body = node.body[1:]
         if isinstance(node, ast.ImportFrom) and node.level:
             base = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
             imported += [base.with_suffix(".py"), *(base / f"{alias.name}.py" for alias in node.names)]
-    return ast.dump(tree), tuple(file for file in imported if file.is_file())
+    tree = _Plain().visit(tree)
+    statements = tuple(hashlib.sha256(ast.dump(node).encode()).hexdigest() for node in tree.body)
+    return statements, tuple(file for file in imported if file.is_file())
+
+
+class _Plain(ast.NodeTransformer):
+    """Drops what does not count: imports and docstrings."""
+
+    def visit_Import(self, node: ast.Import) -> None:
+        return None
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        return None
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+        return super().generic_visit(node)

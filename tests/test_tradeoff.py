@@ -128,6 +128,9 @@ def test_the_code_hash_follows_imports_and_no_comments(tmp_path: Path) -> None:
     write("a/two.py", '"""Other."""\n\n# a comment\ndef f():\n    return 1\n')
     write("b/four.py", "y = 2\n")
     assert source_hash.source_hash(("a.one",), tmp_path) == before
+    write("a/two.py", "from ..b.moved import f\n")
+    write("b/moved.py", "def f():\n    return 1\n")
+    assert source_hash.source_hash(("a.one",), tmp_path) == before, "a definition may move"
     write("b/three.py", "x = 2\n")
     assert source_hash.source_hash(("a.one",), tmp_path) != before
     with pytest.raises(ValueError, match="no module"):
