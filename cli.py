@@ -6,13 +6,13 @@ Heavy modules are imported by the commands that use them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import locate
+from .console import _escape, friendly_errors, highlight
+from .shipped import locate
 
 if TYPE_CHECKING:
     from .compressors import CompressedPassage, Compressor
@@ -24,18 +24,6 @@ app = typer.Typer(
 )
 
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-
-
-@contextlib.contextmanager
-def friendly_errors() -> Iterator[None]:
-    """Turn the errors that are written for users into one line and exit status 2."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
-        from rich.console import Console
-
-        Console(stderr=True).print(f"[bold red]Error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error
 
 
 @app.command()
@@ -52,8 +40,9 @@ def train(
 ) -> None:
     """Train a reader or a compressor by a recipe; stop it at any time and run it again to go on."""
     with friendly_errors():
-        from .recipes.schema import load_recipe
-        from .recipes.trainer import make_task, run_recipe
+        from .recipes.tasks.registry import make_task
+        from .recipes.training.schema import load_recipe
+        from .recipes.training.trainer import run_recipe
 
         loaded = load_recipe(recipe, overrides or [])
         result = run_recipe(loaded, make_task(loaded), out, resume=resume, max_minutes=max_minutes)
@@ -142,7 +131,7 @@ def import_(
     """Make a compressor out of a checkpoint that was published in its authors' own layout."""
     with friendly_errors():
         from .compressors.importers import describe_ignored, import_to
-        from .recipes.yaml_values import parse_value
+        from .recipes.training.yaml_values import parse_value
 
         given = {}
         for setting in settings or []:
@@ -188,7 +177,7 @@ def serve(context: typer.Context) -> None:
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def bench(context: typer.Context) -> None:
     """Measure quality, reading, speed and cost on equal terms."""
-    from .benchmarks.cli import bench_app
+    from .benchmarks.cli.app import bench_app
 
     bench_app(args=context.args or ["--help"], prog_name="nutgraf bench")
 
@@ -196,7 +185,7 @@ def bench(context: typer.Context) -> None:
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def plan(context: typer.Context) -> None:
     """Does compressing pay, for a reader, its passages and a device? Estimates; no weights are read."""
-    from .benchmarks.plan_cli import plan as run
+    from .benchmarks.cli.plan import plan as run
 
     single = typer.Typer(add_completion=False)
     single.command(help=run.__doc__)(run)
@@ -206,7 +195,7 @@ def plan(context: typer.Context) -> None:
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def demo(context: typer.Context) -> None:
     """Retrieve, compress, answer, train and measure, with what ships in the package."""
-    from .benchmarks.demo import demo as run
+    from .benchmarks.cli.demo import demo as run
 
     single = typer.Typer(add_completion=False)
     single.command(help=run.__doc__)(run)
@@ -258,28 +247,18 @@ def _show(compressor: Compressor, found: CompressedPassage, text: str, query: st
         norms = found.embeds.float().norm(dim=-1).tolist()
         console.print(f"\nSlot norms (the reader's own embeddings: {reader.embedding_norm:.2f} in the mean):")
         console.print(" ".join(f"{norm:.2f}" for norm in norms), highlight=False)
-        from .recipes.templates import autoencoding_prompt
+        from .recipes.data.templates import autoencoding_prompt
 
         room = min(found.source_tokens + 8, 512)
         told = reader.generate([autoencoding_prompt(found)], max_new_tokens=room)[0]
         console.print("\nWhat the reader repeats from the slots:")
         console.print(_escape(told.strip()) or "(nothing)", highlight=False)
     if query is not None:
-        from .recipes.templates import question_prompt
+        from .recipes.data.templates import question_prompt
 
         answers = reader.generate([question_prompt([found], query), question_prompt([text], query)], max_new_tokens=32)
         console.print(f"\nFrom the compressed passage: {_escape(answers[0].strip())}", highlight=False)
         console.print(f"From the text:               {_escape(answers[1].strip())}", highlight=False)
-
-
-def highlight(text: str, found: CompressedPassage) -> Any:
-    """The original text as a `rich.text.Text`, what a text compressor kept in bold and the rest dim."""
-    from rich.text import Text
-
-    shown = Text(text, style="dim")
-    for start, end in found.spans or ():
-        shown.stylize("not dim bold green", start, end)
-    return shown if found.spans is not None else Text(found.text or "")
 
 
 def _read_text(text: str) -> str:
@@ -291,12 +270,6 @@ def _read_text(text: str) -> str:
         if path.is_file():
             return path.read_text(encoding="utf-8")
     return text
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 ``retriever -> CompressedContextDocuments -> PromptBuilder -> CompressedContextGenerator``. With a compressor to ``text``
 the documents hold the shorter text and any generator reads them; else they hold placeholders (see
-`nutgraf.adapters.placeholders`).
+`nutgraf.adapters.placeholders.placeholder`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ except ImportError as error:  # an extra of the package
     raise ImportError("The Haystack adapter needs haystack-ai: pip install 'nutgraf[haystack]'.") from error
 
 from ..compressors import Compressor
-from .documents import TextsForReading, check_reader
-from .placeholders import PlaceholderStore, read_placeholders, shared_store
+from .placeholders.documents import TextsForReading, check_reader
+from .placeholders.placeholder import PlaceholderStore, read_placeholders, shared_store
 
 ORIGINAL_TEXT = "original_text"
 

@@ -23,8 +23,8 @@ except ImportError as error:  # an extra of the package
 from pydantic import ConfigDict, Field, PrivateAttr
 
 from ..compressors import Compressor
-from .documents import TextsForReading, check_reader, count_positions
-from .placeholders import PlaceholderStore, read_placeholders, shared_store
+from .placeholders.documents import TextsForReading, check_reader, count_positions
+from .placeholders.placeholder import PlaceholderStore, read_placeholders, shared_store
 
 ORIGINAL_TEXT = "original_text"
 _ROLES = {"human": "user", "ai": "assistant", "system": "system"}

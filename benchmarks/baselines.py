@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from ..compressors import Reader
-from ..compressors.embedders import MINILM, Embedder, load_embedder
-from ..recipes.templates import question_prompt
+from ..compressors.encoders.embedder import MINILM, Embedder, load_embedder
+from ..recipes.data.templates import question_prompt
 
 Baseline = Callable[[Reader, str, Sequence[str], int, random.Random], list[str]]
 Scorer = Callable[[str, Sequence[str]], list[float]]

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..compressors.passage import write_atomically
+from ..compressors.core.files import write_atomically
 
 Json = dict[str, Any]
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..recipes.corpus import Record
+from ..recipes.data.corpus import Record
 from .metrics import containment
 
 

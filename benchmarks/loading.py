@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from .. import locate
 from ..adapters.store import Encoding
 from ..compressors import COMPRESSORS, Compressor, Reader, load_compressor, make_compressor
-from ..compressors.reader_loading import as_dtype
-from ..recipes.corpus import Record, read_records
+from ..compressors.reader.loading import as_dtype
+from ..recipes.data.corpus import Record, read_records
+from ..shipped import locate
 from .distractors import with_passages
 
 SAMPLE = Path(__file__).resolve().parent / "sample"

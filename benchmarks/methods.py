@@ -16,9 +16,10 @@ from typing import Protocol
 from ..adapters.store import Encoding
 from ..adapters.store.codec import round_trip
 from ..compressors import CompressedPassage, Compressor, Reader
-from ..recipes.corpus import Record
-from ..recipes.templates import Piece, question_prompt
+from ..recipes.data.corpus import Record
+from ..recipes.data.templates import Piece, question_prompt
 from .baselines import BASELINES
+from .loading import CompressorSpec, find_compressor
 
 
 class Method(Protocol):
@@ -229,4 +230,14 @@ def strangers(records: Sequence[Record], seed: int = 0) -> list[Record]:
         if partner is None:
             raise ValueError(f"Record {i} shares a passage with every other; the shuffled control needs more records.")
         found.append(partner)
+    return found
+
+
+def named_methods(reader: Reader, specs: Sequence[str], ratios: Sequence[float]) -> list[Compressed]:
+    """The compressors that are named (`NAME@RATIO,RATIO`), each at each of its ratios or of those given."""
+    found = []
+    for text in specs:
+        spec = CompressorSpec.parse(text, ratios)
+        loaded = find_compressor(spec.name, reader)
+        found += [Compressed(loaded, ratio, query_aware=loaded.query_aware) for ratio in spec.ratios]
     return found

@@ -12,9 +12,9 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from ..recipes.answer_scores import best, normalize
-from ..recipes.answer_scores import exact_match as exact_match
-from ..recipes.answer_scores import f1 as f1
+from ..recipes.data.answer_scores import best, normalize
+from ..recipes.data.answer_scores import exact_match as exact_match
+from ..recipes.data.answer_scores import f1 as f1
 
 
 def containment(prediction: str, answers: Sequence[str]) -> float:

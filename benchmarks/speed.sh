@@ -45,7 +45,7 @@ cpu_training() { # a step over its bare passes; memory of the losses
 
 cpu_store() { # reading from the store, by itself and in front of an answer
   grep -qs '"state": "answer"' "$RESULTS/store.jsonl" ||
-    $PYTHON -m nutgraf.benchmarks.store --reader reader-small --out "$RESULTS/store.jsonl"
+    $PYTHON -m nutgraf.benchmarks.speed.store --reader reader-small --out "$RESULTS/store.jsonl"
 }
 
 cuda_8b() {

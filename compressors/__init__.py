@@ -6,29 +6,20 @@ if __name__ != "nutgraf.compressors":
     # Under a bare name this would be a second copy of every class and of the registry.
     raise ImportError(f"Import nutgraf.compressors, not {__name__}: the repository root is the package nutgraf.")
 
-from . import (  # each registers its method
-    autocompressor,
-    full_text,
-    gist,
-    icae,
-    kv_memory,
-    llmlingua,
-    llmlingua2,
-    longllmlingua,
-    mean_pool,
-    pisco,
-    salient_pool,
-    selective_context,
-    xrag,
-)
-from .base import Compressor, CompressorConfig, ReaderMismatchError, SoftCompressor, TextCompressor
-from .checkpoint import CheckpointError
-from .fidelity import FidelityGate
-from .passage import CompressedPassage
-from .probing import FidelityConfig
-from .reader import Reader
-from .registry import COMPRESSORS, load_compressor, make_compressor, register_compressor
-from .targets import Targets
+from .base import Compressor, SoftCompressor, TextCompressor
+from .core.config import CompressorConfig
+from .core.errors import CheckpointError, ReaderMismatchError
+from .core.passage import CompressedPassage
+from .fidelity.gate import FidelityGate
+from .fidelity.probes import FidelityConfig
+from .kv import five_hundred as kv_memory
+from .kv import gist
+from .loading import load_compressor
+from .reader.reader import Reader
+from .reader.targets import Targets
+from .registry import COMPRESSORS, make_compressor, register_compressor
+from .soft import autocompressor, full_text, icae, mean_pool, pisco, salient_pool, xrag
+from .text import llmlingua, llmlingua2, longllmlingua, selective_context
 
 __all__ = [
     "COMPRESSORS",

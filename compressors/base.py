@@ -6,56 +6,25 @@ import contextlib
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import CheckpointError, load_weights, read_config, write_checkpoint
-from .checks import check_queries
-from .fingerprint import hash_json, hash_tensors
-from .passage import CompressedPassage, Interface
-from .settings import written
+from .core.checkpoint import load_weights, read_config, write_checkpoint
+from .core.config import CompressorConfig, check_queries
+from .core.errors import CheckpointError, ReaderMismatchError
+from .core.fingerprint import hash_json, hash_tensors
+from .core.passage import CompressedPassage, Interface
 
 if TYPE_CHECKING:
-    from .reader import Reader
-    from .twin import Twin
+    from .encoders.lora_twin import Twin
+    from .reader.reader import Reader
 
 Query = str | Sequence[str | None] | None
-ConfigT = TypeVar("ConfigT", bound="CompressorConfig")
 CompressorT = TypeVar("CompressorT", bound="Compressor")
-
-
-class ReaderMismatchError(ValueError):
-    """A compressed passage or a compressor meets a reader that it was not made for."""
-
-
-@dataclass
-class CompressorConfig:
-    """Settings of a compressor. Subclasses are dataclasses that validate in ``__post_init__``."""
-
-    method: ClassVar[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict that `from_dict` takes back, in the constructor's order: keyword-only settings come last.
-
-        Settings that came later (`nutgraf.compressors.settings.added`) are left out at their defaults.
-        """
-        found = asdict(self)
-        return {f.name: found[f.name] for f in written(self)}
-
-    @classmethod
-    def from_dict(cls: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
-        """Builds the config. Raises ``ValueError`` for keys that it does not have."""
-        if not is_dataclass(cls):
-            raise TypeError(f"{cls.__name__} must be a dataclass.")
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(data) - known):
-            raise ValueError(f"{cls.__name__} has no settings {unknown}; it has {sorted(known)}.")
-        return cls(**data)
 
 
 class Compressor(nn.Module, ABC):
@@ -93,7 +62,7 @@ class Compressor(nn.Module, ABC):
 
     def adapt_reader(self, twin: Twin) -> None:
         """Let the passages be read with a twin of the reader, whose weights are then this compressor's."""
-        from .adapted import AdaptedReader
+        from .encoders.tuned_reader import AdaptedReader
 
         self._held = (self._held[0], AdaptedReader(self._held[0], twin))
 

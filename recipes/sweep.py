@@ -21,15 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import locate
 from ..compressors import Compressor, Reader, load_compressor
-from .checkpoints import CheckpointStore
-from .compressor_eval import compressed_scores, fixed_scores
-from .compressor_task import CompressorTask
-from .corpus import Record
-from .records import load_records
-from .schema import Recipe, load_recipe
-from .trainer import run_recipe
+from ..shipped import locate
+from .data.corpus import Record
+from .data.records import load_records
+from .tasks.compressor import CompressorTask
+from .tasks.evaluation import compressed_scores, fixed_scores
+from .training.checkpoints import CheckpointStore
+from .training.schema import Recipe, load_recipe
+from .training.trainer import run_recipe
 
 Row = dict[str, Any]
 _PAIRS = {"[": "]", "{": "}", "(": ")"}

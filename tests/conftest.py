@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,26 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+import zoo as zoo_module
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def _load_zoo() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("nutgraf_test_zoo", Path(__file__).parent / "zoo.py")
-    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-    sys.modules["nutgraf_test_zoo"] = module
-    spec.loader.exec_module(module)  # type: ignore[union-attr]
-    return module
-
-
-_ZOO = _load_zoo()
-
-
 @pytest.fixture(scope="session")
 def zoo() -> ModuleType:
     """The module `tests/zoo.py`: ``zoo.reader("llama")``, ``zoo.ARCHITECTURES``, ``zoo.tokenizer()``."""
-    return _ZOO
+    return zoo_module
 
 
 @pytest.fixture(scope="session")

@@ -81,7 +81,7 @@ def test_wheel_installed_elsewhere_works(tmp_path):
         "icae = nutgraf.load_compressor(nutgraf.pretrained('icae-small'), reader=reader)\n"
         "passages = icae.compress(['The treaty was signed in 1648 in Westphalia, ending thirty years of war.'])\n"
         "print(reader.generate([[*passages, '\\n\\nQuestion: Where was it signed?\\nAnswer:']]))\n"
-        "from nutgraf.recipes.schema import load_recipe\n"
+        "from nutgraf.recipes.training.schema import load_recipe\n"
         "load_recipe('icae'); load_recipe('xrag'); load_recipe('reader')\n"
     )
     env = {**os.environ, "PYTHONPATH": str(site)}

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from nutgraf.benchmarks import readme
-from nutgraf.benchmarks.studies import STUDIES
+from nutgraf.benchmarks.report import readme
+from nutgraf.benchmarks.report.studies import STUDIES
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -30,7 +30,7 @@ def test_readme_links_lead_somewhere():
 
 
 def test_results_and_picture_are_those_of_the_committed_rows():
-    assert readme.main(["--check"]) == 0, "run python -m nutgraf.benchmarks.readme"
+    assert readme.main(["--check"]) == 0, "run python -m nutgraf.benchmarks.report.readme"
 
 
 def test_markers_are_needed():

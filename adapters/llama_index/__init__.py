@@ -10,13 +10,13 @@ Example::
     )
 
 It works with every response mode of LlamaIndex, sync and async, streamed or not, for completion and chat readers:
-what travels between the two is an ordinary short string (see `nutgraf.adapters.placeholders`).
+what travels between the two is an ordinary short string (see `nutgraf.adapters.placeholders.placeholder`).
 """
 
 from __future__ import annotations
 
-from ..passage_cache import PassageCache
-from ..placeholders import PlaceholderError, PlaceholderStore, escape_placeholders
+from ..placeholders.cache import PassageCache
+from ..placeholders.placeholder import PlaceholderError, PlaceholderStore, escape_placeholders
 from .citation import CompressedCitationQueryEngine
 from .embedding import SentenceTransformerEmbedding
 from .events import CompressionEvent

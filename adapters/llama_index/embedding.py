@@ -9,7 +9,7 @@ from typing import Any
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.bridge.pydantic import PrivateAttr
 
-from ...compressors.embedders import Embedder, load_embedder
+from ...compressors.encoders.embedder import Embedder, load_embedder
 
 
 class SentenceTransformerEmbedding(BaseEmbedding):

@@ -25,11 +25,12 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.response_synthesizers import BaseSynthesizer, get_response_synthesizer
 
 from ...compressors import CompressedPassage, Reader
+from ...compressors.reader.checks import check_reads_slots
 from ..openai import ServedReader
-from ..placeholders import PlaceholderStore, ReadingLLM, read_placeholders, shared_store
+from ..placeholders.placeholder import PlaceholderStore, ReadingLLM, read_placeholders, shared_store
 from ..threads import from_thread
 from .prompt_helper import SlotAwarePromptHelper
-from .reading import Answer, ReaderCall, ReaderRefusedError, check_reads_slots, check_served
+from .reading import Answer, ReaderCall, ReaderRefusedError, check_served
 
 
 class CompressedContextLLM(CustomLLM):

@@ -8,7 +8,7 @@ from llama_index.core.base.llms.types import BaseContentBlock, TextBlock
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.schema import BaseNode, Document, ImageNode, IndexNode, MetadataMode, Node, TextNode
 
-from ..placeholders import MARKER, Found, PlaceholderStore, scan
+from ..placeholders.placeholder import MARKER, Found, PlaceholderStore, scan
 
 
 class _ReadAs:

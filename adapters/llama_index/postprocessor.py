@@ -14,8 +14,14 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 
 from ...compressors import CompressedPassage, Compressor, FidelityGate
-from ..passage_cache import PassageCache
-from ..placeholders import PlaceholderStore, ReadingLLM, escape_placeholders, holds_placeholder, shared_store
+from ..placeholders.cache import PassageCache
+from ..placeholders.placeholder import (
+    PlaceholderStore,
+    ReadingLLM,
+    escape_placeholders,
+    holds_placeholder,
+    shared_store,
+)
 from ..store import PassageStore
 from .events import CompressionEvent
 from .nodes import read_as, text_of

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llama_index.core.indices.prompt_helper import DEFAULT_PADDING, PromptHelper
 from llama_index.core.node_parser.text.token import TokenTextSplitter
 
-from ..placeholders import Found, scan
+from ..placeholders.placeholder import Found, scan
 
 if TYPE_CHECKING:
     from llama_index.core.llms import LLM

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 
 from ...compressors import CompressedPassage, Compressor, FidelityGate
-from ..passage_cache import PassageCache
-from ..placeholders import Issued, escape_placeholders
+from ..placeholders.cache import PassageCache
+from ..placeholders.placeholder import Issued, escape_placeholders
 from ..store import PassageStore, explain_missing, get_or_compress, keys_for
 from .nodes import text_of
 

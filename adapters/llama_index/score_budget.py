@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...compressors.allocation import allocate, ratio_of
+from .allocation import allocate, ratio_of
 from .policy import LEFT_OUT, TEXT, Form, Policy, Retrieved, check_count, is_number
 
 _TRIES = 8  # compressors round, and a blank line stands behind each passage: the sum is right after a few corrections
@@ -15,7 +15,7 @@ _TRIES = 8  # compressors round, and a blank line stands behind each passage: th
 class ScoreBudget(Policy):
     """All passages compressed, each by a ratio of its own: the nearer to the question, the more of ``n`` reader positions.
 
-    How they are divided is said in `nutgraf.compressors.allocation.allocate`; scores of any retriever or reranker will do, and
+    How they are divided is said in `allocation.allocate`; scores of any retriever or reranker will do, and
     equal ones give every passage the same ratio. The compressor must take any ratio (mean-pooled windows do); at query time
     passages are compressed by ratios that an index holds in no store. Where all passages fit as text they are text. The
     budget is kept: where not even ``highest`` is enough, the passages of lowest score are left out. `choose` raises

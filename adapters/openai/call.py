@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...compressors import CompressedPassage
-from ...compressors.plan import Prompt, PromptPlan
+from ...compressors.reader.plan import Prompt, PromptPlan
 from .payload import Settings
 
 Texts = Sequence[str]

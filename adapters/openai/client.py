@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from ...compressors import Reader
-from ...compressors.plan import Prompt, PromptPlan
+from ...compressors.reader.plan import Prompt, PromptPlan
 from ..threads import from_thread
 from .call import Call, Texts
 from .checks import find_known_bugs

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
 from ...compressors import CompressedPassage, Reader, ReaderMismatchError
-from ...compressors.plan import Layout, Prompt, PromptPlan, plan_prompts
-from ...compressors.tokenization import PromptTokenizer
+from ...compressors.reader.plan import Layout, Prompt, PromptPlan, plan_prompts
+from ...compressors.reader.tokenization import PromptTokenizer
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 

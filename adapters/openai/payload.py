@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ...compressors import CompressedPassage
-from ...compressors.plan import PromptPlan, merge_atoms
-from ...compressors.tokenization import clean
+from ...compressors.reader.plan import PromptPlan, merge_atoms
+from ...compressors.reader.tokenization import clean
 from .embeddings import EmbeddingTable
 from .errors import UnexpectedAnswerError
 

@@ -22,7 +22,7 @@ except ImportError as error:  # an extra of the package
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ...compressors import Reader
-from ...compressors.plan import PromptPlan
+from ...compressors.reader.plan import PromptPlan
 from ..threads import from_thread
 from .batching import Answered, Batcher, Settings
 from .errors import RequestError
@@ -56,7 +56,7 @@ def create_app(
     if not isinstance(reader, Reader):
         raise TypeError(f"reader must be a nutgraf Reader, got {type(reader).__name__}; see Reader.from_pretrained.")
     if getattr(reader.model, "_is_stateful", False):
-        from ..llama_index.reading import check_reads_slots
+        from ...compressors.reader.checks import check_reads_slots
 
         check_reads_slots(reader)
     server = _Server(reader, name or reader.name, limits or Limits(), api_key)

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ...compressors import Reader
-from ...compressors.generation import cut_at_end, cut_at_stop
-from ...compressors.plan import PromptPlan
+from ...compressors.reader.generation import cut_at_end, cut_at_stop
+from ...compressors.reader.plan import PromptPlan
 from .errors import RequestError
 from .limits import Limits
 

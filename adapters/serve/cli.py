@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ... import locate
+from ...shipped import locate
 
 
 def serve(
@@ -31,7 +31,7 @@ def serve(
     timeout_s: Annotated[float, typer.Option(min=0.1, help="Seconds until a request gives up.")] = 300,
 ) -> None:
     """Serve a reader to OpenAI clients: text, token ids and prompt embeddings; batched, streamed, bounded."""
-    from ...cli import friendly_errors
+    from ...console import friendly_errors
 
     with friendly_errors():
         folder = locate(reader)  # a wrong name is told before anything large is imported

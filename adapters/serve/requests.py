@@ -7,8 +7,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...compressors import CompressedPassage, Reader
-from ...compressors.plan import PromptPlan
-from ...compressors.tokenization import TokenIds
+from ...compressors.reader.plan import PromptPlan
+from ...compressors.reader.tokenization import TokenIds
 from .batching import Settings
 from .errors import RequestError
 from .limits import Limits

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ... import locate
+from ...shipped import locate
 from .base import MakerStats, StoreError
 
 store_app = typer.Typer(no_args_is_help=True, help="Look after a store of compressed passages.")
@@ -58,8 +58,8 @@ def compress(
                 "A gate measures in this process: leave --engine out, or leave the measuring to query time."
             )
         from ...compressors import FidelityGate
-        from ..corpus import compress_corpus, compress_corpus_with_ray, read_corpus
         from . import LanceStore
+        from .corpus import compress_corpus, compress_corpus_with_ray, read_corpus
 
         total = sum(1 for _ in read_corpus(corpus, field))  # a bad line is told before a model is loaded
         with LanceStore(store, dtype=dtype, quantize=quantize, group=group) as opened, _progress(total) as done:  # type: ignore[arg-type]

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..base import Compressor
-from ..quiet import quiet_loading
-from ..registry import READER_FOLDER, download
+from ..core.checkpoint import READER_FOLDER, download
+from ..reader.quiet import quiet_loading
 from .layout import MissingOption, Source, listed
 
 if TYPE_CHECKING:
-    from ..reader import Reader
+    from ..reader.reader import Reader
 
 # Name a user types -> module. The order is that in which `recognise` asks them.
 IMPORTERS = {
@@ -104,7 +104,7 @@ def _load(
     if not folder.exists():
         folder = download(str(path), pickles=True)
     if reader is not None and isinstance(reader, str | Path):
-        from ..reader import Reader
+        from ..reader.reader import Reader
 
         reader = Reader.from_pretrained(reader, device=device)
     source = Source(folder, reader, device=device)

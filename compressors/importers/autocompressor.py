@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ..autocompressor import AutoCompressor, AutoCompressorConfig
-from ..checkpoint import CheckpointError
+from ..core.errors import CheckpointError
+from ..soft.autocompressor import AutoCompressor, AutoCompressorConfig
 from .layout import Source, load_model_state, peek_json
 from .models import build_model, load_tokenizer, make_reader, model_config
 
@@ -27,7 +27,7 @@ def load(
     equal_segments: bool = False,
     accumulate_summary: bool | None = None,
 ) -> AutoCompressor:
-    """Imports AutoCompressor; the checkpoint holds its reader. Its prompt: `nutgraf.compressors.prefix_reference.slots_first`.
+    """Imports AutoCompressor; the checkpoint holds its reader. Its prompt: `nutgraf.compressors.importers.prompts.slots_first`.
 
     Args:
         source: a Hugging Face folder with ``embed_summary.weight`` among the weights.

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import CheckpointError
-from ..pisco import PISCOCompressor, PISCOConfig
-from ..reader import Reader
+from ..core.errors import CheckpointError
+from ..reader.reader import Reader
+from ..soft.pisco import PISCOCompressor, PISCOConfig
 from .layout import Keys, Source, check_state, listed, load_model_state, load_pickle, load_tensors, need, peek_json
 from .models import (
     as_prompt,

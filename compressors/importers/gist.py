@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint import CheckpointError
-from ..gist import GistCompressor, GistConfig
-from ..reader import Reader
+from ..core.errors import CheckpointError
+from ..kv.gist import GistCompressor, GistConfig
+from ..reader.reader import Reader
 from .layout import MissingOption, Source, listed, load_model_state, need, peek_json
 from .models import build_model, load_tokenizer, make_reader, model_config
 
@@ -29,7 +29,7 @@ def recognises(path: Path) -> bool:
 def load(source: Source, *, n_gist: int | None = None, diff: bool | None = None) -> GistCompressor:
     """Imports gist tokens; the checkpoint holds its reader, or with the base model it makes it.
 
-    Its source and prompt: ``gist_source`` and ``gist_prompt`` of `nutgraf.compressors.prefix_reference`; with
+    Its source and prompt: ``gist_source`` and ``gist_prompt`` of `nutgraf.compressors.importers.prompts`; with
     ``stripped=True`` for the released models. The authors' controls (``pos_control``, ``neg_control``) have the same layout,
     and were not trained to read gist tokens alone.
 

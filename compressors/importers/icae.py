@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint import CheckpointError
-from ..icae import TASKS, ICAECompressor, ICAEConfig
-from ..reader import Reader
+from ..core.errors import CheckpointError
+from ..reader.reader import Reader
+from ..soft.icae import TASKS, ICAECompressor, ICAEConfig
 from .layout import PICKLES, Source, load_tensors, need, single_file
 from .models import body_prefix, build_model, fill_lora, lora_shape, make_reader, take_lora
 
@@ -37,7 +37,7 @@ def load(
     max_tokens: int | None = None,
     bos: bool = True,
 ) -> ICAECompressor:
-    """Imports ICAE. Its prompts: `nutgraf.compressors.icae_reference.icae_prompt`.
+    """Imports ICAE. Its prompts: `nutgraf.compressors.importers.prompts.icae_prompt`.
 
     Args:
         source: a file, or a folder with one file, of ``icae.*`` and ``memory_token_embed.weight``; it needs the reader (the

@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..checkpoint import CheckpointError
+from ..core.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from ..reader import Reader
+    from ..reader.reader import Reader
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 _FREQUENCIES = re.compile(r"(^|\.)rotary_emb\.inv_freq$")

@@ -7,9 +7,9 @@ from typing import Literal
 
 from transformers import AutoModelForTokenClassification
 
-from ..checkpoint import CheckpointError
-from ..llmlingua2 import CLASSIFIER_FOLDER, LLMLingua2Compressor, LLMLingua2Config
-from ..quiet import quiet_loading
+from ..core.errors import CheckpointError
+from ..reader.quiet import quiet_loading
+from ..text.llmlingua2 import CLASSIFIER_FOLDER, LLMLingua2Compressor, LLMLingua2Config
 from .layout import MissingOption, Source, load_model_state, peek_json
 from .models import build_model, has_tokenizer, load_tokenizer, model_config
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..checkpoint import CheckpointError
-from ..quiet import quiet_loading
-from ..reader import Reader
-from ..tokenization import PromptTokenizer
-from ..twin import LoRATwin, share, short_name
+from ..core.errors import CheckpointError
+from ..encoders.lora_twin import LoRATwin, share, short_name
+from ..reader.quiet import quiet_loading
+from ..reader.reader import Reader
+from ..reader.tokenization import PromptTokenizer
 from .layout import Keys, Source, listed
 
 _LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(\.(?P<adapter>\w+))?(\.weight)?$")

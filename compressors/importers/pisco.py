@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from ..body import BodyEncoder
-from ..checkpoint import CheckpointError
-from ..pisco import PISCOCompressor, PISCOConfig
-from ..reader import Reader
+from ..core.errors import CheckpointError
+from ..encoders.small_lm import BodyEncoder
+from ..reader.reader import Reader
+from ..soft.pisco import PISCOCompressor, PISCOConfig
 from .layout import Keys, Source, load_model_state, load_tensors, need, peek_json, read_json
 from .models import build_model, graft_rows, load_tokenizer, lora_shape, merge_lora, model_config, take_lora
 

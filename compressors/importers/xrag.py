@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from tokenizers import AddedToken
 
-from ..checkpoint import CheckpointError
-from ..reader import Reader
-from ..xrag import UNKNOWN, XRAGCompressor, XRAGConfig
-from ..xrag_reference import TOKEN, load_last_token_embedder
+from ..core.errors import CheckpointError
+from ..encoders.embedder import load_last_token_embedder
+from ..reader.reader import Reader
+from ..soft.xrag import UNKNOWN, XRAGCompressor, XRAGConfig
 from .layout import PICKLES, Keys, Source, load_model_state, load_tensors, peek_json, weight_files
 from .models import build_model, graft_rows, load_tokenizer, make_reader, model_config
+from .prompts import TOKEN
 
 EMBEDDER = "Salesforce/SFR-Embedding-Mistral"
 _PROJECTOR = "projector.projector."
@@ -37,7 +38,7 @@ def recognises(path: Path) -> bool:
 def load(
     source: Source, *, embedder: Any = None, added_rows: bool = True, shard_tokens: int = 180, layers: int | None = None
 ) -> XRAGCompressor:
-    """Imports xRAG. Its prompts: `nutgraf.compressors.xrag_reference.xrag_prompt`.
+    """Imports xRAG. Its prompts: `nutgraf.compressors.importers.prompts.xrag_prompt`.
 
     Args:
         source: a folder with ``config.json`` and the whole model's weights, or a file (or a folder with a ``ckpt.pth``) of

@@ -1,0 +1,241 @@
+"""Compressing a corpus into a store: files in, passages out, on one process or on many with Ray Data."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from ...compressors import Compressor, FidelityGate, Reader, load_compressor
+from . import Filled, LanceStore, PassageStore, fill, keys_for
+from .fill import BATCH
+
+LINES = (".jsonl", ".ndjson")
+TEXTS = (".txt", ".md")
+_PACKED: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
+_AHEAD = 8  # batches of passages read before it is asked which of them are stored
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A passage of a corpus, and where it stands: its file, and its line or its number there."""
+
+    text: str
+    about: Mapping[str, Any]
+
+
+def read_corpus(path: str | Path, field: str = "text") -> Iterator[Passage]:
+    """The passages of a file or of all files in a folder, in sorted order; files may be packed (``.xz``, ``.gz``).
+
+    JSON lines (``.jsonl``, ``.ndjson``) hold a passage each in ``field``, or several in a list ``passages`` of strings or
+    objects with that field. Text files (``.txt``, ``.md``) hold passages with blank lines between them.
+
+    Args:
+        path: the file or folder.
+        field: the name of the field that holds the text.
+
+    Raises:
+        FileNotFoundError: if there is no such file, or a folder without any.
+        ValueError: if a file is of another kind, is not UTF-8, or a line is not as above; file and line are named.
+    """
+    path = Path(path)
+    for file in _files(path):
+        name = str(file.relative_to(path)) if path.is_dir() else file.name
+        try:
+            yield from _read_lines(file, name, field) if _kind(file) in LINES else _read_texts(file, name)
+        except (UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+            raise ValueError(f"{file} cannot be read as UTF-8 text: {error}.") from error
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file) in LINES + TEXTS)
+        if not found:
+            raise FileNotFoundError(f"The folder {path} holds no {', '.join(LINES + TEXTS)} files, packed or not.")
+        return found
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no corpus {path}.")
+    if _kind(path) not in LINES + TEXTS:
+        raise ValueError(f"A corpus is a {', '.join(LINES + TEXTS)} file (packed or not) or a folder, got {path.name}.")
+    return [path]
+
+
+def _kind(file: Path) -> str:
+    return Path(file.stem).suffix if file.suffix in _PACKED else file.suffix
+
+
+def _open(file: Path) -> TextIO:
+    opened = _PACKED.get(file.suffix, open)(file, "rt", encoding="utf-8")
+    return opened  # type: ignore[no-any-return]
+
+
+def _read_lines(file: Path, name: str, field: str) -> Iterator[Passage]:
+    with _open(file) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = {"file": name, "line": number}
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file}, line {number} is not JSON: {error}.") from error
+            several = row.get("passages") if isinstance(row, dict) and field not in row else None
+            for item in several if isinstance(several, list) else [row]:
+                text = item.get(field) if isinstance(item, dict) else item
+                if not isinstance(text, str):
+                    raise ValueError(
+                        f"{file}, line {number} has no text: it needs a string {field!r} or a list 'passages'. "
+                        "Name the field with --field."
+                    )
+                about = {k: v for k, v in item.items() if k != field} if isinstance(item, dict) else {}
+                yield Passage(text, where | about)
+
+
+def _read_texts(file: Path, name: str) -> Iterator[Passage]:
+    number = 0
+    part: list[str] = []
+    with _open(file) as lines:
+        for line in lines:
+            if line.strip():
+                part.append(line)
+            elif part:
+                yield Passage("".join(part).strip(), {"file": name, "passage": number})
+                number, part = number + 1, []
+    if part:
+        yield Passage("".join(part).strip(), {"file": name, "passage": number})
+
+
+def compress_corpus(
+    passages: Iterator[Passage],
+    store: PassageStore,
+    compressor: Compressor,
+    *,
+    ratio: float | None = None,
+    gate: FidelityGate | None = None,
+    batch_size: int = BATCH,
+    done: Callable[[int], None] | None = None,
+) -> Filled:
+    """Compresses a corpus into a store on this process, in the order of its files; run again, it goes on.
+
+    Args:
+        passages: what `read_corpus` yields; no more than some batches of it are held at a time.
+        store: where they go.
+        compressor: compresses them.
+        ratio: compression ratio L / l in place of the compressor's own.
+        gate: measures what survived of each passage; stored with it.
+        batch_size: passages compressed and stored at a time.
+        done: is told the number of passages dealt with, after each batch.
+    """
+    total = Filled()
+    for some in batches(passages, batch_size * _AHEAD):
+        texts, abouts = [p.text for p in some], [p.about for p in some]
+        total += fill(store, compressor, texts, ratio=ratio, abouts=abouts, gate=gate, batch_size=batch_size, done=done)
+    return total
+
+
+def compress_corpus_with_ray(
+    passages: Iterator[Passage],
+    store: LanceStore,
+    compressor: str,
+    reader: str,
+    *,
+    ratio: float | None = None,
+    batch_size: int = BATCH,
+    workers: int = 2,
+    gpus: float = 0.0,
+    reader_options: Mapping[str, Any] | None = None,
+    done: Callable[[int], None] | None = None,
+) -> Filled:
+    """The same with Ray Data: ``workers`` actors hold a compressor each and write into the store.
+
+    What is stored already is not sent; a worker that dies is started again, and its batch with it, which puts nothing
+    twice. On a cluster (``ray.init(address=...)`` before, or ``RAY_ADDRESS``), the store, the compressor and the reader must
+    be where every machine finds them: shared folders, or a URI and hub ids.
+
+    Args:
+        compressor, reader: folders or hub ids, which each worker loads.
+        workers: actors.
+        gpus: of each actor.
+        reader_options: further arguments of ``Reader.from_pretrained``.
+
+    Raises:
+        ImportError: if Ray is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError("The engine ray needs Ray Data: pip install nutgraf[ray].") from error
+
+    compressor, reader = (  # a worker may stand in another folder
+        os.path.abspath(name) if os.path.isdir(name) else name for name in (compressor, reader)
+    )
+    local = load_compressor(compressor, Reader.from_pretrained(reader, **(reader_options or {})))
+    total = Filled()
+    settings = (store, compressor, reader, ratio, dict(reader_options or {}))
+    for some in batches(passages, batch_size * workers * _AHEAD):
+        keys = keys_for(local, [p.text for p in some], ratio=ratio)
+        by_key = dict(zip(keys, some))
+        missing = store.missing(keys)
+        rows = [{"text": by_key[key].text, "about": json.dumps(dict(by_key[key].about))} for key in missing]
+        if done is not None:
+            done(len(some) - len(rows))
+        total += Filled(found=len(by_key) - len(rows))
+        if not rows:
+            continue
+        made = ray.data.from_items(rows).map_batches(
+            RayWorker,
+            fn_constructor_args=settings,
+            batch_size=batch_size,
+            num_gpus=gpus or None,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+        )
+        for row in made.iter_rows():
+            total += Filled(0, int(row["compressed"]), int(row["source_tokens"]), int(row["slots"]))
+            if done is not None:
+                done(int(row["texts"]))
+    return total
+
+
+class RayWorker:
+    """An actor that holds a compressor and puts what it makes into the store."""
+
+    def __init__(
+        self,
+        store: LanceStore,
+        compressor: str,
+        reader: str,
+        ratio: float | None,
+        reader_options: Mapping[str, Any],
+    ) -> None:
+        self.store = store
+        self.ratio = ratio
+        self.compressor = load_compressor(compressor, Reader.from_pretrained(reader, **reader_options))
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[int]]:
+        """Compresses a batch with the columns ``text`` and ``about`` (JSON); how many there were and were compressed."""
+        texts = [str(text) for text in batch["text"]]
+        abouts = [json.loads(about) for about in batch["about"]]
+        filled = fill(self.store, self.compressor, texts, ratio=self.ratio, abouts=abouts, batch_size=len(texts))
+        return {
+            "texts": [len(texts)],
+            "compressed": [filled.compressed],
+            "source_tokens": [filled.source_tokens],
+            "slots": [filled.slots],
+        }
+
+
+def batches(passages: Iterator[Passage], size: int) -> Iterator[Sequence[Passage]]:
+    """Lists of at most ``size`` passages, in order."""
+    batch: list[Passage] = []
+    for passage in passages:
+        batch.append(passage)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

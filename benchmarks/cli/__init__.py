@@ -1,0 +1,1 @@
+"""The ``nutgraf bench`` commands."""

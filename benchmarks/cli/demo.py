@@ -1,0 +1,262 @@
+"""`nutgraf demo`: the whole path on real text, offline, in a few minutes on two CPU cores.
+
+Index real Wikipedia passages with LlamaIndex, ask through its query engine with and without compression, measure on the
+retrieved passages, train one compressor for a few visible steps, and write a report.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from llama_index.core import VectorStoreIndex
+from llama_index.core.schema import TextNode
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ...adapters.llama_index import CompressedContextLLM, CompressedContextPostprocessor, SentenceTransformerEmbedding
+from ...compressors import Reader
+from ...recipes.data.corpus import Record, read_records
+from ..loading import SAMPLE, SAMPLE_ARTICLES, SAMPLE_QUESTIONS, CompressorSpec, find_compressor, find_reader
+from ..methods import Compressed, lines
+from ..metrics import exact_match
+from ..progress import progress_bar
+from ..quality.quality import Settings, evaluate
+from ..report.plots import require_matplotlib
+from ..report.report import Example, write_report
+from ..report.table import terminal_table
+from ..rows import Row
+from ..speed.speed import FULL, speed
+from ..speed.timing import Contender, Request, time_contenders
+from .options import friendly_errors
+
+COMPRESSORS = ("salient-pool-small@4", "mean-pool-small@4", "xrag-small", "selective-context@2")
+MAX_NEW_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Sizes of the demo.
+
+    Attributes:
+        out: folder of the report.
+        shown: questions whose answers are printed side by side.
+        questions: questions of the benchmark.
+        top_k: passages retrieved for a question.
+        timed: questions whose times are measured.
+        sizes: numbers of passages at which TTFT is measured.
+        steps: training steps; 0 trains nothing.
+        seed: draws the questions. They are not chosen by hand.
+    """
+
+    out: Path = Path("reports/demo")
+    shown: int = 4
+    questions: int = 60
+    top_k: int = 2
+    timed: int = 3
+    sizes: tuple[int, ...] = (1, 3, 6, 10)
+    steps: int = 40
+    seed: int = 0
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("reports/demo"),
+    questions: Annotated[int, typer.Option(help="Questions of the benchmark.")] = 60,
+    steps: Annotated[int, typer.Option(help="Training steps; 0 trains nothing.")] = 40,
+    seed: Annotated[int, typer.Option(help="Draws the questions.")] = 0,
+) -> Path:
+    """Index real passages, ask with and without compression, measure, train a little; offline, in a few minutes."""
+    console = Console()
+    with friendly_errors():
+        require_matplotlib()  # sooner here than after minutes of work
+        console.rule("Load the shipped reader and compressors")
+        reader = find_reader("reader-small", "cpu")
+        specs = [CompressorSpec.parse(text) for text in COMPRESSORS]
+        compressed = [Compressed(find_compressor(spec.name, reader), spec.ratios[0]) for spec in specs]
+        settings = DemoSettings(out=out, questions=questions, steps=steps, seed=seed)
+        return run_demo(reader, compressed, read_records(SAMPLE_QUESTIONS), settings, console, train=train_visibly)
+
+
+def run_demo(
+    reader: Reader,
+    compressed: Sequence[Compressed],
+    records: Sequence[Record],
+    settings: DemoSettings,
+    console: Console,
+    *,
+    embed_model: Any = None,
+    train: Callable[[DemoSettings, Console], str] | None = None,
+) -> Path:
+    """The demo with a given reader, compressors and questions.
+
+    Args:
+        records: questions with their passages; all passages are indexed, questions of the half `report` are asked.
+        embed_model: a LlamaIndex embedding; default the real all-MiniLM-L6-v2.
+        train: what trains a few steps, returning a sentence for the report.
+    """
+    started = time.monotonic()
+    console.print(f"The reader has {sum(p.numel() for p in reader.model.parameters()) / 1e6:.1f} million parameters.")
+    asked = draw([record for record in records if record.half in (None, "report")], settings)
+    console.rule("Index real Wikipedia passages with LlamaIndex")
+    index, n_passages = build_index(records, embed_model or SentenceTransformerEmbedding(), console)
+    retrieved = retrieve(index, asked, settings.top_k)
+    found = sum(record.gold is not None for record in retrieved)
+    console.print(f"{n_passages} passages indexed; the right one is among the first {settings.top_k} for {found} of "
+                  f"{len(asked)} questions.")  # fmt: skip
+
+    console.rule("Ask through index.as_query_engine")
+    examples = ask_side_by_side(index, reader, compressed, retrieved[: settings.shown], settings.top_k, console)
+
+    console.rule("Benchmark on the retrieved passages")
+    rows = benchmark(reader, compressed, retrieved, settings)
+    sizes = [n for n in settings.sizes if n <= n_passages]
+    contenders = [Contender(m.name, m.compressor, m.ratio) for m in compressed]
+    rows += speed(reader, contenders, records, passages=sizes, requests=1, repeats=3, decode_tokens=4, dataset="demo")
+    console.print(terminal_table(rows, f"{rows[0]['n']} questions, {settings.top_k} retrieved passages each"))
+
+    notes = [
+        f"{found} of {len(asked)} questions have the right passage among the {settings.top_k} retrieved; the others cannot be "
+        "answered from the context.",
+        "The questions were drawn at random from the sample's report half, not chosen.",
+        "The shipped reader is small, so that all of this runs on two CPU cores: it shows the path, not what large readers do. "
+        "Times are those of this machine and this reader.",
+    ]
+    if train is not None and settings.steps:
+        console.rule("Train a compressor for a few steps")
+        notes.append(train(settings, console))
+
+    path = write_report(settings.out / "report.html", rows, title="nutgraf demo", examples=examples, notes=notes)
+    console.rule("Report")
+    console.print(
+        f"Written to [bold]{path.resolve()}[/bold] after {time.monotonic() - started:.0f} seconds.", soft_wrap=True
+    )
+    return path
+
+
+def draw(records: Sequence[Record], settings: DemoSettings) -> list[Record]:
+    """Questions drawn at random, no two on the same passage while there are enough passages."""
+    rng = random.Random(settings.seed)
+    mixed = rng.sample(list(records), len(records))
+    first: dict[tuple[str, ...], Record] = {}
+    for record in mixed:
+        first.setdefault(record.passages, record)
+    apart = list(first.values())
+    return (apart + [record for record in mixed if record not in apart])[: settings.questions]
+
+
+def build_index(records: Sequence[Record], embed_model: Any, console: Console) -> tuple[VectorStoreIndex, int]:
+    """A vector index over all passages of the records, one node a passage, and how many there are."""
+    passages = {text: title for record in records for text, title in zip(record.passages, record.titles)}
+    nodes = [
+        TextNode(text=text, metadata={"title": title}, excluded_llm_metadata_keys=["title"])
+        for text, title in passages.items()
+    ]
+    with console.status(f"Embedding {len(nodes)} passages ..."):
+        return VectorStoreIndex(nodes, embed_model=embed_model), len(nodes)
+
+
+def retrieve(index: VectorStoreIndex, records: Sequence[Record], top_k: int) -> list[Record]:
+    """The records with the passages that the index retrieves for them; `gold` is where the right one stands, if at all."""
+    retriever = index.as_retriever(similarity_top_k=top_k)
+    found = []
+    for record in records:
+        nodes = [scored.node for scored in retriever.retrieve(record.question)]
+        texts = tuple(node.text for node in nodes)  # type: ignore[attr-defined]
+        gold = texts.index(record.gold_text) if record.gold_text in texts else None
+        titles = tuple(str(node.metadata.get("title", "")) for node in nodes)
+        found.append(replace(record, passages=texts, titles=titles, gold=gold))
+    return found
+
+
+def ask_side_by_side(
+    index: VectorStoreIndex,
+    reader: Reader,
+    compressed: Sequence[Compressed],
+    records: Sequence[Record],
+    top_k: int,
+    console: Console,
+) -> list[Example]:
+    """Ask each question through query engines with full text and with every compressor, and without any context."""
+    llm = CompressedContextLLM(reader, max_new_tokens=MAX_NEW_TOKENS, stop=["\n"])
+    engines = {"full text": index.as_query_engine(llm=llm, similarity_top_k=top_k)}
+    for method in compressed:
+        postprocessor = CompressedContextPostprocessor(method.compressor, ratio=method.ratio)
+        engines[title(method)] = index.as_query_engine(
+            llm=llm, similarity_top_k=top_k, node_postprocessors=[postprocessor]
+        )
+    examples = []
+    for record in records:
+        answers = {name: str(engine.query(record.question)).strip() for name, engine in engines.items()}
+        answers["no context"] = llm.complete(f"Question: {record.question}\nAnswer:").text.strip()
+        examples.append(Example(record.question, record.answers, answers, record.gold_text))
+        console.print(Text(record.question, style="bold"))
+        table = Table(show_header=False, box=None)
+        table.add_row("right answer", Text(record.answers[0]), style="dim")
+        for name, answer in answers.items():
+            right = exact_match(answer, record.answers) == 1
+            table.add_row(name, Text(answer or "(nothing)"), style="green" if right else None)
+        console.print(table, "")
+    return examples
+
+
+def benchmark(
+    reader: Reader, compressed: Sequence[Compressed], records: Sequence[Record], settings: DemoSettings
+) -> list[Row]:
+    """Quality rows over the retrieved passages, with the times of a few of the same requests in them."""
+    quality = Settings("demo", MAX_NEW_TOKENS, seed=settings.seed)
+    table = lines(compressed, baselines=["truncate", "extract"], shuffled=False, seed=settings.seed)
+    found = evaluate(reader, table, records, quality)
+    contenders = [FULL, *(Contender(m.name, m.compressor, m.ratio) for m in compressed)]
+    requests = [Request(record.question, record.passages) for record in records[: settings.timed]]
+    with progress_bar(True) as bar:
+        task = bar.add_task("times", total=4 * len(requests) * len(contenders))
+        advance = functools.partial(bar.advance, task)
+        costs = time_contenders(reader, contenders, requests, repeats=3, warmup=1, advance=advance)
+    times = {
+        (contender.name, contender.ratio): {"ttft_ms": cost.ttft, "decode_ms_per_token": cost.decode}
+        for contender, cost in zip(contenders, costs)
+    }
+    return [line.row | ({} if "budget_of" in line.row else times.get((line.method, line.ratio), {})) for line in found]
+
+
+def train_visibly(settings: DemoSettings, console: Console) -> str:
+    """Train xRAG's projector from nothing on the shipped articles for a few steps, under the trainer's progress bar."""
+    from ...recipes.tasks.registry import make_task
+    from ...recipes.training.schema import load_recipe
+    from ...recipes.training.trainer import run_recipe
+
+    overrides = [
+        f"data.dir={SAMPLE}",
+        f"data.texts=[{SAMPLE_ARTICLES.name}]",
+        "data.questions=[]",
+        f"stages.0.steps={settings.steps}",
+        "stages.0.batch_size=8",
+        "stages.0.warmup=2",
+        "stages.0.log_every=5",
+    ]
+    recipe = load_recipe("xrag", overrides)
+    recipe = recipe.model_copy(update={"stages": recipe.stages[:1]})
+    with tempfile.TemporaryDirectory(prefix="nutgraf-demo-") as folder:
+        run_recipe(recipe, make_task(recipe), Path(folder))
+        log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = [row["loss"] for row in log if "loss" in row]
+    said = (
+        f"Trained here for {settings.steps} steps: an xRAG projector from nothing, restating passages of the shipped articles, "
+        f"with its loss going from {losses[0]:.2f} to {losses[-1]:.2f}. The figures above are those of the shipped compressors."
+    )
+    console.print(said)
+    return said
+
+
+def title(method: Compressed) -> str:
+    """What the demo calls a compressed line."""
+    return f"{method.name} {method.ratio:g}x" if method.ratio else method.name

@@ -1,0 +1,1 @@
+"""Cost model: FLOPs, bytes and break-even counts."""

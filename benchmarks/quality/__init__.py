@@ -1,0 +1,1 @@
+"""Quality suite: answers from compressed passages against full text and plain baselines."""

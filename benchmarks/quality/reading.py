@@ -1,0 +1,194 @@
+"""Does the reader read? Two tests on the text itself, which a benchmark of compressors takes for granted.
+
+`gold_positions` moves the gold passage over the places among its distractors: a reader that only looks at the first or
+the last passage shows here. `answer_swap` puts another answer of like kind in the place of the right one throughout the
+passages: a reader that answers from memory keeps the old answer, one that reads gives the new one.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ...compressors import Reader
+from ...recipes.data.corpus import Record
+from .. import metrics
+from ..methods import Method, prompts
+from ..progress import progress_bar
+from ..rows import Row, clean, provenance
+from .quality import Settings, compressor_of, readable
+from .scoring import answers
+
+
+@dataclass(frozen=True)
+class Swap:
+    """A record, and the same one with passages that tell another answer, now its only reference."""
+
+    original: Record
+    changed: Record
+
+
+def gold_positions(
+    reader: Reader,
+    methods: Sequence[Method],
+    records: Sequence[Record],
+    settings: Settings,
+    positions: Sequence[int] | None = None,
+) -> list[Row]:
+    """A row for each method and position (`test` = "gold-position"): EM and F1 with the gold passage there.
+
+    Only records with a gold passage and the most common number of passages count; `positions` defaults to all of them.
+
+    Raises ValueError if no record has a gold passage among others, or a position does not exist.
+    """
+    many = [record for record in records if record.gold is not None and len(record.passages) > 1]
+    if not many:
+        raise ValueError("No record has a gold passage among others; use a file with several passages a question.")
+    sizes = [len(record.passages) for record in many]
+    size = max(set(sizes), key=sizes.count)
+    kept = readable(reader, [record for record in many if len(record.passages) == size], settings.max_new_tokens)
+    places = list(range(size) if positions is None else positions)
+    if wrong := [place for place in places if not 0 <= place < size]:
+        raise ValueError(f"The gold passage cannot be put at {wrong}; these records have {size} passages.")
+    rows = []
+    for place in places:
+        moved = [move_gold(record, place) for record in kept]
+        for method, predictions in _answer(reader, methods, moved, settings, f"gold at {place}"):
+            scores = _scores(predictions, [record.answers for record in moved])
+            rows.append(clean(_row(reader, method, settings, "gold-position", moved) | {"position": place} | scores))
+    return rows
+
+
+def answer_swap(reader: Reader, methods: Sequence[Method], records: Sequence[Record], settings: Settings) -> list[Row]:
+    """A row for each method (`test` = "answer-swap").
+
+    `em` and `f1` compare with the new answer, `em_old` with the old one, which the passages no longer hold; `em_before`
+    is the score on the untouched passages, and `follows` the share of new answers given among the `n_right` questions
+    that were answered rightly before.
+
+    Raises ValueError if no answer could be replaced.
+    """
+    swaps = swap_answers(readable(reader, records, settings.max_new_tokens), settings.seed)
+    if not swaps:
+        raise ValueError("No answer could be swapped: none stands in its passages as it is, or none is of like kind.")
+    original, changed = [swap.original for swap in swaps], [swap.changed for swap in swaps]
+    before = dict(_answer(reader, methods, original, settings, "answers as they are"))
+    rows = []
+    for method, predictions in _answer(reader, methods, changed, settings, "answers swapped"):
+        right, follows = _matches(before[method], original), _matches(predictions, changed)
+        row = _row(reader, method, settings, "answer-swap", changed)
+        row |= _scores(predictions, [record.answers for record in changed])
+        row |= {"em_old": float(_matches(predictions, original).mean()), "em_before": float(right.mean())}
+        row |= {"follows": float(follows[right].mean()) if right.any() else None, "n_right": int(right.sum())}
+        rows.append(clean(row))
+    return rows
+
+
+def move_gold(record: Record, place: int) -> Record:
+    """The record with its gold passage at `place`, the others in their own order."""
+    if record.gold is None:
+        raise ValueError(f"Record {record.id or record.question!r} has no gold passage that could be moved.")
+    order = [i for i in range(len(record.passages)) if i != record.gold]
+    order.insert(place, record.gold)
+    return replace(
+        record,
+        passages=tuple(record.passages[i] for i in order),
+        titles=tuple(record.titles[i] for i in order),
+        gold=place,
+    )
+
+
+def swap_answers(records: Sequence[Record], seed: int = 0) -> list[Swap]:
+    """Put another record's answer of like kind in the place of each record's own, wherever its passages have it.
+
+    Of several reference answers the shortest that the passages hold is replaced. A record is left out if there is none,
+    if its question gives the answer away, or if no other answer is of its kind and length; the new answer stands
+    neither in the passages nor in the question.
+    """
+    rng = random.Random(seed)
+    pool: dict[tuple[str, int], set[str]] = {}
+    for record in records:
+        for answer in record.answers:
+            pool.setdefault(_kind(answer), set()).add(answer)
+    swaps = []
+    for record in records:
+        everything = " ".join([record.question, *record.passages])
+        present = [answer for answer in record.answers if any(_whole(answer).search(p) for p in record.passages)]
+        old = min(present, key=len, default=None)
+        if old is None or _whole(old).search(record.question):
+            continue
+        choices = sorted(answer for answer in pool[_kind(old)] if answer.lower() not in everything.lower())
+        if choices:
+            new = rng.choice(choices)
+            literal = new.replace("\\", r"\\")
+            passages = tuple(_whole(old).sub(literal, passage) for passage in record.passages)
+            swaps.append(Swap(record, replace(record, passages=passages, answers=(new,))))
+    return swaps
+
+
+def _kind(answer: str) -> tuple[str, int]:
+    """Rough kind of an answer, and its number of words: a name does not become a year."""
+    words = answer.split()
+    if re.fullmatch(r"\d{4}", answer):
+        kind = "year"
+    elif any(character.isdigit() for character in answer):
+        kind = "number"
+    elif all(word[:1].isupper() for word in words if len(word) > 3):
+        kind = "name"
+    else:
+        kind = "phrase"
+    return kind, len(words)
+
+
+def _whole(answer: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<!\w){re.escape(answer)}(?!\w)", re.IGNORECASE)
+
+
+def _answer(
+    reader: Reader, methods: Sequence[Method], records: Sequence[Record], settings: Settings, title: str
+) -> list[tuple[Method, list[str]]]:
+    found = []
+    with progress_bar(settings.progress) as bar:
+        for method in methods:
+            task = bar.add_task(f"{title}: {method.name}", total=len(records))
+            predictions = answers(
+                reader,
+                prompts(method, reader, records),
+                max_new_tokens=settings.max_new_tokens,
+                batch_size=settings.batch_size,
+                advance=functools.partial(bar.advance, task),
+            )
+            found.append((method, predictions))
+    return found
+
+
+def _matches(predictions: Sequence[str], records: Sequence[Record]) -> np.ndarray:
+    """Whether each prediction is exactly right, a boolean array `[records]`."""
+    return np.array([metrics.exact_match(guess, record.answers) == 1 for guess, record in zip(predictions, records)])
+
+
+def _scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Row:
+    pairs = list(zip(predictions, references))
+    return {
+        "em": float(np.mean([metrics.exact_match(*pair) for pair in pairs])),
+        "f1": float(np.mean([metrics.f1(*pair) for pair in pairs])),
+        "containment": float(np.mean([metrics.containment(*pair) for pair in pairs])),
+    }
+
+
+def _row(reader: Reader, method: Method, settings: Settings, test: str, records: Sequence[Record]) -> Row:
+    return {
+        "suite": "quality",
+        "test": test,
+        "dataset": settings.dataset,
+        "passages": round(float(np.mean([len(record.passages) for record in records])), 2),
+        "method": method.name,
+        "ratio_asked": method.ratio,
+        "n": len(records),
+        **provenance(reader, settings.seed, compressor_of(method)),
+    }

@@ -1,0 +1,1 @@
+"""Speed suite: compression, prefill, decoding, first token, store, training."""

@@ -1,0 +1,1 @@
+"""Studies of single questions, each with rows of its own."""

@@ -1,0 +1,1 @@
+"""Foundations without models: passages, configs, checkpoints, files, fingerprints, batching."""

@@ -1,0 +1,201 @@
+"""What an encoder reads: token ids with embeddings in some of their places, laid out in batches of like length."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class SoftSequence:
+    """Token ids, and embeddings that are read in the places of some of them.
+
+    Attributes:
+        ids: token ids, BOS included; the ids at ``places`` are not read.
+        places: indices into ``ids``.
+        rows: ``[places, width]`` embeddings, of any dtype and on any device.
+        positions: ``[len(ids)]`` position ids; default: 0, 1, 2, ...
+    """
+
+    ids: Sequence[int]
+    places: Sequence[int]
+    rows: Tensor
+    positions: Tensor | None = None
+
+    @classmethod
+    def with_memory(cls, text: Sequence[int], memory: Tensor, positions: Tensor | None = None) -> SoftSequence:
+        """``[text][memory tokens]``.
+
+        Args:
+            text: token ids, at positions 0, 1, 2, ...
+            memory: ``[slots, width]`` embeddings of the memory tokens.
+            positions: ``[slots]`` their position ids; default: they count on after the text.
+        """
+        slots, length = len(memory), len(text)
+        if positions is not None:
+            positions = torch.cat([torch.arange(length), positions])
+        return cls([*text, *[0] * slots], range(length, length + slots), memory, positions)
+
+
+@dataclass
+class SoftBatch:
+    """Some of many sequences, padded on the right.
+
+    Attributes:
+        which: the index of each row's sequence.
+        lengths: the length of each row, padding left out.
+        embeds: ``[batch, time, width]``, differentiable in the sequences' embeddings.
+        mask: ``[batch, time]``, ones: nothing of a causal model looks at padding on the right, and without a mask
+            attention is faster.
+        positions: ``[batch, time]``.
+    """
+
+    which: list[int]
+    lengths: list[int]
+    embeds: Tensor
+    mask: Tensor
+    positions: Tensor
+
+    def unpadded(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Each sequence's index and its own part ``[length, hidden]`` of hidden states ``[batch, time, hidden]``."""
+        for i, n, row in zip(self.which, self.lengths, hidden):
+            yield i, row[:n]
+
+
+def soft_batches(
+    sequences: Sequence[SoftSequence], embed: Callable[[Tensor], Tensor], device: torch.device, *, budget: int
+) -> Iterator[SoftBatch]:
+    """Every sequence once, the longest first.
+
+    Args:
+        sequences: what is to be read.
+        embed: ``[batch, time]`` token ids to embeddings.
+        device: where ``embed`` takes its ids.
+        budget: positions that a batch may take, padding counted (or of one sequence).
+    """
+    lengths = [len(sequence.ids) for sequence in sequences]
+    for which in pack(lengths, budget, pass_positions(device)):
+        longest = lengths[which[0]]
+        ids = torch.zeros(len(which), longest, dtype=torch.long)
+        positions = torch.arange(longest).repeat(len(which), 1)
+        rows: list[int] = []
+        columns: list[int] = []
+        for row, i in enumerate(which):
+            sequence, n = sequences[i], lengths[i]
+            ids[row, :n] = torch.tensor(sequence.ids, dtype=torch.long)
+            if sequence.positions is not None:
+                positions[row, :n] = sequence.positions
+            rows += [row] * len(sequence.places)
+            columns += sequence.places
+        tokens = embed(ids.to(device))
+        source = torch.cat([sequences[i].rows.to(tokens.device, tokens.dtype) for i in which])
+        # Indices on the CPU serve tensors on any device.
+        where = (torch.tensor(rows, dtype=torch.long), torch.tensor(columns, dtype=torch.long))
+        embeds = tokens.index_put(where, source)
+        yield SoftBatch(
+            which, [lengths[i] for i in which], embeds, torch.ones_like(ids, device=device), positions.to(device)
+        )
+
+
+_watched: ContextVar[list[int] | None] = ContextVar("watched", default=None)
+_MOST = 256  # sequences in a batch: more save no pass worth counting
+
+
+def pass_positions(device: torch.device, gradients: bool | None = None) -> int:
+    """What one more forward pass costs beside the positions that it runs, in positions.
+
+    On a CPU a pass's own cost (reading the weights, Python) is that of a few positions, or of some hundred with the graph and
+    the backward pass; a GPU is idle in passes of less than about a thousand.
+
+    Args:
+        device: where it runs.
+        gradients: whether there is a backward pass; default: whether torch records one now.
+    """
+    if device.type != "cpu":
+        return 1024
+    return 400 if (torch.is_grad_enabled() if gradients is None else gradients) else 32
+
+
+@contextlib.contextmanager
+def watch_lengths() -> Iterator[list[int]]:
+    """Collects the length of every sequence that is packed inside, padding left out: what an encoder has to read."""
+    seen: list[int] = []
+    token = _watched.set(seen)
+    try:
+        yield seen
+    finally:
+        _watched.reset(token)
+
+
+def pack(lengths: Sequence[int], budget: int, overhead: int = 0) -> Iterator[list[int]]:
+    """Groups sequences of like length into the batches that cost least, which is what they pad plus what each costs itself.
+
+    Args:
+        lengths: length of each sequence.
+        budget: positions a batch may take, padding counted (or one sequence, however long).
+        overhead: the cost of a batch by itself, in positions; see `pass_positions`. With 0 nothing is padded.
+
+    Yields:
+        Indices into ``lengths``; every index once, the longest sequences first.
+    """
+    if (seen := _watched.get()) is not None:
+        seen += lengths
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    # Of the best split of the first j sequences: its cost, and where its last batch begins.
+    cost, begin = [0], [0]
+    for j in range(1, len(order) + 1):
+        found = [(cost[j - 1] + lengths[order[j - 1]] + overhead, j - 1)]
+        for i in range(j - 2, max(j - _MOST, 0) - 1, -1):
+            area = (j - i) * lengths[order[i]]
+            if area > budget:
+                break
+            found.append((cost[i] + area + overhead, i))
+        best = min(found)  # of equal costs the larger batch
+        cost.append(best[0])
+        begin.append(best[1])
+    ends = [len(order)]
+    while ends[-1]:
+        ends.append(begin[ends[-1]])
+    for first, last in zip(ends[::-1], ends[-2::-1]):
+        yield order[first:last]
+
+
+def padding_share(device: torch.device) -> float:
+    """The share of a batch that may be padding: little on a CPU, where padding costs time."""
+    return 0.03 if device.type == "cpu" else 0.5
+
+
+def batches(lengths: Sequence[int], positions: int, padding: float) -> Iterator[list[int]]:
+    """Batches of like length, the longest first, within the positions and the share of padding that are allowed."""
+    batch: list[int] = []
+    used = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        area = (len(batch) + 1) * lengths[batch[0]] if batch else 0
+        if batch and (area > positions or area - used - lengths[i] > padding * area):
+            yield batch
+            batch, used = [], 0
+        batch.append(i)
+        used += lengths[i]
+    if batch:
+        yield batch
+
+
+def positions_per_pass(device: torch.device) -> int:
+    """Positions of a classifier's pass: on a CPU as many as its caches hold the states of."""
+    return 4096 if device.type == "cpu" else 16384
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Rows as ids and mask ``[rows, longest]``, padded on the right."""
+    longest = max(map(len, rows), default=0)
+    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[i, : len(row)] = 1
+    return ids, mask

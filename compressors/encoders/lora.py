@@ -1,0 +1,116 @@
+"""The LoRA settings that the config of every method with a tuned model has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+from ..base import Compressor
+from ..core.config import added, check_counts
+from .lora_twin import LoRATwin
+
+
+class LoRAArguments(TypedDict):
+    """Arguments of `LoRATwin` and `tune`."""
+
+    r: int
+    alpha: float
+    dropout: float
+    target_modules: Sequence[str] | None
+
+
+def lora_rank(default: int, of: str = "") -> Any:
+    """The field ``r`` with a method's own default; ``of`` says what the rank is of."""
+    return field(default=default, kw_only=True, metadata={"help": f"LoRA rank{of}"})
+
+
+def lora_alpha(default: float) -> Any:
+    """The field ``alpha`` with a method's own default."""
+    return field(default=default, kw_only=True, metadata={"help": "LoRA scale: updates are multiplied by alpha / r"})
+
+
+@dataclass(kw_only=True)
+class LoRASettings:
+    """Mixin of a compressor's config: the fields, their checks, and the arguments that `LoRATwin` and `tune` take.
+
+    A method with other defaults declares the field anew: ``r: int = lora_rank(16)``. The fields are keyword-only, so that
+    a config's own fields come first in its constructor.
+    """
+
+    r: int = lora_rank(32)
+    alpha: float = lora_alpha(32.0)
+    dropout: float = field(default=0.0, metadata={"help": "LoRA dropout in training"})
+    target_modules: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "modules that get LoRA; default: query and value projections, or the fused one"}
+    )
+
+    @property
+    def lora(self) -> LoRAArguments:
+        """The keyword arguments that `LoRATwin` and `tune` take."""
+        return {"r": self.r, "alpha": self.alpha, "dropout": self.dropout, "target_modules": self.target_modules}
+
+    def check_lora(self) -> None:
+        """Raises ``ValueError`` for values that no LoRA can have; makes ``target_modules`` a tuple."""
+        check_counts(self, {"r": 1})
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}.")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be positive, got {self.alpha!r}.")
+        if self.target_modules is None:
+            return
+        if isinstance(self.target_modules, str) or not self.target_modules:
+            raise ValueError(
+                f"target_modules must be a list of at least one module name, got {self.target_modules!r}; leave it out for "
+                "the default."
+            )
+        self.target_modules = tuple(self.target_modules)
+
+
+@dataclass(kw_only=True)
+class ReaderTuningSettings:
+    """Mixin of a compressor's config: whether the reader is tuned together with the compressor, by LoRA of its own.
+
+    What it answers then comes of the compression and of the tuning: compare it with a reader of full text that was tuned on
+    the same data for as many steps (method ``full-text``), not with the reader as it was.
+    """
+
+    tune_reader: bool = added(False, "tune the reader that reads the slots too, by LoRA of its own: compressor.reader")
+    reader_r: int = added(16, "LoRA rank of the tuned reader")
+    reader_alpha: float = added(32.0, "LoRA scale of the tuned reader: updates are multiplied by alpha / r")
+    reader_target_modules: tuple[str, ...] | None = added(
+        None, "modules of the tuned reader that get LoRA; default: target_modules, or query and value projections"
+    )
+
+    def check_reader_tuning(self) -> None:
+        """Raises ``ValueError`` for values that cannot be; makes ``reader_target_modules`` a tuple."""
+        if not isinstance(self.tune_reader, bool):
+            raise ValueError(f"tune_reader must be true or false, got {self.tune_reader!r}.")
+        check_counts(self, {"reader_r": 1})
+        if not self.reader_alpha > 0:
+            raise ValueError(f"reader_alpha must be positive, got {self.reader_alpha!r}.")
+        if self.reader_target_modules is None:
+            return
+        if isinstance(self.reader_target_modules, str) or not self.reader_target_modules:
+            raise ValueError(f"reader_target_modules must be a list of names, got {self.reader_target_modules!r}.")
+        self.reader_target_modules = tuple(self.reader_target_modules)
+
+
+def tuned_reader(compressor: Compressor) -> LoRATwin | None:
+    """The twin that a compressor's ``reader`` reads with from here on, if its config asks for one.
+
+    The compressor keeps it as its ``reader_twin``: its weights are saved and trained with the compressor's.
+    """
+    config: Any = compressor.config
+    if not config.tune_reader:
+        return None
+    targets = config.reader_target_modules or getattr(config, "target_modules", None)
+    twin = LoRATwin(
+        compressor.base_reader.model,
+        r=config.reader_r,
+        alpha=config.reader_alpha,
+        dropout=getattr(config, "dropout", 0.0),
+        target_modules=targets,
+    )
+    compressor.adapt_reader(twin)
+    return twin

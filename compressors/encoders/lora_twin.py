@@ -1,0 +1,233 @@
+"""The reader tuned: plus LoRA, as a module tree of its own that shares the reader's parameters, or as a full copy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..reader.kv import position_arguments
+
+# Query and value projections where they stand apart, else the fused projection; the first row of which all exist is taken.
+_ATTENTION_INPUTS = (
+    ("q_proj", "v_proj"),
+    ("query", "value"),
+    ("qkv_proj",),
+    ("query_key_value",),
+    ("c_attn",),
+    ("Wqkv",),
+    ("W_pack",),
+    ("att_proj",),
+)
+
+
+def share(model: PreTrainedModel) -> Any:
+    """A copy of a module tree whose parameters and buffers are the original's own tensors.
+
+    Changing the copy's modules (injecting LoRA, switching modes) leaves the original as it is.
+
+    Raises:
+        ValueError: if some of its weights are not in memory.
+    """
+    _check_in_memory(model)
+    memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo)
+
+
+def _check_in_memory(model: nn.Module) -> None:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "This method runs weights of the reader's own, and the reader's are offloaded (device_map). Compress with the "
+            "reader loaded whole, into a store: an offloaded reader reads what is stored, but for methods that tune it."
+        )
+
+
+def attention_inputs(model: nn.Module) -> list[str]:
+    """The names of the modules that LoRA is put on by default: query and value projections, or the fused one.
+
+    Raises:
+        ValueError: if the architecture names them in a way that is not known here.
+    """
+    leaves = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)})
+    for names in _ATTENTION_INPUTS:
+        if set(names) <= set(leaves):
+            return list(names)
+    raise ValueError(
+        f"{type(model).__name__} has no attention projections of a known name; give target_modules out of {leaves}."
+    )
+
+
+class Twin(nn.Module):
+    """A tuned causal LM beside the untouched original: `LoRATwin` or `FullTwin`. `tune` makes either.
+
+    Nothing is toggled on the original: it can be read with in another thread, inside or outside a backward pass.
+
+    Attributes:
+        lm: the tuned causal LM, for an `AdaptedReader` to read with.
+    """
+
+    lm: Any
+    checkpointing = False
+
+    @property
+    def decoder(self) -> Any:
+        """The body of the tuned LM, which gives hidden states."""
+        return self.lm.get_decoder()
+
+    def train(self, mode: bool = True) -> Twin:
+        """Training mode for LoRA's dropout alone; the model's own dropout stays off, as it is in the reader."""
+        self.training = mode
+        # Hugging Face models checkpoint gradients in training mode only.
+        self.decoder.train(mode and self.checkpointing)
+        for name, module in self.decoder.named_modules():
+            if "lora_dropout" in name:
+                module.train(mode)
+        return self
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recomputes activations in the backward pass (not reentrant). The model's own dropout then applies in training."""
+        settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        self.decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+        self.checkpointing = True
+        self.train(self.training)
+
+    def forward(self, embeds: Tensor, mask: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Last hidden states, after the final norm.
+
+        Args:
+            embeds: ``[batch, time, width]``, padded on the right.
+            mask: ``[batch, time]``, 1 for what is there and 0 for padding.
+            positions: ``[batch, time]`` position ids; default: 0, 1, 2, ...
+
+        Returns:
+            ``[batch, time, hidden]``.
+        """
+        # Right padding under a causal mask: row by row the positions are those of an unpadded pass.
+        if positions is None:
+            positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
+        out = self.decoder(
+            inputs_embeds=embeds, attention_mask=mask, use_cache=False, **position_arguments(self.decoder, positions)
+        )
+        return out.last_hidden_state
+
+
+class LoRATwin(Twin):
+    """A causal LM with LoRA of its own on its body.
+
+    Only the LoRA matrices are parameters of this module; the shared tree is hidden from ``parameters()``,
+    ``state_dict()``, ``to()`` and ``train()``, so that none of them can reach the original's weights.
+
+    Args:
+        model: the causal LM, frozen.
+        r: LoRA rank.
+        alpha: LoRA scale; updates are multiplied by ``alpha / r``.
+        dropout: dropout in front of LoRA's first matrix, in training.
+        target_modules: names of the modules that get LoRA; ``None``: see `attention_inputs`.
+
+    Attributes:
+        lora: LoRA matrices in float32 by their path in the decoder, with ``/`` for the dots.
+
+    Raises:
+        ValueError: if a target module does not exist.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        r: int,
+        alpha: float,
+        dropout: float = 0.0,
+        target_modules: Sequence[str] | None = None,
+    ) -> None:
+        # Imported here because it takes a second, which nobody who reads compressed passages should wait for.
+        from peft import LoraConfig, inject_adapter_in_model
+
+        super().__init__()
+        lm = share(model)
+        decoder = lm.get_decoder()
+        targets = attention_inputs(decoder) if target_modules is None else list(target_modules)
+        linears = {name: m for name, m in decoder.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+        if missing := [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in linears)]:
+            leaves = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            raise ValueError(f"target_modules {missing} are not in {type(decoder).__name__}, which has {leaves}.")
+        first = next(m for n, m in linears.items() if n == targets[0] or n.endswith(f".{targets[0]}"))
+        lora = LoraConfig(
+            r=r,
+            lora_alpha=alpha,  # type: ignore[arg-type]
+            lora_dropout=dropout,
+            target_modules=targets,
+            fan_in_fan_out=isinstance(first, Conv1D),
+            bias="none",
+        )
+        inject_adapter_in_model(lora, decoder)  # in place
+        adapters = {name: p for name, p in decoder.named_parameters() if "lora_" in name}
+        for parameter in adapters.values():
+            parameter.data = parameter.data.float()
+        self._held = (lm.eval(),)  # a tuple hides the shared tree from nn.Module's registration
+        self.lora = nn.ParameterDict({short_name(name): p for name, p in adapters.items()})
+        self.requires_grad_(True)
+        self.train()
+
+    @property
+    def lm(self) -> Any:  # type: ignore[override]
+        """The shared tree with LoRA in it."""
+        return self._held[0]
+
+
+class FullTwin(Twin):
+    """A full copy of a causal LM, all of whose weights are trained (and saved): the price is its size."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        _check_in_memory(model)
+        self.lm = copy.deepcopy(model).eval().requires_grad_(True)
+        self.train()
+
+
+class Untuned(Twin):
+    """The model as it is, where a twin is asked for: no parameters of its own, nothing to train."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self._held = (model,)  # a tuple hides the model from nn.Module's registration
+
+    @property
+    def lm(self) -> Any:  # type: ignore[override]
+        """The model."""
+        return self._held[0]
+
+    def train(self, mode: bool = True) -> Untuned:
+        """Sets this module's own flag alone."""
+        self.training = mode
+        return self
+
+
+def tune(model: PreTrainedModel, tuning: str, **lora: Any) -> Twin:
+    """A twin of a causal LM.
+
+    Args:
+        model: the original, which stays as it is.
+        tuning: ``"lora"``, ``"full"`` or ``"none"`` (the model itself).
+        lora: arguments of `LoRATwin`.
+
+    Raises:
+        ValueError: for any other tuning.
+    """
+    if tuning == "lora":
+        return LoRATwin(model, **lora)
+    if tuning == "full":
+        return FullTwin(model)
+    if tuning == "none":
+        return Untuned(model)
+    raise ValueError(f"tuning must be 'lora', 'full' or 'none', got {tuning!r}.")
+
+
+def short_name(name: str) -> str:
+    """A LoRA matrix's path in the decoder as a ParameterDict takes it: no dots, and no adapter name."""
+    return name.replace(".default", "").removesuffix(".weight").replace(".", "/")

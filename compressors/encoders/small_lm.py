@@ -1,0 +1,81 @@
+"""An encoder of its own: the body of a causal LM smaller than the reader, trained whole, with its own tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from ..core.errors import CheckpointError
+from ..reader.quiet import quiet_loading
+from ..reader.tokenization import PromptTokenizer
+from .lora_twin import Twin
+
+
+class BodyEncoder(Twin):
+    """The body (no head) of a causal LM and its tokenizer; all its weights are trained and saved.
+
+    Args:
+        body: a Hugging Face model that takes ``inputs_embeds`` and gives ``last_hidden_state``.
+        tokenizer: its (fast) tokenizer.
+
+    Attributes:
+        prompts: the tokenizer, as `Reader` uses its own.
+    """
+
+    def __init__(self, body: Any, tokenizer: Any) -> None:
+        super().__init__()
+        self.body = body.eval().requires_grad_(True)
+        self.prompts = PromptTokenizer(tokenizer)
+        self.train()
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path) -> BodyEncoder:
+        """Loads a model from its id or folder, in float32 for training.
+
+        Raises:
+            ValueError: if nothing of that name can be loaded.
+        """
+        try:
+            with quiet_loading():  # the head, which is not needed, would be reported
+                body = AutoModel.from_pretrained(str(name), dtype=torch.float32)
+            return cls(body, AutoTokenizer.from_pretrained(str(name)))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"The encoder {str(name)!r} cannot be loaded: {error}.") from error
+
+    @classmethod
+    def from_description(cls, folder: Path) -> BodyEncoder:
+        """A model of random weights, of what `save_description` wrote; the weights are the compressor's to load."""
+        try:
+            config = AutoConfig.from_pretrained(str(folder))
+            return cls(AutoModel.from_config(config), AutoTokenizer.from_pretrained(str(folder)))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{folder} describes no encoder: {error}") from error
+
+    def save_description(self, folder: Path) -> None:
+        """Writes config and tokenizer, without the weights."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.body.config.save_pretrained(folder)
+        self.prompts.tokenizer.save_pretrained(folder)
+
+    @property
+    def decoder(self) -> Any:
+        """The model that gives hidden states."""
+        return self.body
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of its embedding table."""
+        return self.body.get_input_embeddings().weight.shape[0]
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest text that its positions allow."""
+        return getattr(self.body.config.get_text_config(), "max_position_embeddings", None)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """``[...]`` ids to ``[..., width]`` embeddings."""
+        return self.body.get_input_embeddings()(ids)

@@ -1,0 +1,58 @@
+"""Loads a compressor from a folder, the hub or a published checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .base import Compressor
+from .core.checkpoint import CONFIG_NAME, READER_FOLDER, download, read_config
+from .core.errors import CheckpointError
+from .registry import compressor_class
+
+if TYPE_CHECKING:
+    from .reader.reader import Reader
+
+
+def load_compressor(name_or_path: str | Path, reader: Reader | None = None, **kwargs: Any) -> Compressor:
+    """Loads a trained compressor from a local folder or from the Hugging Face hub.
+
+    Args:
+        name_or_path: a folder that `save_pretrained` or ``nutgraf import`` wrote, a hub id ``owner/name``, or a file,
+            folder or hub id in a published layout that `nutgraf.compressors.importers` knows.
+        reader: the reader it was trained for; not needed where the folder holds its reader.
+        kwargs: passed on to the compressor's constructor, or to the importer.
+
+    Raises:
+        CheckpointError: if the checkpoint is missing, damaged or incomplete, or a reader must be given.
+        ReaderMismatchError: if it was made for another reader.
+    """
+    path = Path(name_or_path)
+    if not path.exists():
+        path = download(str(name_or_path))
+    about: dict[str, Any] = {}
+    try:
+        about = read_config(path)
+    except CheckpointError:
+        from .importers import import_recognised
+
+        if not Path(name_or_path).exists():
+            path = download(str(name_or_path), pickles=True)
+        imported = import_recognised(path, reader, **kwargs)
+        if imported is not None:
+            return imported
+        raise
+    cls = compressor_class(about["method"])
+    return cls.from_pretrained(path, reader or _own_reader(path, about), **kwargs)
+
+
+def _own_reader(folder: Path, about: dict[str, Any]) -> Reader:
+    """The reader that lies beside an imported compressor."""
+    from .reader.reader import Reader
+
+    if not (folder / READER_FOLDER / CONFIG_NAME).is_file():
+        raise CheckpointError(
+            f"{folder} holds no reader of its own; pass the one it was made for, {about.get('reader_name')!r}: "
+            "load_compressor(..., reader=Reader.from_pretrained(...))."
+        )
+    return Reader.from_pretrained(folder / READER_FOLDER)

@@ -1,0 +1,1 @@
+"""Training objectives, one file each, and the teacher that distillation compares with."""

@@ -1,0 +1,106 @@
+"""Training objectives over a reader's hidden states at target positions, in bounded memory.
+
+What a soft compressor learns from is what the frozen reader predicts after reading its slots. The reader gives the hidden
+states ``[N, d]`` that predict the N target tokens of a batch (`Reader.target_hidden`) and its own `head` turns them into
+logits, soft-capping and scaling included. The objectives call the head on `chunk` rows at a time and form each chunk's
+gradient beside its value, so that never more than ``chunk x vocabulary`` logits exist, however long the targets are, and the
+head runs once. (A head that is trained is recomputed in the backward pass instead.)
+
+Every objective is ``sum_i w_i loss_i / num_items``. `num_items` defaults to the sum of the weights (a mean); with the total
+over an accumulated batch instead, accumulated gradients equal those of one large batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .teacher import TeacherLogits
+
+Head = Callable[[Tensor], Tensor]
+Other = Tensor | TeacherLogits  # what a row is compared with
+
+
+class _SumOfChunks(torch.autograd.Function):
+    """A sum over chunks of rows, whose gradient is formed chunk by chunk beside its value."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, loss: Callable[..., Tensor], chunk: int, other: Other, weights: Tensor
+    ) -> Tensor:
+        gradient = torch.empty_like(hidden)
+        total = torch.zeros((), dtype=weights.dtype, device=hidden.device)
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            with torch.enable_grad():
+                rows = hidden[part].detach().requires_grad_()
+                value = loss(rows, other[part], weights[part])
+            (gradient[part],) = torch.autograd.grad(value, rows)
+            total += value.detach()
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return (gradient * upstream).to(gradient.dtype), None, None, None, None
+
+
+class ChunkedLoss(nn.Module):
+    """Sums a loss over rows, `chunk` rows at a time."""
+
+    def __init__(self, head: Head, chunk: int = 512) -> None:
+        super().__init__()
+        if chunk < 1:
+            raise ValueError(f"chunk is a number of rows and must be at least 1, got {chunk}.")
+        self._held: tuple[Head, ...] = (
+            head,
+        )  # a tuple hides a head that is a module: its weights are the reader's, not the objective's
+        self.chunk = chunk
+
+    @property
+    def head(self) -> Head:
+        """Hidden states ``[n, d]`` to logits ``[n, vocabulary]``."""
+        return self._held[0]
+
+    def _logits(self, hidden: Tensor, head: Head | None = None) -> Tensor:
+        """Logits in at least float32: a softmax over a large vocabulary is not for bfloat16."""
+        logits = (head or self.head)(hidden)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _rows(self, hidden: Tensor, other: Any) -> Tensor:
+        raise NotImplementedError
+
+    def _sum(self, hidden: Tensor, other: Other, weights: Tensor) -> Tensor:
+        return (self._rows(hidden, other) * weights).sum()
+
+    def _trains_head(self, hidden: Tensor) -> bool:
+        """Whether the head has parameters that want a gradient."""
+        with torch.enable_grad():
+            return self.head(hidden[:1].detach()).requires_grad
+
+    def _reduce(self, hidden: Tensor, other: Other, weights: Tensor | None, num_items: float | Tensor | None) -> Tensor:
+        n = hidden.shape[0]
+        if hidden.dim() != 2:
+            raise ValueError(f"Hidden states must be [rows, width], got {list(hidden.shape)}.")
+        if weights is not None and weights.shape != (n,):
+            raise ValueError(f"weights must hold one number a row, [{n}], got {list(weights.shape)}.")
+        if weights is None:
+            weights = hidden.new_ones(n, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        if not n:
+            return hidden.sum() * 0.0
+        if n <= self.chunk:
+            total = self._sum(hidden, other, weights)
+        elif hidden.requires_grad and torch.is_grad_enabled() and not self._trains_head(hidden):
+            total = _SumOfChunks.apply(hidden, self._sum, self.chunk, other, weights)
+        else:
+            total = torch.zeros((), dtype=weights.dtype, device=hidden.device)
+            for start in range(0, n, self.chunk):
+                part = slice(start, start + self.chunk)
+                rows = (hidden[part], other[part], weights[part])
+                total = total + checkpoint(self._sum, *rows, use_reentrant=False, preserve_rng_state=False)
+        return total / (weights.sum() if num_items is None else num_items)

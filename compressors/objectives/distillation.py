@@ -1,0 +1,102 @@
+"""Distillation: predict from the slots what the reader predicts from the text."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .chunked import ChunkedLoss, Head, Other
+from .teacher import TeacherLogits, with_tail
+
+
+class KLDistillationLoss(ChunkedLoss):
+    r"""The reader reading the slots must predict what it predicts when it reads the text:
+    :math:`L_{KL} = T^2 \sum_i D_{KL}\big(p_T(\cdot \mid x, q, a_{<i}) \,\|\, p_T(\cdot \mid z, q, a_{<i})\big)`,
+    with :math:`p_T = \mathrm{softmax}(\text{logits} / T)`.
+
+    Teacher and student are the same frozen reader, or the student is tuned on top of it; they differ in what they read.
+    Rows of both must belong to the same target tokens, which `Reader.target_hidden` on the same targets guarantees.
+
+    With `top_k`, the teacher's k likeliest tokens keep their probabilities and all others form one more outcome, for
+    teacher and student alike. So both stay distributions: no renormalising that would hide what the student puts
+    outside the teacher's favourites.
+
+    Args:
+        head: hidden states ``[n, d]`` to logits ``[n, V]``: `Reader.head`.
+        temperature: T; the factor T squared keeps the gradient's size.
+        top_k: of the teacher's tokens, None for all.
+        chunk: rows whose logits exist at the same time.
+        teacher_head: the teacher's head, where the student's is trained.
+
+    References:
+        - Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531, section 2.
+        - Cheng et al., xRAG, arXiv 2405.13792, eq. 4.
+
+    Inputs:
+        +-------------+---------------------+------------------------------------------------------------------+
+        | hidden      | ``[N, d]`` float    | student: hidden states, slots in the prompt                      |
+        | teacher     | ``[N, d]`` float    | hidden states, text in the prompt; no gradient flows into it;    |
+        |             |                     | or `TeacherLogits` that were kept: `top_k` is then theirs, and   |
+        |             |                     | their temperature must be this one                               |
+        | weights     | ``[N]`` float, opt. | weight of each row; default 1                                    |
+        | num_items   | number, opt.        | divisor; default the sum of the weights                          |
+        +-------------+---------------------+------------------------------------------------------------------+
+
+    Memory:
+        At most ``24 * min(N, chunk) * V`` bytes (float32 logits and log-probabilities of both, the terms, the gradient);
+        teacher logits are never kept, only its hidden states are: ``N * d``.
+
+    Example:
+        >>> loss = KLDistillationLoss(reader.head, temperature=1.0)
+        >>> with torch.no_grad():
+        ...     teacher = reader.target_hidden([[text, question]], [answer])
+        >>> student = reader.target_hidden([[passage, question]], [answer])
+        >>> loss(student.hidden, teacher.hidden).backward()
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        chunk: int = 512,
+        teacher_head: Head | None = None,
+    ) -> None:
+        super().__init__(head, chunk)
+        self._held = (head, teacher_head or head)
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {temperature}.")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1, or None for the whole vocabulary, got {top_k}.")
+        self.temperature, self.top_k = temperature, top_k
+
+    def _rows(self, hidden: Tensor, other: Other) -> Tensor:
+        if isinstance(other, TeacherLogits):
+            student = with_tail(self._logits(hidden) / self.temperature, other.ids)
+            return self._divergence(student, other.logprobs)
+        with torch.no_grad():
+            teacher = self._logits(other, self._held[1]) / self.temperature
+        student = self._logits(hidden) / self.temperature
+        if self.top_k is not None and self.top_k < teacher.shape[-1]:
+            kept = teacher.topk(self.top_k, dim=-1).indices
+            teacher, student = with_tail(teacher, kept), with_tail(student, kept)
+        else:
+            teacher, student = teacher.log_softmax(-1), student.log_softmax(-1)
+        return self._divergence(student, teacher)
+
+    def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1) * self.temperature**2
+
+    def forward(
+        self, hidden: Tensor, teacher: Other, weights: Tensor | None = None, num_items: float | Tensor | None = None
+    ) -> Tensor:
+        """The objective, a scalar; see the class."""
+        got = [len(teacher), *hidden.shape[1:]] if isinstance(teacher, TeacherLogits) else list(teacher.shape)
+        if got != list(hidden.shape):
+            raise ValueError(
+                f"Teacher and student need the same target positions, got {got} and {list(hidden.shape)}; take both from "
+                "target_hidden with the same targets."
+            )
+        kept = teacher if isinstance(teacher, TeacherLogits) else teacher.detach()
+        return self._reduce(hidden, kept, weights, num_items)

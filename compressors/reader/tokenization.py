@@ -1,0 +1,166 @@
+"""How a reader tokenises prompts: plain runs of text between special tokens and compressed passages.
+
+What users and documents type is plain text: a special token's string inside it is spelled out in ordinary tokens. Special
+tokens come from the tokenizer's own prefix (BOS) and from the chat template alone.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from ..core.fingerprint import hash_json
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
+_PROBE = "The 2 quick brown foxes, naïve—日本語 🦊 jump;\n\n  over\tlazy dogs' 1,234.5 tails.</s> <|x|>"
+
+
+@dataclass(frozen=True)
+class Special:
+    """A special token in a prompt, by its id."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Literal token ids in a prompt, where a format cannot be spelled in text (special tokens, a tokenisation of its own).
+
+    A prompt that opens with them opens with nothing else: no BOS is put in front, so ``TokenIds(())`` leaves it out.
+    """
+
+    ids: tuple[int, ...]
+
+
+class PromptTokenizer:
+    """Tokenises the strings of a prompt.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer. It is not changed.
+
+    Raises:
+        TypeError: if the tokenizer has no fast backend, which is needed for exact offsets and plain special strings.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise TypeError(
+                f"A fast tokenizer (one with a tokenizers backend) is needed, got {type(tokenizer).__name__}; "
+                "load it with AutoTokenizer, which converts most of them."
+            )
+        self.tokenizer = tokenizer
+        self._plain = Tokenizer.from_str(backend.to_str())
+        self._plain.no_padding()
+        self._plain.no_truncation()
+        self._plain.encode_special_tokens = True
+        # A run that does not open the prompt is encoded behind a sentinel, which keeps SentencePiece-like tokenizers from
+        # giving it a leading space. Nobody can type the sentinel: it is random.
+        self._sentinel = f"<|{secrets.token_hex(16)}|>"
+        self._plain.add_tokens([AddedToken(self._sentinel, special=False, normalized=False)])
+        added = tokenizer.added_tokens_decoder
+        self._specials: dict[str, int] = {str(t.content): i for i, t in added.items()}
+        strip = {t.content: (r"\s*" if t.lstrip else "", r"\s*" if t.rstrip else "") for t in added.values()}
+        names = sorted(self._specials, key=len, reverse=True)
+        parts = (f"{strip[n][0]}(?:{re.escape(n)}){strip[n][1]}" for n in names)
+        self._special_pattern = re.compile("(" + "|".join(parts) + ")") if names else None
+        self.bos_ids = self._find_prefix()
+
+    def _find_prefix(self) -> list[int]:
+        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        full = self.tokenizer("a", add_special_tokens=True)["input_ids"]
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return list(full[:start])
+        return []
+
+    def encode(self, text: str, opens: bool = False) -> list[int]:
+        """Ids of a plain run; ``opens`` says that it is the first thing in its prompt, BOS aside."""
+        return self.encode_batch([(text, opens)])[0]
+
+    def encode_batch(self, runs: Sequence[tuple[str, bool]]) -> list[list[int]]:
+        """Ids of many plain runs, each with its ``opens`` flag."""
+        marked = [clean(text) if opens else self._sentinel + clean(text) for text, opens in runs]
+        encodings = self._plain.encode_batch_fast(marked, add_special_tokens=False)
+        return [e.ids if opens else e.ids[1:] for e, (_, opens) in zip(encodings, runs)]
+
+    def encode_with_offsets(self, text: str, opens: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a plain run, and each token's ``(start, end)`` characters in the text; ``opens`` as in `encode`."""
+        if opens:
+            encoding = self._plain.encode(clean(text), add_special_tokens=False)
+            return encoding.ids, encoding.offsets
+        encoding = self._plain.encode(self._sentinel + clean(text), add_special_tokens=False)
+        shift = len(self._sentinel)
+        return encoding.ids[1:], [(a - shift, b - shift) for a, b in encoding.offsets[1:]]
+
+    # -- chat templates --------------------------------------------------------------------------------------------
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> list[Any]:
+        """The atoms of a chat: `Special`, ``str`` and whatever else the messages' contents hold.
+
+        Args:
+            messages: ``{"role": str, "content": str or list of str and compressed passages}`` each.
+            template: passed to the chat template (``enable_thinking``, for instance).
+
+        Raises:
+            ValueError: if the tokenizer has no chat template or the template drops a message.
+        """
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ValueError(
+                "This reader's tokenizer has no chat template; set tokenizer.chat_template, or pass a plain prompt."
+            )
+        marks = [f"x{secrets.token_hex(12)}x" for _ in messages]
+        # The spaces show whether the template trims what it is given.
+        marked = [{**m, "content": f" {mark} "} for m, mark in zip(messages, marks)]
+        options = {"add_generation_prompt": True, **template}
+        rendered = self.tokenizer.apply_chat_template(marked, tokenize=False, **options)
+        atoms: list[Any] = []
+        for mark, message in zip(marks, messages):
+            if rendered.count(mark) != 1:
+                raise ValueError(
+                    f"The chat template shows a {message.get('role')!r} message {rendered.count(mark)} times."
+                )
+            kept = f" {mark} " in rendered
+            before, rendered = rendered.split(f" {mark} " if kept else mark)
+            atoms += self._split_specials(before)
+            content = message["content"]
+            pieces = [content] if isinstance(content, str) else list(content)
+            atoms += pieces if kept else _trim(pieces)
+        return atoms + self._split_specials(rendered)
+
+    def _split_specials(self, text: str) -> list[Any]:
+        if self._special_pattern is None:
+            return [text] if text else []
+        pieces: list[Any] = []
+        for piece in self._special_pattern.split(text):
+            if not piece:
+                continue
+            found = piece if piece in self._specials else piece.strip()
+            pieces.append(Special(self._specials[found]) if found in self._specials else piece)
+        return pieces
+
+    # -- identity --------------------------------------------------------------------------------------------------
+
+    def fingerprint_parts(self) -> list[Any]:
+        """What decides the ids: vocabulary, special tokens, behaviour on a probe text, and the chat template."""
+        vocabulary = hash_json(sorted(self.tokenizer.get_vocab().items()))
+        template = getattr(self.tokenizer, "chat_template", None)
+        return [vocabulary, sorted(self._specials.items()), self.encode(_PROBE, opens=True), self.bos_ids, template]
+
+
+def clean(text: str) -> str:
+    """The text with lone surrogates, which no tokenizer takes, replaced one for one by U+FFFD."""
+    return _SURROGATES.sub("�", text)
+
+
+def _trim(pieces: list[Any]) -> list[Any]:
+    if pieces and isinstance(pieces[0], str):
+        pieces[0] = pieces[0].lstrip()
+    if pieces and isinstance(pieces[-1], str):
+        pieces[-1] = pieces[-1].rstrip()
+    return pieces

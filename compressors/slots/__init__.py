@@ -1,0 +1,1 @@
+"""Parts that soft and KV methods share: segments, memory tokens, pooling, projectors, questions."""

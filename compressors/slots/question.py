@@ -1,0 +1,43 @@
+"""Query-aware compression: the question in front of the passage, for methods whose encoder reads both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..core.config import CompressorConfig, added
+from ..reader.tokenization import PromptTokenizer
+
+QUESTION = "Question: {query}\n\n"  # what the encoder reads between BOS and the passage
+
+
+@dataclass(kw_only=True)
+class QuerySettings:
+    """Mixin of a compressor's config: whether its encoder is shown the question.
+
+    The encoder then reads ``[BOS][question][passage]`` (as OSCAR does, arXiv 2504.07109) and only the passage's slots are
+    kept, so that they can hold what the question asks for. What is won is paid for twice: every passage is compressed
+    for every question, and nothing can be compressed before there is one.
+    """
+
+    query_aware: bool = added(
+        False,
+        "read the question in front of each passage, so that the slots can hold what it asks for; compress() then needs "
+        "query=...",
+    )
+
+    def check_query(self) -> None:
+        """Raises ``ValueError`` unless the setting is true or false."""
+        if not isinstance(self.query_aware, bool):
+            raise ValueError(f"query_aware must be true or false, got {self.query_aware!r}.")
+
+
+def question_ids(
+    config: CompressorConfig, tokenizer: PromptTokenizer, queries: Sequence[str | None]
+) -> list[list[int]]:
+    """For each passage the ids of its question as the encoder reads it; none without a question or query awareness."""
+    if not getattr(config, "query_aware", False):
+        return [[] for _ in queries]
+    asked = list(dict.fromkeys(query for query in queries if query))
+    found = dict(zip(asked, tokenizer.encode_batch([(QUESTION.format(query=query), False) for query in asked])))
+    return [list(found[query]) if query else [] for query in queries]

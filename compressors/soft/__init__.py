@@ -1,0 +1,1 @@
+"""Methods whose compressed passage is a sequence of soft embeddings."""

@@ -1,0 +1,1 @@
+"""The LLMLingua family as its authors released it, reached by ``mode="published"``."""

@@ -1,0 +1,1 @@
+"""Training of a reader: from scratch, or an adapter on a pretrained base."""

@@ -1,0 +1,149 @@
+"""What the small reader's training rows are drawn from: articles by paragraph, human questions by passage."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..data.corpus import Record, find_files, read_documents, read_records, split_paragraphs
+from ..data.overlap import HeldOut
+from ..data.questions import sentences
+
+MAX_ANSWER_WORDS = 12
+# Share of the human passages drawn from each source; sources that are not named share `other`.
+SOURCE_SHARE = {"squad": 0.5, "qamr": 0.35, "fairytaleqa": 0.08, "other": 0.07}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A passage with its human questions: pairs (question, answer), every answer standing in the passage."""
+
+    passage: str
+    pairs: tuple[tuple[str, str], ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class ManyPassages:
+    """A human question over several passages, the answer standing in the gold one."""
+
+    question: str
+    answer: str
+    passages: tuple[str, ...]
+    gold: int
+
+
+def pick_answer(record: Record) -> str | None:
+    """The shortest reference answer that stands in the gold passage, None when none does or all are long."""
+    standing = [answer for answer in record.answers if answer in record.gold_text]
+    standing = [answer for answer in standing if len(answer.split()) <= MAX_ANSWER_WORDS]
+    return min(standing, key=len) if standing else None
+
+
+def source_family(source: str) -> str:
+    """The key of `SOURCE_SHARE` that a record's source belongs to."""
+    return next((name for name in SOURCE_SHARE if source.startswith(name)), "other")
+
+
+class ReaderCorpus:
+    """All training material in memory, read once.
+
+    Args:
+        folder: folder of the data files.
+        texts: names (or patterns) of text files; `documents` articles of each are kept, all when None.
+        questions: names of question files.
+        held_out: paragraphs that overlap with it are not drawn, questions that stand in it not kept.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        texts: Iterable[str],
+        questions: Iterable[str],
+        documents: int | None = None,
+        held_out: HeldOut | None = None,
+    ) -> None:
+        self.held_out = held_out or HeldOut()
+        self.text_files = find_files(folder, texts)
+        self.records = [record for path in find_files(folder, questions) for record in read_records(path)]
+        self.articles: list[list[str]] = []
+        for path in self.text_files:
+            for number, document in enumerate(read_documents(path)):
+                if documents is not None and number >= documents:
+                    break
+                paragraphs = [text for text in split_paragraphs(document) if len(text) >= 120]
+                if paragraphs:
+                    self.articles.append(paragraphs)
+        if not self.articles:
+            raise ValueError(f"The text files in {folder} hold no paragraph of 120 characters: nothing to train on.")
+        self.asked, self.many = self._group_questions()
+        self.answers = [answer for group in self.asked["squad"] + self.asked["qamr"] for _, answer in group.pairs]
+
+    def _group_questions(self) -> tuple[dict[str, list[Asked]], list[ManyPassages]]:
+        by_passage: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
+        many: list[ManyPassages] = []
+        for record in self.records:
+            answer = pick_answer(record)
+            if answer is None or record.gold is None or self.held_out.has_question(record.question):
+                continue
+            if any(map(self.held_out.has_passage, record.passages)):
+                continue
+            if len(record.passages) > 1:
+                many.append(ManyPassages(record.question, answer, record.passages, record.gold))
+            by_passage[source_family(record.source), record.gold_text].append((record.question, answer))
+        asked: dict[str, list[Asked]] = {name: [] for name in SOURCE_SHARE}
+        for (family, passage), pairs in by_passage.items():
+            asked[family].append(Asked(passage, tuple(pairs), family))
+        return asked, many
+
+    def article(self, rng: random.Random) -> list[str]:
+        """A random article as a list of paragraphs, without those that overlap with what is held out."""
+        while True:
+            if kept := [text for text in rng.choice(self.articles)[:20] if not self.held_out.has_passage(text)]:
+                return kept
+
+    def paragraph(self, rng: random.Random, max_chars: int = 1200) -> str:
+        """A random paragraph, cut at a sentence end when it is longer than `max_chars` characters."""
+        while self.held_out.has_passage(text := rng.choice(rng.choice(self.articles))):
+            pass
+        return cut(text, max_chars)
+
+    def human(self, rng: random.Random) -> Asked:
+        """A random passage with human questions, by the shares of `SOURCE_SHARE`."""
+        names = [name for name in SOURCE_SHARE if self.asked[name]]
+        if not names:
+            raise ValueError("The question files hold no answer that stands in its passage: nothing human to train on.")
+        family = rng.choices(names, [SOURCE_SHARE[name] for name in names])[0]
+        if family != "qamr":
+            return rng.choice(self.asked[family])
+        # One sentence is no passage: put a few of them together, so that the question has to find its own.
+        parts = [rng.choice(self.asked["qamr"]) for _ in range(rng.choice([1, 1, 2, 3, 4]))]
+        return Asked(" ".join(part.passage for part in parts), tuple(p for part in parts for p in part.pairs), "qamr")
+
+    def question(self, rng: random.Random) -> tuple[str, str]:
+        """A human question with its answer, of any passage."""
+        return rng.choice(self.human(rng).pairs)
+
+
+def cut(text: str, max_chars: int) -> str:
+    """At most `max_chars` characters of `text`, ending at a sentence end if there is one, else at a word's end."""
+    if len(text) <= max_chars:
+        return text
+    head = text[:max_chars]
+    end = head.rfind(". ")
+    return head[: end + 1] if end > max_chars // 3 else head.rsplit(" ", 1)[0]
+
+
+def window(text: str, max_chars: int, rng: random.Random) -> str:
+    """Whole sentences from anywhere in `text`, about `max_chars` characters, at least one sentence."""
+    bounds = sentences(text)
+    first = rng.randrange(len(bounds)) if bounds else 0
+    while first and len(text) - bounds[first][0] < max_chars // 2:
+        first -= 1
+    last = first
+    while last + 1 < len(bounds) and bounds[last + 1][1] - bounds[first][0] <= max_chars:
+        last += 1
+    return text[bounds[first][0] : bounds[last][1]] if bounds else text

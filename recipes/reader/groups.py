@@ -1,0 +1,165 @@
+"""What the rows of the small reader hold: groups of one context with its questions, drawn by a stage's settings."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from ..data.prompts import FORMATS, JOIN, NO_CONTEXT, REPEAT, UNANSWERABLE, Branch, Group, refine_prompt
+from ..data.questions import answer_kind, make_questions, rename
+from .corpus import ReaderCorpus, cut, window
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """What a stage's rows are made of.
+
+    Attributes:
+        row_tokens: tokens in a row.
+        kinds: share of the kinds of groups, by count: copy, text, made, human, many (several passages), none, refine, repeat.
+        formats: share of prompt formats. questions: at most so many questions a passage.
+        swap: share of passages in which answers are renamed. unanswerable: share of questions of another passage.
+        copy_tokens, copy_span: distinct tokens in random copying, and (least, most) tokens of a repeated segment.
+        text_share: share of a context's tokens that carry the text loss. max_chars: longest passage, in characters.
+        passages: (least, most) passages of a `many` group.
+        windows: cut long passages to sentences from anywhere in them, and not to their beginning.
+        pooled: share of contexts with pooled passages (`pooled_contexts`). pool_windows: weights of the numbers of tokens
+            that one slot stands for (keys as text too: so they stand in a recipe that was written and read again).
+    """
+
+    row_tokens: int = 384
+    kinds: dict[str, float] = field(default_factory=lambda: {"copy": 1.0})
+    formats: dict[str, float] = field(default_factory=lambda: {"plain": 1.0})
+    questions: int = 8
+    swap: float = 0.3
+    unanswerable: float = 0.04
+    copy_tokens: int = 256
+    copy_span: tuple[int, int] = (5, 14)
+    text_share: float = 0.25
+    max_chars: int = 900
+    passages: tuple[int, int] = (2, 4)
+    windows: bool = False
+    pooled: float = 0.0
+    pool_windows: dict[int | str, float] = field(default_factory=lambda: {4: 1.0})
+
+    def __post_init__(self) -> None:
+        makers = {name[5:] for name in dir(GroupMaker) if name.startswith("make_")}
+        if unknown := set(self.kinds) - makers:
+            raise ValueError(f"mix.kinds names {sorted(unknown)}; the kinds of rows are {sorted(makers)}.")
+        if unknown := set(self.formats) - set(FORMATS):
+            raise ValueError(f"mix.formats names {sorted(unknown)}; the prompt formats are {sorted(FORMATS)}.")
+        if self.row_tokens < 32:
+            raise ValueError(f"mix.row_tokens is {self.row_tokens}; a row needs at least 32 tokens.")
+        if min(map(int, self.pool_windows), default=0) < 1:
+            raise ValueError(
+                f"mix.pool_windows is {self.pool_windows}; it takes numbers of tokens from 1 with weights."
+            )
+
+
+class GroupMaker:
+    """Draws groups from a corpus; every method `make_KIND(rng)` is one kind of the mix."""
+
+    def __init__(self, corpus: ReaderCorpus, settings: RowSettings) -> None:
+        self.corpus, self.settings = corpus, settings
+
+    def make(self, rng: random.Random) -> Group | None:
+        """A group of a kind drawn from the mix; None asks for a row of random copying instead."""
+        kind = rng.choices(list(self.settings.kinds), list(self.settings.kinds.values()))[0]
+        return getattr(self, f"make_{kind}")(rng)
+
+    def make_copy(self, rng: random.Random) -> None:
+        """Random copying has no text: `ReaderRows` makes it from token ids."""
+
+    def make_text(self, rng: random.Random) -> Group:
+        """Plain text, two paragraphs of an article."""
+        return Group(JOIN.join(self.corpus.article(rng)[:3])[: 2 * self.settings.max_chars], context_kind="text")
+
+    def make_repeat(self, rng: random.Random) -> Group:
+        """Repeat the passage, word for word."""
+        passage = self.corpus.paragraph(rng, rng.choice([150, 250, 400]))
+        return Group(passage, [Branch(REPEAT, passage, "copy")], context_kind="text")
+
+    def make_made(self, rng: random.Random) -> Group:
+        """A paragraph with rule-made questions."""
+        longest = self.settings.max_chars
+        if self.settings.windows:
+            passage = window(self.corpus.paragraph(rng, 2000), rng.randint(longest // 3, longest), rng)
+        else:
+            passage = self.corpus.paragraph(rng, rng.choice([250, 500, longest]))
+        return self._ask(passage, make_questions(passage, self.settings.questions, rng), rng, "text")
+
+    def make_human(self, rng: random.Random) -> Group:
+        """A passage with human questions."""
+        asked = self.corpus.human(rng)
+        passage, pairs = asked.passage, list(asked.pairs)
+        rng.shuffle(pairs)
+        if len(passage) > self.settings.max_chars:
+            size = self.settings.max_chars
+            passage = window(passage, size, rng) if self.settings.windows else cut(passage, size)
+            pairs = [pair for pair in pairs if pair[1] in passage]
+        pairs = pairs[: self.settings.questions]
+        if len(pairs) < 4:
+            pairs += make_questions(passage, 2, rng)
+        return self._ask(passage, pairs, rng, None)
+
+    def make_many(self, rng: random.Random) -> Group:
+        """Several passages joined by a blank line, questions about one or two of them."""
+        settings, count = self.settings, rng.randint(*self.settings.passages)
+        share = max(200, settings.max_chars // count)
+        if self.corpus.many and rng.random() < 0.15:
+            record = rng.choice(self.corpus.many)
+            others = [text for i, text in enumerate(record.passages) if i != record.gold][: count - 1]
+            passages, pairs = [record.passages[record.gold], *others], [(record.question, record.answer)]
+        elif rng.random() < 0.65:
+            asked = self.corpus.human(rng)
+            gold = cut(asked.passage, max(share, 500))
+            pairs = [pair for pair in asked.pairs if pair[1] in gold]
+            passages = [gold, *(cut(self.corpus.human(rng).passage, share) for _ in range(count - 1))]
+        else:
+            article = self.corpus.article(rng)
+            passages = [cut(text, share) for text in rng.sample(article, min(count, len(article)))]
+            pairs = [pair for text in passages for pair in make_questions(text, 2, rng)]
+        rng.shuffle(passages)
+        rng.shuffle(pairs)
+        return self._ask(JOIN.join(passages), pairs[: settings.questions], rng, None)
+
+    def make_none(self, rng: random.Random) -> Group:
+        """A question without any context."""
+        question, answer = self.corpus.question(rng)
+        return Group("", [Branch(NO_CONTEXT.format(question=question), " " + answer)])
+
+    def make_refine(self, rng: random.Random) -> Group:
+        """LlamaIndex's refine prompt: a wrong answer with the right passage, or a right answer with another passage."""
+        asked = self.corpus.human(rng)
+        question, answer = rng.choice(asked.pairs)
+        if rng.random() < 0.6:
+            existing, context = rng.choice(self.corpus.answers or [answer]), asked.passage
+        else:
+            existing, context = answer, self.corpus.paragraph(rng, 500)
+        prompt = refine_prompt(question, existing, cut(context, self.settings.max_chars))
+        return Group("", [Branch(prompt, " " + answer)] if answer in prompt else [])
+
+    def _ask(self, passage: str, pairs: list[tuple[str, str]], rng: random.Random, context_kind: str | None) -> Group:
+        """The group of a passage and its questions, some renamed, some unanswerable, in a format drawn at random."""
+        settings = self.settings
+        texts = [passage, *(text for pair in pairs for text in pair)]
+        if pairs and rng.random() < settings.swap:
+            for _, old in rng.sample(pairs, min(3, len(pairs))):
+                texts = self._swap(texts, old, rng)
+        passage, flat = texts[0], texts[1:]
+        shape = FORMATS[rng.choices(list(settings.formats), list(settings.formats.values()))[0]]
+        branches = []
+        for question, answer in zip(flat[::2], flat[1::2], strict=True):
+            if rng.random() < settings.unanswerable:
+                question, answer = self.corpus.question(rng)[0], UNANSWERABLE
+            branches.append(Branch(shape.tail.format(question=question), " " + answer))
+        return Group(passage, branches, shape, context_kind)
+
+    def _swap(self, texts: list[str], old: str, rng: random.Random) -> list[str]:
+        """Rename `old` to another answer of its kind everywhere, if the new one does not stand there already."""
+        kind = answer_kind(old)
+        for _ in range(6):
+            new = rng.choice(self.corpus.answers or [old])
+            if answer_kind(new) == kind and new not in texts[0] and len(new.split()) <= 5:
+                return rename(texts, old, new)
+        return texts

@@ -1,0 +1,164 @@
+"""The training task of every soft compressor, whatever its method.
+
+A batch is texts to compress and prompts that read them. The texts are compressed once; every prompt is read by the frozen
+reader with the compressed passages in it (student) and, where the objective is distillation, with their texts (teacher);
+the reader's hidden states at the target positions go to the objectives of the stage.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...compressors import Reader, SoftCompressor, make_compressor
+from ...compressors.objectives.matching import SlotMatchingLoss
+from ...shipped import locate
+from ..data.corpus import Record
+from ..data.records import Material, load_articles, load_records
+from ..training.schema import Recipe, Stage, validate
+from .evaluation import compressed_scores
+from .items import CompressorData, CompressorItems, Item, ItemMaker, Reading, draw_ratio
+from .module import CompressorBatch, CompressorModule
+
+MATCH_SAMPLE = 2000  # passages on which the rarity of tokens is counted
+
+
+class CompressorTask:
+    """A compressor recipe as a task for `run_recipe`.
+
+    Args:
+        recipe: of kind `compressor`.
+        reader: the reader to train for, in place of the recipe's own (for instance one that is already loaded).
+
+    Raises:
+        ValueError: if the recipe's reader, data, method or settings cannot be used.
+    """
+
+    def __init__(self, recipe: Recipe, reader: Reader | None = None) -> None:
+        if recipe.kind != "compressor" or recipe.compressor is None:
+            raise ValueError(f"The recipe {recipe.name!r} trains a {recipe.kind}; a compressor recipe is needed here.")
+        self.data = validate(CompressorData, recipe.data, recipe.name, "data")
+        self.recipe = recipe
+        self.reader = reader or Reader.from_pretrained(locate(str(recipe.reader)))
+        torch.manual_seed(recipe.seed)
+        settings = dict(recipe.compressor)
+        if isinstance(settings.get("tagger"), str):
+            settings["tagger"] = locate(settings["tagger"])
+        compressor = make_compressor(settings.pop("method"), self.reader, **settings)
+        if not isinstance(compressor, SoftCompressor):
+            raise ValueError(f"{type(compressor).__name__} selects text and has nothing to train with a reader.")
+        if self.data.query_aware and not compressor.query_aware:
+            raise ValueError(
+                "data.query_aware needs a compressor that reads questions: set compressor.query_aware=true."
+            )
+        self.data = self.data.model_copy(update={"query_aware": compressor.query_aware})
+        self.compressor = compressor
+        self.module = CompressorModule(compressor)
+        self._matching: SlotMatchingLoss | None = None
+        self._material: Material | None = None
+        self._dev: list[Record] | None = None
+
+    @property
+    def material(self) -> Material:
+        """The training data, read at first use; question files only if a stage asks questions by people."""
+        if self._material is None:
+            data = self.data
+            human = data.mismatch > 0 or any(
+                stage.mix.get("human") or stage.mix.get("match") for stage in self.recipe.stages
+            )
+            self._material = Material(
+                load_records(data.questions, data.dir) if human else [],
+                load_articles(data.texts, data.dir, data.documents),
+                data.max_chars,
+                data.max_answer_words,
+                data.verbatim,
+                data.shares,
+            )
+        return self._material
+
+    def dataset(self, stage: Stage) -> CompressorItems:
+        """The stage's items."""
+        return CompressorItems(ItemMaker(self.material, self.data, stage).make, self.recipe.seed, stage)
+
+    def collator(self, stage: Stage) -> Callable[[list[Item]], dict[str, Any]]:
+        """Puts items into a `CompressorBatch` and counts the target tokens of each objective."""
+
+        def collate(items: list[Item]) -> dict[str, Any]:
+            texts: list[str] = []
+            queries: list[str | None] = []
+            readings: list[Reading] = []
+            contexts: list[list[int]] = []
+            for item in items:
+                for reading in item.readings:
+                    contexts.append(list(range(len(texts), len(texts) + len(item.passages))))
+                    readings.append(reading.behind_kv() if self.compressor.interface == "kv" else reading)
+                texts += item.passages
+                queries += [item.readings[0].question or None] * len(item.passages)
+            ids = self.reader.tokenize_batch([reading.target for reading in readings])
+            eos = [] if self.reader.eos_id is None else [self.reader.eos_id]
+            targets = [[*t, *eos] if reading.eos else t for t, reading in zip(ids, readings)]
+            batch = CompressorBatch(
+                texts,
+                queries if self.data.query_aware else None,
+                draw_ratio(stage.ratios, items[0].key),
+                readings,
+                contexts,
+                targets,
+                items[0].key,
+            )
+            return {"batch": batch, "num_items": {name: batch.count(name) for name, w in stage.objectives.items() if w}}
+
+        return collate
+
+    @property
+    def matching(self) -> SlotMatchingLoss:
+        """The `match` objective, its token statistics taken from `MATCH_SAMPLE` passages drawn from the material."""
+        if self._matching is None:
+            rng = random.Random(f"{self.recipe.seed}/match")
+            draw = ItemMaker.draw_passage
+            texts = [draw(self.material, rng) for _ in range(MATCH_SAMPLE)]
+            counts = torch.zeros(self.reader.vocab_size)
+            for ids in self.reader.tokenize_batch(texts):
+                counts[torch.tensor(sorted(set(ids)))] += 1
+            self._matching = SlotMatchingLoss(self.compressor.reader, counts, len(texts))
+        return self._matching
+
+    def begin_stage(self, stage: Stage) -> None:
+        """Freeze all but the stage's `trainable`: `all`, or names of parts such as `projector`, or patterns."""
+        self.module.set_objectives(stage)
+        self.module.matching = self.matching if stage.objectives.get("match") else None
+        wanted = [stage.trainable] if isinstance(stage.trainable, str) else stage.trainable
+        state = self.compressor.trainable_state()
+        matched: set[str] = set()
+        self.compressor.requires_grad_(False)
+        for name, tensor in state.items():
+            parts = name.replace("/", ".").split(".")
+            if hits := {w for w in wanted if w == "all" or w in parts or fnmatch(name, w)}:
+                matched |= hits
+                tensor.requires_grad_(True)
+        if missing := [w for w in wanted if w not in matched]:
+            parts = sorted({name.split(".")[0] for name in state})
+            raise ValueError(f"Stage {stage.name!r}: nothing called {missing[0]!r} to train; there are all, {parts}.")
+
+    def flush(self) -> None:
+        """Write what the teacher's cache still holds in memory."""
+        if self.module.teacher_cache is not None:
+            self.module.teacher_cache.flush()
+
+    def evaluate(self, stage: Stage) -> dict[str, float]:
+        """F1 on `data.dev` with the passages compressed, with those of other questions, as text, and without any."""
+        if not self.data.dev:
+            raise ValueError(f"Stage {stage.name!r} sets eval_every, which needs data.dev: a question file.")
+        if self._dev is None:
+            records = load_records([self.data.dev], self.data.dir, self.data.dev_half)
+            self._dev = records[:: max(1, len(records) // self.data.dev_limit)][: self.data.dev_limit]
+        return compressed_scores(self.compressor, self._dev)
+
+    def save(self, folder: Path) -> None:
+        """Write the compressor."""
+        self.compressor.save_pretrained(folder, dtype=self.recipe.output.torch_dtype)

@@ -1,0 +1,208 @@
+"""What a compressor's stages optimise: the objectives over prompts that read what was compressed in the same step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...compressors import CompressedPassage, SoftCompressor
+from ...compressors.core.batching import pack, pass_positions
+from ...compressors.objectives.autoencoding import AutoencodingLoss
+from ...compressors.objectives.distillation import KLDistillationLoss
+from ...compressors.objectives.language_modeling import LanguageModelingLoss
+from ...compressors.objectives.matching import SlotMatchingLoss
+from ...compressors.objectives.teacher import TeacherLogits
+from ..training.schema import Stage
+from .items import NOT_READ, Reading
+from .teacher_cache import TeacherCache
+
+POSITIONS = 8192  # that one forward pass of the reader may take, padding counted
+
+
+@dataclass(frozen=True)
+class CompressorBatch:
+    """Texts to compress and who reads them.
+
+    Attributes:
+        texts: passages; `queries` the question of each for a query-aware compressor.
+        ratio: compression ratio of the whole batch, None for the compressor's own.
+        readings, contexts: each reading and the indices into `texts` of its passages.
+        targets: each reading's target ids.
+        key: seeds what a method draws for the batch.
+    """
+
+    texts: list[str]
+    queries: list[str | None] | None
+    ratio: float | None
+    readings: list[Reading]
+    contexts: list[list[int]]
+    targets: list[list[int]]
+    key: str = ""
+
+    def count(self, objective: str) -> int:
+        """Target tokens that an objective is taken on."""
+        return sum(len(t) for t, reading in zip(self.targets, self.readings) if objective in reading.objectives)
+
+
+class CompressorModule(nn.Module):
+    """A soft compressor with the objectives of a stage: `forward(batch)` gives the weighted loss.
+
+    Its parameters are the compressor's alone; the reader as given is frozen, and stays in eval mode.
+    """
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, compressor: SoftCompressor) -> None:
+        super().__init__()
+        self.compressor: SoftCompressor = compressor
+        self.weights: dict[str, float] = {}
+        self.losses: dict[str, Any] = {}
+        self.matching: SlotMatchingLoss | None = None
+        self.teacher_cache: TeacherCache | None = None
+
+    def set_objectives(self, stage: Stage) -> None:
+        """Take the objectives, their weights, temperature, top-k and the teacher's cache from a stage."""
+        head = self.compressor.reader.head
+        self.weights = {name: weight for name, weight in stage.objectives.items() if weight}
+        if "segments" in self.weights and "segments" not in self.compressor.own_objectives():
+            raise ValueError(
+                f"Stage {stage.name!r} asks for the objective segments, which the method "
+                f"{self.compressor.config.method!r} does not have; give it no weight, or train an autocompressor."
+            )
+        self.losses = {
+            "ae": AutoencodingLoss(head),
+            "lm": LanguageModelingLoss(head),
+            "kl": KLDistillationLoss(
+                head, stage.temperature, stage.teacher_top_k, teacher_head=self.compressor.base_reader.head
+            ),
+        }
+        self.teacher_cache = None
+        if stage.teacher_cache is not None and stage.teacher_top_k is not None:
+            self.teacher_cache = TeacherCache(
+                stage.teacher_cache,
+                teacher=self.compressor.base_reader.fingerprint,
+                top_k=stage.teacher_top_k,
+                temperature=stage.temperature,
+            )
+
+    def gradient_checkpointing_enable(self, **settings: Any) -> None:
+        """Recompute the encoder's activations in the backward pass, where the method can."""
+        able: list[Any] = [m for m in self.compressor.modules() if hasattr(m, "gradient_checkpointing_enable")]
+        if not able:
+            name = type(self.compressor).__name__
+            raise ValueError(f"{name} has no encoder that can checkpoint gradients; set gradient_checkpointing: false.")
+        able[0].gradient_checkpointing_enable(**settings)
+
+    def forward(self, batch: CompressorBatch, num_items_in_batch: dict[str, int] | None = None) -> dict[str, Any]:
+        """The weighted loss of a batch.
+
+        Args:
+            num_items_in_batch: target tokens of each objective over all that is accumulated; default: this batch's.
+
+        Returns:
+            `loss`, the plain means `loss/<objective>`, `ratio` (source tokens per slot) and `tokens` (of the passages and
+            targets).
+        """
+        passages = self.compressor.encode(batch.texts, batch.queries, batch.ratio) if batch.texts else []
+        counts = {name: batch.count(name) for name in self.weights}
+        divisors = num_items_in_batch or counts
+        total = sum((t.sum() * 0.0 for p in passages if (t := _some_tensor(p)) is not None), torch.zeros(()))
+        sums: dict[str, Tensor] = {}
+        read = [i for i, reading in enumerate(batch.readings) if reading.kind not in NOT_READ]
+        for group in self._pack([self._positions(batch, i, passages) for i in read]):
+            for name, value in self._objectives(batch, [read[g] for g in group], passages).items():
+                sums[name] = sums[name] + value if name in sums else value
+        if self.matching is not None and (matched := [i for i, r in enumerate(batch.readings) if r.kind == "match"]):
+            which = [j for i in matched for j in batch.contexts[i]]
+            loss, slots = self.matching([passages[j] for j in which], [batch.targets[i] for i in matched])
+            # A mean over slots, weighed by target tokens like the others: the divisor takes them out again.
+            sums["match"] = loss / max(1, slots) * counts["match"]
+        if documents := [reading.target for reading in batch.readings if reading.kind == "documents"]:
+            for name, objective in self.compressor.own_objectives().items():
+                if name in self.weights:
+                    sums[name], _ = objective(documents, random.Random(f"{batch.key}/{name}"), batch.ratio)
+        out: dict[str, Any] = {}
+        for name, value in sums.items():
+            total = total.to(value.device) + self.weights[name] * value / max(1, divisors[name])
+            out[f"loss/{name}"] = value.detach() / max(1, counts[name])
+        sources = sum(p.source_tokens for p in passages)
+        if passages:
+            out["ratio"] = sources / max(1, sum(p.slots for p in passages))
+        out["tokens"] = sources + sum(map(len, batch.targets))
+        return {"loss": total, **out}
+
+    def _pack(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Prompts of like length together."""
+        return pack(lengths, POSITIONS, pass_positions(self.compressor.base_reader.device))
+
+    def _positions(self, batch: CompressorBatch, index: int, passages: Sequence[CompressedPassage]) -> int:
+        """About how many positions a reading takes."""
+        slots = sum(passages[i].slots for i in batch.contexts[index])
+        return slots + len(batch.targets[index]) + len(batch.readings[index].question) // 3 + 16
+
+    def _objectives(
+        self, batch: CompressorBatch, chosen: Sequence[int], passages: Sequence[CompressedPassage]
+    ) -> dict[str, Tensor]:
+        """The sums of the objectives over some readings."""
+        reader = self.compressor.reader
+        prompts = [batch.readings[i].prompt([passages[j] for j in batch.contexts[i]]) for i in chosen]
+        found = reader.target_hidden(prompts, [batch.targets[i] for i in chosen])
+        sums: dict[str, Tensor] = {}
+        for name in self.weights:
+            flags = [name in batch.readings[i].objectives for i in chosen]
+            if name not in self.losses or not any(flags):
+                continue
+            rows = torch.tensor(flags, device=found.rows.device)[found.rows]
+            hidden = found.hidden[rows]
+            which = [i for i, flag in zip(chosen, flags) if flag]
+            other = found.ids[rows] if name != "kl" else self._teacher(batch, which)
+            sums[name] = self.losses[name](hidden, other, num_items=1)
+        return sums
+
+    def _teacher(self, batch: CompressorBatch, chosen: Sequence[int]) -> Tensor | TeacherLogits:
+        """What the untuned reader predicts with the passages as text, in the order of `chosen`: hidden states ``[N, d]``, or
+        what the cache keeps of its logits."""
+        cache, reader = self.teacher_cache, self.compressor.base_reader
+        if cache is None:
+            return torch.cat(self._teacher_hidden(batch, chosen))
+        kind = reader.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else reader.dtype
+        prompts = ["".join(map(str, self._teacher_prompt(batch, i))) for i in chosen]
+        keys = [cache.key(prompt, batch.targets[i], str(dtype)) for prompt, i in zip(prompts, chosen)]
+        found = cache.get(keys)
+        missing = [n for n, entry in enumerate(found) if entry is None]
+        if missing:
+            hidden = self._teacher_hidden(batch, [chosen[n] for n in missing])
+            made = TeacherLogits.of(torch.cat(hidden), reader.head, cache.top_k, self.losses["kl"].temperature)
+            start = 0
+            for n, states in zip(missing, hidden):
+                found[n] = made[start : start + len(states)]
+                start += len(states)
+                cache.put(keys[n], made[start - len(states) : start])
+        return TeacherLogits.join([entry.to(reader.device) for entry in found if entry is not None])
+
+    def _teacher_prompt(self, batch: CompressorBatch, index: int) -> Any:
+        return batch.readings[index].prompt([batch.texts[j] for j in batch.contexts[index]])
+
+    @torch.no_grad()
+    def _teacher_hidden(self, batch: CompressorBatch, chosen: Sequence[int]) -> list[Tensor]:
+        """Hidden states ``[target tokens, d]`` of the untuned reader over the texts, one for each of `chosen`."""
+        reader = self.compressor.base_reader
+        lengths = [sum(len(batch.texts[j]) for j in batch.contexts[i]) // 3 + len(batch.targets[i]) for i in chosen]
+        parts: dict[int, Tensor] = {}
+        for group in self._pack(lengths):
+            which = [chosen[g] for g in group]
+            targets = [batch.targets[i] for i in which]
+            hidden = reader.target_hidden([self._teacher_prompt(batch, i) for i in which], targets).hidden
+            parts.update(zip(which, hidden.split([len(target) for target in targets])))
+        return [parts[i] for i in chosen]
+
+
+def _some_tensor(passage: CompressedPassage) -> Tensor | None:
+    """A tensor that hangs on the compressor's parameters, so that a batch without targets still has a gradient."""
+    return passage.keys[0] if passage.keys else passage.embeds

@@ -1,0 +1,1 @@
+"""The trainer: recipe schema, stages, checkpoints, progress."""

@@ -1,0 +1,112 @@
+"""One training run: its folder, log and resume checks."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from .checkpoints import CheckpointStore, Progress
+from .progress import RunBar, RunLog, StopSignals
+from .schema import Recipe, Stage, dump_recipe
+
+
+class TrainingTask(Protocol):
+    """What a recipe trains.
+
+    `module(**batch)` returns a dict with `loss` (a scalar; a mean over the batch) and, detached, whatever is to be
+    logged: `loss/ae`, `copy/accuracy`, ...; `tokens` (a count) is added up and reported as a speed. A module with
+    `accepts_loss_kwargs = True`, whose collator gives `num_items` (a count, or a dict of counts by objective), gets
+    their totals over accumulation steps and devices as the keyword `num_items_in_batch` and returns sum / total: then
+    accumulating gradients equals one large batch exactly. A task may also have
+    `evaluate(stage) -> dict[str, float]`; its results are logged as `eval/<name>`. And `flush()`, called before each
+    checkpoint, to write what it keeps in memory and would rather not make again.
+    """
+
+    @property
+    def module(self) -> nn.Module:
+        """What trains and whatever it needs to run."""
+
+    def dataset(self, stage: Stage) -> Dataset[Any]:
+        """Map-style; item i depends only on the recipe's seed, the stage and i. See `Items`."""
+
+    def collator(self, stage: Stage) -> Callable[[list[Any]], dict[str, Any]]:
+        """Turns items into a batch, using no random generator but ones seeded by the items."""
+
+    def begin_stage(self, stage: Stage) -> None:
+        """Choose what trains (`requires_grad`), from the stage alone."""
+
+    def save(self, folder: Path) -> None:
+        """Write the finished artefact into an empty folder."""
+
+
+class Run:
+    """What the stages of one run share: its folder, its log, its bar, and the wish to stop."""
+
+    def __init__(self, recipe: Recipe, task: TrainingTask, out: Path, max_minutes: float | None) -> None:
+        self.recipe, self.task, self.out = recipe, task, out
+        self.store = CheckpointStore(out / "checkpoints")
+        self.log = RunLog(out / "log.jsonl")
+        self.main = int(os.environ.get("RANK", "0")) == 0
+        self.bar = RunBar(sum(stage.steps for stage in recipe.stages), recipe.name, enabled=self.main)
+        self.signals = StopSignals()
+        self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self.minutes = max_minutes
+        self.stopped: str | None = None
+
+    @property
+    def final(self) -> Path:
+        """Where the finished artefact goes."""
+        return self.out / self.recipe.output.folder
+
+    def steps_before(self, index: int) -> int:
+        """Optimiser steps of the stages before stage `index`."""
+        return sum(stage.steps for stage in self.recipe.stages[:index])
+
+    def stop_reason(self) -> str | None:
+        """Why the run should stop now, or None."""
+        if self.signals.received:
+            return f"{self.signals.received} was received"
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            return f"the {self.minutes:g} minutes are over"
+        return None
+
+    def prepare(self, resume: bool) -> tuple[Path | None, Progress]:
+        """Set up the folder; returns the checkpoint to go on from (None: begin) and where it stands."""
+        self.store.root.mkdir(parents=True, exist_ok=True)
+        latest = self.store.latest() if resume else None
+        progress = Progress.read(latest) if latest else Progress()
+        if latest:
+            _check_same(progress.recipe, self.recipe.identity(), self.out)
+        if self.main:
+            if not resume:
+                self.store.clear()
+            self.store.clean()
+            self.log.cut(progress.log_bytes)
+            (self.out / "recipe.yaml").write_text(dump_recipe(self.recipe), encoding="utf-8")
+        return latest, progress
+
+
+def _check_same(saved: dict[str, Any], wanted: dict[str, Any], out: Path) -> None:
+    """Refuse to mix two recipes in one run, naming the first setting that differs."""
+    if difference := _difference(saved, wanted):
+        raise ValueError(
+            f"{out} holds checkpoints of another recipe: {difference}. Choose another output folder, or start over "
+            "with resume=False (--no-resume), which discards them."
+        )
+
+
+def _difference(one: Any, other: Any, where: str = "") -> str | None:
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in dict.fromkeys([*one, *other]):
+            if found := _difference(one.get(key), other.get(key), f"{where}.{key}".lstrip(".")):
+                return found
+        return None
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return next((d for i, (a, b) in enumerate(zip(one, other)) if (d := _difference(a, b, f"{where}.{i}"))), None)
+    return None if one == other else f"{where} is {one!r} there and {other!r} here"

@@ -1,0 +1,107 @@
+"""The one trainer: runs the stages of a recipe over a task, and picks up exactly where a run was cut off.
+
+A task says what is trained and on what (`TrainingTask`); a recipe says how long, how fast and with which objectives.
+A run lives in one folder: `recipe.yaml`, `log.jsonl` (one line a log step), `checkpoints/` and, when it is done, the
+artefact. On CPU a run that was killed at any moment and resumed gives the same log and the same weights, bit for bit,
+as one that never stopped.
+
+Example:
+    >>> recipe = load_recipe("xrag", ["data.dir=corpus"])
+    >>> folder = run_recipe(recipe, make_task(recipe), Path("runs/xrag"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from .checkpoints import Progress, replacing_folder
+from .run import Run, TrainingTask
+from .schema import Recipe, Stage
+from .stage import StageTrainer, load_trained
+
+
+class Items(Dataset[Any]):
+    """An endless dataset: item i is `make(i)`."""
+
+    def __init__(self, make: Callable[[int], Any], length: int = 2**40) -> None:
+        self.make, self.length = make, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        return self.make(index)
+
+
+def run_recipe(
+    recipe: Recipe, task: TrainingTask, out: Path, *, resume: bool = True, max_minutes: float | None = None
+) -> Path:
+    """Train the stages of `recipe` over `task` in the folder `out`.
+
+    Args:
+        resume: go on from the newest checkpoint in `out`; False discards the checkpoints and the log found there.
+        max_minutes: stop cleanly, with a checkpoint, after this many minutes.
+
+    Returns:
+        The folder of the finished artefact; or, when a signal or `max_minutes` stopped the run, of its last checkpoint.
+
+    Raises:
+        ValueError: if `out` holds the checkpoints of a different recipe.
+        FloatingPointError: if the loss stops being a number.
+    """
+    run = Run(recipe, task, Path(out), max_minutes)
+    latest, progress = run.prepare(resume)
+    with run.signals, run.bar:
+        if latest:
+            run.bar.say(f"Going on from {latest}.")
+        if latest and progress.done:
+            load_trained(task.module, latest)
+            if progress.stage + 1 == len(recipe.stages) and run.final.is_dir():
+                return run.final
+            progress = _next_stage(progress)
+            latest = None
+        for index in range(progress.stage, len(recipe.stages)):
+            progress.stage = index
+            _run_stage(run, index, progress, latest)
+            latest = None
+            if run.stopped:
+                last = run.store.latest()
+                run.bar.say(f"Stopped, as {run.stopped}. Saved {last}; the same command goes on from there.")
+                return last or run.out
+            progress = _next_stage(progress)
+        if run.main:
+            with replacing_folder(run.final) as folder:
+                task.save(folder)
+        run.bar.say(f"Done: {run.final}")
+    return run.final
+
+
+def _run_stage(run: Run, index: int, progress: Progress, checkpoint: Path | None) -> None:
+    stage = run.recipe.stages[index]
+    run.task.begin_stage(stage)
+    _set_gradient_checkpointing(run.task.module, stage)
+    if not any(parameter.requires_grad for parameter in run.task.module.parameters()):
+        raise ValueError(f"Stage {stage.name!r} trains nothing: trainable={stage.trainable!r} freezes every parameter.")
+    trainer = StageTrainer(run, index, progress)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+def _set_gradient_checkpointing(module: nn.Module, stage: Stage) -> None:
+    switch = getattr(module, "gradient_checkpointing_enable", None)
+    if stage.gradient_checkpointing:
+        if switch is None:
+            raise ValueError(f"Stage {stage.name!r} asks for gradient_checkpointing, which its task cannot do.")
+        switch(gradient_checkpointing_kwargs={"use_reentrant": False})
+    elif (off := getattr(module, "gradient_checkpointing_disable", None)) is not None:
+        off()
+
+
+def _next_stage(progress: Progress) -> Progress:
+    return Progress(
+        stage=progress.stage + 1, tokens=progress.tokens, seconds=progress.seconds, trained=progress.trained
+    )

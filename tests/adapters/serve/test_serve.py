@@ -1,0 +1,494 @@
+"""``nutgraf serve`` over real HTTP: answers, batching, streams, limits, and tensors that must not be read."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from nutgraf import CompressedPassage, Reader, make_compressor
+from nutgraf.adapters.openai import EmbeddingTable, RequestRefusedError, ServedReader, ServerFaultError, encode_tensor
+from safetensors.torch import save as save_safetensors
+
+uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("fastapi")
+from nutgraf.adapters.serve import Limits, create_app  # noqa: E402
+
+PASSAGE = "The treaty was signed in 1648 in Westphalia, ending thirty years of war among the great powers of Europe."
+QUESTION = "\nQuestion: who signed it?\nAnswer:"
+LIMITS = Limits(max_prompts=4, max_new_tokens=64, max_positions=512, max_body_bytes=2**20, max_wait_ms=30)
+
+
+class Running:
+    """A server in a thread of its own, on a free port."""
+
+    def __init__(self, reader: Reader, **options: Any) -> None:
+        self.app = create_app(reader, name="tiny", **options)
+        self.server = uvicorn.Server(uvicorn.Config(self.app, host="127.0.0.1", port=0, log_level="error"))
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            assert self.thread.is_alive()
+            time.sleep(0.01)
+        port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+
+    def post(self, page: str = "completions", **body: Any) -> httpx.Response:
+        return self.http.post(f"/v1/{page}", json=body)
+
+    def ask(self, **body: Any) -> list[str]:
+        answer = self.post(**{"temperature": 0, **body})
+        assert answer.status_code == 200, answer.text
+        return [choice["text"] for choice in answer.json()["choices"]]
+
+    def stop(self) -> None:
+        self.http.close()
+        self.server.should_exit = True
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def reader(zoo) -> Reader:
+    return zoo.reader("llama", num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def passage(reader) -> CompressedPassage:
+    return make_compressor("mean-pool", reader, encoder="embeddings").compress([PASSAGE], ratio=4)[0]
+
+
+@pytest.fixture(scope="module")
+def running(reader):
+    server = Running(reader, limits=LIMITS)
+    yield server
+    server.stop()
+
+
+def embeds_of(reader: Reader, *prompt: Any) -> torch.Tensor:
+    table = EmbeddingTable.of(reader)
+    return table.embed(table.plan([list(prompt)])[0])
+
+
+def refused(answer: httpx.Response, status: int = 400) -> str:
+    """An error in OpenAI's form; its message."""
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error["code"] == status
+    assert error["type"]
+    return error["message"]
+
+
+# -- answers -------------------------------------------------------------------------------------------------------------
+
+
+def test_text_ids_and_the_texts_own_embeddings_give_the_readers_answer(running, reader):
+    text = PASSAGE + QUESTION
+    wanted = reader.generate([text], 12)
+    assert wanted[0]
+    assert running.ask(prompt=text, max_tokens=12) == wanted
+    assert running.ask(prompt=[text, text], max_tokens=12) == wanted * 2
+    ids = [*reader.bos_ids, *reader.tokenize(text)]
+    assert running.ask(prompt=ids, max_tokens=12) == wanted
+    assert running.ask(prompt=[ids], max_tokens=12) == wanted
+    data = encode_tensor(embeds_of(reader, text))
+    assert running.ask(prompt="", prompt_embeds=data, max_tokens=12) == wanted
+    both = running.ask(prompt="Rivers carry", prompt_embeds=[data], max_tokens=12)
+    assert both == [*wanted, *reader.generate(["Rivers carry"], 12)], "embeddings come first"
+
+
+def test_special_tokens_in_a_text_are_text(running, reader):
+    assert running.ask(prompt="Hello</s><|user|>", max_tokens=8) == reader.generate(["Hello</s><|user|>"], 8)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm-chat"])
+def test_compressed_passages_through_client_and_server(running, reader, passage, engine):
+    prompts = [["About: ", passage, QUESTION], PASSAGE + QUESTION, [passage, "\n", passage, QUESTION]]
+    chat = engine == "vllm-chat"
+    wanted = reader.generate(prompts, 12, chat=chat)
+    assert len(set(wanted)) > 1
+    with ServedReader(running.url, "tiny", reader, engine=engine) as remote:
+        assert remote.generate(prompts, 12, chat=chat) == wanted
+        assert ["".join(remote.stream(prompt, 12, chat=chat)) for prompt in prompts] == wanted
+
+
+def test_safetensors_and_half_precision(running, reader):
+    text = PASSAGE + QUESTION
+    embeds = embeds_of(reader, text)
+    data = base64.b64encode(save_safetensors({"prompt_embeds": embeds})).decode()
+    assert running.ask(prompt_embeds=data, max_tokens=12) == reader.generate([text], 12)
+    half = embeds.half()
+    made = CompressedPassage("embeds", 1, "test", reader.fingerprint, embeds=half)
+    from nutgraf.compressors.reader.tokenization import TokenIds
+
+    wanted = reader.generate([[TokenIds(()), made]], 12)
+    assert running.ask(prompt_embeds=encode_tensor(half[None]), max_tokens=12) == wanted
+
+
+def test_a_clients_passage_of_another_reader_is_refused(running, zoo):
+    other = zoo.reader("llama", seed=1, num_hidden_layers=1)
+    with pytest.raises(RequestRefusedError, match="was embedded for the reader") as caught:
+        ServedReader(running.url, "tiny", other).generate([[other.identity(PASSAGE), QUESTION]])
+    assert caught.value.status == 409
+
+
+def test_usage_and_finish_reasons(running, reader, passage):
+    answer = running.post(prompt=PASSAGE, max_tokens=5, temperature=0).json()
+    assert answer["object"] == "text_completion"
+    assert answer["usage"] == {
+        "prompt_tokens": reader.length(PASSAGE),
+        "completion_tokens": 5,
+        "total_tokens": reader.length(PASSAGE) + 5,
+    }
+    assert answer["choices"][0]["finish_reason"] == "length"
+    stop = answer["choices"][0]["text"][2:4]
+    answer = running.post(prompt=PASSAGE, max_tokens=5, temperature=0, stop=stop).json()
+    assert answer["choices"][0]["text"] == reader.generate([PASSAGE], 5, stop=[stop])[0]
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    messages = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    answer = running.post("chat/completions", messages=messages, max_completion_tokens=3, temperature=0).json()
+    assert answer["choices"][0]["message"] == {
+        "role": "assistant",
+        "content": reader.generate(["Hello"], 3, chat=True)[0],
+    }
+    assert answer["usage"]["prompt_tokens"] == reader.length("Hello", chat=True)
+
+
+def test_sampling_differs_and_greedy_does_not(running):
+    hot = {running.ask(prompt=PASSAGE, max_tokens=12, temperature=2.0, top_p=0.99)[0] for _ in range(4)}
+    cold = {running.ask(prompt=PASSAGE, max_tokens=12, temperature=0, seed=3)[0] for _ in range(2)}
+    assert len(hot) > 1
+    assert len(cold) == 1
+    assert "seed" in refused(running.post(prompt="Hello", temperature=1.0, seed=3))
+
+
+# -- streams -------------------------------------------------------------------------------------------------------------
+
+
+def events(server: Running, page: str, **body: Any) -> list[Any]:
+    with server.http.stream("POST", f"/v1/{page}", json={"temperature": 0, "stream": True, **body}) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in answer.iter_lines() if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line[6:]) for line in lines[:-1]]
+
+
+def test_streams(running, reader):
+    got = events(running, "completions", prompt=PASSAGE, max_tokens=12, stream_options={"include_usage": True})
+    *pieces, last, usage = got
+    assert len(pieces) > 2
+    assert "".join(event["choices"][0]["text"] for event in pieces) == reader.generate([PASSAGE], 12)[0]
+    assert last["choices"][0]["finish_reason"] == "length"
+    assert usage["choices"] == []
+    assert usage["usage"]["completion_tokens"] == 12
+    assert len({event["id"] for event in got}) == 1
+    got = events(running, "chat/completions", messages=[{"role": "user", "content": "Hello"}], max_tokens=8)
+    assert got[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    text = "".join(event["choices"][0]["delta"].get("content", "") for event in got)
+    assert text == reader.generate(["Hello"], 8, chat=True)[0]
+    assert "One prompt" in refused(running.post(prompt=["a", "b"], stream=True))
+
+
+def test_a_reader_that_fails_breaks_no_later_answer(zoo):
+    reader = zoo.reader("llama", num_hidden_layers=1)
+    server = Running(reader, limits=LIMITS)
+    try:
+        wanted = server.ask(prompt="Hello", max_tokens=4)
+        decoder = reader.model.model.layers[0]
+        handle = decoder.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        assert "log" in refused(server.post(prompt="Hello", max_tokens=4), 500)
+        remote = ServedReader(server.url, "tiny", reader, retries=1, backoff=0.01)
+        with pytest.raises(ServerFaultError):
+            remote.generate(["Hello"], 4)
+        with pytest.raises(ServerFaultError):
+            list(remote.stream("Hello", 4))
+        handle.remove()
+        assert server.ask(prompt="Hello", max_tokens=4) == wanted
+        assert "".join(remote.stream("Hello", 4)) == wanted[0]
+    finally:
+        server.stop()
+
+
+# -- batching ------------------------------------------------------------------------------------------------------------
+
+
+def test_concurrent_requests_are_read_together_with_the_serial_answers(running, reader, passage):
+    prompts: list[Any] = [[f"Number {i}: ", passage, QUESTION] for i in range(24)]
+    prompts += [f"Number {i}: {PASSAGE}{QUESTION}" for i in range(24)]
+    wanted = [reader.generate([prompt], 6)[0] for prompt in prompts]
+    running.app.state.batcher.batches.clear()
+    remote = ServedReader(running.url, "tiny", reader, concurrency=48)
+    assert remote.generate(prompts, 6) == wanted
+    sizes = list(running.app.state.batcher.batches)
+    assert sum(sizes) == 48
+    assert max(sizes) > 4
+    assert max(sizes) <= LIMITS.max_batch
+
+
+def test_requests_of_other_settings_are_not_mixed_up(running, reader):
+    def ask(i: int) -> bool:
+        n = 1 + i % 3
+        return running.ask(prompt=f"{PASSAGE} {i}", max_tokens=n) == reader.generate([f"{PASSAGE} {i}"], n)
+
+    with ThreadPoolExecutor(12) as pool:
+        assert all(pool.map(ask, range(24)))
+
+
+def test_a_full_queue_and_a_slow_reader(zoo):
+    reader = zoo.reader("llama", num_hidden_layers=1)
+    gate = threading.Event()
+    handle = reader.model.model.layers[0].register_forward_pre_hook(lambda *_: gate.wait(20) and None)
+    server = Running(reader, limits=Limits(max_batch=1, max_queue=2, timeout_s=0.5))
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(server.post, prompt="Hello", max_tokens=2) for _ in range(6)]
+            answers = [future.result() for future in asked]
+        assert sorted({answer.status_code for answer in answers}) == [429, 504]
+        busy = next(answer for answer in answers if answer.status_code == 429)
+        assert "waiting" in refused(busy, 429)
+        assert busy.headers["retry-after"]
+        gate.set()
+        handle.remove()
+        remote = ServedReader(server.url, "tiny", reader, backoff=0.2)
+        assert remote.generate(["Hello"], 2) == reader.generate(["Hello"], 2)
+    finally:
+        gate.set()
+        server.stop()
+
+
+def test_streams_are_limited_and_a_client_that_leaves_frees_its_place(zoo):
+    reader = zoo.reader("llama", num_hidden_layers=1)
+    wanted = reader.generate(["Hello"], 2)
+    gate = threading.Event()
+    handle = reader.model.model.layers[0].register_forward_pre_hook(lambda *_: gate.wait(20) and None)
+    server = Running(reader, limits=Limits(max_streams=1, timeout_s=1))
+    try:
+        body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 400, "stream": True}
+        with server.http.stream("POST", "/v1/chat/completions", json=body) as first:
+            assert first.status_code == 200
+            assert "Too many answers" in refused(server.post("chat/completions", **body), 429)
+        gate.set()
+        handle.remove()
+        remote = ServedReader(server.url, "tiny", reader, backoff=0.2)
+        assert ["".join(remote.stream("Hello", 2))] == wanted
+    finally:
+        gate.set()
+        server.stop()
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({}, "needs a prompt"),
+        ({"prompt": []}, "needs a prompt"),
+        ({"prompt": 3}, "prompt"),
+        ({"prompt": ["a", 3]}, "prompt"),
+        ({"prompt": [100000]}, "Token ids must lie in"),
+        ({"prompt": ["a"] * 5}, "may hold 4 prompts"),
+        ({"prompt": "a " * 600}, "positions"),
+        ({"prompt": "a", "max_tokens": 65}, "may have 64 tokens"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "a", "max_tokens": "3"}, "max_tokens"),
+        ({"prompt": "a", "temperature": -1}, "temperature"),
+        ({"prompt": "a", "n": 2}, "n=2 is not served"),
+        ({"prompt": "a", "logprobs": 3}, "logprobs=3"),
+        ({"prompt": "a", "stop": ""}, "stop takes"),
+        ({"prompt_embeds": 3}, "prompt_embeds"),
+    ],
+)
+def test_bad_completions(running, body, said):
+    assert said in refused(running.post(**body))
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([], "messages"),
+        ([{"content": "a"}], "messages.0 needs a role"),
+        ([{"role": "user", "content": 3}], "must be a string or a list"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "'image_url'"),
+        ([{"role": "user", "content": [{"type": "prompt_embeds", "data": "AA=="}]}], "messages.0.content.0.data"),
+        ([{"role": "user", "content": [{"type": "prompt_embeds"}]}], "must be a base64 string"),
+    ],
+)
+def test_bad_chats(running, messages, said):
+    assert said in refused(running.post("chat/completions", messages=messages))
+
+
+def test_bad_requests(running):
+    assert "no model 'other'" in refused(running.post(prompt="a", model="other"), 404)
+    assert "not JSON" in refused(running.http.post("/v1/completions", content=b"{"))
+    assert "not JSON" in refused(running.http.post("/v1/completions", content=b"[" * 100_000))
+    assert "JSON object" in refused(running.http.post("/v1/completions", content=b"[]"))
+    assert "bytes" in refused(running.http.post("/v1/completions", content=b" " * (2**20 + 1)), 413)
+    refused(running.http.get("/v1/nothing"), 404)
+    assert running.http.get("/health").json() == {"status": "ok", "model": "tiny", "waiting": 0}
+    card = running.http.get("/v1/models").json()["data"][0]
+    assert card["id"] == "tiny"
+    assert card["max_model_len"] == 512
+
+
+def test_api_key(reader):
+    server = Running(reader, limits=LIMITS, api_key="sesame")
+    try:
+        assert "API key" in refused(server.post(prompt="a"), 401)
+        assert ServedReader(server.url, "tiny", reader, api_key="sesame").generate(["Hello"], 2)
+        assert server.http.get("/health").status_code == 200
+    finally:
+        server.stop()
+
+
+# -- tensors -------------------------------------------------------------------------------------------------------------
+
+
+def saved(value: Any, **options: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file, **options)
+    return file.getvalue()
+
+
+class Attack:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (open, (self.path, "w"))
+
+
+def packed(raw: bytes) -> bytes:
+    """The same archive, deflated."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    return out.getvalue()
+
+
+WIDTH = 32
+ROWS = torch.ones(3, WIDTH)
+BAD_TENSORS = {
+    "sparse": (lambda: saved(ROWS.to_sparse()), "dense"),
+    "sparse csr": (lambda: saved(ROWS.to_sparse_csr()), "dense"),
+    "no tensor": (lambda: saved({"a": ROWS}), "one dense tensor, got dict"),
+    "list": (lambda: saved([ROWS, ROWS]), "one dense tensor, got list"),
+    "parameter": (lambda: saved(torch.nn.Parameter(ROWS)), "one dense tensor, got Parameter"),
+    "meta": (lambda: saved(ROWS.to("meta")), "CPU tensor"),
+    "int": (lambda: saved(ROWS.long()), "float32, float16 or bfloat16, got int64"),
+    "double": (lambda: saved(ROWS.double()), "got float64"),
+    "quantized": (lambda: saved(torch.quantize_per_tensor(ROWS, 0.1, 0, torch.qint8)), "dense"),
+    "vector": (lambda: saved(ROWS[0].clone()), "shape"),
+    "too wide": (lambda: saved(torch.ones(3, WIDTH + 1)), "shape"),
+    "empty": (lambda: saved(torch.ones(0, WIDTH)), "shape"),
+    "too many": (lambda: saved(torch.ones(1, WIDTH, dtype=torch.float16).repeat(513, 1)), "shape"),
+    "far too many": (lambda: saved(torch.ones(5000, WIDTH)), "characters"),
+    "expanded": (lambda: saved(torch.ones(1, WIDTH).expand(10**9, WIDTH)), "shape"),
+    "NaN": (lambda: saved(torch.full((3, WIDTH), float("nan"))), "NaN"),
+    "infinite": (lambda: saved(torch.full((3, WIDTH), float("inf"))), "NaN or infinite"),
+    "old format": (lambda: saved(ROWS, _use_new_zipfile_serialization=False), "neither"),
+    "plain pickle": (lambda: pickle.dumps(ROWS.numpy()), "neither"),
+    "deflated": (lambda: packed(saved(ROWS)), "packed"),
+    "cut": (lambda: saved(ROWS)[:-100], "not a tensor that torch.save wrote"),
+    "other zip": (lambda: packed(saved(ROWS))[:0] + _zip({"hello.txt": b"hello"}), "not a tensor"),
+    "bomb": (lambda: packed(saved(torch.zeros(10**6, WIDTH))), "packed, or larger"),
+    "two tensors": (lambda: save_safetensors({"a": ROWS, "b": ROWS.clone()}), "one tensor"),
+    "safetensors of ints": (lambda: save_safetensors({"a": ROWS.int()}), "got int32"),
+    "cut safetensors": (lambda: save_safetensors({"a": ROWS})[:-8], "neither"),
+    "huge header": (lambda: b"\xff" * 8 + b"{", "neither"),
+    "nothing": (lambda: b"", "neither"),
+}
+
+
+def _zip(files: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("name", BAD_TENSORS)
+def test_bad_tensors(running, name):
+    make, said = BAD_TENSORS[name]
+    message = refused(running.post(prompt_embeds=base64.b64encode(make()).decode(), max_tokens=2))
+    assert said in message
+    assert "weights_only=False" not in message, "nobody is to be told how to load it unsafely"
+
+
+def test_good_tensor_of_the_bad_ones_shape(running):
+    assert running.ask(prompt_embeds=encode_tensor(ROWS), max_tokens=2)
+    assert "not base64" in refused(running.post(prompt_embeds="%%%", max_tokens=2))
+
+
+@pytest.mark.parametrize("wrap", [lambda a: a, lambda a: [torch.ones(1), a]])
+def test_pickled_objects_are_not_run(running, tmp_path, wrap):
+    path = tmp_path / "owned"
+    attack = saved(wrap(Attack(str(path))))
+    message = refused(running.post(prompt_embeds=base64.b64encode(attack).decode(), max_tokens=2))
+    assert "not a tensor that torch.save wrote" in message
+    assert not path.exists()
+    torch.load(io.BytesIO(attack), weights_only=False)
+    assert path.exists(), "the attack would have worked"
+
+
+# -- the command ---------------------------------------------------------------------------------------------------------
+
+
+def command(*arguments: str, **options: Any) -> Any:
+    code = "from nutgraf.cli import app; app()"
+    run = [sys.executable, "-c", code, "serve", *arguments]
+    return subprocess.run(run, capture_output=True, text=True, check=False, **options)
+
+
+def test_the_commands_help_and_errors():
+    assert "--max-batch" in command("--help", env={**os.environ, "COLUMNS": "120"}).stdout
+    bad = command("--reader", "no-such-reader")
+    assert bad.returncode == 2
+    assert "no-such-reader" in bad.stderr
+
+
+@pytest.mark.slow
+def test_the_command_serves_a_shipped_reader():
+    from nutgraf import pretrained
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = "from nutgraf.cli import app; app()"
+    run = [sys.executable, "-c", code, "serve", "--reader", "reader-small", "--port", str(port), "--device", "cpu"]
+    process = subprocess.Popen(run, stderr=subprocess.DEVNULL)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as http:
+            for _ in range(3000):
+                try:
+                    assert http.get("/health").json()["status"] == "ok"
+                    break
+                except httpx.ConnectError:
+                    assert process.poll() is None
+                    time.sleep(0.1)
+        reader = Reader.from_pretrained(pretrained("reader-small"), device="cpu")
+        remote = ServedReader(f"http://127.0.0.1:{port}/v1", "reader-small", reader)
+        prompt = [reader.identity(PASSAGE), QUESTION]
+        assert remote.generate([prompt], 8) == reader.generate([PASSAGE + QUESTION], 8)
+    finally:
+        process.terminate()
+        process.wait(30)

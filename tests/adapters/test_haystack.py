@@ -1,0 +1,68 @@
+"""Haystack, end to end: a pipeline compresses documents, builds a prompt of them and reads it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from nutgraf import make_compressor
+from nutgraf.adapters.placeholders.placeholder import MARKER
+
+os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
+haystack = pytest.importorskip("haystack")
+from haystack.components.builders import PromptBuilder  # noqa: E402
+from nutgraf.adapters.haystack import CompressedContextDocuments, CompressedContextGenerator  # noqa: E402
+
+TEXTS = [
+    "The treaty was signed in 1648 in Westphalia, ending thirty years of war among the great powers of Europe.",
+    "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911).",
+]
+QUESTION = "who signed it?"
+TEMPLATE = "{% for d in documents %}{{ d.content }}\n{% endfor %}Question: {{ query }}\nAnswer:"
+
+
+@pytest.fixture(scope="module")
+def reader(zoo):
+    return zoo.reader("llama", num_hidden_layers=1)
+
+
+@pytest.fixture
+def documents():
+    return [haystack.Document(content=text, meta={"n": i}, score=0.5) for i, text in enumerate(TEXTS)]
+
+
+def test_a_pipeline_reads_compressed_passages(reader, documents):
+    compressor = make_compressor("mean-pool", reader, encoder="embeddings")
+    pipeline = haystack.Pipeline()
+    pipeline.add_component("compress", CompressedContextDocuments(compressor, ratio=4))
+    pipeline.add_component("prompt", PromptBuilder(TEMPLATE, required_variables="*"))
+    pipeline.add_component("read", CompressedContextGenerator(reader, max_new_tokens=12))
+    pipeline.connect("compress.documents", "prompt.documents")
+    pipeline.connect("prompt.prompt", "read.prompt")
+    asked = {"compress": {"documents": documents, "query": QUESTION}, "prompt": {"query": QUESTION}}
+    first, second = compressor.compress(TEXTS, ratio=4)
+    wanted = reader.generate([[first, "\n", second, f"\nQuestion: {QUESTION}\nAnswer:"]], 12)
+    assert wanted != reader.generate(["\n".join([*TEXTS, f"Question: {QUESTION}\nAnswer:"])], 12)
+    assert pipeline.run(asked)["read"]["replies"] == wanted
+    assert [d.content for d in documents] == TEXTS
+
+
+def test_documents_keep_who_they_are(reader, documents):
+    compressor = make_compressor("selective-context", reader)
+    empty = haystack.Document(content=None, meta={"n": 2})
+    found = CompressedContextDocuments(compressor, ratio=2).run([*documents, empty], QUESTION)["documents"]
+    assert [d.id for d in found] == [d.id for d in [*documents, empty]]
+    assert [d.meta["n"] for d in found] == [0, 1, 2]
+    assert found[2] is empty
+    for document, text in zip(found, TEXTS):
+        assert document.meta["original_text"] == text
+        assert document.score == 0.5
+        assert 0 < len(document.content) < len(text)
+        assert MARKER not in document.content
+
+
+def test_bad_arguments():
+    with pytest.raises(TypeError, match="nutgraf compressor"):
+        CompressedContextDocuments("icae")
+    with pytest.raises(TypeError, match="nutgraf Reader"):
+        CompressedContextGenerator("gpt-4")

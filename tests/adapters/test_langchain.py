@@ -1,0 +1,126 @@
+"""LangChain, end to end: documents are compressed, a chain puts them into a prompt, a reader answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from nutgraf import Reader, make_compressor
+from nutgraf.adapters.placeholders.placeholder import MARKER, PlaceholderError
+
+pytest.importorskip("langchain_core")
+from langchain_core.documents import Document
+from langchain_core.messages import ToolMessage
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
+from langchain_core.runnables import RunnableLambda, RunnablePassthrough
+from nutgraf.adapters.langchain import (
+    CompressedContextChatModel,
+    CompressedContextDocumentCompressor,
+    CompressedContextLLM,
+)
+
+TEXTS = [
+    "The treaty was signed in 1648 in Westphalia, ending thirty years of war among the great powers of Europe.",
+    "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911).",
+]
+QUESTION = "who signed it?"
+
+
+@pytest.fixture(scope="module")
+def reader(zoo) -> Reader:
+    return zoo.reader("llama", num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def compressor(reader) -> Any:
+    return make_compressor("mean-pool", reader, encoder="embeddings")
+
+
+@pytest.fixture
+def documents() -> list[Document]:
+    return [Document(page_content=text, metadata={"n": i}, id=str(i)) for i, text in enumerate(TEXTS)]
+
+
+def chain(documents: list[Document], shorten: CompressedContextDocumentCompressor, prompt: Any, llm: Any) -> Any:
+    def context(question: str) -> str:
+        return "\n\n".join(d.page_content for d in shorten.compress_documents(documents, question))
+
+    return {"context": RunnableLambda(context), "question": RunnablePassthrough()} | prompt | llm | StrOutputParser()
+
+
+async def test_a_chain_reads_compressed_passages(reader, compressor, documents):
+    shorten = CompressedContextDocumentCompressor(compressor, ratio=4)
+    first, second = compressor.compress(TEXTS, ratio=4)
+    wanted = reader.generate([[first, "\n\n", second, f"\nQuestion: {QUESTION}\nAnswer:"]], 12)[0]
+    as_text = reader.generate([f"{TEXTS[0]}\n\n{TEXTS[1]}\nQuestion: {QUESTION}\nAnswer:"], 12)[0]
+    assert wanted != as_text
+    prompt = PromptTemplate.from_template("{context}\nQuestion: {question}\nAnswer:")
+    rag = chain(documents, shorten, prompt, CompressedContextLLM(reader=reader, max_new_tokens=12))
+    assert rag.invoke(QUESTION) == wanted
+    assert "".join(rag.stream(QUESTION)) == wanted
+    assert await rag.ainvoke(QUESTION) == wanted
+    assert [d.page_content for d in documents] == TEXTS
+
+
+def test_a_chat_chain_reads_compressed_passages(reader, compressor, documents):
+    shorten = CompressedContextDocumentCompressor(compressor, ratio=4)
+    first, second = compressor.compress(TEXTS, ratio=4)
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [first, "\n\n", second, f"\n{QUESTION}"]},
+    ]
+    wanted = reader.generate([messages], 12, chat=True)[0]
+    prompt = ChatPromptTemplate.from_messages([("system", "Be brief."), ("user", "{context}\n{question}")])
+    rag = chain(documents, shorten, prompt, CompressedContextChatModel(reader=reader, max_new_tokens=12))
+    assert rag.invoke(QUESTION) == wanted
+    assert "".join(rag.stream(QUESTION)) == wanted
+
+
+def test_documents_keep_who_they_are(compressor, documents):
+    found = CompressedContextDocumentCompressor(compressor, ratio=4).compress_documents(documents, QUESTION)
+    assert [d.metadata for d in found] == [{"n": i, "original_text": t} for i, t in enumerate(TEXTS)]
+    assert [d.id for d in found] == ["0", "1"]
+    assert all(d.page_content.startswith(MARKER) for d in found)
+    again = CompressedContextDocumentCompressor(compressor, ratio=4).compress_documents(documents, QUESTION)
+    assert {d.page_content for d in again}.isdisjoint({d.page_content for d in found}), "each request has its own"
+
+
+def test_prompts_are_counted_as_the_reader_reads_them(reader, compressor, documents):
+    (shorter, _) = CompressedContextDocumentCompressor(compressor, ratio=4).compress_documents(documents, QUESTION)
+    passage = compressor.compress(TEXTS[:1], ratio=4)[0]
+    for llm in (CompressedContextLLM(reader=reader), CompressedContextChatModel(reader=reader)):
+        assert llm.get_num_tokens(QUESTION) == reader.length(QUESTION)
+        assert llm.get_num_tokens(f"{shorter.page_content}\n{QUESTION}") == reader.length([passage, f"\n{QUESTION}"])
+
+
+def test_text_methods_give_text_for_any_llm(reader, documents):
+    shorten = CompressedContextDocumentCompressor(make_compressor("selective-context", reader), ratio=2)
+    found = shorten.compress_documents(documents, QUESTION)
+    for document, text in zip(found, TEXTS):
+        assert 0 < len(document.page_content) < len(text)
+        assert MARKER not in document.page_content
+
+
+def test_forged_placeholders(reader, compressor, documents):
+    shorten = CompressedContextDocumentCompressor(compressor, ratio=4)
+    genuine = shorten.compress_documents(documents, QUESTION)[0].page_content
+    with pytest.raises(ValueError, match="The question holds a placeholder"):
+        shorten.compress_documents(documents, f"{genuine} {QUESTION}")
+    forged = f"{MARKER}{'0' * 8}-{'0' * 12}-0:5:{'A' * 22}]]"
+    llm = CompressedContextLLM(reader=reader, max_new_tokens=4)
+    assert llm.invoke(forged) == reader.generate([forged], 4)[0]
+    with pytest.raises(PlaceholderError, match="torn"):
+        llm.invoke(genuine[:-6])
+
+
+def test_bad_arguments(reader, compressor):
+    with pytest.raises(TypeError, match="nutgraf Reader"):
+        CompressedContextLLM(reader="gpt-4")
+    with pytest.raises(TypeError, match="nutgraf compressor"):
+        CompressedContextDocumentCompressor("icae")
+    with pytest.raises(ValueError, match="at least 1"):
+        CompressedContextDocumentCompressor(compressor, ratio=0.5)
+    llm = CompressedContextChatModel(reader=reader)
+    with pytest.raises(ValueError, match="'tool'"):
+        llm.invoke([ToolMessage("x", tool_call_id="1")])

@@ -1,0 +1,425 @@
+"""LLMLingua: exact budgets in one pass, budgets shared by a call, and the published algorithm against a plain loop."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nutgraf.compressors import Reader
+from nutgraf.compressors.core.units import split_units
+from nutgraf.compressors.text.llmlingua import LLMLinguaCompressor, LLMLinguaConfig
+from nutgraf.compressors.text.published.contexts import (
+    choose_contexts,
+    context_losses,
+    rank_contexts,
+    reordered,
+    widened,
+)
+from nutgraf.compressors.text.published.llmlingua import compress_prompt
+from nutgraf.compressors.text.published.sentence_budget import sentences_of
+from nutgraf.compressors.text.published.windows import window_plan
+from nutgraf.compressors.text.shares import kept_share, share_out
+
+FACTS = [
+    "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911).",
+    "The treaty was signed in 1648 in Westphalia, ending thirty years of war among the great powers of Europe.",
+    "Rivers carry sediment to the sea; the Amazon, the Nile and the Yangtze are among the longest on Earth.",
+]
+ODD = [
+    "我爱北京天安门。你好吗？" * 6,
+    "👩‍👩‍👧 🦊🏽 🇫🇷🇩🇪 é́ ok " * 12,
+    "a\ud800b lone \udfff halves. " * 5,
+    "x" * 500,
+    " \n\t " * 30,
+]
+
+
+def passage(words: int, seed: int = 0) -> str:
+    rng = random.Random(seed)
+    return " ".join(rng.choice(" ".join(FACTS).split()) for _ in range(words))
+
+
+@pytest.fixture(scope="module")
+def reader(zoo) -> Reader:
+    return zoo.reader("llama")
+
+
+def build(reader: Reader, **settings) -> LLMLinguaCompressor:
+    return LLMLinguaCompressor(LLMLinguaConfig.from_dict(settings), reader)
+
+
+class Forwarded:
+    """Counts the positions that a model's body reads, padding apart and included."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.positions = self.padded = 0
+        self.handle = module.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, module, args, kwargs):
+        mask = kwargs.get("attention_mask")
+        mask = torch.ones_like(kwargs["input_ids"]) if mask is None else mask
+        self.positions += int(mask.sum())
+        self.padded += mask.numel()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.handle.remove()
+
+
+# -- fast ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1.3, 2, 5, 40])
+@pytest.mark.parametrize("complete", [True, False])
+def test_exact_budgets_spans_and_whole_characters(reader, ratio, complete):
+    texts = [*FACTS, *ODD, "", passage(120)]
+    found = build(reader, complete_words=complete, keep_digits=True).compress(texts, ratio=ratio)
+    for text, p in zip(texts, found):
+        assert p.n_tokens == len(reader.tokenize(p.text)) <= p.source_tokens / ratio + 1e-6
+        assert p.text == " ".join(text[a:b] for a, b in p.spans)
+        assert set(p.text) <= set(text) | {" "}
+        if text.isascii() and text.strip() and len(text) < 900 and " " in text:
+            assert p.n_tokens >= p.source_tokens / ratio - 4
+
+
+def test_a_short_passage_is_compressed(reader):
+    text = next(t for n in range(10, 90) if len(reader.tokenize(t := passage(n))) >= 50)
+    (found,) = build(reader).compress([text], ratio=2)
+    assert 20 <= found.n_tokens <= len(reader.tokenize(text)) // 2
+
+
+def test_tokens_bring_the_rest_of_their_words(reader):
+    text = "Photosynthesis converts sunlight, water and minerals into oxygen and energy-rich organic compounds. " * 3
+    (whole,) = build(reader).compress([text], ratio=3)
+    (parts,) = build(reader, complete_words=False).compress([text], ratio=3)
+    words = set(re.findall(r"\w+", text))
+    assert set(re.findall(r"\w+", whole.text)) <= words
+    assert not set(re.findall(r"\w+", parts.text)) <= words
+
+
+def test_a_word_is_worth_its_best_token(reader):
+    compressor = build(reader)
+    text = FACTS[0]
+    (scores,) = compressor.score([text])
+    units = split_units(text, "word")
+    values = compressor.unit_values(units, scores)
+    for (a, b), value in zip(units, values.tolist()):
+        own = [s for (x, _), s in zip(scores.offsets, scores.nll.tolist()) if a <= x < b]
+        assert value == pytest.approx(max(own))
+
+
+def test_every_token_is_read_about_once(reader):
+    rng = random.Random(1)
+    texts = [passage(rng.randint(8, 490), seed) for seed in range(40)]
+    lengths = [len(reader.tokenize(text)) for text in texts]
+    assert min(lengths) <= 20
+    assert max(lengths) >= 550
+    with Forwarded(reader.model.get_decoder()) as seen:
+        build(reader).compress(texts)
+    assert sum(lengths) * 0.9 < seen.positions <= seen.padded <= 1.05 * sum(lengths)
+
+
+def test_budget_moves_to_the_passages_with_higher_losses(reader):
+    texts = [passage(40), "the the the " * 30, "", "a", passage(60, 5)]
+    equal = build(reader)
+    shared = build(reader, share="scores")
+    even, moved = (c.compress(texts, ratio=2.5) for c in (equal, shared))
+    scores = equal.score(texts)
+    lengths = [len(reader.tokenize(t)) for t in texts]
+    targets = [math.floor(n / 2.5 + 1e-9) for n in lengths]
+    assert [p.n_tokens <= t for p, t in zip(even, targets)] == [True] * 5
+    assert sum(p.n_tokens for p in moved) <= sum(targets)
+    means = [float(s.nll.mean()) if len(s.nll) else 0.0 for s in scores]
+    want = share_out(sum(targets), [t * m for t, m in zip(targets, means)], lengths)
+    assert sum(want) == sum(targets)
+    for p, text, target in zip(moved, texts, want):
+        assert p.n_tokens <= target
+        assert p.n_tokens >= target - 3 or not text
+    ups = [w > t for w, t in zip(want, targets)]
+    assert True in ups
+    assert ups != [True] * 5
+    assert [p.info["mean_score"] for p in moved] == pytest.approx(means, rel=1e-4)
+    # alone, a passage has nobody to share with
+    assert [p.text for p in shared.compress(texts, ratio=2.5, batch_size=1)] == [p.text for p in even]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.floats(0, 50) | st.just(0.0), st.integers(0, 60)), min_size=1, max_size=8),
+    total=st.integers(0, 300),
+)
+def test_shares_are_exact(rows, total):
+    weights, caps = [w for w, _ in rows], [c for _, c in rows]
+    out = share_out(total, weights, caps)
+    assert sum(out) == min(total, sum(caps))
+    assert all(0 <= n <= c for n, c in zip(out, caps))
+    free = [(n / w) for n, w, c in zip(out, weights, caps) if n < c and w > 1e-3]
+    slack = max((1 / w for w in weights if w > 1e-3), default=0)
+    assert not free or max(free) - min(free) <= 2 * slack + 1e-6
+
+
+def test_a_ratio_gives_back_the_share_that_it_was_made_of():
+    for percent in range(1, 101):
+        assert kept_share(1 / (percent / 100)) == percent / 100
+    assert kept_share(3) == pytest.approx(1 / 3, abs=1e-12)
+
+
+def test_bad_shares_are_refused():
+    with pytest.raises(ValueError, match="got 1 caps for 2 weights"):
+        share_out(3, [1, 2], [1])
+    with pytest.raises(ValueError, match="at least 0"):
+        share_out(3, [-1.0], [1])
+
+
+# -- faithful ------------------------------------------------------------------------------------------------------------
+
+
+def losses_of(reader: Reader, ids: list[int]) -> list[float]:
+    """Entry i: the loss of the token after token i."""
+    with torch.no_grad():
+        logits = reader.model(input_ids=torch.tensor([ids])).logits[0, :-1].float()
+    return (-logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]).tolist()
+
+
+def by_hand(reader: Reader, ids: list[int], ratio: float, size: int, start: int = 0) -> list[int]:
+    """The published loop over one text behind a prefix of ``start`` tokens: windows of ``size``, the first one shorter."""
+    alive = list(range(len(ids)))
+    behind: dict[int, float] = {}
+    alone: dict[int, float] = {}
+    begin, measured, first = start, 0, True
+    while begin + size <= len(alive):
+        upto = len(alive) if first else begin + size
+        found = losses_of(reader, [ids[i] for i in alive[:upto]])
+        behind.update({alive[k]: found[k] for k in range(measured, upto - 1)})
+        if start:
+            found = losses_of(reader, [ids[i] for i in alive[start:upto]])
+            alone.update({alive[start + k]: found[k] for k in range(max(measured - start, 0), upto - start - 1)})
+        measured = 0 if first and start else begin
+        score = {i: (alone[i] - behind[i] if start else behind[i]) for i in alive[start:-1]}
+        ranked = sorted(score.values(), reverse=True)
+        limit = ranked[max(0, min(len(ranked) - 1, int(len(ranked) * ratio) - 1))] if ratio < 1 else -math.inf
+        window = alive[begin : begin + (size - 1 if first else size)]
+        kept = [i for i in window if score.get(i, math.inf) > limit]
+        alive[begin : begin + len(window)] = kept
+        begin, first = begin + len(kept), False
+    return alive[start:]
+
+
+@pytest.mark.parametrize("ratio", [1.25, 2, 6])
+@pytest.mark.parametrize("size", [40, 200])
+def test_faithful_equals_the_published_loop(reader, ratio, size):
+    text = passage(380)
+    ids = reader.prompts.encode(text, opens=True)
+    assert len(ids) > 2 * size
+    found = compress_prompt(reader, [text], rate=1 / ratio, size=size)
+    bos = len(reader.bos_ids)
+    target = (len(ids) + 3 * bos) / ratio - 2 * bos
+    want = by_hand(reader, ids, min(max(target / (len(ids) + 3), 0), 1), size)
+    assert found.text == reader.decode([ids[i] for i in want])
+    assert found.kept_tokens == len(want) < len(ids)
+    assert found.source_tokens == len(ids)
+    (p,) = build(reader, mode="faithful", iterative_size=size).compress([text], ratio=ratio)
+    assert p.text == found.text
+    assert p.n_tokens == len(reader.tokenize(p.text))
+    assert "".join(text[a:b] for a, b in p.spans).replace(" ", "") == p.text.replace(" ", "")
+
+
+def test_faithful_leaves_a_text_shorter_than_a_window_practically_whole(reader):
+    text = passage(50)
+    n = len(reader.prompts.encode(text, opens=True))
+    assert n < 190
+    found = compress_prompt(reader, [text], rate=0.2)
+    assert n - 2 <= found.kept_tokens <= n
+    assert build(reader, mode="faithful").compress([""])[0].text == ""
+
+
+def test_contexts_are_ranked_and_chosen_as_published(reader):
+    contexts = [passage(30, seed) for seed in range(5)]
+    losses = context_losses(reader, contexts)
+    for context, loss in zip(contexts, losses):
+        alone = losses_of(reader, reader.bos_ids + reader.tokenize(context))
+        assert loss == pytest.approx(sum(alone) / len(alone), abs=1e-4)
+    ranks = rank_contexts(reader, contexts)
+    assert [losses[i] for i in ranks] == sorted(losses, reverse=True)
+    # 60 + 40 tokens of budget: 50, 30, and the crossing one
+    order, shifts = choose_contexts([3, 1, 0, 2], [30, 30, 99, 50], 60, extra=40, reorder="sort", shift=0.3)
+    assert order == [3, 1, 0]
+    assert shifts == pytest.approx([0.3, 0.0, -0.3])
+    order, shifts = choose_contexts([3, 1, 0, 2], [30, 30, 99, 50], 60, extra=40, reorder="original", shift=0.3)
+    assert order == [0, 1, 3]
+    assert shifts == pytest.approx([-0.3, 0.0, 0.3])
+    assert choose_contexts([1, 0], [9, 150], -5)[0] == [0, 1]  # a negative target counts as 100
+    assert choose_contexts([1, 0], [9, 250], -5)[0] == [1]
+    # a forced context comes first, and is paid for where the ranks reach it
+    order, shifts = choose_contexts([3, 1, 0, 2], [30, 30, 99, 50], 60, reorder="sort", shift=0.3, extra=0, forced=[2])
+    assert order == [2, 3, 1]
+    assert shifts == pytest.approx([0.3, 0.0, -0.3])
+    assert choose_contexts([2, 0, 1], [30, 30, 70], 60, reorder="sort", extra=0, forced=[2, 2])[0] == [2]
+    assert reordered([4, 2, 0, 1, 3], "two_stage") == [4, 0, 3, 1, 2]
+    with pytest.raises(ValueError, match="two_stage"):
+        reordered([1], "best")
+
+
+def test_windows_span_contexts_and_the_first_is_one_short():
+    plan = window_plan([30, 50, 170], 125, 100, [0.1, 0.0, -0.7])
+    tau = 125 / 251
+    assert [[n for n, _ in window] for window in plan] == [[30, 50, 19], [100], [51]]
+    assert [ratio for _, ratio in plan[0]] == pytest.approx([tau + 0.1, tau, 0.0])
+
+
+def test_the_pipeline_over_contexts(reader):
+    contexts = [passage(60, seed) for seed in range(4)]
+    compressor = build(reader, mode="faithful", iterative_size=50, reorder="sort", dynamic_ratio=0.3, context_budget=0)
+    found = compressor.compress_prompt(contexts, instruction="Read.", question="Who?", ratio=2)
+    assert found.prompt == f"Read.\n\n{found.text}\n\nWho?"
+    assert list(found.order) == rank_contexts(reader, contexts)[: len(found.order)]
+    assert 1 < len(found.order) < 4
+    assert found.shifts[0] == pytest.approx(0.3)
+    assert found.shifts[-1] == pytest.approx(-0.3)
+    joined = "\n\n".join(contexts[i] for i in found.order)
+    assert all(0 <= a < b <= len(joined) for a, b in found.spans)
+    last = rank_contexts(reader, contexts)[-1]
+    assert last not in found.order
+    assert last in compressor.compress_prompt(contexts, ratio=2, forced=[last]).order
+    with pytest.raises(ValueError, match="got 4"):
+        compressor.compress_prompt(contexts, forced=[4])
+    shorter = compressor.compress_prompt(contexts, target_tokens=40)
+    assert shorter.kept_tokens < found.kept_tokens
+
+
+@pytest.mark.parametrize("limit", [200, 330])
+def test_texts_beyond_the_models_positions_slide_through_it(reader, zoo, limit):
+    """The release's cache: beyond the limit tokens go from behind the first ten, and positions stay as they were."""
+    small = zoo.reader("llama", max_position_embeddings=limit)
+    text, size = passage(420), 40
+    ids = small.prompts.encode(text, opens=True)
+    assert len(ids) > limit + 100
+    with Forwarded(small.model.get_decoder()) as seen:
+        found = compress_prompt(small, [text], rate=0.5, size=size)
+    assert 0.35 * len(ids) < found.kept_tokens < 0.65 * len(ids)
+    # one look at what the model has positions for, then the kept tokens of a window again with the next one
+    assert seen.positions <= limit + len(ids) + found.kept_tokens
+    whole = compress_prompt(reader, [text], rate=0.5, size=size)
+    assert found.text != whole.text
+    # the first window is chosen by the losses of that look alone
+    losses = losses_of(small, ids[:limit])
+    threshold = sorted(losses, reverse=True)[int(len(losses) * min(max(_tau(small, ids), 0), 1)) - 1]
+    first = [i for i in range(size - 1) if losses[i] > threshold]
+    assert found.text.startswith(small.decode([ids[i] for i in first]))
+
+
+def _tau(reader: Reader, ids: list[int]) -> float:
+    bos = len(reader.bos_ids)
+    return ((len(ids) + 3 * bos) / 2 - 2 * bos) / (len(ids) + 3)
+
+
+def test_no_token_of_the_kept_prefix_is_read_again(reader):
+    text, size = passage(380), 40
+    n = len(reader.prompts.encode(text, opens=True))
+    with Forwarded(reader.model.get_decoder()) as seen:
+        found = compress_prompt(reader, [text], rate=0.5, size=size)
+    assert seen.positions <= 2 * n + found.kept_tokens
+
+
+def test_budgets_may_be_steps():
+    assert widened(50.0, "+100") == widened(50.0, 100) == 150
+    assert widened(50.0, " *1.5 ") == 75
+    assert widened(50.0, "-20") == 30
+    assert widened(50.0, "/4") == 12.5
+    for bad in ("100", "+", "**2", "__import__('os')", "/0", -1.0, math.nan):
+        with pytest.raises(ValueError, match="context_budget"):
+            widened(50.0, bad)
+    assert choose_contexts([1, 0], [9, 150], 100, extra="*1.4")[0] == [1]
+    assert choose_contexts([1, 0], [9, 150], 100, extra="*1.6")[0] == [0, 1]
+
+
+def test_whole_sentences_go_first(reader):
+    contexts = [" ".join(FACTS), " ".join(FACTS[::-1]) + " A last one. "]
+    assert ["".join(sentences_of(c)) for c in contexts] == contexts
+    assert sentences_of("One. Two. ") == ["One. ", "Two. "]
+    assert sentences_of("") == []
+    flat = [s for c in contexts for s in sentences_of(c)]
+    losses = context_losses(reader, flat)
+    target = 60.0
+    left, want = 1.4 * target, set()
+    for i in sorted(range(len(flat)), key=lambda i: -losses[i]):
+        want.add(i)
+        left -= len(reader.bos_ids) + len(reader.prompts.encode(flat[i], opens=True))
+        if left < 0:
+            break
+    assert 0 < len(want) < len(flat)
+    # windows longer than the text: whatever the filter leaves stays
+    compressor = build(reader, mode="faithful", iterative_size=2000, sentence_budget=1.4, context_budget=1e6)
+    found = compressor.compress_prompt(contexts, target_tokens=target)
+    count = len(sentences_of(contexts[0]))
+    parts = ("".join(s for i, s in enumerate(flat) if i in want and (i < count) == own) for own in (True, False))
+    assert found.text == "\n\n".join(parts)
+    plain = build(reader, mode="faithful", iterative_size=2000, context_budget=1e6)
+    assert plain.compress_prompt(contexts, target_tokens=target).text == "\n\n".join(contexts)
+    assert "sentence_budget" not in plain.config.to_dict()
+
+
+def test_line_breaks_side_by_side_stay(reader):
+    text = "\n\n".join(passage(12, seed) for seed in range(12))
+    assert len(reader.tokenize("\n")) == 1
+    kept, plain = (
+        build(reader, mode="faithful", iterative_size=50, keep_split=keep).compress_prompt([text], ratio=4).text
+        for keep in (True, False)
+    )
+    assert kept.count("\n\n") == 11
+    assert plain.count("\n\n") < 11
+
+
+def test_the_question_may_be_left_out_of_the_prompt(reader):
+    compressor = build(reader, mode="faithful", iterative_size=40)
+    text, question = passage(200), "Who signed the treaty of Westphalia, and when?"
+    ends, bare = (
+        compressor.compress_prompt([text], question=question, ratio=2, append_question=append)
+        for append in (True, False)
+    )
+    assert ends.prompt == f"{ends.text}\n\n{question}"
+    assert bare.prompt == bare.text
+    assert bare.kept_tokens > ends.kept_tokens  # the question's tokens are not part of what is to be kept
+
+
+def test_faithful_refuses_what_it_cannot_do(reader, zoo):
+    small = zoo.reader("llama", max_position_embeddings=64)
+    with pytest.raises(ValueError, match="64 positions"):
+        build(small, mode="faithful").compress([passage(200)])
+    with pytest.raises(TypeError, match="no options"):
+        build(reader, mode="faithful").compress(FACTS, with_scores=True)
+    with pytest.raises(ValueError, match="at least one context"):
+        compress_prompt(reader, [])
+    with pytest.raises(ValueError, match="by a question"):
+        compress_prompt(reader, FACTS, ranker="longllmlingua")
+    with pytest.raises(ValueError, match="in \\(0, 1\\]"):
+        compress_prompt(reader, FACTS, rate=0)
+    with pytest.raises(ValueError, match="ranker"):
+        compress_prompt(reader, FACTS, ranker="bm25")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mode": "slow"},
+        {"share": "most"},
+        {"iterative_size": 1},
+        {"reorder": "best"},
+        {"dynamic_ratio": 1.0},
+        {"context_budget": -1.0},
+        {"context_budget": "much"},
+        {"sentence_budget": 0.0},
+        {"window": 1},
+        {"unit": "page"},
+    ],
+)
+def test_config_is_validated(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        LLMLinguaConfig.from_dict(settings)
