@@ -122,8 +122,8 @@ def results_page(pooled: Sequence[Row], sets: dict[str, dict[Key, Row]], others:
     parts = [
         "# Results",
         "Written by `python -m nutgraf.benchmarks.report.readme` from [results/](results); [README.md](README.md) defines "
-        "the columns and has the commands. Shares and F1 in per cent, intervals 95 %. Set by set, all shares are against the full text "
-        "of the reader as it is.",
+        "the columns and has the commands. Shares and F1 in per cent, intervals 95 %. Set by set, all shares are against the "
+        "full text of the reader as it is.",
     ]
     if pooled:
         parts += ["## All sets", about(pooled, sets), _pooled_table(pooled)]
