@@ -37,7 +37,7 @@ IMPORTERS = {
     "cocom": "cocom",
     "autocompressor": "autocompressor",
     "icae": "icae",
-    "500x": "fivehundred",
+    "500x": "five_hundred",
     "llmlingua2": "llmlingua2",
     "gist": "gist",
 }
