@@ -1,4 +1,4 @@
-"""The one base of all compressors, its soft branch and its text branch."""
+"""Base classes of all compressors: the contract, and everything that methods share."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,28 +18,31 @@ from .core.checkpoint import load_weights, read_config, write_checkpoint
 from .core.config import CompressorConfig, check_queries
 from .core.errors import CheckpointError, ReaderMismatchError
 from .core.fingerprint import hash_json, hash_tensors
+from .core.hidden import hide
 from .core.passage import CompressedPassage, Interface
-
-if TYPE_CHECKING:
-    from .encoders.lora_twin import Twin
-    from .reader.reader import Reader
+from .reader.reader import Reader
 
 Query = str | Sequence[str | None] | None
 CompressorT = TypeVar("CompressorT", bound="Compressor")
 
 
 class Compressor(nn.Module, ABC):
-    """Passages in, compressed passages out, one for each, in order.
+    """Compresses passages: one compressed passage each, in order.
 
     Args:
         config: the method's settings.
-        reader: the reader that is to read the compressed passages. It is held, not owned: its weights are no part of
-            this module's parameters.
+        reader: the reader of the compressed passages. Its weights are not parameters of this module.
+
+    Attributes:
+        base_reader: the reader as given.
+        reader: the reader to read the result with: ``base_reader``, or an `AdaptedReader` tuned together with this compressor.
     """
 
     config_class: ClassVar[type[CompressorConfig]]
     interface: ClassVar[Interface]
-    query_aware: bool = False  # passages are compressed for a question: adapters and benchmarks hand it over
+    query_aware: bool = False  # adapters and benchmarks pass the question if true
+    base_reader: Reader
+    reader: Reader
 
     def __init__(self, config: CompressorConfig, reader: Reader) -> None:
         super().__init__()
@@ -46,25 +50,14 @@ class Compressor(nn.Module, ABC):
             raise TypeError(f"{type(self).__name__} wants a {self.config_class.__name__}, got {type(config).__name__}.")
         self.config = config
         self.query_aware = getattr(config, "query_aware", type(self).query_aware)
-        self._held: tuple[Reader, ...] = (reader,)  # a tuple hides the reader from nn.Module's registration
+        hide(self, "base_reader", reader)
+        hide(self, "reader", reader)
         self._lock = threading.RLock()
         self._fingerprint: tuple[tuple[int, ...], str] | None = None
 
-    @property
-    def base_reader(self) -> Reader:
-        """The reader as it was given."""
-        return self._held[0]
-
-    @property
-    def reader(self) -> Reader:
-        """The reader that reads what this compressor makes: the one given, or an `AdaptedReader` tuned on top of it."""
-        return self._held[-1]
-
-    def adapt_reader(self, twin: Twin) -> None:
-        """Let the passages be read with a twin of the reader, whose weights are then this compressor's."""
-        from .encoders.tuned_reader import AdaptedReader
-
-        self._held = (self._held[0], AdaptedReader(self._held[0], twin))
+    def adapt_reader(self, reader: Reader) -> None:
+        """Sets the tuned copy of the reader that reads from now on; its trained weights must be parameters of this module."""
+        hide(self, "reader", reader)
 
     # -- compressing -----------------------------------------------------------------------------------------------
 
@@ -79,20 +72,20 @@ class Compressor(nn.Module, ABC):
         progress: bool = False,
         **options: Any,
     ) -> list[CompressedPassage]:
-        """Compresses passages. Safe to call from several threads.
+        """Compresses passages. Thread-safe.
 
         Args:
-            texts: the passages; an empty one gives a compressed passage of zero slots.
-            query: one question for all passages, or one (or ``None``) for each; methods that know no queries ignore it,
-                and those made with ``query_aware=True`` need it.
-            ratio: compression ratio L / l (at least 1) in place of the config's own.
-            vectors: retrieval vectors that the index already holds, one entry a passage (methods that use them).
-            batch_size: passages taken at a time; ``None`` lets the method choose.
+            texts: the passages. An empty one gives zero slots.
+            query: one question for all passages, or one (or ``None``) per passage. Ignored unless the method is query-aware,
+                which needs it.
+            ratio: compression ratio L / l (at least 1); default: the config's.
+            vectors: retrieval vectors that the index holds already, one entry per passage, for methods that use them.
+            batch_size: passages per batch; ``None`` lets the method choose.
             progress: show a progress bar.
             options: further options of the method.
 
         Raises:
-            TypeError: if ``texts`` is one string or holds anything else than strings.
+            TypeError: if ``texts`` is a single string or holds anything but strings.
             ValueError: if ``ratio``, ``query`` or ``vectors`` do not fit.
         """
         texts = self._check_texts(texts)
@@ -100,7 +93,7 @@ class Compressor(nn.Module, ABC):
         if ratio is not None and not (isinstance(ratio, int | float) and math.isfinite(ratio) and ratio >= 1):
             raise ValueError(f"ratio is source tokens per slot, a finite number of at least 1, got {ratio!r}.")
         if vectors is not None and len(vectors) != len(texts):
-            raise ValueError(f"vectors must hold one entry a passage: got {len(vectors)} for {len(texts)} passages.")
+            raise ValueError(f"vectors must hold one entry per passage: got {len(vectors)} for {len(texts)} passages.")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         out: list[CompressedPassage] = []
@@ -121,7 +114,7 @@ class Compressor(nn.Module, ABC):
     def _compress(
         self, texts: list[str], queries: list[str | None], ratio: float | None, *, vectors: Any, **options: Any
     ) -> list[CompressedPassage]:
-        """The method's own part of `compress`, on checked input, without gradients."""
+        """Implements `compress` for checked input, without gradients."""
 
     @staticmethod
     def _check_texts(texts: Sequence[str]) -> list[str]:
@@ -137,7 +130,7 @@ class Compressor(nn.Module, ABC):
     def _check_query(query: Query, n: int) -> list[str | None]:
         queries = [query] * n if query is None or isinstance(query, str) else list(query)
         if len(queries) != n:
-            raise ValueError(f"query must be one question or one a passage: got {len(queries)} for {n} passages.")
+            raise ValueError(f"query must be one question or one per passage: got {len(queries)} for {n} passages.")
         if bad := [q for q in queries if q is not None and not isinstance(q, str)]:
             raise TypeError(f"A query must be a string or None, got {type(bad[0]).__name__}.")
         return queries
@@ -145,38 +138,37 @@ class Compressor(nn.Module, ABC):
     # -- identity --------------------------------------------------------------------------------------------------
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """The tensors that are trained, saved and hashed: by default every parameter of this module."""
+        """Tensors to train, save and hash; default: all parameters of this module."""
         return dict(self.named_parameters())
 
     def identity_parts(self) -> list[Any]:
-        """JSON-able facts beside config and weights that decide what comes out (an embedder's name, say)."""
+        """JSON-able facts that also decide the result, beside config and weights (such as the hash of an embedder)."""
         return []
 
     @property
     def fingerprint(self) -> str:
-        """Hash of method, config, weights and `identity_parts`; changes when any of them does."""
+        """Hash of method, config, weights and `identity_parts`."""
         state = self.trainable_state()
         versions = tuple(n for t in state.values() for n in (t.data_ptr(), t._version))
         if self._fingerprint is None or self._fingerprint[0] != versions:
-            parts = (self.config_class.method, self.config.to_dict(), self.identity_parts())
+            parts = (self.config_class.method, self.config.identity(), self.identity_parts())
             self._fingerprint = (versions, hash_json(*parts, hash_tensors(state.items())))
         return self._fingerprint[1]
 
     @property
     def origin(self) -> str:
-        """What a compressed passage says it was made by: the fingerprint; while training, a placeholder."""
-        # In training the weights change with every step, and hashing them each time would be waste.
+        """The fingerprint, or a placeholder during training, to save hashing the weights at every step."""
         return "training" if self.training and torch.is_grad_enabled() else self.fingerprint
 
     # -- saving and loading ----------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Writes ``config.json`` and ``model.safetensors`` (the trained tensors alone), each atomically.
+        """Writes ``config.json`` and ``model.safetensors`` (trained tensors only), each atomically.
 
         Args:
-            folder: where to.
-            dtype: rounds the tensors to this floating dtype; ``None`` keeps theirs. A compressor that is loaded from rounded
-                tensors has another fingerprint than the one that was saved.
+            folder: the folder to write.
+            dtype: floating dtype to round the tensors to; ``None`` keeps theirs. A compressor loaded from rounded tensors
+                has another fingerprint.
         """
         state = self.trainable_state()
         if dtype is not None:
@@ -191,10 +183,10 @@ class Compressor(nn.Module, ABC):
 
     @classmethod
     def from_pretrained(cls: type[CompressorT], folder: str | Path, reader: Reader, **kwargs: Any) -> CompressorT:
-        """Loads what `save_pretrained` wrote, for the same reader.
+        """Loads a folder written by `save_pretrained`, for the same reader.
 
         Raises:
-            CheckpointError: if files are missing or damaged, or weights are missing, left over or misshapen.
+            CheckpointError: if files are missing or damaged, or the weights do not match by name and shape.
             ReaderMismatchError: if the compressor was made for another reader.
         """
         about = read_config(folder)
@@ -213,14 +205,34 @@ class Compressor(nn.Module, ABC):
         return compressor.eval()
 
     def load_trainable(self, folder: str | Path) -> None:
-        """Copies a checkpoint's weights in. Raises ``CheckpointError`` with the names unless every key matches."""
+        """Copies a checkpoint's weights into this module. Raises ``CheckpointError`` unless every key matches."""
         load_weights(folder, self.trainable_state(), type(self).__name__)
 
 
-class SoftCompressor(Compressor):
-    """A compressor whose result is read as embeddings or as keys and values, and which can be trained."""
+@dataclass
+class Passages:
+    """A batch of passages to compress.
 
-    @abstractmethod
+    Attributes:
+        texts: the passages.
+        queries: the question per passage, or ``None``.
+        ids: the reader's token ids of each passage, without special tokens.
+        vectors: retrieval vectors per passage, or ``None``.
+    """
+
+    texts: list[str]
+    queries: list[str | None]
+    ids: list[list[int]]
+    vectors: Sequence[Any] | None = None
+
+
+class SoftCompressor(Compressor):
+    """Base class of trainable methods, which compress to embeddings or to keys and values.
+
+    A method implements `encode_passages`. One that reads passages in segments extends `SegmentCompressor` and implements
+    `encode_segments`. Everything else (checks, tokenisation, packaging, fingerprints, saving) is here.
+    """
+
     def encode(
         self,
         texts: Sequence[str],
@@ -228,13 +240,59 @@ class SoftCompressor(Compressor):
         ratio: float | None = None,
         vectors: Sequence[Any] | None = None,
     ) -> list[CompressedPassage]:
-        """Like `compress`, but differentiable in the trained parameters; what training calls."""
+        """Like `compress`, but differentiable in the trained parameters. Training calls this.
+
+        A query-aware method compresses a passage without a question as it stands.
+        """
+        texts = self._check_texts(texts)
+        queries = self._check_query(query, len(texts))
+        if vectors is not None and len(vectors) != len(texts):
+            raise ValueError(f"vectors must hold one entry per passage: got {len(vectors)} for {len(texts)} passages.")
+        passages = Passages(texts, queries, self.reader.tokenize_batch(texts), vectors)
+        made = self.encode_passages(passages, self.ratio_or_default(ratio)) if texts else []
+        return self.package(made, [len(ids) for ids in passages.ids], ratio)
+
+    def encode_passages(self, passages: Passages, ratio: float | None) -> Sequence[Any]:
+        """Computes the slots of each passage, differentiable.
+
+        Args:
+            passages: at least one passage.
+            ratio: the ratio asked for, or the config's; ``None`` if there is neither.
+
+        Returns:
+            ``[slots, width]`` embeddings per passage, on the scale of the reader's embeddings; KV methods return `KVSlots`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement encode_passages.")
+
+    def ratio_or_default(self, ratio: float | None) -> float | None:
+        """The ratio asked for, or the config's."""
+        return getattr(self.config, "ratio", None) if ratio is None else float(ratio)
+
+    def package(
+        self, made: Sequence[Any], source_tokens: Sequence[int], ratio: float | None
+    ) -> list[CompressedPassage]:
+        """Wraps the slots of passages, with who made them, for which reader and how."""
+        origin, made_for = self.origin, self.reader.fingerprint
+        info = {"method": self.config.method, "ratio_asked": self.ratio_or_default(ratio)}
+        info |= self.base_reader.identity_card.runs_as
+        return [
+            CompressedPassage(self.interface, n, origin, made_for, info=dict(info), **self.slot_fields(slots))
+            for slots, n in zip(made, source_tokens, strict=True)
+        ]
+
+    def slot_fields(self, slots: Any) -> dict[str, Any]:
+        """The fields of a `CompressedPassage` that hold the slots."""
+        return {"embeds": slots.to(self.base_reader.device, self.base_reader.dtype)}
+
+    def identity_parts(self) -> list[Any]:
+        """The base reader, on whose weights the slots depend."""
+        return [self.base_reader.fingerprint]
 
     def own_objectives(self) -> dict[str, Callable[..., tuple[Tensor, int]]]:
-        """Objectives that the method takes on whole documents by itself, by their names in recipes; none as a rule.
+        """Training objectives of the method itself on whole documents, by name; none by default.
 
-        Each is called as ``objective(texts, rng, ratio)``, with documents, a ``random.Random`` and a compression ratio (or
-        ``None``), and returns the sum of its losses over tokens, differentiable, and their number.
+        Each is called as ``objective(texts, rng, ratio)`` with documents, a ``random.Random`` and a compression ratio (or
+        ``None``), and returns the sum of its losses over tokens, differentiable, and the number of tokens.
         """
         return {}
 
@@ -249,14 +307,14 @@ class SoftCompressor(Compressor):
 
 
 class TextCompressor(Compressor):
-    """A compressor whose result is a shorter text, which any reader can read."""
+    """Base class of methods that compress to a shorter text, which any reader can read."""
 
     interface: ClassVar[Interface] = "text"
 
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Puts a module in eval mode and back."""
+    """Context manager that puts a module in eval mode and back."""
     was = module.training
     module.eval()
     try:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .base import Compressor
 from .core.checkpoint import CONFIG_NAME, READER_FOLDER, download, read_config
 from .core.errors import CheckpointError
+from .importers import import_recognised, published_class
+from .reader.reader import Reader
 from .registry import compressor_class
-
-if TYPE_CHECKING:
-    from .reader.reader import Reader
 
 
 def load_compressor(name_or_path: str | Path, reader: Reader | None = None, **kwargs: Any) -> Compressor:
@@ -34,22 +33,18 @@ def load_compressor(name_or_path: str | Path, reader: Reader | None = None, **kw
     try:
         about = read_config(path)
     except CheckpointError:
-        from .importers import import_recognised
-
         if not Path(name_or_path).exists():
             path = download(str(name_or_path), pickles=True)
         imported = import_recognised(path, reader, **kwargs)
         if imported is not None:
             return imported
         raise
-    cls = compressor_class(about["method"])
+    cls = published_class(about["method"], about["config"]) or compressor_class(about["method"])
     return cls.from_pretrained(path, reader or _own_reader(path, about), **kwargs)
 
 
 def _own_reader(folder: Path, about: dict[str, Any]) -> Reader:
-    """The reader that lies beside an imported compressor."""
-    from .reader.reader import Reader
-
+    """The reader saved with an imported compressor."""
     if not (folder / READER_FOLDER / CONFIG_NAME).is_file():
         raise CheckpointError(
             f"{folder} holds no reader of its own; pass the one it was made for, {about.get('reader_name')!r}: "

@@ -1,46 +1,62 @@
-"""Base class of all method configs, with the checks and field helpers that they share."""
+"""Base class of all method configs, shared checks, and retired settings."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
-
-if TYPE_CHECKING:
-    pass
-
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, ClassVar, TypeVar
 
 ConfigT = TypeVar("ConfigT", bound="CompressorConfig")
 
 
 @dataclass
 class CompressorConfig:
-    """Settings of a compressor. Subclasses are dataclasses that validate in ``__post_init__``."""
+    """Settings of a compressor. Subclasses are dataclasses that validate in ``__post_init__``.
+
+    To retire a setting, delete its field and list it in ``retired`` with its default. Checkpoints that hold the default
+    still load, with the same fingerprint. A setting made by `added` goes to ``retired_unhashed``, because its default was
+    never part of a fingerprint.
+    """
 
     method: ClassVar[str]
+    retired: ClassVar[Mapping[str, Any]] = {}
+    retired_unhashed: ClassVar[Mapping[str, Any]] = {}
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict that `from_dict` takes back, in the constructor's order: keyword-only settings come last.
-
-        Settings that came later (`nutgraf.compressors.core.config.added`) are left out at their defaults.
-        """
+        """A JSON-able dict for `from_dict`. Settings made by `added` are left out at their defaults."""
         found = asdict(self)
-        return {f.name: found[f.name] for f in written(self)}
+        kept = [f for f in fields(self) if not (f.metadata.get("added") and getattr(self, f.name) == f.default)]
+        return {f.name: found[f.name] for f in sorted(kept, key=lambda f: bool(f.kw_only))}
+
+    def identity(self) -> dict[str, Any]:
+        """What the fingerprint hashes: `to_dict` and the defaults of retired settings."""
+        return {**self.retired, **self.to_dict()}
 
     @classmethod
     def from_dict(cls: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
-        """Builds the config. Raises ``ValueError`` for keys that it does not have."""
+        """Builds the config.
+
+        Raises:
+            ValueError: if a setting is unknown, or retired and not at its default.
+        """
         if not is_dataclass(cls):
             raise TypeError(f"{cls.__name__} must be a dataclass.")
         known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(data) - known):
+        retired = {**cls.retired, **cls.retired_unhashed}
+        if unknown := sorted(set(data) - known - set(retired)):
             raise ValueError(f"{cls.__name__} has no settings {unknown}; it has {sorted(known)}.")
-        return cls(**data)
+        for name in sorted(set(data) - known):
+            if data[name] != retired[name]:
+                raise ValueError(
+                    f"{cls.__name__} no longer has the setting {name}: only {retired[name]!r} is supported, got "
+                    f"{data[name]!r}. Leave it out, or load the checkpoint with an older release."
+                )
+        return cls(**{name: value for name, value in data.items() if name in known})
 
 
 def check_counts(config: Any, least: Mapping[str, int], optional: Collection[str] = ()) -> None:
-    """Fields that must be integers of at least a number; ``optional`` ones may be ``None``."""
+    """Raises ``ValueError`` unless each field is an integer of at least its minimum; ``optional`` fields may be ``None``."""
     for name, low in least.items():
         value = getattr(config, name)
         if value is None and name in optional:
@@ -50,20 +66,20 @@ def check_counts(config: Any, least: Mapping[str, int], optional: Collection[str
 
 
 def check_ratio(ratio: float, meaning: str = "source tokens per slot") -> None:
-    """A compression ratio."""
+    """Raises ``ValueError`` unless the compression ratio is finite and at least 1."""
     if not (math.isfinite(ratio) and ratio >= 1):
         raise ValueError(f"ratio is {meaning} and must be a finite number of at least 1, got {ratio!r}.")
 
 
 def check_choices(config: Any, choices: Mapping[str, Collection[Any]]) -> None:
-    """Fields that must hold one of some values."""
+    """Raises ``ValueError`` unless each field holds one of its choices."""
     for name, known in choices.items():
         if getattr(config, name) not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {getattr(config, name)!r}.")
 
 
 def check_queries(name: str, queries: Sequence[str | None]) -> None:
-    """Raises ``ValueError`` for passages without a question."""
+    """Raises ``ValueError`` if a passage has no question."""
     if missing := [i for i, query in enumerate(queries) if query is None or not query.strip()]:
         raise ValueError(
             f"This {name} compresses passages for a question (query_aware) and got none for passage {missing[0]}; pass "
@@ -72,18 +88,12 @@ def check_queries(name: str, queries: Sequence[str | None]) -> None:
 
 
 def added(default: Any, text: str) -> Any:
-    """A field that came later: at its default it is left out of `CompressorConfig.to_dict`.
+    """Dataclass field for a setting added after a method's release.
 
-    So the fingerprint of an older checkpoint, and all that is stored under it, stays what it was.
+    `CompressorConfig.to_dict` leaves it out at its default, so that older fingerprints do not change.
 
     Args:
-        default: what the method did before there was the setting.
-        text: the setting's help.
+        default: the earlier behaviour.
+        text: help text.
     """
     return field(default=default, kw_only=True, metadata={"help": text, "added": True})
-
-
-def written(config: Any) -> list[Field[Any]]:
-    """A config's fields that are written down, in the constructor's order: keyword-only ones come last."""
-    kept = [f for f in fields(config) if not (f.metadata.get("added") and getattr(config, f.name) == f.default)]
-    return sorted(kept, key=lambda f: bool(f.kw_only))

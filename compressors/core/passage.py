@@ -1,10 +1,10 @@
-"""`CompressedPassage`: what a compressor makes of a passage and what a reader reads in its place."""
+"""`CompressedPassage`: the result of compression, which a reader reads instead of the passage."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,7 +15,6 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from ..slots.nested import MARK, NestedSettings, nested_slots, slots_at
 from .files import write_atomically
 
 Interface = Literal["embeds", "kv", "text"]
@@ -29,10 +28,10 @@ class CompressedPassage:
 
     Attributes:
         interface: ``"embeds"``, ``"kv"`` or ``"text"``.
-        source_tokens: length of the original passage in the reader's tokens, special tokens aside.
-        compressor: fingerprint of the compressor that made it (``"identity"`` for a passage's own embeddings).
-        reader: fingerprint of the reader it was made for; ``None`` for text, which any reader reads.
-        embeds: ``[slots, width]``, on the scale of the reader's embedding module's output.
+        source_tokens: length of the original passage in the reader's tokens, without special tokens.
+        compressor: fingerprint of the compressor (``"identity"`` for a passage's own embeddings).
+        reader: fingerprint of the reader it was made for; ``None`` for text, which every reader can read.
+        embeds: ``[slots, width]``, on the scale of the reader's embeddings.
         keys, values: one ``[kv_heads, slots, head_dim]`` tensor per layer (the last axis of keys and values may differ).
         positions: ``[slots]`` int64, the positions at which the keys were computed.
         text: the shorter text.
@@ -87,7 +86,7 @@ class CompressedPassage:
 
     @property
     def slots(self) -> int:
-        """Reader positions the passage takes (for text: its tokens)."""
+        """Positions that the passage takes in the reader (for text: its tokens)."""
         if self.interface == "embeds":
             return self.embeds.shape[0]  # type: ignore[union-attr]
         if self.interface == "kv":
@@ -96,7 +95,7 @@ class CompressedPassage:
 
     @property
     def ratio(self) -> float:
-        """Compression ratio L / l; infinite when something became nothing, 1 when nothing did."""
+        """Compression ratio L / l; infinite for zero slots, 1 for an empty passage."""
         if self.slots:
             return self.source_tokens / self.slots
         return float("inf") if self.source_tokens else 1.0
@@ -130,39 +129,8 @@ class CompressedPassage:
         return self._map(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
 
     def detach(self) -> CompressedPassage:
-        """The same passage without the graph that made it."""
+        """The same passage, detached from its autograd graph."""
         return self._map(Tensor.detach)
-
-    def first(self, k: int) -> CompressedPassage:
-        """The passage cut to the first ``k`` slots of their nested order: a compression of all of it, at a higher ratio.
-
-        A passage of fewer slots is returned as it is.
-
-        Raises:
-            ValueError: if ``k`` is below 1, or the slots are not nested (see `nutgraf.compressors.slots.nested`).
-        """
-        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-            raise ValueError(f"A passage is cut to an integer of at least 1 slot, got {k!r}.")
-        slots = nested_slots(self.info)
-        if slots is None:
-            raise ValueError(
-                f"The slots of this passage ({self.info.get('method', self.interface)}) are not nested: some of them stand "
-                "for some of its text. Compress it again at the ratio wanted, with a compressor made with nested=True to cut."
-            )
-        if k >= self.slots:
-            return self
-        kept = torch.tensor([i for i, slot in enumerate(slots) if slot.rank < k])
-        info = {**self.info, MARK: {**self.info[MARK], "slots": k}}
-        if self.interface == "embeds":
-            rows: Tensor = self.embeds  # type: ignore[assignment]
-            return replace(self, embeds=rows[kept.to(rows.device)], info=info)
-        return replace(
-            self,
-            keys=tuple(t[:, kept.to(t.device)] for t in self.keys or ()),
-            values=tuple(t[:, kept.to(t.device)] for t in self.values or ()),
-            positions=self.positions[kept.to(self.positions.device)],  # type: ignore[index, union-attr]
-            info=info,
-        )
 
     def _map(self, f: Any) -> CompressedPassage:
         if self.interface == "embeds":
@@ -188,7 +156,7 @@ class CompressedPassage:
     # -- safetensors round trip ------------------------------------------------------------------------------------
 
     def to_bytes(self) -> bytes:
-        """A safetensors file: the tensors, and everything else as JSON in the header. Text may hold lone surrogates."""
+        """Serialises to safetensors: the tensors, and the rest as JSON in the header. Text may hold lone surrogates."""
         header = {
             "version": FORMAT_VERSION,
             "interface": self.interface,
@@ -211,15 +179,15 @@ class CompressedPassage:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CompressedPassage:
-        """Reads what `save` wrote. Raises ``ValueError`` if the file is damaged or of another format."""
+        """Reads a file written by `save`. Raises ``ValueError`` if it is damaged or of another format."""
         return cls.from_bytes(Path(path).read_bytes(), name=os.fspath(path))
 
     @classmethod
     def from_bytes(cls, data: bytes, *, name: str = "this") -> CompressedPassage:
-        """Reads what `to_bytes` wrote.
+        """Reads bytes written by `to_bytes`.
 
         Raises:
-            ValueError: if the data is damaged or of another format; ``name`` is what the message calls it.
+            ValueError: if the data is damaged or of another format; the message calls it ``name``.
         """
         try:
             tensors = load_safetensors(data)
@@ -252,26 +220,3 @@ class CompressedPassage:
         except (KeyError, TypeError) as error:
             raise ValueError(f"{name} is a damaged compressed passage: {error!r}") from error
         return passage.check()
-
-
-def cut_nested(
-    passage: CompressedPassage, config: NestedSettings, cut: Sequence[tuple[int, int]], ratio: float | None
-) -> CompressedPassage:
-    """A passage whose slots may be nested, marked so, and cut to a ratio.
-
-    Args:
-        passage: all slots of its segments.
-        config: of the compressor that made them, with its own ``ratio``.
-        cut: ``(tokens, slots)`` of each segment.
-        ratio: the one asked for; ``None``: the config's.
-
-    Raises:
-        ValueError: for a ratio below the config's.
-    """
-    segments = config.nest_of(cut)
-    if segments is None:
-        return passage
-    left = slots_at(passage.source_tokens, ratio, getattr(config, "ratio", None))
-    mark = {"segments": [list(segment) for segment in segments], "slots": passage.slots}
-    marked = replace(passage, info={**passage.info, MARK: mark})
-    return marked if left is None else marked.first(left)

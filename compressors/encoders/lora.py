@@ -1,4 +1,4 @@
-"""The LoRA settings that the config of every method with a tuned model has."""
+"""LoRA settings shared by all methods with a tuned model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 from ..base import Compressor
 from ..core.config import added, check_counts
 from .lora_twin import LoRATwin
+from .tuned_reader import AdaptedReader
 
 
 class LoRAArguments(TypedDict):
@@ -21,22 +22,18 @@ class LoRAArguments(TypedDict):
 
 
 def lora_rank(default: int, of: str = "") -> Any:
-    """The field ``r`` with a method's own default; ``of`` says what the rank is of."""
+    """Dataclass field for the LoRA rank. ``of`` is appended to the help text."""
     return field(default=default, kw_only=True, metadata={"help": f"LoRA rank{of}"})
 
 
 def lora_alpha(default: float) -> Any:
-    """The field ``alpha`` with a method's own default."""
+    """Dataclass field for the LoRA scale."""
     return field(default=default, kw_only=True, metadata={"help": "LoRA scale: updates are multiplied by alpha / r"})
 
 
 @dataclass(kw_only=True)
 class LoRASettings:
-    """Mixin of a compressor's config: the fields, their checks, and the arguments that `LoRATwin` and `tune` take.
-
-    A method with other defaults declares the field anew: ``r: int = lora_rank(16)``. The fields are keyword-only, so that
-    a config's own fields come first in its constructor.
-    """
+    """Config mixin with LoRA settings. A method redeclares a field for another default: ``r: int = lora_rank(16)``."""
 
     r: int = lora_rank(32)
     alpha: float = lora_alpha(32.0)
@@ -47,11 +44,11 @@ class LoRASettings:
 
     @property
     def lora(self) -> LoRAArguments:
-        """The keyword arguments that `LoRATwin` and `tune` take."""
+        """Keyword arguments of `LoRATwin` and `tune`."""
         return {"r": self.r, "alpha": self.alpha, "dropout": self.dropout, "target_modules": self.target_modules}
 
     def check_lora(self) -> None:
-        """Raises ``ValueError`` for values that no LoRA can have; makes ``target_modules`` a tuple."""
+        """Raises ``ValueError`` for invalid values; makes ``target_modules`` a tuple."""
         check_counts(self, {"r": 1})
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}.")
@@ -69,13 +66,13 @@ class LoRASettings:
 
 @dataclass(kw_only=True)
 class ReaderTuningSettings:
-    """Mixin of a compressor's config: whether the reader is tuned together with the compressor, by LoRA of its own.
+    """Config mixin: whether to tune the reader together with the compressor, with a second LoRA.
 
-    What it answers then comes of the compression and of the tuning: compare it with a reader of full text that was tuned on
-    the same data for as many steps (method ``full-text``), not with the reader as it was.
+    Compare such a compressor with a reader of full text that was tuned on the same data for as many steps (method
+    ``full-text``), not with the untuned reader.
     """
 
-    tune_reader: bool = added(False, "tune the reader that reads the slots too, by LoRA of its own: compressor.reader")
+    tune_reader: bool = added(False, "also tune the reader of the slots, with its own LoRA: compressor.reader")
     reader_r: int = added(16, "LoRA rank of the tuned reader")
     reader_alpha: float = added(32.0, "LoRA scale of the tuned reader: updates are multiplied by alpha / r")
     reader_target_modules: tuple[str, ...] | None = added(
@@ -83,7 +80,7 @@ class ReaderTuningSettings:
     )
 
     def check_reader_tuning(self) -> None:
-        """Raises ``ValueError`` for values that cannot be; makes ``reader_target_modules`` a tuple."""
+        """Raises ``ValueError`` for invalid values; makes ``reader_target_modules`` a tuple."""
         if not isinstance(self.tune_reader, bool):
             raise ValueError(f"tune_reader must be true or false, got {self.tune_reader!r}.")
         check_counts(self, {"reader_r": 1})
@@ -97,9 +94,9 @@ class ReaderTuningSettings:
 
 
 def tuned_reader(compressor: Compressor) -> LoRATwin | None:
-    """The twin that a compressor's ``reader`` reads with from here on, if its config asks for one.
+    """Sets a compressor's reader to a LoRA-tuned copy, if its config asks for that, and returns the twin.
 
-    The compressor keeps it as its ``reader_twin``: its weights are saved and trained with the compressor's.
+    Assign it to ``reader_twin``, so that its weights are trained and saved with the compressor.
     """
     config: Any = compressor.config
     if not config.tune_reader:
@@ -112,5 +109,5 @@ def tuned_reader(compressor: Compressor) -> LoRATwin | None:
         dropout=getattr(config, "dropout", 0.0),
         target_modules=targets,
     )
-    compressor.adapt_reader(twin)
+    compressor.adapt_reader(AdaptedReader(compressor.base_reader, twin))
     return twin

@@ -1,4 +1,4 @@
-"""The reader tuned: plus LoRA, as a module tree of its own that shares the reader's parameters, or as a full copy."""
+"""Tuned copies of the reader: weight-sharing with LoRA, or full."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..core.hidden import hide
 from ..reader.kv import position_arguments
 
-# Query and value projections where they stand apart, else the fused projection; the first row of which all exist is taken.
+# Query and value projections, or the fused projection; the first row whose names all exist is used.
 _ATTENTION_INPUTS = (
     ("q_proj", "v_proj"),
     ("query", "value"),
@@ -27,9 +28,9 @@ _ATTENTION_INPUTS = (
 
 
 def share(model: PreTrainedModel) -> Any:
-    """A copy of a module tree whose parameters and buffers are the original's own tensors.
+    """Copies a module tree but shares its parameters and buffers.
 
-    Changing the copy's modules (injecting LoRA, switching modes) leaves the original as it is.
+    Changes to the copy's modules (injected LoRA, modes) do not affect the original.
 
     Raises:
         ValueError: if some of its weights are not in memory.
@@ -42,30 +43,30 @@ def share(model: PreTrainedModel) -> Any:
 def _check_in_memory(model: nn.Module) -> None:
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
-            "This method runs weights of the reader's own, and the reader's are offloaded (device_map). Compress with the "
-            "reader loaded whole, into a store: an offloaded reader reads what is stored, but for methods that tune it."
+            "This method runs the reader's weights, and they are offloaded (device_map). Compress into a store with the reader "
+            "loaded whole; an offloaded reader can read the store, except for methods that tune the reader."
         )
 
 
 def attention_inputs(model: nn.Module) -> list[str]:
-    """The names of the modules that LoRA is put on by default: query and value projections, or the fused one.
+    """Names of the modules that get LoRA by default: query and value projections, or the fused one.
 
     Raises:
-        ValueError: if the architecture names them in a way that is not known here.
+        ValueError: if the architecture uses unknown names.
     """
     leaves = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)})
     for names in _ATTENTION_INPUTS:
         if set(names) <= set(leaves):
             return list(names)
     raise ValueError(
-        f"{type(model).__name__} has no attention projections of a known name; give target_modules out of {leaves}."
+        f"{type(model).__name__} has no attention projections of a known name; set target_modules to some of {leaves}."
     )
 
 
 class Twin(nn.Module):
-    """A tuned causal LM beside the untouched original: `LoRATwin` or `FullTwin`. `tune` makes either.
+    """A tuned copy of a causal LM: `LoRATwin`, `FullTwin` or `Untuned`. Make one with `tune`.
 
-    Nothing is toggled on the original: it can be read with in another thread, inside or outside a backward pass.
+    The original is never switched, so another thread can use it at any time.
 
     Attributes:
         lm: the tuned causal LM, for an `AdaptedReader` to read with.
@@ -80,7 +81,7 @@ class Twin(nn.Module):
         return self.lm.get_decoder()
 
     def train(self, mode: bool = True) -> Twin:
-        """Training mode for LoRA's dropout alone; the model's own dropout stays off, as it is in the reader."""
+        """Switches LoRA's dropout only; the model's own dropout stays off, as in the reader."""
         self.training = mode
         # Hugging Face models checkpoint gradients in training mode only.
         self.decoder.train(mode and self.checkpointing)
@@ -90,7 +91,7 @@ class Twin(nn.Module):
         return self
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recomputes activations in the backward pass (not reentrant). The model's own dropout then applies in training."""
+        """Recomputes activations in the backward pass (not reentrant). The model's own dropout is then on in training."""
         settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         self.decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
         self.checkpointing = True
@@ -101,13 +102,13 @@ class Twin(nn.Module):
 
         Args:
             embeds: ``[batch, time, width]``, padded on the right.
-            mask: ``[batch, time]``, 1 for what is there and 0 for padding.
+            mask: ``[batch, time]``, 1 for tokens, 0 for padding.
             positions: ``[batch, time]`` position ids; default: 0, 1, 2, ...
 
         Returns:
             ``[batch, time, hidden]``.
         """
-        # Right padding under a causal mask: row by row the positions are those of an unpadded pass.
+        # With padding on the right, a row's positions are those of an unpadded pass.
         if positions is None:
             positions = torch.arange(embeds.shape[1], device=embeds.device).expand(embeds.shape[:2])
         out = self.decoder(
@@ -117,20 +118,19 @@ class Twin(nn.Module):
 
 
 class LoRATwin(Twin):
-    """A causal LM with LoRA of its own on its body.
+    """Weight-sharing LoRA copy of a causal LM.
 
-    Only the LoRA matrices are parameters of this module; the shared tree is hidden from ``parameters()``,
-    ``state_dict()``, ``to()`` and ``train()``, so that none of them can reach the original's weights.
+    Its parameters are the LoRA matrices only. ``to()``, ``train()`` and ``state_dict()`` never reach the shared weights.
 
     Args:
         model: the causal LM, frozen.
         r: LoRA rank.
         alpha: LoRA scale; updates are multiplied by ``alpha / r``.
-        dropout: dropout in front of LoRA's first matrix, in training.
+        dropout: dropout before LoRA's first matrix, in training.
         target_modules: names of the modules that get LoRA; ``None``: see `attention_inputs`.
 
     Attributes:
-        lora: LoRA matrices in float32 by their path in the decoder, with ``/`` for the dots.
+        lora: LoRA matrices in float32 by their path in the decoder, with ``/`` instead of dots.
 
     Raises:
         ValueError: if a target module does not exist.
@@ -145,7 +145,7 @@ class LoRATwin(Twin):
         dropout: float = 0.0,
         target_modules: Sequence[str] | None = None,
     ) -> None:
-        # Imported here because it takes a second, which nobody who reads compressed passages should wait for.
+        # Imported here because it takes a second, and reading compressed passages does not need it.
         from peft import LoraConfig, inject_adapter_in_model
 
         super().__init__()
@@ -169,19 +169,14 @@ class LoRATwin(Twin):
         adapters = {name: p for name, p in decoder.named_parameters() if "lora_" in name}
         for parameter in adapters.values():
             parameter.data = parameter.data.float()
-        self._held = (lm.eval(),)  # a tuple hides the shared tree from nn.Module's registration
+        hide(self, "lm", lm.eval())
         self.lora = nn.ParameterDict({short_name(name): p for name, p in adapters.items()})
         self.requires_grad_(True)
         self.train()
 
-    @property
-    def lm(self) -> Any:  # type: ignore[override]
-        """The shared tree with LoRA in it."""
-        return self._held[0]
-
 
 class FullTwin(Twin):
-    """A full copy of a causal LM, all of whose weights are trained (and saved): the price is its size."""
+    """Full copy of a causal LM; all its weights are trained and saved."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -191,28 +186,23 @@ class FullTwin(Twin):
 
 
 class Untuned(Twin):
-    """The model as it is, where a twin is asked for: no parameters of its own, nothing to train."""
+    """The model itself as a `Twin` without trainable parameters."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self._held = (model,)  # a tuple hides the model from nn.Module's registration
-
-    @property
-    def lm(self) -> Any:  # type: ignore[override]
-        """The model."""
-        return self._held[0]
+        hide(self, "lm", model)
 
     def train(self, mode: bool = True) -> Untuned:
-        """Sets this module's own flag alone."""
+        """Sets this module's flag only."""
         self.training = mode
         return self
 
 
 def tune(model: PreTrainedModel, tuning: str, **lora: Any) -> Twin:
-    """A twin of a causal LM.
+    """Makes a tuned copy of a causal LM.
 
     Args:
-        model: the original, which stays as it is.
+        model: the original, left as it is.
         tuning: ``"lora"``, ``"full"`` or ``"none"`` (the model itself).
         lora: arguments of `LoRATwin`.
 
@@ -229,5 +219,5 @@ def tune(model: PreTrainedModel, tuning: str, **lora: Any) -> Twin:
 
 
 def short_name(name: str) -> str:
-    """A LoRA matrix's path in the decoder as a ParameterDict takes it: no dots, and no adapter name."""
+    """Name of a LoRA matrix for a ParameterDict: its path in the decoder without dots or adapter name."""
     return name.replace(".default", "").removesuffix(".weight").replace(".", "/")

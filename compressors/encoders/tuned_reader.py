@@ -1,4 +1,4 @@
-"""A reader that was tuned together with its compressor: the base reader plus LoRA, or a full copy of it."""
+"""A reader that is tuned together with its compressor."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from .lora_twin import Twin
 
 
 class AdaptedReader(Reader):
-    """Reads with a twin's weights; the base reader beside it stays as it is.
+    """Reads with a twin's weights; the base reader stays as it is.
 
-    A compressor that tunes the reader too gives it as ``compressor.reader``, and its compressed passages are for that
-    reader alone: ``compressor.reader.generate([[passage, question]])``.
+    Compressed passages of a compressor that tunes the reader are for ``compressor.reader`` only:
+    ``compressor.reader.generate([[passage, question]])``.
 
     Args:
-        base: the reader the twin was made of.
+        base: the reader that the twin was made from.
         twin: its `LoRATwin` or `FullTwin`.
 
     Attributes:
-        base: the reader as it was.
+        base: the reader before tuning.
     """
 
     def __init__(self, base: Reader, twin: Twin) -> None:
         super().__init__(twin.lm, base.tokenizer, name=f"{base.name} (adapted)")
-        twin.requires_grad_(True)  # the twin's parameters are its compressor's to train
+        twin.requires_grad_(True)  # super() freezes the model; the compressor trains these
         self.base = base
         self._twin = twin
         self._hashed: tuple[tuple[int, ...], str] | None = None
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the base reader and of what was tuned; while it is being trained, a placeholder."""
+        """Hash of the base reader and the tuned weights, or a placeholder during training, to save hashing at every step."""
         if self._twin.training and torch.is_grad_enabled():
-            return "training"  # the weights change with every step, and hashing them each time would be waste
+            return "training"
         state = dict(self._twin.named_parameters())
         versions = tuple(n for t in state.values() for n in (t.data_ptr(), t._version))
         if self._hashed is None or self._hashed[0] != versions:

@@ -17,6 +17,7 @@ import inspect
 import os
 import secrets
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ import torch
 from ..base import Compressor
 from ..core.checkpoint import READER_FOLDER, download
 from ..reader.quiet import quiet_loading
+from ..registry import compressor_class
 from .layout import MissingOption, Source, listed
 
 if TYPE_CHECKING:
@@ -42,13 +44,32 @@ IMPORTERS = {
     "gist": "gist",
 }
 
-__all__ = ["IMPORTERS", "MissingOption", "import_checkpoint", "import_to", "options", "recognise"]
+# Method -> module and class that reproduce its release.
+PUBLISHED = {
+    "icae": ("icae", "PublishedICAE"),
+    "500x": ("five_hundred", "PublishedKVMemory"),
+    "gist": ("gist", "PublishedGist"),
+}
+
+__all__ = ["IMPORTERS", "MissingOption", "import_checkpoint", "import_to", "options", "published_class", "recognise"]
 
 
 def _module(name: str) -> Any:
     if name not in IMPORTERS:
         raise ValueError(f"There is no importer {name!r}; there are {', '.join(IMPORTERS)}.")
     return importlib.import_module(f".{IMPORTERS[name]}", __name__)
+
+
+def published_class(method: str, settings: Mapping[str, Any]) -> type[Compressor] | None:
+    """The class that reproduces a method's release, if a checkpoint's settings need it; else ``None``."""
+    if method not in PUBLISHED:
+        return None
+    own = compressor_class(method).config_class.retired
+    if not any(name in own and value != own[name] for name, value in settings.items()):
+        return None
+    module, name = PUBLISHED[method]
+    found: type[Compressor] = getattr(importlib.import_module(f".{module}", __name__), name)
+    return found
 
 
 def options(name: str) -> dict[str, Any]:

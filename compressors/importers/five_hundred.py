@@ -3,17 +3,85 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 
+from ..core.config import check_choices, check_counts
 from ..core.errors import CheckpointError
 from ..encoders.lora_twin import short_name
+from ..kv.encode import KVSlots
 from ..kv.five_hundred import KVMemoryCompressor, KVMemoryConfig
+from ..reader.reader import Reader
+from ..slots.segments import Segment
 from .layout import PICKLES, Source, load_tensors, single_file
 from .models import body_prefix, fill_lora, lora_shape, take_lora
+from .published import PublishedCompressor, PublishedSettings
 
 _MEMORY = "memory_embeddings"
+
+
+@dataclass
+class PublishedKVMemoryConfig(PublishedSettings, KVMemoryConfig):
+    """Settings of 500xCompressor as its authors' code runs it."""
+
+    init: Literal["tokens", "normal"] = field(
+        default="tokens",
+        kw_only=True,
+        metadata={"help": "memory embeddings start as those of random tokens, or as standard normal noise"},
+    )
+    reference_positions: bool = field(
+        default=False,
+        kw_only=True,
+        metadata={
+            "help": "declare the keys' positions as 0, 1, 2, ..., so that text follows at the release's distances"
+        },
+    )
+    pad_to: int | None = field(
+        default=None,
+        kw_only=True,
+        metadata={"help": "pad every segment with EOS to this length and attend to the padding"},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choices(self, {"init": ("tokens", "normal")})
+        check_counts(self, {"pad_to": 1}, optional=("pad_to",))
+
+
+class PublishedKVMemory(PublishedCompressor, KVMemoryCompressor):
+    """500xCompressor as its authors' code runs it.
+
+    The release leaves keys as computed, at positions L ... L+M-1, while its decoder goes on at position M: the question stands,
+    by rotation, before the slots. ``reference_positions=True`` reads a single segment at those distances.
+    """
+
+    config_class: ClassVar[type[KVMemoryConfig]] = PublishedKVMemoryConfig
+    config: PublishedKVMemoryConfig
+
+    def __init__(self, config: PublishedKVMemoryConfig, reader: Reader) -> None:
+        super().__init__(config, reader)
+        if config.init == "normal":
+            with torch.no_grad():
+                self.memory.normal_()
+        if config.pad_to is not None and reader.eos_id is None:
+            raise ValueError(f"{reader.name!r} has no end-of-sequence token to pad with; set pad_to to None.")
+
+    def encode_segments(self, segments: list[Segment]) -> list[KVSlots]:
+        """Keys and values at the memory tokens, after padded segments."""
+        if self.config.pad_to is not None:
+            eos, most = [self.base_reader.eos_id or 0], self.config.pad_to
+            segments = [replace(s, ids=s.ids + eos * (most - len(s.ids))) for s in segments]
+        return super().encode_segments(segments)
+
+    def slot_fields(self, slots: KVSlots) -> dict[str, Any]:
+        """Keys, values and declared positions."""
+        found = super().slot_fields(slots)
+        if self.config.reference_positions:
+            found["positions"] = torch.arange(len(slots.positions))
+        return found
 
 
 def recognises(path: Path) -> bool:
@@ -27,7 +95,7 @@ def recognises(path: Path) -> bool:
 
 def load(
     source: Source, *, lora_alpha: float = 32.0, pad_to: int | None = None, bos: bool = False
-) -> KVMemoryCompressor:
+) -> PublishedKVMemory:
     """Imports 500xCompressor.
 
     Args:
@@ -44,7 +112,11 @@ def load(
     lora = take_lora(keys, r"llama\.(?:base_model\.model\.)?" + re.escape(body_prefix(reader.model)))
     keys.done()
     rank, targets = lora_shape(lora, path)
-    config = KVMemoryConfig.faithful(
+    config = PublishedKVMemoryConfig(
+        ratio=None,
+        fixed_slots=True,
+        init="normal",
+        reference_positions=True,
         num_mem=len(memory),
         r=rank,
         alpha=float(lora_alpha),
@@ -55,7 +127,7 @@ def load(
         as_prompt=True,
     )
     try:
-        compressor = KVMemoryCompressor(config, reader)
+        compressor = PublishedKVMemory(config, reader)
     except ValueError as error:
         raise CheckpointError(f"{path} does not fit the reader {reader.name!r}: {error}") from error
     decoder = compressor.encoder.decoder

@@ -1,8 +1,10 @@
-"""Gist checkpoints: the whole tuned model with a <GIST> row, or its difference to the base model."""
+"""Gist checkpoints: the tuned model with a <GIST> row, or its difference to the base model."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,10 +14,22 @@ from ..kv.gist import GistCompressor, GistConfig
 from ..reader.reader import Reader
 from .layout import MissingOption, Source, listed, load_model_state, need, peek_json
 from .models import build_model, load_tokenizer, make_reader, model_config
+from .published import PublishedCompressor, PublishedSettings
 
 GIST = "<GIST>"
 _TOKENIZER_FILES = ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")
 _ROWS = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+@dataclass
+class PublishedGistConfig(PublishedSettings, GistConfig):
+    """Settings of gist tokens as the authors' code runs them."""
+
+
+class PublishedGist(PublishedCompressor, GistCompressor):
+    """Gist tokens as the authors' code runs them."""
+
+    config_class: ClassVar[type[GistConfig]] = PublishedGistConfig
 
 
 def recognises(path: Path) -> bool:
@@ -26,7 +40,7 @@ def recognises(path: Path) -> bool:
     return any(file.is_file() and f'"{GIST}"' in file.read_text(encoding="utf-8", errors="replace") for file in files)
 
 
-def load(source: Source, *, n_gist: int | None = None, diff: bool | None = None) -> GistCompressor:
+def load(source: Source, *, n_gist: int | None = None, diff: bool | None = None) -> PublishedGist:
     """Imports gist tokens; the checkpoint holds its reader, or with the base model it makes it.
 
     Its source and prompt: ``gist_source`` and ``gist_prompt`` of `nutgraf.compressors.importers.prompts`; with
@@ -35,7 +49,7 @@ def load(source: Source, *, n_gist: int | None = None, diff: bool | None = None)
 
     Args:
         source: a Hugging Face folder whose tokenizer knows ``<GIST>``.
-        n_gist: gist tokens behind each passage: what the model was trained with (the released ones' names say it).
+        n_gist: gist tokens after each passage: what the model was trained with (the released ones' names say it).
         diff: the weights are differences to the base model, which is the reader to give. Default: no, but weights that look
             like differences are refused.
     """
@@ -64,7 +78,8 @@ def load(source: Source, *, n_gist: int | None = None, diff: bool | None = None)
         raise CheckpointError(f"{path}: the tokenizer gives {GIST} the id {index}, and there are {held} embeddings.")
     reader: Reader = make_reader(build_model(config, state, path), tokenizer, source)
     try:
-        compressor = GistCompressor(GistConfig.faithful(n_gist=n_gist, tuning="none", as_prompt=True), reader)
+        settled = PublishedGistConfig(n_gist=n_gist, tuning="none", fixed_slots=True, as_prompt=True)
+        compressor = PublishedGist(settled, reader)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     with torch.no_grad():

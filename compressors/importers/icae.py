@@ -4,19 +4,113 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..core.config import check_counts
 from ..core.errors import CheckpointError
+from ..core.passage import CompressedPassage
 from ..reader.reader import Reader
-from ..soft.icae import TASKS, ICAECompressor, ICAEConfig
+from ..slots.memory_tokens import random_token_rows
+from ..slots.segments import Segment
+from ..soft.icae import ICAECompressor, ICAEConfig
 from .layout import PICKLES, Source, load_tensors, need, single_file
 from .models import body_prefix, build_model, fill_lora, lora_shape, make_reader, take_lora
+from .published import PublishedCompressor, PublishedSettings
 
+TASKS = ("ae", "lm", "ft")
 _ROOT = r"icae\.(?:base_model\.model\.)?"
 _MEMORY = "memory_token_embed.weight"
+
+
+@dataclass
+class PublishedICAEConfig(PublishedSettings, ICAEConfig):
+    """Settings of ICAE as its authors' code runs it."""
+
+    special_tokens: bool = field(
+        default=False, kw_only=True, metadata={"help": "learned [AE], [LM] and [FT] embeddings"}
+    )
+    bos_once: bool = field(
+        default=False,
+        kw_only=True,
+        metadata={"help": "BOS is the passage's first token, and is counted and cut with it"},
+    )
+    truncate: int | None = field(
+        default=None,
+        kw_only=True,
+        metadata={"help": "read one segment of at most this many tokens and drop the rest with a warning (version 1)"},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, {"truncate": 1}, optional=("truncate",))
+        if self.query_aware:
+            raise ValueError("The released ICAE reads no question; set query_aware to false.")
+
+
+class PublishedICAE(PublishedCompressor, ICAECompressor):
+    """ICAE as its authors' code runs it.
+
+    Attributes:
+        special: ``[3, width]`` embeddings of [AE], [LM] and [FT] (``special_tokens=True`` only).
+    """
+
+    config_class: ClassVar[type[ICAEConfig]] = PublishedICAEConfig
+    config: PublishedICAEConfig
+
+    def __init__(self, config: PublishedICAEConfig, reader: Reader) -> None:
+        super().__init__(config, reader)
+        self.special = nn.Parameter(random_token_rows(reader, len(TASKS))) if config.special_tokens else None
+
+    @property
+    def opening(self) -> list[int]:
+        """BOS, unless it is part of the passage."""
+        return [] if self.config.bos_once else super().opening
+
+    def cut(
+        self, n_tokens: int, ratio: float | None, question_tokens: int, source_tokens: int
+    ) -> list[tuple[int, int]]:
+        """One segment with ``truncate``."""
+        if self.config.truncate is not None:
+            return [(min(n_tokens, self.config.truncate), self.config.mem_size)]
+        return super().cut(n_tokens, ratio, question_tokens, source_tokens)
+
+    def segments_of(
+        self, ids: list[int], ratio: float | None, question: list[int], source_tokens: int, number: int = 0
+    ) -> list[Segment]:
+        """Segments of the passage with its own BOS."""
+        if self.config.bos_once and self.config.bos and ids:
+            ids = [*self.base_reader.bos_ids, *ids]
+        most = self.config.truncate
+        if most is not None and len(ids) > most:
+            warnings.warn(
+                f"A passage of {len(ids)} tokens was cut to its first {most}, as ICAE v1 does (truncate={most}); split longer "
+                "passages, or import it with a larger max_tokens.",
+                stacklevel=2,
+            )
+        return super().segments_of(ids, ratio, question, source_tokens, number)
+
+    def task_marker(self, task: str) -> CompressedPassage:
+        """The one-slot passage that tells the reader its task.
+
+        Args:
+            task: ``"ae"`` (repeat the passage), ``"lm"`` (continue it) or ``"ft"`` (follow the instruction after it).
+
+        Raises:
+            ValueError: for another task, or without ``special_tokens``.
+        """
+        if task not in TASKS:
+            raise ValueError(f"task must be one of {TASKS}, got {task!r}.")
+        if self.special is None:
+            raise ValueError("This ICAE has no [AE], [LM] and [FT] embeddings.")
+        row = TASKS.index(task)
+        embeds = self.special[row : row + 1].to(self.reader.dtype)
+        return CompressedPassage("embeds", 0, self.origin, self.reader.fingerprint, embeds=embeds, info={"task": task})
 
 
 def recognises(path: Path) -> bool:
@@ -36,7 +130,7 @@ def load(
     lora_alpha: float = 32.0,
     max_tokens: int | None = None,
     bos: bool = True,
-) -> ICAECompressor:
+) -> PublishedICAE:
     """Imports ICAE. Its prompts: `nutgraf.compressors.importers.prompts.icae_prompt`.
 
     Args:
@@ -74,19 +168,24 @@ def load(
     if version == 2:  # its decoder has no rows for [PAD], memory and task tokens
         base = {name: _own_rows(name, t, mem_size, base_reader, path) for name, t in base.items()}
     reader = _reader(source, base, base_reader) if base else base_reader
-    config = ICAEConfig.faithful(
+    config = PublishedICAEConfig(
+        fixed_slots=True,
+        projector="none",
+        positions="append",
+        residual=False,
+        special_tokens=True,
         mem_size=mem_size,
         ratio=float(mean_compression_rate or 4.0),
         r=rank,
         alpha=float(lora_alpha),
-        target_modules=targets,
+        target_modules=tuple(targets),
         bos=bos,
         bos_once=True,
         as_prompt=True,
         truncate=(max_tokens or 512) if version == 1 else None,
     )
     try:
-        compressor = ICAECompressor(config, reader)
+        compressor = PublishedICAE(config, reader)
     except ValueError as error:
         raise CheckpointError(f"{path} does not fit the reader {reader.name!r}: {error}") from error
     fill_lora(compressor.encoder, lora, path)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.passage import CompressedPassage
 from ..encoders.embedder import Embedder, LastTokenModel
 from ..reader.tokenization import TokenIds
-from ..soft.icae import ICAECompressor
+from .icae import PublishedICAE
 
 if TYPE_CHECKING:
     from ..reader.reader import Reader
@@ -131,7 +131,7 @@ CLOSE = (733, 28748, 16289, 28793)
 
 
 def icae_prompt(
-    compressor: ICAECompressor,
+    compressor: PublishedICAE,
     passages: Sequence[CompressedPassage],
     task: str = "ft",
     question: str | Sequence[int] = "",
@@ -153,7 +153,7 @@ def icae_prompt(
     ===========  ==========================================================================
 
     Args:
-        compressor: an ICAE with special tokens.
+        compressor: an imported ICAE.
         passages: the passages, whose slots follow one another.
         question: the instruction or question, or its token ids; text is tokenised on its own, without special tokens.
         version: of the authors' code. (Version 1 ends an answer at id 1, which is BOS, or any id from 32000 on; version 2 at
@@ -167,8 +167,6 @@ def icae_prompt(
     if version not in (1, 2):
         raise ValueError(f"version must be 1 or 2, got {version!r}.")
     marker = compressor.task_marker(task)
-    if marker is None:
-        raise ValueError("This ICAE has no [AE], [LM] and [FT] embeddings; set special_tokens=True.")
     bare = TokenIds(())  # no BOS in front of the slots
     if task == "ae":
         return [bare, *passages, marker]

@@ -1,9 +1,9 @@
-"""Slots that are keys and values: a tuned reader reads a passage and memory tokens, and its cache at those is kept."""
+"""Runs a tuned reader and keeps its keys and values at memory tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ..reader.reader import Reader
 
 @dataclass
 class KVSlots:
-    """Keys and values at some tokens.
+    """Keys and values of some tokens.
 
     Attributes:
         keys, values: one ``[kv_heads, slots, head_dim]`` tensor per layer.
@@ -27,7 +27,7 @@ class KVSlots:
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-    positions: Tensor
+    positions: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
 
 def cached_layers(decoder: Any, embeds: Tensor, mask: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -36,13 +36,13 @@ def cached_layers(decoder: Any, embeds: Tensor, mask: Tensor, positions: Tensor)
     Args:
         decoder: the body of a causal LM.
         embeds: ``[batch, time, width]``.
-        mask: ``[batch, time]``, 0 for padding, which stands on the right.
+        mask: ``[batch, time]``, 0 for padding on the right.
         positions: ``[batch, time]``.
 
     Raises:
-        RuntimeError: if the model does not keep the keys and values of every position.
+        RuntimeError: if the model does not keep keys and values of every position.
     """
-    cache = DynamicCache()  # without the config: a sliding layer's own cache would keep its window alone
+    cache = DynamicCache()  # without the config: a sliding layer's cache would keep its window only
     decoder(
         inputs_embeds=embeds,
         attention_mask=mask,
@@ -53,78 +53,60 @@ def cached_layers(decoder: Any, embeds: Tensor, mask: Tensor, positions: Tensor)
     layers: list[Any] = cache.layers
     if not layers or any(layer.keys is None or layer.keys.shape[2] != embeds.shape[1] for layer in layers):
         raise RuntimeError(
-            f"{type(decoder).__name__} kept no keys and values of this pass, so there is nothing to store; a model that "
-            "checkpoints gradients in training drops them: switch gradient checkpointing off."
+            f"{type(decoder).__name__} kept no keys and values of this pass, so there is nothing to store; switch gradient "
+            "checkpointing off, which drops them."
         )
     return [(layer.keys, layer.values) for layer in layers]
 
 
 @torch.no_grad()
 def kv_shapes(reader: Reader) -> list[tuple[int, int, int]]:
-    """``(kv_heads, width of a key, width of a value)`` of every layer, as the model itself makes them."""
+    """``(kv_heads, width of a key, width of a value)`` of every layer, measured on the model."""
     ids = torch.zeros(1, 1, dtype=torch.long, device=reader.device)
     layers = cached_layers(reader.model.get_decoder(), reader.embed(ids), torch.ones_like(ids), ids)
     return [(k.shape[1], k.shape[3], v.shape[3]) for k, v in layers]
 
 
-def encode_kv(
-    twin: Twin,
-    texts: Sequence[Sequence[int]],
-    slots: Sequence[int],
-    memory: Tensor,
-    positions: Sequence[Tensor],
-    *,
-    budget: int = 16384,
-) -> list[KVSlots]:
-    """Reads ``[text][memory tokens]`` and returns the keys and values at the memory tokens; batched as one by one.
-
-    Differentiable in the memory embeddings and in what of the twin is tuned.
+def encode_kv(twin: Twin, sequences: Sequence[SoftSequence], *, budget: int = 16384) -> list[KVSlots]:
+    """Keys and values at memory tokens at the end of sequences, differentiable; batched equals one by one.
 
     Args:
         twin: the tuned reader.
-        texts: token ids of each sequence, BOS included; they stand at positions 0, 1, 2, ...
-        slots: how many memory tokens follow each text, at least 1.
-        memory: ``[all slots, width]`` memory embeddings, sequence after sequence.
-        positions: position ids ``[slots]`` of each sequence's memory tokens.
-        budget: positions that one forward pass may take, padding counted.
-
-    Returns:
-        The `KVSlots` of each sequence, in order.
+        sequences: what to read; their last ``len(places)`` tokens are the memory tokens.
+        budget: positions per forward pass, padding included.
     """
     embed = twin.lm.get_input_embeddings()
-    parts = zip(texts, memory[: sum(slots)].split(list(slots)), positions)
-    sequences = [SoftSequence.with_memory(text, rows, at) for text, rows, at in parts]
     out: dict[int, KVSlots] = {}
     for batch in soft_batches(sequences, embed, embed.weight.device, budget=budget):
         layers = cached_layers(twin.decoder, batch.embeds, batch.mask, batch.positions)
-        for row, i in enumerate(batch.which):
-            span = slice(len(texts[i]), len(texts[i]) + slots[i])
+        for row, (i, length) in enumerate(zip(batch.which, batch.lengths)):
+            span = slice(length - len(sequences[i].places), length)
             # Cloned: a view would keep the whole batch's cache in memory.
             keys = tuple(k[row, :, span].clone() for k, _ in layers)
-            out[i] = KVSlots(keys, tuple(v[row, :, span].clone() for _, v in layers), positions[i])
-    return [out[i] for i in range(len(texts))]
+            values = tuple(v[row, :, span].clone() for _, v in layers)
+            out[i] = KVSlots(keys, values, batch.positions[row, span].cpu())
+    return [out[i] for i in range(len(sequences))]
 
 
 def check_movable(reader: Reader) -> None:
-    """Raises ``ValueError`` if this reader has no keys, or its keys can be read at no other position than their own."""
+    """Raises ``ValueError`` if this reader has no keys, or its keys cannot be moved to other positions."""
     if getattr(reader.model, "_is_stateful", False):
         raise ValueError(
-            f"{type(reader.model).__name__} is a state-space model: it carries a running state (in some or all layers) and "
-            "keeps no keys and values for each token, so there are none to compress a passage to; use an embeds method such "
-            "as icae, or a text method, with this reader."
+            f"{type(reader.model).__name__} is a state-space model: it keeps a running state (in some or all layers) "
+            "and no keys and values per token; use an embeds method such as icae, or a text method, with this reader."
         )
     if FIXED in reader.kv_placement.kinds:
         raise ValueError(
             f"{type(reader.model).__name__} mixes positions into its keys (learned positions or an unknown rotation), so "
-            "keys and values computed behind a passage cannot be read anywhere else; use an embeds method such as icae, "
-            "or a text method, with this reader."
+            "keys and values computed after a passage cannot be read at other positions; use an embeds method such as "
+            "icae, or a text method, with this reader."
         )
 
 
 def drop_idle_lora(twin: Twin) -> None:
-    """Drops the LoRA matrices that no key or value depends on: in the last layer, all but those of keys and values.
+    """Drops the LoRA matrices that no key or value depends on: all in the last layer but those of keys and values.
 
-    For a twin that only encodes. They would never get a gradient, yet be saved and trained.
+    For a twin that only encodes. They would be saved but never get a gradient.
     """
     if not isinstance(twin, LoRATwin):
         return
@@ -137,4 +119,4 @@ def drop_idle_lora(twin: Twin) -> None:
         found = torch.autograd.grad(total, [twin.lora[name] for name in names], allow_unused=True)
     for name, gradient in zip(names, found):
         if gradient is None:
-            twin.lora.pop(name).requires_grad_(False)  # its product is zero, and stays so
+            twin.lora.pop(name).requires_grad_(False)  # its product stays zero

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ..core.passage import CompressedPassage
 from ..reader.reader import Reader
-from ..slots.nested import nested_slots
-from ..slots.segments import tokens_of_slots
+from ..slots.segments import slot_of_token
 
 TOKENS = 8  # one vector cannot tell more of them apart; with all of a paragraph's tokens the reader made out less
 NORM = 1.0  # of a slot, in mean embedding norms
@@ -60,9 +59,8 @@ class SlotMatchingLoss(nn.Module):
         if not read:
             return torch.zeros((), device=reader.device), 0
         found = torch.cat([p.embeds for p, _ in read if p.embeds is not None]).float()
-        nests = [nested_slots(p.info) for p, _ in read]
-        which, owner = tokens_of_slots([len(tokens) for _, tokens in read], [p.slots for p, _ in read], nests)
-        target = self._pooled(torch.tensor([i for _, tokens in read for i in tokens])[which], owner, len(found))
+        owner = slot_of_token([len(tokens) for _, tokens in read], [p.slots for p, _ in read])
+        target = self._pooled(torch.tensor([i for _, tokens in read for i in tokens]), owner, len(found))
         length = torch.log(found.norm(dim=-1).clamp(min=1e-6) / (NORM * reader.embedding_norm))
         return (1 - F.cosine_similarity(found, target, dim=-1) + length.square()).sum(), len(found)
 

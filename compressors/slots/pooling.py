@@ -1,4 +1,4 @@
-"""Pooled embeddings: runs of neighbouring tokens, each summed into one vector under a learned gate."""
+"""Pools token embeddings into slots, and carries token states over to another tokenizer."""
 
 from __future__ import annotations
 
@@ -7,51 +7,96 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..core.hidden import hide
 from ..reader.reader import Reader
-from .nested import NestedSlot
-from .segments import tokens_of_slots
+from .segments import Segment, slot_of_token
 
-_LIMIT = 8.0  # of a gate's logarithm: far enough to silence a token, never enough to overflow
+_LIMIT = 8.0  # bound of a gate's logarithm: silences a token without overflow
 
 
 class GatedPool(nn.Module):
-    r"""The vector of a run of tokens t: :math:`s \sum_t w_t E_t / \sqrt{\sum_t w_t^2}` with :math:`w_t = e^{g \cdot E_t}`.
+    r"""Pools each slot's run of tokens t: :math:`s \sum_t w_t E_t / \sqrt{\sum_t w_t^2}` with :math:`w_t = e^{g \cdot E_t}`.
 
-    E are the reader's embeddings (at root-mean-square 1 inside the gate), s and g are learned. It starts at g = 0, the plain
-    sum over the square root of the length, and learns which tokens to let through: the rare ones, as a search index would.
-
-    Args:
-        reader: the reader whose embeddings are pooled.
+    E are the reader's embeddings (at root mean square 1 inside the gate); s and g are learned. Starts at g = 0, the plain sum
+    over the square root of the length, and learns which tokens matter: the rare ones, as in a search index.
 
     Attributes:
-        scale: s. gate: g, ``[1, width]``.
+        scale: s.
+        gate: g, ``[1, width]``.
     """
+
+    _reader: Reader
 
     def __init__(self, reader: Reader) -> None:
         super().__init__()
-        self._held = (reader,)
+        hide(self, "_reader", reader)
         self.scale = nn.Parameter(torch.ones((), device=reader.device))
         self.gate = nn.Parameter(torch.zeros(1, reader.width, device=reader.device))
 
-    def forward(
-        self,
-        pieces: Sequence[list[int]],
-        slots: Sequence[int],
-        nests: Sequence[Sequence[NestedSlot] | None] | None = None,
-    ) -> Tensor:
-        """``[all slots, width]`` in at least float32.
-
-        Each piece of token ids is cut into as many even runs as it has slots, or pooled over its nested slots' windows.
-        """
-        (reader,) = self._held
-        which, where = tokens_of_slots([len(piece) for piece in pieces], slots, nests)
-        where, count = where.to(reader.device), sum(slots)
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        """``[all slots, width]`` in at least float32."""
+        reader = self._reader
+        where, count = _runs(segments, reader.device)
         with torch.no_grad():
-            tokens = reader.embed(torch.tensor([i for piece in pieces for i in piece])[which].to(reader.device))
+            tokens = reader.embed(torch.tensor([i for s in segments for i in s.ids]).to(reader.device))
             tokens = tokens.to(torch.promote_types(self.gate.dtype, torch.float32))
             unit = tokens * (tokens.shape[1] ** 0.5 / reader.embedding_norm)
-        strength = (unit * self.gate).sum(-1)  # not a matrix product, which autocast would take to bfloat16
+        strength = (unit * self.gate).sum(-1)  # not a matrix product, which autocast would run in bfloat16
         weight = torch.exp(_LIMIT * torch.tanh(strength / _LIMIT))
         total = tokens.new_zeros(count, tokens.shape[1]).index_add(0, where, tokens * weight[:, None])
         size = tokens.new_zeros(count).index_add(0, where, weight.square()).sqrt()
         return self.scale * total / size[:, None]
+
+
+def summed_runs(embed: nn.Module, segments: Sequence[Segment]) -> Tensor:
+    """``[all slots, width]`` float32: each slot's run of token embeddings, summed over the square root of its length."""
+    ids = torch.tensor([i for s in segments for i in s.ids], dtype=torch.long)
+    device = next(embed.parameters()).device
+    where, count = _runs(segments, device)
+    tokens = embed(ids.to(device)).float()
+    total = tokens.new_zeros(count, tokens.shape[1]).index_add(0, where, tokens)
+    return total / torch.bincount(where, minlength=count).clamp(min=1).sqrt()[:, None]
+
+
+def _runs(segments: Sequence[Segment], device: torch.device) -> tuple[Tensor, int]:
+    """Index of each token's slot, and the number of slots."""
+    slots = [s.slots for s in segments]
+    return slot_of_token([len(s.ids) for s in segments], slots).to(device), sum(slots)
+
+
+def averaged(
+    values: Tensor, spans: Sequence[tuple[int, int]], wanted: Sequence[tuple[int, int]], characters: int
+) -> tuple[Tensor, Tensor]:
+    """Values of one tokenizer's tokens carried over to another's, by the characters that they share.
+
+    Args:
+        values: ``[tokens, size]``.
+        spans: ``(start, end)`` characters of each of these tokens.
+        wanted: characters of the other tokenizer's tokens.
+        characters: length of the text.
+
+    Returns:
+        ``[wanted, size]`` means over each wanted token's characters, and ``[wanted]`` whether there was anything to average
+        (white space, say, belongs to no token of BERT's); zeros where there was not.
+    """
+    device = values.device
+    owner = torch.full((characters,), -1, device=device)
+    lengths = torch.tensor([b - a for a, b in spans], dtype=torch.long, device=device)
+    starts = torch.tensor([a for a, _ in spans], dtype=torch.long, device=device)
+    owner[_ranges(starts, lengths)] = torch.repeat_interleave(torch.arange(len(spans), device=device), lengths)
+    lengths = torch.tensor([b - a for a, b in wanted], dtype=torch.long, device=device)
+    starts = torch.tensor([a for a, _ in wanted], dtype=torch.long, device=device)
+    token = torch.repeat_interleave(torch.arange(len(wanted), device=device), lengths)
+    source = owner[_ranges(starts, lengths)]
+    token, source = token[source >= 0], source[source >= 0]
+    total = values.new_zeros(len(wanted), values.shape[1]).index_add(0, token, values[source])
+    count = torch.bincount(token, minlength=len(wanted))
+    return total / count.clamp(min=1)[:, None], count > 0
+
+
+def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
+    """The integers of all ranges ``[start, start + length)``, one range after the other."""
+    if not len(lengths):
+        return starts
+    first = lengths.cumsum(0) - lengths
+    return torch.arange(int(lengths.sum()), device=starts.device) + torch.repeat_interleave(starts - first, lengths)

@@ -1,4 +1,4 @@
-"""Query-aware compression: the question in front of the passage, for methods whose encoder reads both."""
+"""Query-aware compression: the encoder reads the question before the passage."""
 
 from __future__ import annotations
 
@@ -8,22 +8,20 @@ from dataclasses import dataclass
 from ..core.config import CompressorConfig, added
 from ..reader.tokenization import PromptTokenizer
 
-QUESTION = "Question: {query}\n\n"  # what the encoder reads between BOS and the passage
+QUESTION = "Question: {query}\n\n"  # read between BOS and the passage
 
 
 @dataclass(kw_only=True)
 class QuerySettings:
-    """Mixin of a compressor's config: whether its encoder is shown the question.
+    """Config mixin: whether the encoder reads the question.
 
-    The encoder then reads ``[BOS][question][passage]`` (as OSCAR does, arXiv 2504.07109) and only the passage's slots are
-    kept, so that they can hold what the question asks for. What is won is paid for twice: every passage is compressed
-    for every question, and nothing can be compressed before there is one.
+    The encoder then reads ``[BOS][question][passage]`` (as OSCAR does, arXiv 2504.07109), so that the slots can hold what the
+    question asks for. The cost: every passage is compressed per question, and nothing can be compressed ahead.
     """
 
     query_aware: bool = added(
         False,
-        "read the question in front of each passage, so that the slots can hold what it asks for; compress() then needs "
-        "query=...",
+        "read the question before each passage, so that the slots can hold what it asks for; compress() then needs query=...",
     )
 
     def check_query(self) -> None:
@@ -35,7 +33,7 @@ class QuerySettings:
 def question_ids(
     config: CompressorConfig, tokenizer: PromptTokenizer, queries: Sequence[str | None]
 ) -> list[list[int]]:
-    """For each passage the ids of its question as the encoder reads it; none without a question or query awareness."""
+    """Token ids of each passage's question as the encoder reads it; empty without a question or query awareness."""
     if not getattr(config, "query_aware", False):
         return [[] for _ in queries]
     asked = list(dict.fromkeys(query for query in queries if query))

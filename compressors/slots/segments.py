@@ -1,23 +1,232 @@
-"""How passages are cut into segments, and which tokens each slot stands for: what the methods with memory tokens share."""
+"""Cuts passages into segments, and the base class of methods that encode segment by segment."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .nested import NestedSlot
+from ..base import Passages, SoftCompressor
+from ..core.config import CompressorConfig, check_counts, check_ratio
+from ..core.passage import CompressedPassage
+from ..reader.reader import Reader
+from ..reader.tokenization import PromptTokenizer
+from .question import question_ids
+
+
+@dataclass(kw_only=True)
+class SegmentSettings:
+    """Config mixin for methods that encode segment by segment."""
+
+    retired_unhashed: ClassVar[Mapping[str, Any]] = {"nested": False, "coarsest": 32.0, "segment_overlap": 0}
+
+    ratio: float | None = field(default=4.0, metadata={"help": "compression ratio if none is asked for"})
+    segment_tokens: int | None = field(
+        default=None, metadata={"help": "longest segment; default: as long as its slots allow at the ratio"}
+    )
+
+    def check_segments(self) -> None:
+        """Raises ``ValueError`` for invalid values."""
+        check_counts(self, {"segment_tokens": 1}, optional=("segment_tokens",))
+        if self.ratio is not None:
+            check_ratio(self.ratio)
+
+
+@dataclass
+class Segment:
+    """A piece of a passage that is encoded in one pass.
+
+    Attributes:
+        ids: token ids of the piece.
+        slots: number of slots to make of it.
+        front: token ids to read before it: BOS and the question, if any.
+        passage: index of its passage in the batch; segments of a passage are neighbours, in order.
+    """
+
+    ids: list[int]
+    slots: int
+    front: list[int]
+    passage: int = 0
+
+
+class SegmentCompressor(SoftCompressor):
+    """Base class of methods that encode a passage segment by segment.
+
+    A method implements `encode_segments` and `most_slots`. This class tokenises, cuts passages into segments, puts BOS and the
+    question before each, and joins the slots. A passage of L tokens becomes the fewest segments of at most
+    ``most_slots * ratio`` tokens, equally long except for the last; a segment of S tokens gets ``ceil(S / ratio)`` slots, so
+    that a short passage never grows.
+
+    Attributes:
+        batch_positions: positions per forward pass of the encoder (memory vs. speed; the result does not change).
+    """
+
+    def __init__(self, config: CompressorConfig, reader: Reader) -> None:
+        super().__init__(config, reader)
+        self.batch_positions = 16384
+
+    @abstractmethod
+    def encode_segments(self, segments: list[Segment]) -> Sequence[Any]:
+        """Computes the slots of each segment, differentiable.
+
+        Args:
+            segments: at least one segment.
+
+        Returns:
+            ``[slots, width]`` embeddings per segment, on the scale of the reader's embeddings; KV methods return `KVSlots`.
+        """
+
+    @property
+    @abstractmethod
+    def most_slots(self) -> int:
+        """The most slots of one segment. Positions are reserved for them in every pass."""
+
+    # -- what an encoder with its own tokenizer or positions overrides -----------------------------------------------
+
+    @property
+    def tokenizer(self) -> PromptTokenizer:
+        """Tokenizer of passages and questions."""
+        return self.base_reader.prompts
+
+    @property
+    def opening(self) -> list[int]:
+        """Token ids before every segment, before the question; default: BOS, if the tokenizer has one."""
+        return list(self.tokenizer.bos_ids)
+
+    @property
+    def max_positions(self) -> int | None:
+        """Positions that one pass can take; ``None``: no limit."""
+        return self.base_reader.max_positions
+
+    def token_ids(self, passages: Passages) -> list[list[int]]:
+        """Token ids of the passages as the encoder reads them, without special tokens."""
+        return passages.ids
+
+    # -- cutting ---------------------------------------------------------------------------------------------------
+
+    def longest_segment(self, ratio: float | None, question_tokens: int = 0) -> int | None:
+        """Tokens that fit one segment; ``None``: any number. Raises ``ValueError`` if there is no room for any."""
+        slots, config = self.most_slots, self.config
+        room = room_for_tokens(
+            self.max_positions, self.base_reader.name, len(self.opening), question_tokens, memory_tokens=slots
+        )
+        full = None if ratio is None else math.floor(slots * ratio + 1e-6)
+        return min((n for n in (room, full, getattr(config, "segment_tokens", None)) if n is not None), default=None)
+
+    def slots_of(self, n_tokens: int, ratio: float | None) -> int:
+        """Slots of a segment."""
+        return slots_for(n_tokens, ratio or 1.0, self.most_slots)
+
+    def cut(
+        self, n_tokens: int, ratio: float | None, question_tokens: int, source_tokens: int
+    ) -> list[tuple[int, int]]:
+        """Cuts a passage: ``(tokens, slots)`` per segment.
+
+        Args:
+            n_tokens: length in the encoder's tokens.
+            ratio: compression ratio; ``None``: as many slots as allowed.
+            question_tokens: length of the question read before each segment.
+            source_tokens: length in the reader's tokens, for encoders with their own tokenizer.
+        """
+        longest = self.longest_segment(ratio, question_tokens) or max(n_tokens, 1)
+        return [(n, self.slots_of(n, ratio)) for n in equal_lengths(n_tokens, longest)]
+
+    def segments(
+        self, n_tokens: int, ratio: float | None = None, question_tokens: int = 0, source_tokens: int | None = None
+    ) -> list[tuple[int, int]]:
+        """`cut` with the config's ratio as default: ``(tokens, slots)`` per segment of a passage, in order."""
+        source = n_tokens if source_tokens is None else source_tokens
+        return self.cut(n_tokens, self.ratio_or_default(ratio), question_tokens, source) if n_tokens and source else []
+
+    # -- encoding --------------------------------------------------------------------------------------------------
+
+    def encode_passages(self, passages: Passages, ratio: float | None) -> list[Any]:
+        """Slots of each passage: those of its segments, joined."""
+        questions = question_ids(self.config, self.tokenizer, passages.queries)
+        return self._encode(self.token_ids(passages), ratio, questions, [len(ids) for ids in passages.ids])
+
+    def encode_ids(
+        self,
+        ids: Sequence[Sequence[int]],
+        ratio: float | None = None,
+        questions: Sequence[Sequence[int]] | None = None,
+    ) -> list[CompressedPassage]:
+        """`encode` for passages and questions given as token ids, without special tokens."""
+        sources = [len(passage) for passage in ids]
+        made = self._encode(ids, self.ratio_or_default(ratio), questions or [()] * len(ids), sources)
+        return self.package(made, sources, ratio)
+
+    def _encode(
+        self,
+        ids: Sequence[Sequence[int]],
+        ratio: float | None,
+        questions: Sequence[Sequence[int]],
+        sources: Sequence[int],
+    ) -> list[Any]:
+        segments: list[Segment] = []
+        for number, (passage, question, source) in enumerate(zip(ids, questions, sources, strict=True)):
+            segments += self.segments_of(list(passage), ratio, list(question), source, number)
+        made: list[list[Any]] = [[] for _ in ids]
+        if segments:
+            for segment, slots in zip(segments, self.encode_segments(segments), strict=True):
+                made[segment.passage].append(slots)
+        return [self.join(parts) for parts in made]
+
+    def segments_of(
+        self, ids: list[int], ratio: float | None, question: list[int], source_tokens: int, number: int = 0
+    ) -> list[Segment]:
+        """The segments of one passage."""
+        found: list[Segment] = []
+        start = 0
+        for length, slots in self.segments(len(ids), ratio, len(question), source_tokens):
+            front = [*self.opening, *question]
+            found.append(Segment(ids[start : start + length], slots, front, number))
+            start += length
+        return found
+
+    def join(self, parts: Sequence[Any]) -> Any:
+        """The slots of a passage from those of its segments; a passage without segments has none."""
+        width, device = self.base_reader.width, self.base_reader.device
+        return torch.cat(list(parts)) if parts else torch.zeros(0, width, device=device)
+
+
+def room_for_tokens(
+    limit: int | None, name: str, opening: int, question_tokens: int, memory_tokens: int = 0
+) -> int | None:
+    """Positions left for a passage's tokens; ``None`` without a limit.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if limit is None or (room := limit - opening - question_tokens - memory_tokens) >= 1:
+        return None if limit is None else room
+    taken = [f"{memory_tokens} memory tokens"] * bool(memory_tokens)
+    taken += [f"a question of {question_tokens} tokens"] * bool(question_tokens)
+    advice = ["choose fewer memory tokens"] * bool(memory_tokens) + ["ask a shorter question"] * bool(question_tokens)
+    raise ValueError(
+        f"{' and '.join(taken) or 'Special tokens'} leave no room for a passage in the {limit} positions of {name!r}; "
+        f"{' or '.join(advice) or 'use a reader with more positions'}."
+    )
 
 
 def equal_lengths(n_tokens: int, longest: int) -> list[int]:
-    """Lengths of as few segments as there can be, all of ``ceil(n_tokens / count)`` tokens but for a shorter last one."""
+    """Lengths of the fewest segments of at most ``longest`` tokens, all ``ceil(n_tokens / count)`` but a shorter last one."""
     if not n_tokens:
         return []
     count = -(-n_tokens // longest)
     length = -(-n_tokens // count)
     return [min(length, n_tokens - start) for start in range(0, n_tokens, length)]
+
+
+def even_shares(total: int, count: int) -> list[int]:
+    """``count`` integers that add up to ``total`` and differ by at most one."""
+    ends = [i * total // count for i in range(count + 1)]
+    return [b - a for a, b in zip(ends, ends[1:])]
 
 
 def slots_for(n_tokens: int, ratio: float, most: int) -> int:
@@ -27,53 +236,14 @@ def slots_for(n_tokens: int, ratio: float, most: int) -> int:
 
 
 def spread(n_tokens: int, slots: int) -> Tensor:
-    """``[slots]``: the token in the middle of each slot's own run."""
+    """``[slots]``: the token in the middle of each slot's run."""
     return ((torch.arange(slots) + 0.5) * (n_tokens / slots)).long()
 
 
 def slot_of_token(lengths: Sequence[int], slots: Sequence[int]) -> Tensor:
-    """``[all tokens]``: the slot, counted over all segments, that each token belongs to when each segment is cut into as
-    many even runs as it has slots."""
+    """``[all tokens]``: index of each token's slot over all segments; each segment is cut into even runs, one per slot."""
     of, first = [torch.zeros(0, dtype=torch.long)], 0
     for length, n in zip(lengths, slots, strict=True):
         of.append(torch.arange(length) * n // length + first)
         first += n
     return torch.cat(of)
-
-
-def tokens_of_slots(
-    lengths: Sequence[int], slots: Sequence[int], nests: Sequence[Sequence[NestedSlot] | None] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Pairs of a token and a slot that stands for it, ``[pairs]`` each, both counted over all segments.
-
-    Args:
-        lengths: tokens of each segment.
-        slots: slots of each segment.
-        nests: the windows of each segment's slots, where they are nested; else they are even runs (`slot_of_token`).
-    """
-    if nests is None or not any(nests):
-        owner = slot_of_token(lengths, slots)
-        return torch.arange(len(owner)), owner
-    tokens, owners = [torch.zeros(0, dtype=torch.long)], [torch.zeros(0, dtype=torch.long)]
-    first = slot = 0
-    for length, n, nest in zip(lengths, slots, nests, strict=True):
-        if nest is None:
-            tokens.append(torch.arange(first, first + length))
-            owners.append(slot + slot_of_token([length], [n]))
-        else:
-            tokens += [torch.arange(first + start, first + end) for start, end, _ in nest]
-            sizes = torch.tensor([end - start for start, end, _ in nest], dtype=torch.long)
-            owners.append(torch.repeat_interleave(torch.arange(slot, slot + n), sizes))
-        first += length
-        slot += n
-    return torch.cat(tokens), torch.cat(owners)
-
-
-def memory_row(slots: int, nest: Sequence[NestedSlot] | None) -> list[int]:
-    """Which memory token each slot of a segment is: the first, the second, ..., or that of its rank if they are nested."""
-    return list(range(slots)) if nest is None else [slot.rank for slot in nest]
-
-
-def middles(n_tokens: int, slots: int, nest: Sequence[NestedSlot] | None) -> Tensor:
-    """``[slots]``: the token in the middle of what each slot of a segment stands for."""
-    return spread(n_tokens, slots) if nest is None else torch.tensor([(a + b) // 2 for a, b, _ in nest])

@@ -14,6 +14,7 @@ from ..base import Query, SoftCompressor
 from ..core.batching import SoftSequence, soft_batches
 from ..core.passage import CompressedPassage, Interface
 from ..encoders.lora_twin import Twin, tune
+from ..encoders.tuned_reader import AdaptedReader
 from ..reader.kv import position_arguments
 from ..reader.reader import Reader
 from ..registry import register_compressor
@@ -82,7 +83,7 @@ class AutoCompressor(SoftCompressor):
         if config.tuning != "none":
             self.encoder = tune(reader.model, config.tuning, **config.lora)
             if config.adapt_reader:
-                self.adapt_reader(self.encoder)
+                self.adapt_reader(AdaptedReader(reader, self.encoder))
         with torch.no_grad():
             rows = range(reader.vocab_size) if reader.eos_id is None else [reader.eos_id]
             start = reader.embed(torch.tensor(list(rows), device=reader.device)).float().mean(dim=0)

@@ -20,7 +20,7 @@ from ..encoders.lora import LoRASettings, ReaderTuningSettings, lora_rank, tuned
 from ..encoders.lora_twin import LoRATwin
 from ..reader.reader import Reader
 from ..registry import register_compressor
-from ..slots.alignment import averaged
+from ..slots.pooling import averaged
 from ..slots.question import QuerySettings, question_ids
 from ..slots.segment_overlap import OverlapSettings, in_front, overlaps
 from ..slots.segments import equal_lengths

@@ -19,6 +19,7 @@ from ..core.passage import CompressedPassage, Interface
 from ..encoders.lora import LoRASettings, lora_rank
 from ..encoders.lora_twin import LoRATwin, Twin
 from ..encoders.small_lm import BodyEncoder
+from ..encoders.tuned_reader import AdaptedReader
 from ..reader.reader import Reader
 from ..reader.tokenization import PromptTokenizer
 from ..registry import register_compressor
@@ -172,7 +173,7 @@ class PISCOCompressor(SoftCompressor):
         self.decoder: Twin | None = None
         if config.decoder == "lora":
             self.decoder = LoRATwin(reader.model, **config.lora)
-            self.adapt_reader(self.decoder)
+            self.adapt_reader(AdaptedReader(reader, self.decoder))
 
     @property
     def _own(self) -> BodyEncoder | None:

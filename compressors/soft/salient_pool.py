@@ -21,7 +21,7 @@ from ..encoders.word_merge import MERGES, spread_over_words
 from ..loading import load_compressor
 from ..reader.reader import Reader
 from ..registry import register_compressor
-from ..slots.alignment import averaged
+from ..slots.pooling import averaged
 from ..slots.segments import slots_for
 from ..text.llmlingua2 import LLMLingua2Compressor, LLMLingua2Config
 

@@ -10,7 +10,7 @@ import torch
 from nutgraf.compressors.core.passage import CompressedPassage
 from nutgraf.compressors.kv.gist import GistCompressor
 from nutgraf.compressors.reader.plan import TOKEN
-from nutgraf.compressors.slots.segment_overlap import overlaps
+from nutgraf.compressors.slots.segments import Segment
 from torch import Tensor
 
 
@@ -143,7 +143,8 @@ def masked_logits(
     reader.kv_placement.check_length(int(positions.max()) + 1)
     tokens = reader.embed(ids)
     segments = [segment for row in rows for segment in row.segments]
-    source = compressor.memory_inputs([ids for ids, _ in segments], [slots for _, slots in segments]).to(tokens.dtype)
+    memory = compressor.memory_inputs([Segment(ids, slots, []) for ids, slots in segments])
+    source = torch.cat([tokens.new_zeros(0, reader.width), *memory]).to(tokens.dtype)
     decoder = compressor.encoder.decoder
     hidden = decoder(
         inputs_embeds=tokens.index_put(torch.where(gist), source),
@@ -158,9 +159,9 @@ def masked_logits(
 def _lay_out(compressor: GistCompressor, prompt: Sequence[Any], target: Sequence[int], ratio: float | None) -> _Row:
     """The prompt and its target but for the last token, as the reader plans it, with every passage written out."""
     reader = compressor.reader
-    if compressor.config.nested or compressor.config.query_aware:
-        raise ValueError("The single masked pass is the plain method's: it knows neither nested slots nor questions.")
-    bos = list(reader.bos_ids) if compressor.config.bos else []
+    if compressor.config.query_aware:
+        raise ValueError("The single masked pass knows no questions.")
+    bos = list(reader.bos_ids)
     atoms: list[Any] = []
     passages: list[tuple[list[int], list[tuple[int, int]]]] = []
     for atom in prompt:
@@ -184,11 +185,10 @@ def _lay_out(compressor: GistCompressor, prompt: Sequence[Any], target: Sequence
             at += 1
             continue
         ids, cut = starts[at]
-        again = overlaps(ids, [n for n, _ in cut], compressor.config.segment_overlap)
-        for (tokens, slots), lead in zip(cut, again):
+        for tokens, slots in cut:
             blocks += 1
             row.segments.append((ids[:tokens], slots))
-            hidden = bos + lead + ids[:tokens]
+            hidden = bos + ids[:tokens]
             ids = ids[tokens:]
             row.add(hidden, at - len(hidden), blocks)
             row.add([0] * slots, at, blocks, gist=True)

@@ -9,7 +9,6 @@ import torch
 from nutgraf.compressors import Reader
 from nutgraf.compressors.encoders.lora_twin import attention_inputs
 from nutgraf.compressors.kv.five_hundred import KVMemoryCompressor, KVMemoryConfig
-from nutgraf.compressors.reader.plan import plan_prompts
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache
 
@@ -34,7 +33,7 @@ def reader(zoo) -> Reader:
 def by_hand(
     zoo, compressor: KVMemoryCompressor, architecture: str, slots: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values at the memory tokens behind `PASSAGE`, of a plain peft model with the same LoRA."""
+    """Keys and values at the memory tokens after `PASSAGE`, of a plain peft model with the same LoRA."""
     reader = compressor.reader
     base = zoo.model(architecture)
     model = get_peft_model(base, LoraConfig(r=4, lora_alpha=32, target_modules=attention_inputs(base))).eval()
@@ -69,29 +68,6 @@ def test_slots_equal_a_plain_peft_model_run_by_hand(zoo, architecture):
         assert torch.allclose(v[0], value, atol=1e-5 * max(1.0, float(v.abs().max())))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
-def test_reference_positions_read_the_keys_where_the_release_does(zoo, architecture):
-    """The keys keep their rotation of L ... L+M-1, and the decoder counts on from M."""
-    memory = build(zoo.reader(architecture), ratio=None, reference_positions=True)
-    reader = memory.reader
-    (passage,) = memory.compress([PASSAGE])
-    assert passage.positions.tolist() == list(range(8))
-    ids = torch.tensor([reader.tokenize(QUESTION)])
-    with torch.no_grad():
-        want = reader.model.get_decoder()(
-            input_ids=ids,
-            attention_mask=torch.ones(1, 8 + ids.shape[1], dtype=torch.long),
-            position_ids=torch.arange(8, 8 + ids.shape[1])[None],
-            past_key_values=DynamicCache(by_hand(zoo, memory, architecture, 8)),
-            use_cache=True,
-        ).last_hidden_state[0]
-        got = reader.forward(plan_prompts([[passage, QUESTION]], reader.prompts, [False]))[0][0]
-        assert torch.allclose(got, want, atol=1e-5 * max(1.0, float(want.abs().max())))
-        ours = build(reader, ratio=None).compress([PASSAGE])[0]
-        moved = reader.forward(plan_prompts([[ours, QUESTION]], reader.prompts, [False]))[0][0]
-    assert not torch.allclose(moved, want, atol=1e-3)
-
-
 def test_slots_are_proportional_and_never_more_than_tokens(reader):
     memory = build(reader)
     n = len(reader.tokenize(PASSAGE))
@@ -107,13 +83,7 @@ def test_slots_are_proportional_and_never_more_than_tokens(reader):
         assert all(p.slots <= p.source_tokens for p in found)
 
 
-def test_faithful_is_the_papers_form(reader):
-    config = KVMemoryConfig.faithful(num_mem=4)
-    assert (config.fixed_slots, config.r, config.alpha, config.init) == (True, 64, 32.0, "normal")
-    assert (config.reference_positions, config.ratio, config.positions) == (True, None, "append")
-    memory = KVMemoryCompressor(config, reader)
-    assert [p.slots for p in memory.compress(["a", PASSAGE * 3, ""])] == [4, 4, 0]
-    assert 0.5 < float(memory.memory.detach().std()) < 1.5
+def test_memory_starts_on_the_readers_scale(reader):
     ours = KVMemoryCompressor(KVMemoryConfig(num_mem=4), reader)
     assert torch.allclose(ours.memory.norm(dim=-1), torch.tensor(reader.embedding_norm), rtol=1e-4)
 
@@ -136,7 +106,6 @@ def test_the_given_reader_reads_them_anywhere(reader):
     prompts = [[one, QUESTION], ["Read: ", two, " and ", one, QUESTION], ["no passage"]]
     together = reader.generate(prompts, 4)
     assert together == [reader.generate([prompt], 4)[0] for prompt in prompts]
-    assert one.nbytes == one.slots * (memory.bytes_per_slot + 8)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "opt"])
@@ -145,7 +114,7 @@ def test_readers_whose_keys_cannot_move_are_refused(zoo, architecture):
         build(zoo.reader(architecture))
 
 
-@pytest.mark.parametrize("settings", [{"num_mem": 0}, {"ratio": 0.5}, {"init": "zeros"}, {"positions": "middle"}])
+@pytest.mark.parametrize("settings", [{"num_mem": 0}, {"ratio": 0.5}, {"positions": "middle"}])
 def test_config_is_validated(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         KVMemoryConfig.from_dict(settings)

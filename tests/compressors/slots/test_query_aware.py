@@ -101,9 +101,7 @@ def test_a_question_that_leaves_no_room_is_refused(method, zoo):
 @pytest.mark.parametrize(
     ("method", "settings", "message"),
     [
-        ("icae", {"bos_once": True}, "bos_once"),
         ("icae", {"query_aware": 1}, "true or false"),
-        ("pisco", {"slots": "plus-one"}, "plus-one"),
         ("mean-pool", {"encoder": "embeddings"}, "cannot read a question"),
     ],
 )

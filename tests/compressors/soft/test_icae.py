@@ -9,6 +9,7 @@ import torch
 from nutgraf.compressors import Reader
 from nutgraf.compressors.encoders.lora_twin import LoRATwin, attention_inputs
 from nutgraf.compressors.slots.pooling import GatedPool
+from nutgraf.compressors.slots.segments import Segment
 from nutgraf.compressors.soft.icae import ICAECompressor, ICAEConfig
 from peft import LoraConfig, get_peft_model
 
@@ -114,19 +115,10 @@ def test_the_gate_says_which_tokens_are_pooled(reader):
     want = [
         3 * (weights[a:b, None] * embeds[a:b]).sum(0) / weights[a:b].square().sum().sqrt() for a, b in ((0, 3), (3, 6))
     ]
-    assert torch.allclose(pool([ids], [2]), torch.stack(want), atol=1e-5)
-    assert torch.allclose(pool([ids[:2], ids], [1, 2])[1:], torch.stack(want), atol=1e-5)
+    assert torch.allclose(pool([Segment(ids, 2, [])]), torch.stack(want), atol=1e-5)
+    assert torch.allclose(pool([Segment(ids[:2], 1, []), Segment(ids, 2, [])])[1:], torch.stack(want), atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):  # as in training
-        assert torch.allclose(pool([ids], [2]), torch.stack(want), atol=1e-5)
-
-
-def test_fixed_slots_is_the_papers_behaviour(reader):
-    config = ICAEConfig.faithful(mem_size=8, r=4)
-    assert (config.fixed_slots, config.projector, config.special_tokens) == (True, "none", True)
-    icae = ICAECompressor(config, reader)
-    assert icae.segments(3) == [(3, 8)]
-    assert icae.segments(70) == [(24, 8), (24, 8), (22, 8)]
-    assert [p.slots for p in icae.compress(["ab", ""])] == [8, 0]
+        assert torch.allclose(pool([Segment(ids, 2, [])]), torch.stack(want), atol=1e-5)
 
 
 def test_segments_keep_within_the_readers_positions(zoo):
@@ -137,7 +129,7 @@ def test_segments_keep_within_the_readers_positions(zoo):
     (passage,) = icae.compress(["word " * 200])
     assert passage.slots == len(icae.segments(passage.source_tokens))
     assert max(length for length, _ in build(reader, ratio=4, segment_tokens=10).segments(200)) == 10
-    with pytest.raises(ValueError, match="smaller mem_size"):
+    with pytest.raises(ValueError, match="fewer memory tokens"):
         build(reader, mem_size=40)
 
 
@@ -172,18 +164,6 @@ def test_without_lora_updates_the_encoder_is_the_reader(reader):
         want = reader.model.get_decoder()(inputs_embeds=embeds).last_hidden_state[0, len(ids) :]
     (passage,) = icae.compress(["The treaty was signed."], ratio=1)
     assert torch.allclose(passage.embeds, want[: passage.slots], atol=1e-5)
-
-
-def test_task_markers(reader):
-    icae = build(reader, special_tokens=True)
-    markers = [icae.task_marker(task) for task in ("ae", "lm", "ft")]
-    assert [m.slots for m in markers] == [1, 1, 1]
-    assert torch.equal(torch.cat([m.embeds for m in markers]), icae.special)
-    assert markers[0].embeds.requires_grad
-    reader.generate([[icae.compress([PASSAGE])[0], markers[0]]], 1)
-    assert build(reader).task_marker("ae") is None
-    with pytest.raises(ValueError, match="task must be"):
-        icae.task_marker("qa")
 
 
 def test_the_twin_shares_memory_and_hides_the_reader(reader):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from nutgraf.compressors import Reader, load_compressor, make_compressor
-from nutgraf.compressors.slots.alignment import averaged
+from nutgraf.compressors.slots.pooling import averaged
 from nutgraf.compressors.soft.salient_pool import SalientPoolCompressor
 from nutgraf.compressors.text.llmlingua2 import LLMLingua2Compressor
 
