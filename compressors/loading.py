@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .base import Compressor
 from .core.checkpoint import CONFIG_NAME, READER_FOLDER, download, read_config
 from .core.errors import CheckpointError
+from .importers import import_recognised
+from .reader.reader import Reader
 from .registry import compressor_class
-
-if TYPE_CHECKING:
-    from .reader.reader import Reader
 
 
 def load_compressor(name_or_path: str | Path, reader: Reader | None = None, **kwargs: Any) -> Compressor:
-    """Loads a trained compressor from a local folder or from the Hugging Face hub.
+    """Loads a trained compressor from a folder or the Hugging Face hub.
 
     Args:
         name_or_path: a folder that `save_pretrained` or ``nutgraf import`` wrote, a hub id ``owner/name``, or a file,
             folder or hub id in a published layout that `nutgraf.compressors.importers` knows.
-        reader: the reader it was trained for; not needed where the folder holds its reader.
-        kwargs: passed on to the compressor's constructor, or to the importer.
+        reader: the reader it was trained for; default: the one in the folder, if any.
+        kwargs: passed to the compressor's constructor or to the importer.
 
     Raises:
         CheckpointError: if the checkpoint is missing, damaged or incomplete, or a reader must be given.
@@ -34,8 +33,6 @@ def load_compressor(name_or_path: str | Path, reader: Reader | None = None, **kw
     try:
         about = read_config(path)
     except CheckpointError:
-        from .importers import import_recognised
-
         if not Path(name_or_path).exists():
             path = download(str(name_or_path), pickles=True)
         imported = import_recognised(path, reader, **kwargs)
@@ -47,9 +44,7 @@ def load_compressor(name_or_path: str | Path, reader: Reader | None = None, **kw
 
 
 def _own_reader(folder: Path, about: dict[str, Any]) -> Reader:
-    """The reader that lies beside an imported compressor."""
-    from .reader.reader import Reader
-
+    """Loads the reader that an imported compressor was saved with."""
     if not (folder / READER_FOLDER / CONFIG_NAME).is_file():
         raise CheckpointError(
             f"{folder} holds no reader of its own; pass the one it was made for, {about.get('reader_name')!r}: "

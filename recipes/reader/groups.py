@@ -22,12 +22,12 @@ class Format:
     chat: bool = False
 
 
-_QA = LLAMA_INDEX_QA.replace("{query_str}", "{question}").split("{context_str}")
+_HEAD, _TAIL = LLAMA_INDEX_QA.replace("{query_str}", "{question}").split("{context_str}")
 FORMATS = {
     "plain": Format("", SEPARATOR + QUESTION),
-    "llama_index": Format(*_QA),
+    "llama_index": Format(_HEAD, _TAIL),
     "chat": Format("", SEPARATOR + QUESTION, chat=True),
-    "chat_llama_index": Format(*_QA, chat=True),
+    "chat_llama_index": Format(_HEAD, _TAIL, chat=True),
 }
 
 
