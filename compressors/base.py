@@ -230,11 +230,12 @@ class SoftCompressor(Compressor):
     ) -> list[CompressedPassage]:
         """Like `compress`, but differentiable in the trained parameters; what training calls."""
 
-    def own_objectives(self) -> dict[str, Callable[..., tuple[Tensor, int]]]:
-        """Objectives that the method takes on whole documents by itself, by their names in recipes; none as a rule.
+    @classmethod
+    def own_objectives(cls) -> dict[str, Callable[..., tuple[Tensor, int]]]:
+        """The method's own training objectives, on whole documents, by their names in recipes; default: none.
 
-        Each is called as ``objective(texts, rng, ratio)``, with documents, a ``random.Random`` and a compression ratio (or
-        ``None``), and returns the sum of its losses over tokens, differentiable, and their number.
+        Each is called as ``objective(compressor, texts, rng, ratio)``, with documents, a ``random.Random`` and a compression
+        ratio or ``None``. It returns the sum of its losses over tokens, differentiable, and the number of tokens.
         """
         return {}
 
