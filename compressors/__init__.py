@@ -15,8 +15,7 @@ from .fidelity.probes import FidelityConfig
 from .kv import five_hundred as kv_memory
 from .kv import gist
 from .loading import load_compressor
-from .reader.reader import Reader
-from .reader.targets import Targets
+from .reader.reader import Reader, Targets
 from .registry import COMPRESSORS, make_compressor, register_compressor
 from .soft import autocompressor, full_text, icae, mean_pool, pisco, salient_pool, xrag
 from .text import llmlingua, llmlingua2, longllmlingua, selective_context

@@ -288,11 +288,12 @@ class SoftCompressor(Compressor):
         """The base reader, on whose weights the slots depend."""
         return [self.base_reader.fingerprint]
 
-    def own_objectives(self) -> dict[str, Callable[..., tuple[Tensor, int]]]:
-        """Training objectives of the method itself on whole documents, by name; none by default.
+    @classmethod
+    def own_objectives(cls) -> dict[str, Callable[..., tuple[Tensor, int]]]:
+        """The method's own training objectives, on whole documents, by their names in recipes; default: none.
 
-        Each is called as ``objective(texts, rng, ratio)`` with documents, a ``random.Random`` and a compression ratio (or
-        ``None``), and returns the sum of its losses over tokens, differentiable, and the number of tokens.
+        Each is called as ``objective(compressor, texts, rng, ratio)``, with documents, a ``random.Random`` and a compression
+        ratio or ``None``. It returns the sum of its losses over tokens, differentiable, and the number of tokens.
         """
         return {}
 

@@ -14,13 +14,13 @@ from .registry import compressor_class
 
 
 def load_compressor(name_or_path: str | Path, reader: Reader | None = None, **kwargs: Any) -> Compressor:
-    """Loads a trained compressor from a local folder or from the Hugging Face hub.
+    """Loads a trained compressor from a folder or the Hugging Face hub.
 
     Args:
         name_or_path: a folder that `save_pretrained` or ``nutgraf import`` wrote, a hub id ``owner/name``, or a file,
             folder or hub id in a published layout that `nutgraf.compressors.importers` knows.
-        reader: the reader it was trained for; not needed where the folder holds its reader.
-        kwargs: passed on to the compressor's constructor, or to the importer.
+        reader: the reader it was trained for; default: the one in the folder, if any.
+        kwargs: passed to the compressor's constructor or to the importer.
 
     Raises:
         CheckpointError: if the checkpoint is missing, damaged or incomplete, or a reader must be given.
@@ -44,7 +44,7 @@ def load_compressor(name_or_path: str | Path, reader: Reader | None = None, **kw
 
 
 def _own_reader(folder: Path, about: dict[str, Any]) -> Reader:
-    """The reader saved with an imported compressor."""
+    """Loads the reader that an imported compressor was saved with."""
     if not (folder / READER_FOLDER / CONFIG_NAME).is_file():
         raise CheckpointError(
             f"{folder} holds no reader of its own; pass the one it was made for, {about.get('reader_name')!r}: "

@@ -1,21 +1,19 @@
-"""The registry of methods, and the two ways to get a compressor: by method name or from a checkpoint."""
+"""Maps method names to compressor classes."""
 
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from .base import Compressor
-
-if TYPE_CHECKING:
-    from .reader.reader import Reader
+from .reader.reader import Reader
 
 COMPRESSORS: dict[str, type[Compressor]] = {}
 T = TypeVar("T", bound=type[Compressor])
 
 
 def register_compressor(cls: T) -> T:
-    """Class decorator: makes a compressor known by its config's ``method`` name."""
+    """Class decorator that registers a compressor under its config's ``method`` name."""
     name = cls.config_class.method
     if name in COMPRESSORS and COMPRESSORS[name].__qualname__ != cls.__qualname__:
         raise ValueError(f"The method name {name!r} is already taken by {COMPRESSORS[name].__name__}.")
@@ -31,15 +29,15 @@ def compressor_class(method: str) -> type[Compressor]:
 
 
 def make_compressor(method: str, reader: Reader, **settings: Any) -> Compressor:
-    """A new, untrained compressor of a method.
+    """Creates an untrained compressor.
 
     Args:
         method: a registered name, such as ``"icae"``.
-        reader: the reader that is to read what it makes.
-        settings: those of the method's config class, and further arguments of its constructor (``embedder=`` of xRAG).
+        reader: the reader of its passages.
+        settings: fields of the method's config class, and further arguments of its constructor (``embedder=`` of xRAG).
 
     Raises:
-        ValueError: for an unknown method, or settings that neither of the two has.
+        ValueError: for an unknown method or an unknown setting.
     """
     cls = compressor_class(method)
     extra = set(inspect.signature(cls.__init__).parameters) - {"self", "config", "reader"}

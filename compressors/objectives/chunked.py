@@ -1,13 +1,11 @@
-"""Training objectives over a reader's hidden states at target positions, in bounded memory.
+"""Losses over hidden states at target positions, in bounded memory.
 
-What a soft compressor learns from is what the frozen reader predicts after reading its slots. The reader gives the hidden
-states ``[N, d]`` that predict the N target tokens of a batch (`Reader.target_hidden`) and its own `head` turns them into
-logits, soft-capping and scaling included. The objectives call the head on `chunk` rows at a time and form each chunk's
-gradient beside its value, so that never more than ``chunk x vocabulary`` logits exist, however long the targets are, and the
-head runs once. (A head that is trained is recomputed in the backward pass instead.)
+`Reader.target_hidden` gives the hidden states ``[N, d]`` that predict N target tokens; the reader's head turns them into
+logits. The head runs on `chunk` rows at a time and each chunk's gradient is formed with its value, so at most
+``chunk x vocabulary`` logits exist and the head runs once. (A head that is trained is recomputed in the backward pass.)
 
-Every objective is ``sum_i w_i loss_i / num_items``. `num_items` defaults to the sum of the weights (a mean); with the total
-over an accumulated batch instead, accumulated gradients equal those of one large batch.
+Every loss is ``sum_i w_i loss_i / num_items``. `num_items` defaults to the sum of the weights, which gives a mean; with the
+total over an accumulated batch, accumulated gradients equal those of one large batch.
 """
 
 from __future__ import annotations
@@ -22,11 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from .teacher import TeacherLogits
 
 Head = Callable[[Tensor], Tensor]
-Other = Tensor | TeacherLogits  # what a row is compared with
+Other = Tensor | TeacherLogits  # references of the rows
 
 
 class _SumOfChunks(torch.autograd.Function):
-    """A sum over chunks of rows, whose gradient is formed chunk by chunk beside its value."""
+    """Sum over chunks of rows; computes the gradient together with the value, chunk by chunk."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -57,9 +55,7 @@ class ChunkedLoss(nn.Module):
         super().__init__()
         if chunk < 1:
             raise ValueError(f"chunk is a number of rows and must be at least 1, got {chunk}.")
-        self._held: tuple[Head, ...] = (
-            head,
-        )  # a tuple hides a head that is a module: its weights are the reader's, not the objective's
+        self._held: tuple[Head, ...] = (head,)  # in a tuple, a head that is a module stays unregistered
         self.chunk = chunk
 
     @property
@@ -68,7 +64,7 @@ class ChunkedLoss(nn.Module):
         return self._held[0]
 
     def _logits(self, hidden: Tensor, head: Head | None = None) -> Tensor:
-        """Logits in at least float32: a softmax over a large vocabulary is not for bfloat16."""
+        """Logits in at least float32, which a softmax over a large vocabulary needs."""
         logits = (head or self.head)(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -79,7 +75,7 @@ class ChunkedLoss(nn.Module):
         return (self._rows(hidden, other) * weights).sum()
 
     def _trains_head(self, hidden: Tensor) -> bool:
-        """Whether the head has parameters that want a gradient."""
+        """Whether the head has parameters that require a gradient."""
         with torch.enable_grad():
             return self.head(hidden[:1].detach()).requires_grad
 

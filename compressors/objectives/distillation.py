@@ -1,33 +1,36 @@
-"""Distillation: predict from the slots what the reader predicts from the text."""
+"""Distillation: match the reader's predictions from the slots to its predictions from the text."""
 
 from __future__ import annotations
+
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .chunked import ChunkedLoss, Head, Other
+from .registry import Objective, Scored, Setup, register_objective
 from .teacher import TeacherLogits, with_tail
 
 
-class KLDistillationLoss(ChunkedLoss):
-    r"""The reader reading the slots must predict what it predicts when it reads the text:
+@register_objective("kl")
+class KLDistillationLoss(ChunkedLoss, Objective):
+    r"""KL divergence from the reader's predictions after the text (teacher) to those after the slots (student):
     :math:`L_{KL} = T^2 \sum_i D_{KL}\big(p_T(\cdot \mid x, q, a_{<i}) \,\|\, p_T(\cdot \mid z, q, a_{<i})\big)`,
     with :math:`p_T = \mathrm{softmax}(\text{logits} / T)`.
 
-    Teacher and student are the same frozen reader, or the student is tuned on top of it; they differ in what they read.
-    Rows of both must belong to the same target tokens, which `Reader.target_hidden` on the same targets guarantees.
+    Teacher and student are the same frozen reader, or the student is a tuned copy. Rows of both must belong to the same
+    target tokens: call `Reader.target_hidden` with the same targets.
 
-    With `top_k`, the teacher's k likeliest tokens keep their probabilities and all others form one more outcome, for
-    teacher and student alike. So both stay distributions: no renormalising that would hide what the student puts
-    outside the teacher's favourites.
+    With `top_k`, the teacher's k most likely tokens keep their probabilities and all others form one more outcome, for
+    both. Nothing is renormalised, so probability that the student puts outside the top k counts.
 
     Args:
         head: hidden states ``[n, d]`` to logits ``[n, V]``: `Reader.head`.
         temperature: T; the factor T squared keeps the gradient's size.
-        top_k: of the teacher's tokens, None for all.
+        top_k: number of the teacher's tokens, None for all.
         chunk: rows whose logits exist at the same time.
-        teacher_head: the teacher's head, where the student's is trained.
+        teacher_head: the teacher's head, if the student's is trained.
 
     References:
         - Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531, section 2.
@@ -36,16 +39,16 @@ class KLDistillationLoss(ChunkedLoss):
     Inputs:
         +-------------+---------------------+------------------------------------------------------------------+
         | hidden      | ``[N, d]`` float    | student: hidden states, slots in the prompt                      |
-        | teacher     | ``[N, d]`` float    | hidden states, text in the prompt; no gradient flows into it;    |
-        |             |                     | or `TeacherLogits` that were kept: `top_k` is then theirs, and   |
-        |             |                     | their temperature must be this one                               |
+        | teacher     | ``[N, d]`` float    | hidden states, text in the prompt, without gradient; or stored   |
+        |             |                     | `TeacherLogits`: their `top_k` is used, and their temperature    |
+        |             |                     | must equal this one                                              |
         | weights     | ``[N]`` float, opt. | weight of each row; default 1                                    |
         | num_items   | number, opt.        | divisor; default the sum of the weights                          |
         +-------------+---------------------+------------------------------------------------------------------+
 
     Memory:
-        At most ``24 * min(N, chunk) * V`` bytes (float32 logits and log-probabilities of both, the terms, the gradient);
-        teacher logits are never kept, only its hidden states are: ``N * d``.
+        At most ``24 * min(N, chunk) * V`` bytes (float32 logits and log-probabilities of both, the terms, the gradient).
+        Of the teacher only hidden states ``[N, d]`` are kept, never logits.
 
     Example:
         >>> loss = KLDistillationLoss(reader.head, temperature=1.0)
@@ -54,6 +57,9 @@ class KLDistillationLoss(ChunkedLoss):
         >>> student = reader.target_hidden([[passage, question]], [answer])
         >>> loss(student.hidden, teacher.hidden).backward()
     """
+
+    targets = frozenset({"answer", "continuation"})
+    teacher = True
 
     def __init__(
         self,
@@ -70,6 +76,16 @@ class KLDistillationLoss(ChunkedLoss):
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1, or None for the whole vocabulary, got {top_k}.")
         self.temperature, self.top_k = temperature, top_k
+
+    @classmethod
+    def create(cls, setup: Setup) -> Self:
+        compressor = setup.compressor
+        return cls(compressor.reader.head, setup.temperature, setup.top_k, teacher_head=compressor.base_reader.head)
+
+    def total(self, scored: Scored) -> Tensor:
+        if scored.teacher is None:
+            raise ValueError("Distillation needs the teacher's predictions, got None.")
+        return self(scored.hidden, scored.teacher, num_items=1)
 
     def _rows(self, hidden: Tensor, other: Other) -> Tensor:
         if isinstance(other, TeacherLogits):
@@ -91,7 +107,7 @@ class KLDistillationLoss(ChunkedLoss):
     def forward(
         self, hidden: Tensor, teacher: Other, weights: Tensor | None = None, num_items: float | Tensor | None = None
     ) -> Tensor:
-        """The objective, a scalar; see the class."""
+        """The loss, a scalar; inputs as in the class."""
         got = [len(teacher), *hidden.shape[1:]] if isinstance(teacher, TeacherLogits) else list(teacher.shape)
         if got != list(hidden.shape):
             raise ValueError(

@@ -1,8 +1,9 @@
-"""A start for soft slots: each made to resemble the pooled embeddings of the tokens that it stands for."""
+"""Slot matching: pull each slot towards the pooled embeddings of the tokens it stands for, as a start for training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -11,29 +12,33 @@ from torch import Tensor, nn
 from ..core.passage import CompressedPassage
 from ..reader.reader import Reader
 from ..slots.segments import slot_of_token
+from .registry import Objective, Scored, Setup, register_objective
 
-TOKENS = 8  # one vector cannot tell more of them apart; with all of a paragraph's tokens the reader made out less
-NORM = 1.0  # of a slot, in mean embedding norms
+TOKENS = 8  # tokens pooled into one slot; the reader recovers fewer words from a sum of more
+NORM = 1.0  # norm of a slot, in mean embedding norms
+SAMPLE = 2000  # passages on which document frequencies are counted
 
 
-class SlotMatchingLoss(nn.Module):
+@register_objective("match")
+class SlotMatchingLoss(nn.Module, Objective):
     r"""For slot z with the tokens t it stands for, :math:`1 - \cos(z, y) + (\log \lVert z \rVert - \log e)^2`, where
     :math:`y = \sum_t w_t^2 E_t` over the `TOKENS` different tokens of greatest weight, E the reader's embeddings, e their
     mean norm and :math:`w_t = \log (D / (1 + d_t))` the inverse document frequency.
 
-    The reader copies from its context by comparing embeddings. Rare tokens, weighted as in a search index, are what
-    questions name and answers are, so slots near their sum can be read before any training with the reader, and that
-    training starts where there is a gradient to follow. It needs one pass of the compressor and none of the reader. Not in
-    any of the papers; the idea of a start at pooled embeddings is that of mean pooling.
+    The reader copies from its context by comparing embeddings, and questions and answers name rare tokens. Slots near the
+    sum of their rare tokens are readable before any training through the reader, which then starts with a useful gradient.
+    Takes one pass of the compressor and none of the reader. Not from a paper; mean pooling starts from the same idea.
 
     Args:
-        reader: the reader whose embeddings are matched.
-        counts: ``[vocabulary]`` number of the `documents` that hold each token.
+        reader: source of the embeddings.
+        counts: ``[vocabulary]`` number of `documents` that contain each token.
         documents: D.
 
     Raises:
-        ValueError: if ``counts`` has another length than the reader's vocabulary.
+        ValueError: if the length of ``counts`` is not the reader's vocabulary.
     """
+
+    targets = frozenset({"slots"})
 
     def __init__(self, reader: Reader, counts: Tensor, documents: int) -> None:
         super().__init__()
@@ -42,19 +47,36 @@ class SlotMatchingLoss(nn.Module):
         self._held = (reader,)
         self.weights = torch.log(documents / (1.0 + counts.float())).clamp(min=0).square()
 
+    @classmethod
+    def create(cls, setup: Setup) -> Self:
+        """Counts document frequencies on passages of the training data."""
+        reader = setup.compressor.reader
+        texts = setup.draw("match", SAMPLE)
+        counts = torch.zeros(reader.vocab_size)
+        for ids in reader.tokenize_batch(texts):
+            counts[torch.tensor(sorted(set(ids)))] += 1
+        return cls(reader, counts, len(texts))
+
+    def total(self, scored: Scored) -> Tensor:
+        """The mean over slots, times the target tokens: every objective's sum is later divided by these."""
+        loss, slots = self(scored.passages, scored.targets)
+        return loss / max(1, slots) * sum(map(len, scored.targets))
+
     def forward(self, passages: Sequence[CompressedPassage], ids: Sequence[Sequence[int]]) -> tuple[Tensor, int]:
-        """The loss summed over slots, and their number.
+        """The loss summed over slots, and the number of slots.
 
         Args:
-            passages: compressed to ``embeds``, differentiable.
-            ids: the reader's tokens of each passage.
+            passages: of interface ``embeds``, differentiable.
+            ids: token ids of each passage.
 
         Raises:
             ValueError: for passages of another interface.
         """
         (reader,) = self._held
         if wrong := [p.interface for p in passages if p.embeds is None]:
-            raise ValueError(f"Slots are matched as embeddings, not as {wrong[0]!r}; leave out match.")
+            raise ValueError(
+                f"The objective match needs slots of interface 'embeds', got {wrong[0]!r}; remove it from the recipe."
+            )
         read = [(p, tokens) for p, tokens in zip(passages, ids, strict=True) if p.slots]
         if not read:
             return torch.zeros((), device=reader.device), 0
@@ -68,13 +90,13 @@ class SlotMatchingLoss(nn.Module):
     def _pooled(self, ids: Tensor, owner: Tensor, slots: int) -> Tensor:
         """``[slots, width]`` weighted sums over the rarest different tokens of each slot."""
         (reader,) = self._held
-        pairs = (owner * reader.vocab_size + ids).unique()  # a token counts once a slot
+        pairs = (owner * reader.vocab_size + ids).unique()  # a token counts once per slot
         owner, ids = pairs // reader.vocab_size, pairs % reader.vocab_size
         weights = self.weights[ids]
         silent = torch.zeros(slots).index_add(0, owner, weights)[owner] == 0
-        weights = torch.where(silent, 1.0, weights)  # only common tokens: all of them alike
+        weights = torch.where(silent, 1.0, weights)  # only common tokens: weigh them equally
         order = weights.argsort(descending=True, stable=True)
-        order = order[owner[order].argsort(stable=True)]  # by slot, the rarest first in each
+        order = order[owner[order].argsort(stable=True)]  # by slot, rarest first
         owner, ids, weights = owner[order], ids[order], weights[order]
         rank = torch.arange(len(owner)) - torch.searchsorted(owner, owner)
         kept = rank < TOKENS

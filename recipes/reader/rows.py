@@ -18,9 +18,9 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from ...compressors.reader.tokenization import PromptTokenizer, Special
-from ..data.prompts import FORMATS, JOIN, UNANSWERABLE, Branch, Group
+from ..data.templates import SEPARATOR, UNANSWERABLE
 from .corpus import ReaderCorpus
-from .groups import GroupMaker, RowSettings
+from .groups import FORMATS, Branch, Group, GroupMaker, RowSettings
 from .pooled_contexts import PooledText, Slot, draw_window, flatten_slots
 from .tokenizer import SPECIALS
 
@@ -133,8 +133,8 @@ class ReaderRows(Dataset):
         pooled, whole = PooledText(), list(head)
         pooled.add_tokens(head)
         window, some = draw_window(self.settings.pool_windows, rng), rng.random() < 0.2
-        for number, passage in enumerate(group.context.split(JOIN)):
-            between, ids = self._ids(JOIN) if number else [], self._ids(passage)
+        for number, passage in enumerate(group.context.split(SEPARATOR)):
+            between, ids = self._ids(SEPARATOR) if number else [], self._ids(passage)
             pooled.add_tokens(between)
             whole += between + ids
             if some and rng.random() < 0.5:
@@ -145,7 +145,7 @@ class ReaderRows(Dataset):
         for branch in group.branches:
             tokens = self._branch(branch, group, whole)
             tokens.places = sorted({pooled.place[i] for i in tokens.places} - {-1})
-            if tokens.places or branch.kind != "answer" or branch.answer.strip() == UNANSWERABLE:
+            if tokens.places or branch.kind != "answer" or branch.answer == UNANSWERABLE:
                 branches.append(tokens)
         return Tokens(pooled.ids, [0] * len(pooled.ids), slots=pooled.slots), branches
 

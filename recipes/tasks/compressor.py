@@ -1,8 +1,8 @@
-"""The training task of every soft compressor, whatever its method.
+"""Training task of soft compressors.
 
-A batch is texts to compress and prompts that read them. The texts are compressed once; every prompt is read by the frozen
-reader with the compressed passages in it (student) and, where the objective is distillation, with their texts (teacher);
-the reader's hidden states at the target positions go to the objectives of the stage.
+A batch is texts to compress and prompts that read them. The texts are compressed once. The frozen reader reads every prompt
+with the compressed passages (student) and, for distillation, with their texts (teacher). Its hidden states at the target
+positions go to the objectives of the stage.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from ...compressors import Reader, SoftCompressor, make_compressor
-from ...compressors.objectives.matching import SlotMatchingLoss
 from ...shipped import locate
 from ..data.corpus import Record
 from ..data.records import Material, load_articles, load_records
@@ -25,15 +24,13 @@ from .evaluation import compressed_scores
 from .items import CompressorData, CompressorItems, Item, ItemMaker, Reading, draw_ratio
 from .module import CompressorBatch, CompressorModule
 
-MATCH_SAMPLE = 2000  # passages on which the rarity of tokens is counted
-
 
 class CompressorTask:
-    """A compressor recipe as a task for `run_recipe`.
+    """Task of a compressor recipe, for `run_recipe`.
 
     Args:
         recipe: of kind `compressor`.
-        reader: the reader to train for, in place of the recipe's own (for instance one that is already loaded).
+        reader: the reader to train for; default: the recipe's own.
 
     Raises:
         ValueError: if the recipe's reader, data, method or settings cannot be used.
@@ -59,13 +56,12 @@ class CompressorTask:
         self.data = self.data.model_copy(update={"query_aware": compressor.query_aware})
         self.compressor = compressor
         self.module = CompressorModule(compressor)
-        self._matching: SlotMatchingLoss | None = None
         self._material: Material | None = None
         self._dev: list[Record] | None = None
 
     @property
     def material(self) -> Material:
-        """The training data, read at first use; question files only if a stage asks questions by people."""
+        """Training data, read at first use; question files only if a stage uses them."""
         if self._material is None:
             data = self.data
             human = data.mismatch > 0 or any(
@@ -86,7 +82,7 @@ class CompressorTask:
         return CompressorItems(ItemMaker(self.material, self.data, stage).make, self.recipe.seed, stage)
 
     def collator(self, stage: Stage) -> Callable[[list[Item]], dict[str, Any]]:
-        """Puts items into a `CompressorBatch` and counts the target tokens of each objective."""
+        """Collates items into a `CompressorBatch` and counts the target tokens of each objective."""
 
         def collate(items: list[Item]) -> dict[str, Any]:
             texts: list[str] = []
@@ -115,23 +111,13 @@ class CompressorTask:
 
         return collate
 
-    @property
-    def matching(self) -> SlotMatchingLoss:
-        """The `match` objective, its token statistics taken from `MATCH_SAMPLE` passages drawn from the material."""
-        if self._matching is None:
-            rng = random.Random(f"{self.recipe.seed}/match")
-            draw = ItemMaker.draw_passage
-            texts = [draw(self.material, rng) for _ in range(MATCH_SAMPLE)]
-            counts = torch.zeros(self.reader.vocab_size)
-            for ids in self.reader.tokenize_batch(texts):
-                counts[torch.tensor(sorted(set(ids)))] += 1
-            self._matching = SlotMatchingLoss(self.compressor.reader, counts, len(texts))
-        return self._matching
+    def _draw(self, name: str, n: int) -> list[str]:
+        rng = random.Random(f"{self.recipe.seed}/{name}")
+        return [ItemMaker.draw_passage(self.material, rng) for _ in range(n)]
 
     def begin_stage(self, stage: Stage) -> None:
-        """Freeze all but the stage's `trainable`: `all`, or names of parts such as `projector`, or patterns."""
-        self.module.set_objectives(stage)
-        self.module.matching = self.matching if stage.objectives.get("match") else None
+        """Freezes all but the stage's `trainable`: `all`, names of parts such as `projector`, or patterns."""
+        self.module.set_objectives(stage, self._draw)
         wanted = [stage.trainable] if isinstance(stage.trainable, str) else stage.trainable
         state = self.compressor.trainable_state()
         matched: set[str] = set()
@@ -146,12 +132,12 @@ class CompressorTask:
             raise ValueError(f"Stage {stage.name!r}: nothing called {missing[0]!r} to train; there are all, {parts}.")
 
     def flush(self) -> None:
-        """Write what the teacher's cache still holds in memory."""
+        """Writes pending entries of the teacher's cache."""
         if self.module.teacher_cache is not None:
             self.module.teacher_cache.flush()
 
     def evaluate(self, stage: Stage) -> dict[str, float]:
-        """F1 on `data.dev` with the passages compressed, with those of other questions, as text, and without any."""
+        """F1 on `data.dev` with passages compressed, those of other questions, as text, and without passages."""
         if not self.data.dev:
             raise ValueError(f"Stage {stage.name!r} sets eval_every, which needs data.dev: a question file.")
         if self._dev is None:
@@ -160,5 +146,5 @@ class CompressorTask:
         return compressed_scores(self.compressor, self._dev)
 
     def save(self, folder: Path) -> None:
-        """Write the compressor."""
+        """Writes the compressor."""
         self.compressor.save_pretrained(folder, dtype=self.recipe.output.torch_dtype)

@@ -1,4 +1,4 @@
-"""What a compressor is trained on: passages to compress and the prompts that read them, drawn deterministically."""
+"""Training items of a compressor: passages to compress and prompts that read them, drawn deterministically."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from torch.utils.data import Dataset
 
+from ...compressors.objectives.registry import UNREAD, Target, needs_teacher, targets_of
 from ..data.questions import make_questions
 from ..data.records import Material
 from ..data.templates import (
@@ -25,10 +26,20 @@ from ..data.templates import (
     continuation_prompt,
     paraphrase_prompt,
 )
-from ..training.schema import Objective, Span, Stage
+from ..training.schema import Span, Stage
 
-NOT_READ = ("match", "documents")  # kinds of readings that put nothing into a prompt
-BLOCK = 16  # batches drawn together and sorted by length, so that a batch holds items of like length
+# Kinds of items, and what each offers to the objectives.
+KINDS: dict[str, Target] = {
+    "human": "answer",  # questions written by people
+    "made": "answer",  # questions made by rule
+    "repeat": "passage",
+    "continue": "continuation",
+    "paraphrase": "paraphrase",  # the passage again, in one of several wordings
+    "match": "slots",
+    "documents": "document",
+}
+NOT_READ = tuple(kind for kind, target in KINDS.items() if target in UNREAD)  # kinds without a prompt
+BLOCK = 16  # batches drawn together and sorted by length, so that items of a batch have similar length
 
 
 class CompressorData(BaseModel):
@@ -36,14 +47,14 @@ class CompressorData(BaseModel):
 
     Attributes:
         dir: folder of the files.
-        texts, questions: sources (see `records`); `documents` articles of each text source are kept.
-        max_chars: the longest passage, in characters; `document_chars` the longest document (`documents` in `mix`).
-        max_answer_words, verbatim: which answers count (see `Material`).
+        texts, questions: sources (see `records`); `documents` articles of each text source are used.
+        max_chars: maximum length of a passage, in characters; `document_chars` that of a document (`documents` in `mix`).
+        max_answer_words, verbatim: which answers are used (see `Material`).
         shares: weight of each question source, by the start of its name.
-        questions_per_passage: prompts that read one compressed passage; it is encoded once for all of them.
-        mismatch: share of questions that are put to another passage, the answer being `unanswerable`.
+        questions_per_passage: questions per compressed passage, which is encoded once for all of them.
+        mismatch: share of questions that are asked of another passage, with the answer `unanswerable`.
         templates: weights of the question formats (`plain`, `llama_index`).
-        query_aware: each passage gets one question, which the compressor reads too; `compressor.query_aware` sets it.
+        query_aware: one question per passage, which the compressor reads too; set by `compressor.query_aware`.
         dev: question source for `evaluate`, `dev_half` of it, `dev_limit` questions.
     """
 
@@ -69,25 +80,25 @@ class CompressorData(BaseModel):
 
 @dataclass(frozen=True)
 class Reading:
-    """One prompt over an item's passages, what must follow it, and the objectives that are taken there.
+    """A prompt over an item's passages, its target and the objectives on it.
 
     Attributes:
         kind: `repeat`, `paraphrase`, `continue`, the name of a question template, or one of `NOT_READ`.
-        target: the text that follows, or the document; `eos` closes it.
-        wording: which of the paraphrase prompts.
+        target: text that follows the prompt, or the document; with `eos` an end-of-sequence token is added.
+        wording: number of the paraphrase prompt.
         lead: text between the passages of `continue` and the target.
     """
 
     kind: str
     target: str
-    objectives: tuple[Objective, ...]
+    objectives: tuple[str, ...]
     question: str = ""
     wording: int = 0
     eos: bool = True
     lead: str = ""
 
     def prompt(self, context: Sequence[Piece]) -> Prompt:
-        """The prompt over `context`: texts for the teacher, compressed passages for the student."""
+        """Prompt over `context`: texts for the teacher, compressed passages for the student."""
         if self.kind == "repeat":
             return autoencoding_prompt(context[0])
         if self.kind == "paraphrase":
@@ -97,9 +108,9 @@ class Reading:
         return QUESTION_TEMPLATES[self.kind](context, self.question)
 
     def behind_kv(self) -> Reading:
-        """The same reading for passages of keys and values, behind which something must be run before a token is predicted.
+        """The reading for KV passages, after which a token must be run before one can be predicted.
 
-        A continuation's first word moves from the target into the prompt.
+        Moves a continuation's first word from the target into the prompt.
         """
         if self.kind != "continue" or self.lead:
             return self
@@ -112,7 +123,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Item:
-    """Passages and the readings of them. `key` seeds whatever is drawn for the batch that the item begins."""
+    """Passages and their readings. `key` seeds what is drawn for the batch that the item begins."""
 
     passages: tuple[str, ...]
     readings: tuple[Reading, ...]
@@ -120,40 +131,32 @@ class Item:
 
     @property
     def size(self) -> int:
-        """Characters of the passages, or of the document where there are none: what batches are sorted by."""
+        """Characters of the passages, or of the document if there are none; batches are sorted by it."""
         return sum(map(len, self.passages or (reading.target for reading in self.readings)))
 
 
 class ItemMaker:
-    """Draws items; every method `_KIND(rng)` is one kind that a stage's `mix` may name.
-
-    `human` and `made` are questions by people and by rule; `repeat` asks for the passage again (AE); `continue` for what
-    follows it; `paraphrase` for its text in one of several wordings (LM: xRAG's first stage); `match` asks nothing, its
-    slots are compared with the passage's embeddings; `documents` are texts for the method's own objective `segments`.
-    """
-
-    KINDS = ("human", "made", "repeat", "continue", "paraphrase", "match", "documents")
+    """Draws items. The method `_KIND(rng)` draws the kind of that name in a stage's `mix`."""
 
     def __init__(self, material: Material, data: CompressorData, stage: Stage) -> None:
-        if unknown := sorted(set(stage.mix) - set(self.KINDS)):
-            raise ValueError(f"Stage {stage.name!r}: mix names {unknown[0]!r}; the kinds are {', '.join(self.KINDS)}.")
+        if unknown := sorted(set(stage.mix) - set(KINDS)):
+            raise ValueError(f"Stage {stage.name!r}: mix names {unknown[0]!r}; the kinds are {', '.join(KINDS)}.")
         if not stage.mix or not all(isinstance(w, int | float) and w >= 0 for w in stage.mix.values()):
             raise ValueError(f"Stage {stage.name!r} needs mix: kinds of items, each with a weight of at least 0.")
         if unknown := sorted(set(data.templates) - set(QUESTION_TEMPLATES)):
             raise ValueError(f"data.templates names {unknown[0]!r}; the formats are {', '.join(QUESTION_TEMPLATES)}.")
-        if bool(stage.mix.get("documents")) != bool(stage.objectives.get("segments")):
-            raise ValueError(f"Stage {stage.name!r}: the objective segments and documents in mix need each other.")
-        if stage.teacher_top_k is not None and not stage.objectives.get("kl"):
-            raise ValueError(f"Stage {stage.name!r} sets teacher_top_k but gives the objective kl no weight.")
+        active = [name for name, weight in stage.objectives.items() if weight]
+        self.objectives = {t: tuple(name for name in active if t in targets_of(name)) for t in KINDS.values()}
+        for kind in NOT_READ:
+            if bool(stage.mix.get(kind)) != bool(names := self.objectives[KINDS[kind]]):
+                which = f"the objective {names[0]!r}" if names else f"an objective on a {KINDS[kind]!r} target"
+                raise ValueError(f"Stage {stage.name!r}: {which} and the kind {kind!r} in mix need each other.")
+        if stage.teacher_top_k is not None and not needs_teacher(active):
+            raise ValueError(f"Stage {stage.name!r} sets teacher_top_k but no objective with a teacher, such as kl.")
         self.material, self.data, self.stage = material, data, stage
-        self.answering: tuple[Objective, ...] = tuple(
-            name
-            for name in ("lm", "kl")
-            if stage.objectives.get(name)  # type: ignore[misc]
-        )
 
     def make(self, key: str) -> Item:
-        """The item of a key: always the same one."""
+        """The item of a key; equal keys give equal items."""
         rng = random.Random(key)
         kinds, weights = list(self.stage.mix), list(self.stage.mix.values())
         for _ in range(64):
@@ -177,30 +180,27 @@ class ItemMaker:
 
     def _repeat(self, rng: random.Random) -> tuple[Sequence[str], list[Reading]]:
         passage = self._any_passage(rng, rng.choice([150, 300, 500]))
-        return [passage], [Reading("repeat", passage, ("ae",) if self.stage.objectives.get("ae") else ())]
+        return [passage], [Reading("repeat", passage, self.objectives["passage"])]
 
     def _paraphrase(self, rng: random.Random) -> tuple[Sequence[str], list[Reading]]:
         passage = self._any_passage(rng, rng.choice([150, 300, 500]))
-        objectives: tuple[Objective, ...] = ("lm",) if self.stage.objectives.get("lm") else ()
-        return [passage], [Reading("paraphrase", passage, objectives, wording=rng.randrange(64))]
+        return [passage], [Reading("paraphrase", passage, self.objectives["paraphrase"], wording=rng.randrange(64))]
 
     def _continue(self, rng: random.Random) -> tuple[Sequence[str], list[Reading]]:
         passage, rest = self.material.text_and_continuation(rng)
-        return [passage], [Reading("continue", rest, self.answering, eos=False)]
+        return [passage], [Reading("continue", rest, self.objectives["continuation"], eos=False)]
 
     def _match(self, rng: random.Random) -> tuple[Sequence[str], list[Reading]]:
         passage = self.draw_passage(self.material, rng)
-        return [passage], [
-            Reading("match", passage, ("match",) if self.stage.objectives.get("match") else (), eos=False)
-        ]
+        return [passage], [Reading("match", passage, self.objectives["slots"], eos=False)]
 
     def _documents(self, rng: random.Random) -> tuple[Sequence[str], list[Reading]]:
         text = self.material.document(rng, self.data.document_chars)
-        return [], [Reading("documents", text, ("segments",), eos=False)]
+        return [], [Reading("documents", text, self.objectives["document"], eos=False)]
 
     @staticmethod
     def draw_passage(material: Material, rng: random.Random) -> str:
-        """A passage of either kind of material, half of them with questions where there are both."""
+        """A passage of the questions or the texts, each in half of the draws if both exist."""
         if material.asked and (not material.articles or rng.random() < 0.5):
             return material.human(rng).passage
         return material.paragraph(rng, rng.choice([150, 300, 500]))
@@ -213,7 +213,7 @@ class ItemMaker:
     def _ask(
         self, passage: str, pairs: Sequence[tuple[str, str]], rng: random.Random
     ) -> tuple[list[str], list[Reading]]:
-        """Questions about `passage`, which stands among as many others as the stage's `passages` says."""
+        """Questions about `passage`, which is shuffled among others (`passages` of the stage)."""
         count = self._count(rng)
         passages = [passage, *(self.material.distractor(rng, passage) for _ in range(count - 1))]
         rng.shuffle(passages)
@@ -223,7 +223,7 @@ class ItemMaker:
             answer = " " + answer
             if self.data.mismatch and rng.random() < self.data.mismatch:
                 question, answer = rng.choice(self.material.human(rng).pairs)[0], UNANSWERABLE
-            readings.append(Reading(rng.choices(formats, weights)[0], answer, self.answering, question))
+            readings.append(Reading(rng.choices(formats, weights)[0], answer, self.objectives["answer"], question))
         return passages, readings
 
     def _count(self, rng: random.Random) -> int:
@@ -234,9 +234,9 @@ class ItemMaker:
 
 
 class CompressorItems(Dataset[Item]):
-    """Endless items in batches of like length. Item i depends only on `seed`, `stage` and i.
+    """Endless items in batches of similar length. Item i depends only on `seed`, `stage` and i.
 
-    Items are drawn `BLOCK` batches at a time, sorted by length, cut into batches, and the batches shuffled.
+    Draws items for `BLOCK` batches, sorts them by length, cuts them into batches and shuffles the batches.
     """
 
     def __init__(self, make: Callable[[str], Item], seed: int, stage: Stage) -> None:
@@ -261,7 +261,7 @@ class CompressorItems(Dataset[Item]):
 
 
 def draw_ratio(ratios: list[float] | Span | None, key: str) -> float | None:
-    """The compression ratio of the batch that the item `key` begins."""
+    """Compression ratio of the batch that begins with the item `key`."""
     rng: Any = random.Random(f"{key}/ratio")
     if isinstance(ratios, Span):
         return math.exp(rng.uniform(math.log(ratios.min), math.log(ratios.max)))

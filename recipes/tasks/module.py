@@ -1,9 +1,9 @@
-"""What a compressor's stages optimise: the objectives over prompts that read what was compressed in the same step."""
+"""The module that the trainer optimises: a compressor and the objectives of a stage."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,28 +12,25 @@ from torch import Tensor, nn
 
 from ...compressors import CompressedPassage, SoftCompressor
 from ...compressors.core.batching import pack, pass_positions
-from ...compressors.objectives.autoencoding import AutoencodingLoss
-from ...compressors.objectives.distillation import KLDistillationLoss
-from ...compressors.objectives.language_modeling import LanguageModelingLoss
-from ...compressors.objectives.matching import SlotMatchingLoss
+from ...compressors.objectives.registry import OBJECTIVES, Scored, Setup
 from ...compressors.objectives.teacher import TeacherLogits
 from ..training.schema import Stage
 from .items import NOT_READ, Reading
 from .teacher_cache import TeacherCache
 
-POSITIONS = 8192  # that one forward pass of the reader may take, padding counted
+POSITIONS = 8192  # positions per forward pass of the reader, padding included
 
 
 @dataclass(frozen=True)
 class CompressorBatch:
-    """Texts to compress and who reads them.
+    """Texts to compress and the readings over them.
 
     Attributes:
-        texts: passages; `queries` the question of each for a query-aware compressor.
-        ratio: compression ratio of the whole batch, None for the compressor's own.
-        readings, contexts: each reading and the indices into `texts` of its passages.
-        targets: each reading's target ids.
-        key: seeds what a method draws for the batch.
+        texts: passages; `queries` holds the question of each for a query-aware compressor.
+        ratio: compression ratio of the batch; None: the compressor's own.
+        readings, contexts: readings, and for each the indices into `texts` of its passages.
+        targets: target ids of each reading.
+        key: seed of the random draws for the batch.
     """
 
     texts: list[str]
@@ -45,14 +42,14 @@ class CompressorBatch:
     key: str = ""
 
     def count(self, objective: str) -> int:
-        """Target tokens that an objective is taken on."""
+        """Number of target tokens of an objective."""
         return sum(len(t) for t, reading in zip(self.targets, self.readings) if objective in reading.objectives)
 
 
 class CompressorModule(nn.Module):
-    """A soft compressor with the objectives of a stage: `forward(batch)` gives the weighted loss.
+    """A soft compressor with the objectives of a stage; `forward(batch)` computes the weighted loss.
 
-    Its parameters are the compressor's alone; the reader as given is frozen, and stays in eval mode.
+    Its parameters are the compressor's; the original reader is frozen and stays in eval mode.
     """
 
     accepts_loss_kwargs = True
@@ -62,25 +59,21 @@ class CompressorModule(nn.Module):
         self.compressor: SoftCompressor = compressor
         self.weights: dict[str, float] = {}
         self.losses: dict[str, Any] = {}
-        self.matching: SlotMatchingLoss | None = None
+        self.temperature = 1.0
         self.teacher_cache: TeacherCache | None = None
 
-    def set_objectives(self, stage: Stage) -> None:
-        """Take the objectives, their weights, temperature, top-k and the teacher's cache from a stage."""
-        head = self.compressor.reader.head
+    def set_objectives(self, stage: Stage, draw: Callable[[str, int], list[str]]) -> None:
+        """Makes the stage's objectives and opens the teacher's cache; `draw(name, n)` draws passages for their statistics."""
         self.weights = {name: weight for name, weight in stage.objectives.items() if weight}
-        if "segments" in self.weights and "segments" not in self.compressor.own_objectives():
+        own = type(self.compressor).own_objectives()
+        if unknown := [name for name in self.weights if name not in OBJECTIVES and name not in own]:
             raise ValueError(
-                f"Stage {stage.name!r} asks for the objective segments, which the method "
-                f"{self.compressor.config.method!r} does not have; give it no weight, or train an autocompressor."
+                f"Stage {stage.name!r} asks for the objective {unknown[0]}, which the method "
+                f"{self.compressor.config.method!r} does not have; give it no weight, or train a method that has it."
             )
-        self.losses = {
-            "ae": AutoencodingLoss(head),
-            "lm": LanguageModelingLoss(head),
-            "kl": KLDistillationLoss(
-                head, stage.temperature, stage.teacher_top_k, teacher_head=self.compressor.base_reader.head
-            ),
-        }
+        setup = Setup(self.compressor, stage.temperature, stage.teacher_top_k, draw)
+        self.losses = {name: OBJECTIVES[name].create(setup) for name in self.weights if name in OBJECTIVES}
+        self.temperature = stage.temperature
         self.teacher_cache = None
         if stage.teacher_cache is not None and stage.teacher_top_k is not None:
             self.teacher_cache = TeacherCache(
@@ -91,7 +84,7 @@ class CompressorModule(nn.Module):
             )
 
     def gradient_checkpointing_enable(self, **settings: Any) -> None:
-        """Recompute the encoder's activations in the backward pass, where the method can."""
+        """Recomputes the encoder's activations in the backward pass."""
         able: list[Any] = [m for m in self.compressor.modules() if hasattr(m, "gradient_checkpointing_enable")]
         if not able:
             name = type(self.compressor).__name__
@@ -99,13 +92,13 @@ class CompressorModule(nn.Module):
         able[0].gradient_checkpointing_enable(**settings)
 
     def forward(self, batch: CompressorBatch, num_items_in_batch: dict[str, int] | None = None) -> dict[str, Any]:
-        """The weighted loss of a batch.
+        """Computes the weighted loss of a batch.
 
         Args:
-            num_items_in_batch: target tokens of each objective over all that is accumulated; default: this batch's.
+            num_items_in_batch: target tokens per objective over all accumulated batches; default: this batch's.
 
         Returns:
-            `loss`, the plain means `loss/<objective>`, `ratio` (source tokens per slot) and `tokens` (of the passages and
+            `loss`, the unweighted means `loss/<objective>`, `ratio` (source tokens per slot) and `tokens` (of passages and
             targets).
         """
         passages = self.compressor.encode(batch.texts, batch.queries, batch.ratio) if batch.texts else []
@@ -117,15 +110,17 @@ class CompressorModule(nn.Module):
         for group in self._pack([self._positions(batch, i, passages) for i in read]):
             for name, value in self._objectives(batch, [read[g] for g in group], passages).items():
                 sums[name] = sums[name] + value if name in sums else value
-        if self.matching is not None and (matched := [i for i, r in enumerate(batch.readings) if r.kind == "match"]):
-            which = [j for i in matched for j in batch.contexts[i]]
-            loss, slots = self.matching([passages[j] for j in which], [batch.targets[i] for i in matched])
-            # A mean over slots, weighed by target tokens like the others: the divisor takes them out again.
-            sums["match"] = loss / max(1, slots) * counts["match"]
-        if documents := [reading.target for reading in batch.readings if reading.kind == "documents"]:
-            for name, objective in self.compressor.own_objectives().items():
-                if name in self.weights:
-                    sums[name], _ = objective(documents, random.Random(f"{batch.key}/{name}"), batch.ratio)
+        for name in self.weights:
+            unread = [i for i, r in enumerate(batch.readings) if r.kind in NOT_READ and name in r.objectives]
+            if not unread:
+                continue
+            if name in self.losses:
+                slots = [passages[j] for i in unread for j in batch.contexts[i]]
+                sums[name] = self.losses[name].total(Scored([batch.targets[i] for i in unread], passages=slots))
+            else:
+                own = type(self.compressor).own_objectives()[name]
+                texts, rng = [batch.readings[i].target for i in unread], random.Random(f"{batch.key}/{name}")
+                sums[name], _ = own(self.compressor, texts, rng, batch.ratio)
         out: dict[str, Any] = {}
         for name, value in sums.items():
             total = total.to(value.device) + self.weights[name] * value / max(1, divisors[name])
@@ -137,36 +132,34 @@ class CompressorModule(nn.Module):
         return {"loss": total, **out}
 
     def _pack(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Prompts of like length together."""
+        """Groups prompts of similar length."""
         return pack(lengths, POSITIONS, pass_positions(self.compressor.base_reader.device))
 
     def _positions(self, batch: CompressorBatch, index: int, passages: Sequence[CompressedPassage]) -> int:
-        """About how many positions a reading takes."""
+        """Approximate number of positions of a reading."""
         slots = sum(passages[i].slots for i in batch.contexts[index])
         return slots + len(batch.targets[index]) + len(batch.readings[index].question) // 3 + 16
 
     def _objectives(
         self, batch: CompressorBatch, chosen: Sequence[int], passages: Sequence[CompressedPassage]
     ) -> dict[str, Tensor]:
-        """The sums of the objectives over some readings."""
+        """Sums of the objectives over some readings."""
         reader = self.compressor.reader
         prompts = [batch.readings[i].prompt([passages[j] for j in batch.contexts[i]]) for i in chosen]
         found = reader.target_hidden(prompts, [batch.targets[i] for i in chosen])
         sums: dict[str, Tensor] = {}
-        for name in self.weights:
+        for name, loss in self.losses.items():
             flags = [name in batch.readings[i].objectives for i in chosen]
-            if name not in self.losses or not any(flags):
+            if not any(flags):
                 continue
             rows = torch.tensor(flags, device=found.rows.device)[found.rows]
-            hidden = found.hidden[rows]
             which = [i for i, flag in zip(chosen, flags) if flag]
-            other = found.ids[rows] if name != "kl" else self._teacher(batch, which)
-            sums[name] = self.losses[name](hidden, other, num_items=1)
+            targets, teacher = [batch.targets[i] for i in which], self._teacher(batch, which) if loss.teacher else None
+            sums[name] = loss.total(Scored(targets, found.hidden[rows], found.ids[rows], teacher))
         return sums
 
     def _teacher(self, batch: CompressorBatch, chosen: Sequence[int]) -> Tensor | TeacherLogits:
-        """What the untuned reader predicts with the passages as text, in the order of `chosen`: hidden states ``[N, d]``, or
-        what the cache keeps of its logits."""
+        """Predictions of the untuned reader with the passages as text: hidden states ``[N, d]``, or logits of the cache."""
         cache, reader = self.teacher_cache, self.compressor.base_reader
         if cache is None:
             return torch.cat(self._teacher_hidden(batch, chosen))
@@ -178,7 +171,7 @@ class CompressorModule(nn.Module):
         missing = [n for n, entry in enumerate(found) if entry is None]
         if missing:
             hidden = self._teacher_hidden(batch, [chosen[n] for n in missing])
-            made = TeacherLogits.of(torch.cat(hidden), reader.head, cache.top_k, self.losses["kl"].temperature)
+            made = TeacherLogits.of(torch.cat(hidden), reader.head, cache.top_k, self.temperature)
             start = 0
             for n, states in zip(missing, hidden):
                 found[n] = made[start : start + len(states)]
@@ -191,7 +184,7 @@ class CompressorModule(nn.Module):
 
     @torch.no_grad()
     def _teacher_hidden(self, batch: CompressorBatch, chosen: Sequence[int]) -> list[Tensor]:
-        """Hidden states ``[target tokens, d]`` of the untuned reader over the texts, one for each of `chosen`."""
+        """Hidden states ``[target tokens, d]`` of the untuned reader with the passages as text, per reading."""
         reader = self.compressor.base_reader
         lengths = [sum(len(batch.texts[j]) for j in batch.contexts[i]) // 3 + len(batch.targets[i]) for i in chosen]
         parts: dict[int, Tensor] = {}
@@ -204,5 +197,5 @@ class CompressorModule(nn.Module):
 
 
 def _some_tensor(passage: CompressedPassage) -> Tensor | None:
-    """A tensor that hangs on the compressor's parameters, so that a batch without targets still has a gradient."""
+    """A tensor that depends on the compressor's parameters, so that a batch without targets has a gradient."""
     return passage.keys[0] if passage.keys else passage.embeds

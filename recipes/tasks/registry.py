@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from ..training.run import TrainingTask
-from ..training.schema import Recipe
+import importlib
+from dataclasses import dataclass
+from typing import Any
 
 
-def make_task(recipe: Recipe) -> TrainingTask:
-    """The task that a recipe's `kind` asks for."""
-    if recipe.kind == "reader":
-        from ..reader.task import ReaderTask
+@dataclass(frozen=True)
+class Kind:
+    """A kind of recipe.
 
-        return ReaderTask(recipe)
-    if recipe.kind == "tokens":
-        from .tokens import TokenTask
+    Attributes:
+        module, task: where the class of its task is; it takes the recipe.
+        sections: keys that a recipe of this kind must give.
+        objectives: whether every stage needs an objective.
+    """
 
-        return TokenTask(recipe)
-    from .compressor import CompressorTask
+    module: str
+    task: str
+    sections: tuple[str, ...]
+    objectives: bool = False
 
-    return CompressorTask(recipe)
+
+_RECIPES = __name__.rsplit(".", 2)[0]
+KINDS = {
+    "compressor": Kind(f"{_RECIPES}.tasks.compressor", "CompressorTask", ("reader", "compressor"), objectives=True),
+    "tokens": Kind(f"{_RECIPES}.tasks.tokens", "TokenTask", ("reader", "compressor")),
+    "reader": Kind(f"{_RECIPES}.reader.task", "ReaderTask", ("model",)),
+}
+
+
+def make_task(recipe: Any) -> Any:
+    """Makes the `TrainingTask` of a `Recipe`."""
+    kind = KINDS[recipe.kind]
+    return getattr(importlib.import_module(kind.module), kind.task)(recipe)

@@ -1,7 +1,7 @@
-"""Checkpoints that are either whole or absent.
+"""Atomic checkpoints.
 
-A checkpoint is written into a hidden folder beside the others, forced to disk and renamed into place; deletion renames
-first as well. So whatever moment a process dies at, every folder with a checkpoint's name is a complete checkpoint.
+A checkpoint is written into a hidden folder, synced to disk and renamed into place; deletion renames first too. So every
+folder with a checkpoint's name is complete, even after the process was killed.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ PROGRESS = "progress.json"
 
 @dataclass
 class Progress:
-    """Where a run stands, beyond what the weights, the optimiser and the random generators hold.
+    """State of a run besides weights, optimiser and random generators.
 
     Attributes:
         stage, step, done: index of the stage, its optimiser steps so far, whether it is finished.
-        tokens, seconds: seen and spent by the whole run so far.
-        log_bytes: length of the log when the checkpoint was written; resuming cuts what follows.
-        logged_step, window: the step of the stage's last log line, and the metrics' values since then.
+        tokens, seconds: totals of the run so far.
+        log_bytes: length of the log at the checkpoint; resuming truncates the log to it.
+        logged_step, window: step of the stage's last log line, and metric values since then.
         hits: how many times in a row the stage's `stop_when` held.
-        trained: names of all parameters that any stage has trained so far.
+        trained: names of the parameters trained so far.
         recipe: `Recipe.identity()` of the run.
     """
 
@@ -48,17 +48,17 @@ class Progress:
     recipe: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Write into a checkpoint's folder."""
+        """Writes it into a checkpoint's folder."""
         (folder / PROGRESS).write_text(json.dumps(asdict(self), allow_nan=True), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Progress:
-        """Read from a checkpoint's folder."""
+        """Reads it from a checkpoint's folder."""
         return cls(**json.loads((folder / PROGRESS).read_text(encoding="utf-8")))
 
 
 class CheckpointStore:
-    """The checkpoints of one run, below `root`, named `<stage index>-<stage name>-<step>`."""
+    """The checkpoints of one run below `root`, named `<stage index>-<stage name>-<step>`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -74,27 +74,27 @@ class CheckpointStore:
         return found[-1] if (found := self.all()) else None
 
     def clean(self) -> None:
-        """Remove what interrupted writes and deletions left behind."""
+        """Removes remains of interrupted writes and deletions."""
         for path in self.root.glob(f"{_HIDDEN}*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def clear(self) -> None:
-        """Remove every checkpoint."""
+        """Removes every checkpoint."""
         for path in self.all():
             self._remove(path)
         self.clean()
 
     def prune(self, keep: int) -> None:
-        """Remove all but the newest `keep` checkpoints."""
+        """Removes all but the newest `keep` checkpoints."""
         for path in self.all()[:-keep]:
             self._remove(path)
 
     def partial(self, name: str) -> Path:
-        """The hidden folder in which checkpoint `name` is put together."""
+        """Hidden folder in which checkpoint `name` is assembled."""
         return self.root / f"{_HIDDEN}{name}"
 
     def publish(self, content: Path, name: str) -> Path:
-        """Force the folder `content` to disk and give it its name, in one step as seen from outside."""
+        """Syncs the folder `content` to disk and renames it to `name` atomically."""
         target = self.root / name
         sync_tree(content)
         if target.exists():
@@ -116,7 +116,7 @@ def checkpoint_name(stage_index: int, stage_name: str, step: int) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Force a folder's entries to disk (where the system can open folders)."""
+    """Syncs a folder's entries to disk, on POSIX."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -127,7 +127,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Force every file and folder below `folder` to disk."""
+    """Syncs every file and folder below `folder` to disk."""
     for place, _, files in os.walk(folder, topdown=False):
         for file in files:
             descriptor = os.open(Path(place) / file, os.O_RDWR)
@@ -140,7 +140,7 @@ def sync_tree(folder: Path) -> None:
 
 @contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of `target` when the block ends without an error."""
+    """Yields an empty folder that replaces `target` if the block ends without an error."""
     fresh, old = (target.with_name(f"{_HIDDEN}{kind}-{target.name}") for kind in ("new", "old"))
     for path in (fresh, old):
         shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a run tells the world while it trains: the log, the progress bar; and how the world stops it."""
+"""Training log, progress bar and stop signals."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class RunLog:
-    """JSON lines, one a log step, that can be cut back to where a checkpoint was written."""
+    """JSON lines, one per log step, that can be truncated to the state of a checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one line."""
+        """Appends one line."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def size(self) -> int:
-        """Length in bytes, after everything has been forced to disk."""
+        """Length in bytes, after syncing to disk."""
         if not self.path.exists():
             return 0
         with self.path.open("rb") as file:
@@ -35,15 +35,15 @@ class RunLog:
         return self.path.stat().st_size
 
     def cut(self, size: int) -> None:
-        """Drop everything after the first `size` bytes."""
+        """Truncates to the first `size` bytes."""
         if self.path.exists() and self.path.stat().st_size > size:
             os.truncate(self.path, size)
 
 
 class StopSignals:
-    """Turns the first SIGINT or SIGTERM into a request that the loop honours after its step; a second SIGINT interrupts.
+    """Turns the first SIGINT or SIGTERM into a request to stop after the current step; a second SIGINT interrupts.
 
-    Outside the main thread, where handlers cannot be set, it does nothing.
+    Does nothing outside the main thread, where handlers cannot be set.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class StopSignals:
 
 
 class RunBar:
-    """One progress bar for the whole run on a terminal; one plain line for each log step anywhere else."""
+    """A progress bar for the whole run on a terminal, else one plain line per log step."""
 
     def __init__(self, total_steps: int, name: str, enabled: bool = True) -> None:
         self.enabled = enabled
@@ -98,11 +98,11 @@ class RunBar:
         self._bar.__exit__(kind, error, trace)
 
     def move(self, completed: int) -> None:
-        """Set how many steps of the whole run are done."""
+        """Sets the number of finished steps of the run."""
         self._bar.update(self._task, completed=completed)
 
     def show(self, row: dict[str, Any]) -> None:
-        """Show a log line: on the bar, or printed at most once every two seconds."""
+        """Shows a log line on the bar, or prints it, at most once every two seconds."""
         keys = [key for key in row if key == "loss" or "/" in key]
         note = "  ".join(f"{key} {row[key]:.4g}" for key in keys)
         if speed := row.get("tokens_per_s"):
@@ -114,6 +114,6 @@ class RunBar:
             self.console.print(f"{row['stage']} {row['step']}: {note}", highlight=False, soft_wrap=True)
 
     def say(self, message: str) -> None:
-        """Print a sentence above the bar."""
+        """Prints a sentence above the bar."""
         if self.enabled:
             self.console.print(message, highlight=False, soft_wrap=True)

@@ -19,34 +19,35 @@ from .schema import Recipe, Stage, dump_recipe
 class TrainingTask(Protocol):
     """What a recipe trains.
 
-    `module(**batch)` returns a dict with `loss` (a scalar; a mean over the batch) and, detached, whatever is to be
-    logged: `loss/ae`, `copy/accuracy`, ...; `tokens` (a count) is added up and reported as a speed. A module with
-    `accepts_loss_kwargs = True`, whose collator gives `num_items` (a count, or a dict of counts by objective), gets
-    their totals over accumulation steps and devices as the keyword `num_items_in_batch` and returns sum / total: then
-    accumulating gradients equals one large batch exactly. A task may also have
-    `evaluate(stage) -> dict[str, float]`; its results are logged as `eval/<name>`. And `flush()`, called before each
-    checkpoint, to write what it keeps in memory and would rather not make again.
+    `module(**batch)` returns a dict with `loss` (a scalar mean over the batch) and detached values to log: `loss/ae`,
+    `copy/accuracy`, ...; `tokens` (a count) is summed and reported as a speed. A module with `accepts_loss_kwargs = True`,
+    whose collator gives `num_items` (a count, or a dict of counts per objective), gets their totals over accumulation steps
+    and devices as the keyword `num_items_in_batch` and returns sum / total, so that accumulated gradients equal those of one
+    large batch.
+
+    Optional methods: `evaluate(stage) -> dict[str, float]`, logged as `eval/<name>`; `flush()`, called before each
+    checkpoint to write cached results.
     """
 
     @property
     def module(self) -> nn.Module:
-        """What trains and whatever it needs to run."""
+        """The module that trains."""
 
     def dataset(self, stage: Stage) -> Dataset[Any]:
-        """Map-style; item i depends only on the recipe's seed, the stage and i. See `Items`."""
+        """Map-style dataset; item i depends only on the recipe's seed, the stage and i. See `Items`."""
 
     def collator(self, stage: Stage) -> Callable[[list[Any]], dict[str, Any]]:
-        """Turns items into a batch, using no random generator but ones seeded by the items."""
+        """Turns items into a batch; random draws are seeded by the items."""
 
     def begin_stage(self, stage: Stage) -> None:
-        """Choose what trains (`requires_grad`), from the stage alone."""
+        """Sets `requires_grad` from the stage."""
 
     def save(self, folder: Path) -> None:
-        """Write the finished artefact into an empty folder."""
+        """Writes the finished artefact into an empty folder."""
 
 
 class Run:
-    """What the stages of one run share: its folder, its log, its bar, and the wish to stop."""
+    """State that the stages of one run share: folder, log, progress bar and stop requests."""
 
     def __init__(self, recipe: Recipe, task: TrainingTask, out: Path, max_minutes: float | None) -> None:
         self.recipe, self.task, self.out = recipe, task, out
@@ -61,7 +62,7 @@ class Run:
 
     @property
     def final(self) -> Path:
-        """Where the finished artefact goes."""
+        """Folder of the finished artefact."""
         return self.out / self.recipe.output.folder
 
     def steps_before(self, index: int) -> int:
@@ -77,7 +78,7 @@ class Run:
         return None
 
     def prepare(self, resume: bool) -> tuple[Path | None, Progress]:
-        """Set up the folder; returns the checkpoint to go on from (None: begin) and where it stands."""
+        """Sets up the folder; returns the checkpoint to resume from, if any, and its progress."""
         self.store.root.mkdir(parents=True, exist_ok=True)
         latest = self.store.latest() if resume else None
         progress = Progress.read(latest) if latest else Progress()
@@ -93,7 +94,7 @@ class Run:
 
 
 def _check_same(saved: dict[str, Any], wanted: dict[str, Any], out: Path) -> None:
-    """Refuse to mix two recipes in one run, naming the first setting that differs."""
+    """Refuses to resume with another recipe; names the first setting that differs."""
     if difference := _difference(saved, wanted):
         raise ValueError(
             f"{out} holds checkpoints of another recipe: {difference}. Choose another output folder, or start over "

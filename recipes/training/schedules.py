@@ -1,4 +1,4 @@
-"""How fast a stage learns at each step, and in which precision it computes."""
+"""Learning-rate schedule and precision of a stage."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def learning_rate(step: int, stage: Stage) -> float:
 
 
 def uses_bfloat16(precision: str, device: torch.device) -> bool:
-    """Whether a stage computes under bfloat16 autocast: always, never, or where `device` multiplies in it."""
+    """Whether a stage uses bfloat16 autocast; `auto`: if `device` supports it natively."""
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":

@@ -1,7 +1,7 @@
-"""Recipes: what a YAML file may say, and how one is found, overridden and checked.
+"""Recipes: the schema of the YAML files, and how one is found, overridden and checked.
 
-A recipe is a name, what it trains (a reader or a compressor), its data and a list of stages. Every key is checked:
-a misspelt one is refused with the nearest key that exists, so that no setting is ever silently ignored.
+A recipe has a name, a kind (what it trains), its data and a list of stages. Every key is checked: an unknown one is refused
+with the nearest key that exists, so no setting is silently ignored.
 
 Example:
     >>> recipe = load_recipe("xrag", ["stages.0.steps=20", "data.dir=corpus", "stages.*.lr=1e-3"])
@@ -13,17 +13,17 @@ import difflib
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ...compressors import COMPRESSORS, SoftCompressor
+from ...compressors.objectives.registry import OBJECTIVES, needs_teacher
+from ..tasks.registry import KINDS
 from .yaml_values import load_yaml, parse_value
 
-if TYPE_CHECKING:
-    import torch
-
-Objective = Literal["ae", "lm", "kl", "match", "segments"]
 _RECIPES = __name__.rsplit(".", 2)[0]  # the package that holds the YAML files
 Positive = Annotated[int, Field(gt=0)]
 Model = TypeVar("Model", bound=BaseModel)
@@ -34,7 +34,7 @@ class _Strict(BaseModel):
 
 
 class Span(_Strict):
-    """A closed range to draw from: compression ratios log-uniformly, passage counts uniformly."""
+    """A closed range: compression ratios are drawn log-uniformly, passage counts uniformly."""
 
     min: float = Field(gt=0)
     max: float = Field(gt=0)
@@ -47,7 +47,7 @@ class Span(_Strict):
 
 
 class StopWhen(_Strict):
-    """End the stage early once a logged or evaluated metric passes a threshold `patience` times in a row."""
+    """Ends the stage once a logged or evaluated metric passes a threshold `patience` times in a row."""
 
     metric: str
     below: float | None = None
@@ -69,19 +69,18 @@ class Stage(_Strict):
     """A stretch of training with one mix of objectives and one optimiser.
 
     Attributes:
-        steps: optimiser steps. `batch_size` is per device and per accumulation step.
-        warmup: optimiser steps of linear warm-up, or a share of `steps` when below 1.
-        schedule: after the warm-up. `wsd` holds the rate, lets it fall linearly in the last `decay` share of steps.
-        min_lr: where the rate ends, as a share of `lr`.
-        precision: `auto` takes bfloat16 autocast where the device computes in it, float32 elsewhere.
-        trainable: what trains, in the task's own words (`projector`, `lora`, `all`, ...).
-        objectives: weights of autoencoding, language modelling, distillation and slot matching, and of `segments`, which is
-            AutoCompressor's own (compressor recipes).
-        temperature, teacher_top_k: of the distillation objective.
-        teacher_cache: folder where the teacher's `teacher_top_k` likeliest tokens are kept and found again.
-        ratios: compression ratios to draw from, one a batch; None leaves the compressor's own.
-        passages: how many passages stand in a prompt; a number, a list to draw from or a range.
-        mix: what the items of the stage are, in the task's own words, each with its weight or settings.
+        steps: optimiser steps. `batch_size` is per device and accumulation step.
+        warmup: optimiser steps of linear warm-up, or a share of `steps` if below 1.
+        schedule: after the warm-up. `wsd` holds the rate, then lowers it linearly in the last `decay` share of steps.
+        min_lr: final rate, as a share of `lr`.
+        precision: `auto` is bfloat16 autocast if the device supports it, else float32.
+        trainable: parts that train, named by the task (`projector`, `lora`, `all`, ...).
+        objectives: weights of registered objectives (`ae`, `lm`, `kl`, `match`, ...) or of the method's own.
+        temperature, teacher_top_k: settings of distillation.
+        teacher_cache: folder that stores the teacher's `teacher_top_k` most likely tokens for reuse.
+        ratios: compression ratios to draw from, one per batch; None: the compressor's own.
+        passages: number of passages in a prompt; a number, a list to draw from or a range.
+        mix: kinds of training items, named by the task, each with its weight or settings.
         log_every, save_every, eval_every: in optimiser steps; `eval_every` None never evaluates.
     """
 
@@ -100,7 +99,7 @@ class Stage(_Strict):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     gradient_checkpointing: bool = False
     trainable: str | list[str] = "all"
-    objectives: dict[Objective, Annotated[float, Field(ge=0)]] = {}
+    objectives: dict[str, Annotated[float, Field(ge=0)]] = {}
     temperature: float = Field(default=1.0, gt=0)
     teacher_top_k: Positive | None = None
     teacher_cache: str | None = None
@@ -114,10 +113,11 @@ class Stage(_Strict):
 
     @model_validator(mode="after")
     def _cache_of_few(self) -> Stage:
-        if self.teacher_cache is not None and (self.teacher_top_k is None or not self.objectives.get("kl")):
+        active = [name for name, weight in self.objectives.items() if weight]
+        if self.teacher_cache is not None and (self.teacher_top_k is None or not needs_teacher(active)):
             raise ValueError(
-                "teacher_cache keeps the teacher's likeliest tokens for the objective kl: give kl a weight, and teacher_top_k "
-                "(64, say)"
+                "teacher_cache keeps the teacher's most likely tokens: give an objective with a teacher (kl) a weight, and set "
+                "teacher_top_k (64, say)"
             )
         return self
 
@@ -128,7 +128,7 @@ class Stage(_Strict):
 
 
 class Checkpoints(_Strict):
-    """How many checkpoints of a run stay on disk (`keep`)."""
+    """Number of checkpoints of a run that stay on disk (`keep`)."""
 
     keep: Positive = 2
 
@@ -141,9 +141,7 @@ class Output(_Strict):
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """`dtype` as torch knows it."""
-        import torch  # which takes seconds, and reading a recipe needs none of it
-
+        """`dtype` as a torch dtype."""
         return None if self.dtype is None else getattr(torch, self.dtype)
 
 
@@ -151,15 +149,15 @@ class Recipe(_Strict):
     """Everything that one training run needs. See `Stage` for the stages.
 
     Attributes:
-        kind: `compressor` trains soft tokens through a reader, `tokens` a token classifier, `reader` a reader.
+        kind: what trains: `compressor`, `tokens` (a token classifier) or `reader`; see `tasks.registry`.
         reader: compressor and token recipes: folder, hub id or the name of a shipped reader.
         compressor: compressor and token recipes: `method` and the settings of that method's config.
-        model, tokenizer: reader recipes: settings of the reader's own task.
-        data: where the data lies (`dir`) and which files of it are read; checked by the task.
+        model, tokenizer: reader recipes: settings of the task.
+        data: folder (`dir`) and files; checked by the task.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
-    kind: Literal["reader", "compressor", "tokens"]
+    kind: str
     description: str = ""
     seed: int = Field(default=0, ge=0)
     data: dict[str, Any] = {}
@@ -176,20 +174,32 @@ class Recipe(_Strict):
         names = [stage.name for stage in self.stages]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two stages are called {twice[0]!r}; stage names must differ")
-        if self.kind in ("compressor", "tokens"):
-            if not self.compressor or "method" not in self.compressor:
-                raise ValueError("a compressor recipe needs compressor.method")
-            if not self.reader:
-                raise ValueError("a compressor recipe needs reader: a folder, a hub id or a shipped reader's name")
-            empty = [stage.name for stage in self.stages if not any(stage.objectives.values())]
-            if empty and self.kind == "compressor":
-                raise ValueError(f"stage {empty[0]!r} needs objectives with at least one weight above 0")
-        elif self.model is None:
-            raise ValueError("a reader recipe needs model")
+        if self.kind not in KINDS:
+            raise ValueError(f"there is no kind {self.kind!r} of recipes{_nearest(self.kind, KINDS, 'kinds')}")
+        kind = KINDS[self.kind]
+        missing = [key for key in kind.sections if getattr(self, key) is None]
+        if "compressor" in kind.sections and "method" not in (self.compressor or {}):
+            raise ValueError(f"a recipe of kind {self.kind!r} needs compressor.method")
+        if missing:
+            raise ValueError(f"a recipe of kind {self.kind!r} needs {missing[0]}")
+        if kind.objectives:
+            self._check_objectives()
         return self
 
+    def _check_objectives(self) -> None:
+        cls = COMPRESSORS.get((self.compressor or {})["method"])
+        own = cls.own_objectives() if cls is not None and issubclass(cls, SoftCompressor) else {}
+        known = [*OBJECTIVES, *own]
+        for stage in self.stages:
+            if unknown := [name for name in stage.objectives if name not in known]:
+                raise ValueError(
+                    f"stage {stage.name!r} names the objective {unknown[0]!r}{_nearest(unknown[0], known, 'objectives')}"
+                )
+            if not any(stage.objectives.values()):
+                raise ValueError(f"stage {stage.name!r} needs objectives with at least one weight above 0")
+
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must share with the run it resumes: all but places, logging and saving intervals."""
+        """Settings that a resumed run must share: all but paths, logging and saving intervals."""
         whole = self.model_dump(mode="json", exclude={"output", "checkpoints", "description"})
         whole["data"].pop("dir", None)
         for stage in whole["stages"]:
@@ -205,16 +215,16 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, apply overrides, check it.
+    """Reads a recipe, applies overrides and checks it.
 
     Args:
-        name_or_path: the name of a shipped recipe or the path of a YAML file.
-        overrides: `key=value` with dots into the recipe and YAML values: `stages.0.steps=200` (also `stage.`, or the
-            stage's name in place of its number, or `*` for every stage), `data.dir=corpus`, `seed=3`.
+        name_or_path: name of a shipped recipe or path of a YAML file.
+        overrides: `key=value`, with dots for nesting and YAML values: `stages.0.steps=200` (also `stage.`, or the stage's
+            name instead of its number, or `*` for every stage), `data.dir=corpus`, `seed=3`.
 
     Raises:
         FileNotFoundError: if there is no such recipe.
-        ValueError: if a key is unknown (the nearest known one is named) or a value is not of its kind.
+        ValueError: if a key is unknown (names the nearest known one) or a value has the wrong type.
     """
     where = str(name_or_path)
     path = Path(name_or_path)
@@ -231,16 +241,16 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 
 def parse_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
-    """Check a recipe given as plain data; ValueError with one clause for each thing that is wrong."""
+    """Checks a recipe given as plain data; ValueError with one clause per problem."""
     return validate(Recipe, raw, where)
 
 
 def validate(model: type[Model], raw: dict[str, Any], where: str, section: str = "") -> Model:
-    """`raw` as a `model`; ValueError with one clause for each thing that is wrong, unknown keys with the nearest known.
+    """Validates `raw` as a `model`; ValueError with one clause per problem, unknown keys with the nearest known one.
 
     Args:
-        where: the recipe, as the message names it.
-        section: the key of the recipe below which `raw` stands.
+        where: name of the recipe in messages.
+        section: key of the recipe that holds `raw`.
     """
     try:
         return model.model_validate(raw)
@@ -250,12 +260,12 @@ def validate(model: type[Model], raw: dict[str, Any], where: str, section: str =
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML, defaults written out."""
+    """The recipe as YAML, with defaults."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
-    """Set one `key=value` in `raw`; a key that no recipe has is refused."""
+    """Sets one `key=value` in `raw`; refuses unknown keys."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -299,14 +309,14 @@ def _put(target: dict[str, Any], parts: list[str], value: Any, override: str) ->
     target[parts[-1]] = value
 
 
-def _nearest(key: str, known: Iterable[str]) -> str:
+def _nearest(key: str, known: Iterable[str], what: str = "keys") -> str:
     known = list(known)
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known keys are {', '.join(known)}"
+    return f"; did you mean {close[0]!r}?" if close else f"; known {what} are {', '.join(known)}"
 
 
 def _explain(detail: Any, model: type[BaseModel], section: str) -> str:
-    """One of pydantic's findings as a clause that says where, what was got and what was wanted."""
+    """Turns one pydantic error into a clause."""
     location = [part for part in detail["loc"] if isinstance(part, int) or part.isidentifier()]
     where = ".".join(map(str, [*([section] if section else []), *location])) or "recipe"
     if detail["type"] == "extra_forbidden":

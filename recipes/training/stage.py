@@ -1,8 +1,8 @@
-"""One stage of a recipe, run by `transformers.Trainer`.
+"""Runs one stage of a recipe with `transformers.Trainer`.
 
-The Trainer keeps its loop, its optimiser, its distribution over devices and its resuming. Replaced are: the schedule
-(one definition for all versions of transformers), the order of the data (item 0, 1, 2, ...: a task's item depends on
-its index alone), what is logged and when, and how a checkpoint reaches the disk.
+The Trainer keeps its loop, optimiser, distribution over devices and resuming. `StageTrainer` replaces the learning-rate
+schedule, the order of the data (item 0, 1, 2, ...), logging, and how checkpoints are written. For bit-exact resuming this
+overrides private methods of Trainer; `PRIVATE` lists them, and a missing one is reported before training starts.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import time
 from collections.abc import Mapping, Sized
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
+import transformers
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,16 +27,34 @@ from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from .checkpoints import Progress, checkpoint_name
+from .run import Run
 from .schedules import learning_rate, uses_bfloat16
 
-if TYPE_CHECKING:
-    from .run import Run
-
 WEIGHTS = "model.safetensors"
+# Private methods of Trainer that StageTrainer overrides, and the last, which it calls.
+PRIVATE = (
+    "_get_train_sampler",
+    "_get_num_items_in_batch",
+    "_maybe_log_save_evaluate",
+    "_get_output_dir",
+    "_save_checkpoint",
+    "_save",
+    "_load_from_checkpoint",
+    "_get_learning_rate",
+)
+
+
+def check_trainer(trainer: type = Trainer) -> None:
+    """Raises ``ImportError`` if the installed transformers lacks a method that `StageTrainer` relies on."""
+    if missing := [name for name in PRIVATE if not hasattr(trainer, name)]:
+        raise ImportError(
+            f"transformers {transformers.__version__} has no Trainer.{missing[0]}, which nutgraf overrides to resume training "
+            "exactly; install a version of transformers that nutgraf supports (see pyproject.toml)."
+        )
 
 
 def load_trained(module: nn.Module, folder: Path, device: str = "cpu") -> list[str]:
-    """Copy a checkpoint's parameters into `module`; ValueError if it lacks one of them. Returns their names."""
+    """Copies a checkpoint's parameters into `module`; returns their names. ValueError if one does not fit."""
     saved = load_file(folder / WEIGHTS, device=device)
     parameters = dict(module.named_parameters())
     if foreign := sorted(set(saved) - set(parameters)):
@@ -55,6 +74,7 @@ class StageTrainer(Trainer):
     """`transformers.Trainer` for stage `index` of a run."""
 
     def __init__(self, run: Run, index: int, progress: Progress) -> None:
+        check_trainer()
         self.run, self.index, self.stage = run, index, run.recipe.stages[index]
         self.progress = progress
         self.window: dict[str, list[Any]] = dict(progress.window)
@@ -80,7 +100,7 @@ class StageTrainer(Trainer):
             dataloader_pin_memory=torch.cuda.is_available(),
         )
         if arguments.n_gpu > 1:
-            arguments._n_gpu = 1  # one process drives one device; several are torchrun's or accelerate's to start
+            arguments._n_gpu = 1  # one process per device; use torchrun or accelerate for several
         super().__init__(
             model=task.module,
             args=arguments,
@@ -102,7 +122,7 @@ class StageTrainer(Trainer):
         return SequentialSampler(cast(Sized, self.train_dataset if train_dataset is None else train_dataset))
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        """The stage's schedule, in place of the Trainer's own names for schedules."""
+        """The stage's own schedule instead of a named one of the Trainer."""
         if self.lr_scheduler is None:
             self.lr_scheduler = LambdaLR(
                 cast(torch.optim.Optimizer, optimizer or self.optimizer), partial(learning_rate, stage=self.stage)
@@ -111,17 +131,17 @@ class StageTrainer(Trainer):
         return self.lr_scheduler
 
     def autocast_context(self) -> contextlib.AbstractContextManager[Any]:
-        """Autocast to bfloat16 if the stage computes in it."""
+        """bfloat16 autocast if the stage uses it."""
         if not self.autocast:
             return contextlib.nullcontext()
         return torch.autocast(self.args.device.type, dtype=torch.bfloat16)
 
     def compute_loss_context_manager(self) -> Any:
-        """Autocast is entered here and not through accelerate, which would wrap the module's forward for good."""
+        """Enters autocast here; accelerate would wrap the module's forward permanently."""
         return self.autocast_context()
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
-        """Totals over accumulation steps and processes of the collator's `num_items`: a number, or one by objective."""
+        """Sums the collator's `num_items` over accumulation steps and processes: a number, or one per objective."""
         if not self.model_accepts_loss_kwargs or not batch_samples or "num_items" not in batch_samples[0]:
             return None
         counts = [batch.pop("num_items") for batch in batch_samples]
@@ -134,7 +154,7 @@ class StageTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The module's `loss`; its other outputs go into the log."""
+        """The module's `loss`; logs its other outputs."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         share = 1.0 if scaled else 1.0 / self.current_gradient_accumulation_steps
@@ -145,7 +165,7 @@ class StageTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The Trainer's own summaries are not wanted: see `_write_log`."""
+        """Drops the Trainer's own summaries; see `_write_log`."""
 
     # ---- after each optimiser step
 
@@ -157,7 +177,7 @@ class StageTrainer(Trainer):
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def _after_step(self) -> None:
-        """Log, evaluate, decide whether to save and whether to stop, in this order."""
+        """Logs, evaluates, then decides whether to save and to stop."""
         stage, step = self.stage, self.state.global_step
         self.run.bar.move(self.run.steps_before(self.index) + step)
         last = step >= stage.steps
@@ -192,7 +212,7 @@ class StageTrainer(Trainer):
         return self.progress.hits >= rule.patience
 
     def _write_log(self, step: int) -> dict[str, float]:
-        """Average the window, write its line, start the next one. Returns the averages."""
+        """Writes the averages since the last log line, and returns them."""
         now = time.monotonic()
         sums = {key: (sum(map(float, values)), len(values)) for key, values in self.window.items()}
         parts = gather_object([sums]) if self.accelerator.num_processes > 1 else [sums]
@@ -210,7 +230,7 @@ class StageTrainer(Trainer):
         if not math.isfinite(metrics["loss"]):
             raise FloatingPointError(
                 f"The loss of stage {self.stage.name!r} is {metrics['loss']} at step {step}. The last checkpoint is "
-                f"{self.run.store.latest() or 'none'}; lower the learning rate or the gradient clip and train again."
+                f"{self.run.store.latest() or 'none'}; lower the learning rate or max_grad_norm and train again."
             )
         self.progress.tokens += tokens
         row: dict[str, Any] = {"stage": self.stage.name, "stage_index": self.index, "step": step, **metrics}
@@ -227,7 +247,7 @@ class StageTrainer(Trainer):
         return metrics
 
     def _evaluate_task(self, step: int) -> dict[str, float]:
-        """Run the task's own evaluation without disturbing the random generators of training."""
+        """Runs the task's evaluation without changing the random state of training."""
         evaluate = getattr(self.run.task, "evaluate", None)
         if evaluate is None:
             raise ValueError(f"Stage {self.stage.name!r} sets eval_every, but its task evaluates nothing; remove it.")
@@ -272,7 +292,7 @@ class StageTrainer(Trainer):
         self._window_start += time.monotonic() - begin
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write the parameters that this or an earlier stage has trained; the frozen ones are not the run's."""
+        """Writes the parameters that this or an earlier stage has trained."""
         folder = Path(output_dir or self.run.store.root)
         folder.mkdir(parents=True, exist_ok=True)
         parameters = dict(cast(nn.Module, self.model).named_parameters())

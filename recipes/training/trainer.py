@@ -1,9 +1,8 @@
-"""The one trainer: runs the stages of a recipe over a task, and picks up exactly where a run was cut off.
+"""Runs the stages of a recipe over a task, and resumes exactly where a run stopped.
 
-A task says what is trained and on what (`TrainingTask`); a recipe says how long, how fast and with which objectives.
-A run lives in one folder: `recipe.yaml`, `log.jsonl` (one line a log step), `checkpoints/` and, when it is done, the
-artefact. On CPU a run that was killed at any moment and resumed gives the same log and the same weights, bit for bit,
-as one that never stopped.
+A task defines what is trained on which data (`TrainingTask`); a recipe defines steps, rates and objectives. A run has one
+folder: `recipe.yaml`, `log.jsonl`, `checkpoints/` and finally the artefact. On CPU, a run that was killed and resumed gives
+the same log and weights, bit for bit, as an uninterrupted one.
 
 Example:
     >>> recipe = load_recipe("xrag", ["data.dir=corpus"])
@@ -41,18 +40,18 @@ class Items(Dataset[Any]):
 def run_recipe(
     recipe: Recipe, task: TrainingTask, out: Path, *, resume: bool = True, max_minutes: float | None = None
 ) -> Path:
-    """Train the stages of `recipe` over `task` in the folder `out`.
+    """Trains the stages of `recipe` over `task` in the folder `out`.
 
     Args:
-        resume: go on from the newest checkpoint in `out`; False discards the checkpoints and the log found there.
-        max_minutes: stop cleanly, with a checkpoint, after this many minutes.
+        resume: continue from the newest checkpoint in `out`; False discards its checkpoints and log.
+        max_minutes: stop with a checkpoint after this many minutes.
 
     Returns:
-        The folder of the finished artefact; or, when a signal or `max_minutes` stopped the run, of its last checkpoint.
+        Folder of the finished artefact, or of the last checkpoint if a signal or `max_minutes` stopped the run.
 
     Raises:
         ValueError: if `out` holds the checkpoints of a different recipe.
-        FloatingPointError: if the loss stops being a number.
+        FloatingPointError: if the loss becomes NaN or infinite.
     """
     run = Run(recipe, task, Path(out), max_minutes)
     latest, progress = run.prepare(resume)

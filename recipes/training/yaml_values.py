@@ -1,4 +1,4 @@
-"""YAML the way recipes want it: `1e-3` is a number, and a key given twice is an error."""
+"""YAML for recipes: `1e-3` is a number, and a repeated key is an error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _Loader.add_implicit_resolver(
 
 
 def load_yaml(text: str, where: str) -> dict[str, Any]:
-    """Parse a YAML document that must be a mapping; ValueError names `where` it came from."""
+    """Parses a YAML mapping; `where` names it in errors."""
     try:
         raw = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -41,7 +41,7 @@ def load_yaml(text: str, where: str) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """One value of a command-line override: `200`, `1e-3`, `true`, `[4, 8]`, `{ae: 0.5}`, or plain text."""
+    """Parses the value of a command-line override: `200`, `1e-3`, `true`, `[4, 8]`, `{ae: 0.5}`, or plain text."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:

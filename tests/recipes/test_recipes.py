@@ -73,6 +73,7 @@ def test_overrides(file):
         ("stages.0.ratios={min: 8, max: 2}", "min <= max"),
         ("stages.1.name=one", "two stages are called 'one'"),
         ("kind=compressor", "compressor.method"),
+        ("kind=readr", "did you mean 'reader'"),
         ("output.folder=../other", "output.folder"),
         ("name.first=x", "which holds 'toy' and no keys"),
     ],
@@ -143,7 +144,7 @@ def test_mixes_are_checked():
         maker(mix={"humans": 1.0})
     with pytest.raises(ValueError, match="needs mix"):
         maker(mix={})
-    with pytest.raises(ValueError, match="kl no weight"):
+    with pytest.raises(ValueError, match="sets teacher_top_k but no objective with a teacher"):
         maker(teacher_top_k=5)
     with pytest.raises(ValueError, match="no usable question records"):
         maker().make("0")
@@ -151,6 +152,13 @@ def test_mixes_are_checked():
         maker(mix={"made": 1.0}).make("0")
     with pytest.raises(ValueError, match="at least one weight above 0"):
         maker(objectives={"lm": 0.0})
+    with pytest.raises(ValueError, match="the objective 'match' and the kind 'match' in mix need each other"):
+        maker(objectives={"lm": 1.0, "match": 1.0})
+    with pytest.raises(ValueError, match="'document' target and the kind 'documents' in mix need each other"):
+        maker(mix={"human": 1.0, "documents": 1.0})
+    for wrong, hint in (("matsch", "did you mean 'match'"), ("segments", "known objectives are ")):
+        with pytest.raises(ValueError, match=hint):  # segments belongs to another method
+            maker(objectives={wrong: 1.0})
     assert maker(passages=Span(min=2, max=3).model_dump()).stage.passages == Span(min=2, max=3)
 
 

@@ -14,6 +14,7 @@ from nutgraf.recipes.data.templates import question_prompt
 from nutgraf.recipes.tasks.compressor import CompressorTask
 from nutgraf.recipes.tasks.items import CompressorData, CompressorItems, ItemMaker, draw_ratio
 from nutgraf.recipes.training.schema import Span, parse_recipe
+from nutgraf.recipes.training.stage import PRIVATE, StageTrainer, check_trainer
 from nutgraf.recipes.training.trainer import Items, run_recipe
 from torch import nn
 
@@ -234,6 +235,13 @@ def test_what_cannot_be_trained_is_said(tmp_path):
         run_recipe(toy_recipe(eval_every=1), _Toy(), tmp_path / "c")
     with pytest.raises(ValueError, match="gradient_checkpointing"):
         run_recipe(toy_recipe(gradient_checkpointing=True), _Toy(), tmp_path / "d")
+
+
+def test_private_methods_of_the_trainer_exist():
+    check_trainer()
+    assert all(name in vars(StageTrainer) for name in PRIVATE[:-1])
+    with pytest.raises(ImportError, match=r"has no Trainer\._get_train_sampler"):
+        check_trainer(object)
 
 
 def test_time_limit_stops_with_a_checkpoint(tmp_path):

@@ -56,5 +56,5 @@ def test_bad_input(zoo):
     with pytest.raises(ValueError, match="counts must be"):
         SlotMatchingLoss(reader, torch.ones(3), 10)
     text = CompressedPassage("text", 3, "x", None, text="a", spans=((0, 1),), n_tokens=1)
-    with pytest.raises(ValueError, match="not as 'text'"):
+    with pytest.raises(ValueError, match="got 'text'"):
         loss_of(reader)([text], [[1, 2, 3]])

@@ -8,13 +8,14 @@ import random
 
 import pytest
 import torch
-from llama_index.core.prompts.default_prompts import DEFAULT_TEXT_QA_PROMPT_TMPL
+from llama_index.core.prompts.default_prompts import DEFAULT_REFINE_PROMPT_TMPL, DEFAULT_TEXT_QA_PROMPT_TMPL
 from nutgraf import Reader
 from nutgraf.recipes.data.answer_scores import exact_match, f1
 from nutgraf.recipes.data.corpus import parse_record, read_documents, read_records
 from nutgraf.recipes.data.overlap import HeldOut
-from nutgraf.recipes.data.prompts import FORMATS
 from nutgraf.recipes.data.questions import find_spans, make_questions, rename
+from nutgraf.recipes.data.templates import LLAMA_INDEX_QA, LLAMA_INDEX_REFINE
+from nutgraf.recipes.reader.groups import FORMATS
 from nutgraf.recipes.reader.init import start_copying
 from nutgraf.recipes.reader.model import PackedReader, block_mask
 from nutgraf.recipes.reader.pooled_contexts import draw_window, token_weights
@@ -223,6 +224,7 @@ def test_places_of_an_answer():
 
 
 def test_llama_index_format_is_the_default_template():
+    assert (LLAMA_INDEX_QA, LLAMA_INDEX_REFINE) == (DEFAULT_TEXT_QA_PROMPT_TMPL, DEFAULT_REFINE_PROMPT_TMPL)
     shape = FORMATS["llama_index"]
     want = DEFAULT_TEXT_QA_PROMPT_TMPL.format(context_str="C", query_str="Q?")
     assert shape.head + "C" + shape.tail.format(question="Q?") == want

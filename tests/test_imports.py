@@ -1,0 +1,200 @@
+"""Imports run one way, imports for types included. The tables below are the rules; the tests apply them to every module."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# Inside compressors/: a part imports itself and the parts in the rows above it.
+LAYERS = [
+    ["core"],
+    ["reader"],
+    ["base"],
+    ["encoders", "registry", "fidelity"],
+    ["slots"],
+    ["objectives"],
+    ["soft", "kv", "text"],
+    ["importers"],
+    ["loading"],
+    ["__init__"],
+]
+# Between the top-level folders: what each may import besides itself. Absent folders (cli.py) may import everything.
+MAY_IMPORT = {
+    "console": {"compressors"},
+    "compressors": set(),
+    "shipped": {"compressors"},
+    "recipes": {"compressors", "shipped"},
+    "adapters": {"compressors", "shipped", "console"},
+    "benchmarks": {"compressors", "shipped", "console", "recipes", "adapters"},
+    "__init__": {"compressors", "shipped"},
+    "examples": {"__init__", "compressors", "shipped", "adapters"},
+}
+# Adapters of different frameworks, and the package each wraps.
+FRAMEWORKS = {"llama_index": "llama_index", "langchain": "langchain_core", "haystack": "haystack"}
+# Text methods may extend one another: LongLLMLingua is LLMLingua with a question.
+FAMILIES = {"text"}
+
+# Known violations, each to be removed with the change that mends it.
+KNOWN = {
+    ("adapters.llama_index.policy", "adapters.llama_index.score_budget"),
+    ("compressors.base", "compressors.encoders.lora_twin"),
+    ("compressors.base", "compressors.encoders.tuned_reader"),
+    ("compressors.core.passage", "compressors.slots.nested"),
+    ("compressors.slots.pisco_plan", "compressors.soft.pisco"),
+    ("compressors.slots.segment_plan", "compressors.soft.autocompressor_config"),
+    ("compressors.soft.segment_training", "compressors.soft.autocompressor"),
+    ("compressors.soft.salient_pool", "compressors.loading"),
+    ("compressors.soft.salient_pool", "compressors.text.llmlingua2"),
+}
+
+
+def modules() -> list[str]:
+    """Dotted names below the package, `__init__` files by their own name."""
+    folders = ("adapters", "benchmarks", "compressors", "recipes", "examples")
+    files = [*ROOT.glob("*.py"), *(file for folder in folders for file in (ROOT / folder).rglob("*.py"))]
+    return sorted(".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files)
+
+
+def exists(name: str) -> str | None:
+    """The module that `name` refers to: a file, or a package's `__init__`."""
+    path = ROOT.joinpath(*name.split(".")) if name else ROOT
+    if name and path.with_suffix(".py").is_file():
+        return name
+    return f"{name}.__init__".lstrip(".") if (path / "__init__.py").is_file() else None
+
+
+@cache
+def imports(module: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The package's modules and the other top-level packages that a module imports, anywhere in its code."""
+    own: set[str] = set()
+    foreign: set[str] = set()
+    for node in ast.walk(ast.parse(ROOT.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            foreign |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            name, inside = node.module or "", node.level > 0
+            if name.partition(".")[0] == "nutgraf":
+                name, inside = name.partition(".")[2], True
+            elif inside:
+                name = ".".join([*module.split(".")[: -node.level], *filter(None, [name])])
+            if not inside:
+                foreign.add(name.partition(".")[0])
+                continue
+            for alias in node.names:
+                target = exists(f"{name}.{alias.name}".lstrip(".")) or exists(name)
+                assert target, f"{module} imports {name}.{alias.name}, which does not exist"
+                own.add(target)
+    return tuple(sorted(own - {module})), tuple(sorted(foreign - {""}))
+
+
+def pairs(folder: str = "") -> Iterator[tuple[str, str]]:
+    """Every (importer, imported) pair of modules, the importer below `folder`."""
+    for module in modules():
+        if module.startswith(folder):
+            yield from ((module, target) for target in imports(module)[0])
+
+
+def part(module: str, level: int) -> str:
+    return module.split(".")[level]
+
+
+def check(found: list[tuple[str, str]]) -> None:
+    wrong = [f"{module} imports {target}" for module, target in found if (module, target) not in KNOWN]
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+def test_compressors_import_downwards_only() -> None:
+    floor = {name: level for level, names in enumerate(LAYERS) for name in names}
+    wrong = []
+    for module, target in pairs("compressors."):
+        if part(target, 0) == "compressors":
+            here, there = part(module, 1), part(target, 1)
+            if here != there and floor[there] >= floor[here]:
+                wrong.append((module, target))
+    check(wrong)
+
+
+def test_top_level_folders_import_what_they_may() -> None:
+    wrong = []
+    for module, target in pairs():
+        here, there = part(module, 0), part(target, 0)
+        if there == "cli" or (here in MAY_IMPORT and here != there and there not in MAY_IMPORT[here]):
+            wrong.append((module, target))
+    check(wrong)
+
+
+def is_method(module: str) -> bool:
+    tree = ast.parse(ROOT.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8"))
+    decorators = [d for node in tree.body if isinstance(node, ast.ClassDef) for d in node.decorator_list]
+    return any(isinstance(d, ast.Name) and d.id == "register_compressor" for d in decorators)
+
+
+def test_a_method_imports_no_other_method() -> None:
+    found = {module for module in modules() if module.split(".")[:1] == ["compressors"] and is_method(module)}
+    methods = {module for module in found if part(module, 1) in {"soft", "kv", "text"}}
+    assert len(methods) > 10
+    check(
+        [
+            (module, target)
+            for module, target in pairs("compressors.")
+            if module in methods
+            and target in methods
+            and not (part(module, 1) == part(target, 1) and part(target, 1) in FAMILIES)
+        ]
+    )
+
+
+def test_adapters_of_frameworks_do_not_import_each_other() -> None:
+    wrong = []
+    for module in modules():
+        if part(module, 0) != "adapters" or module == "adapters.__init__":
+            continue
+        here = part(module, 1)
+        others = {name: package for name, package in FRAMEWORKS.items() if name != here}
+        own, foreign = imports(module)
+        if here in FRAMEWORKS or here == "store":
+            wrong += [(module, t) for t in own if t.startswith("adapters.") and part(t, 1) in others]
+            wrong += [(module, package) for package in foreign if package in others.values()]
+    check(wrong)
+
+
+def test_suites_do_not_import_commands() -> None:
+    found = pairs("benchmarks.")
+    check([(m, t) for m, t in found if t.startswith("benchmarks.cli") and not m.startswith("benchmarks.cli")])
+
+
+def test_no_circles() -> None:
+    """Depth-first search; a module that is still open when it is met again closes a circle."""
+    state: dict[str, int] = {}
+    circles: list[str] = []
+
+    def visit(module: str, path: list[str]) -> None:
+        state[module] = 1
+        for target in imports(module)[0]:
+            if (module, target) in KNOWN:
+                continue
+            if state.get(target) == 1:
+                circles.append(" -> ".join([*path[path.index(target) :], target]))
+            elif target not in state:
+                visit(target, [*path, target])
+        state[module] = 2
+
+    for module in modules():
+        if module not in state:
+            visit(module, [module])
+    assert not circles, "\n" + "\n".join(circles)
+
+
+def test_training_needs_no_framework() -> None:
+    names = [f"nutgraf.{name.removesuffix('.__init__')}" for name in modules() if name.startswith("recipes.")]
+    code = (
+        f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\n"
+        f"assert not set(sys.modules) & set({list(FRAMEWORKS.values())!r})"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
