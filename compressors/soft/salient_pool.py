@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..base import Query, SoftCompressor
 from ..core.config import CompressorConfig, check_counts, check_ratio
 from ..core.passage import CompressedPassage, Interface
-from ..encoders.token_classifier import TokenClassifier, TokenClassifierSettings, spread_over_words
+from ..encoders.token_classifier import LoRATagger, TokenClassifier, TokenClassifierSettings, spread_over_words
 from ..reader.reader import Reader
 from ..registry import register_compressor
 from ..slots.pooling import averaged
@@ -165,8 +165,7 @@ class SalientPoolCompressor(SoftCompressor):
         self, texts: list[str], queries: list[str | None], offsets: list[list[tuple[int, int]]]
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """For each passage, at the reader's tokens: states ``[tokens, size]``, log-odds and probabilities of words."""
-        tagger, dtype = self.words.tagger, self.linear.weight.dtype
-        assert tagger is not None
+        tagger, dtype = cast(LoRATagger, self.words.tagger), self.linear.weight.dtype
         out = []
         read = self.words.read(texts, queries, lambda rows: self.words.run_rows(rows, tagger.states))
         for text, wanted, (pieces, parts) in zip(texts, offsets, read):
