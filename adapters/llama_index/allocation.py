@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ...compressors.text.shares import share_out
+from ...compressors.text.budget import share_out
 
 _UP = 1 + 1e-9  # so that ceil(tokens / ratio) is the slots asked for in spite of floating point
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ...compressors import CompressedPassage, Reader
-from ...compressors.core.batching import batches, padding_share
+from ...compressors.core.batching import pack, pass_positions
 from ...compressors.encoders.token_classifier import load_classifier
 from ...compressors.text.llmlingua import LLMLinguaCompressor, LLMLinguaConfig
 from ...compressors.text.llmlingua2 import LLMLingua2Compressor, LLMLingua2Config
@@ -144,18 +144,18 @@ class Side:
         """The module whose positions are counted."""
         compressor = self.compressor(case)
         if isinstance(compressor, LLMLingua2Compressor):
-            return compressor.classifier[0]
+            return compressor.words.frozen
         return self.reader(case).model.get_decoder()
 
     def bare(self, case: Case, texts: Sequence[str]) -> Callable[[], None]:
         """One forward of the model over the texts' tokens: in windows as long as ours, in batches, logits and no losses."""
         compressor = self.compressor(case)
         if isinstance(compressor, LLMLingua2Compressor):
-            room = compressor.limit - compressor.pieces.added
-            before, after = compressor.pieces.before, compressor.pieces.after
-            ids = [compressor.pieces(text).ids for text in texts]
+            tagger = compressor.words
+            before, after = tagger.pieces.before, tagger.pieces.after
+            room = tagger.limit - len(before) - len(after)
+            ids = [tagger.pieces(text).ids for text in texts]
             rows = [[*before, *part, *after] for row in ids for part in _windows(row, room)]
-            tagger = compressor
 
             def classify(part: torch.Tensor, mask: torch.Tensor) -> None:
                 tagger.logits(part, mask)
@@ -181,7 +181,7 @@ def _windows(ids: list[int], size: int) -> list[list[int]]:
 def _forward(rows: list[list[int]], run: Callable[[torch.Tensor, torch.Tensor], None]) -> Callable[[], None]:
     """A function that reads rows in batches of like length; ids and masks are made beforehand."""
     made = []
-    for batch in batches([len(row) for row in rows], _BATCH_POSITIONS, padding_share(torch.device("cpu"))):
+    for batch in pack([len(row) for row in rows], _BATCH_POSITIONS, pass_positions(torch.device("cpu"), False)):
         longest = max(len(rows[i]) for i in batch)
         ids = torch.tensor([rows[i] + [0] * (longest - len(rows[i])) for i in batch])
         mask = torch.tensor([[1] * len(rows[i]) + [0] * (longest - len(rows[i])) for i in batch])

@@ -80,16 +80,14 @@ def soft_batches(
     """
     lengths = [len(sequence.ids) for sequence in sequences]
     for which in pack(lengths, budget, pass_positions(device)):
-        longest = lengths[which[0]]
-        ids = torch.zeros(len(which), longest, dtype=torch.long)
-        positions = torch.arange(longest).repeat(len(which), 1)
+        ids = pad_rows([sequences[i].ids for i in which])[0]
+        positions = torch.arange(ids.shape[1]).repeat(len(which), 1)
         rows: list[int] = []
         columns: list[int] = []
         for row, i in enumerate(which):
-            sequence, n = sequences[i], lengths[i]
-            ids[row, :n] = torch.tensor(sequence.ids, dtype=torch.long)
+            sequence = sequences[i]
             if sequence.positions is not None:
-                positions[row, :n] = sequence.positions
+                positions[row, : lengths[i]] = sequence.positions
             rows += [row] * len(sequence.places)
             columns += sequence.places
         tokens = embed(ids.to(device))
@@ -165,33 +163,8 @@ def pack(lengths: Sequence[int], budget: int, overhead: int = 0) -> Iterator[lis
         yield order[first:last]
 
 
-def padding_share(device: torch.device) -> float:
-    """The share of a batch that may be padding: little on a CPU, where padding costs time."""
-    return 0.03 if device.type == "cpu" else 0.5
-
-
-def batches(lengths: Sequence[int], positions: int, padding: float) -> Iterator[list[int]]:
-    """Batches of like length, the longest first, within the positions and the share of padding that are allowed."""
-    batch: list[int] = []
-    used = 0
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        area = (len(batch) + 1) * lengths[batch[0]] if batch else 0
-        if batch and (area > positions or area - used - lengths[i] > padding * area):
-            yield batch
-            batch, used = [], 0
-        batch.append(i)
-        used += lengths[i]
-    if batch:
-        yield batch
-
-
-def positions_per_pass(device: torch.device) -> int:
-    """Positions of a classifier's pass: on a CPU as many as its caches hold the states of."""
-    return 4096 if device.type == "cpu" else 16384
-
-
-def pad_rows(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Rows as ids and mask ``[rows, longest]``, padded on the right."""
+def pad_rows(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Tensor]:
+    """Token ids and mask ``[rows, longest]``, padded on the right."""
     longest = max(map(len, rows), default=0)
     ids = torch.full((len(rows), longest), pad, dtype=torch.long)
     mask = torch.zeros(len(rows), longest, dtype=torch.long)

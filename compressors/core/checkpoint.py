@@ -1,11 +1,11 @@
-"""A compressor's folder: ``config.json``, and the trained tensors in ``model.safetensors``."""
+"""Reads and writes a compressor's folder: ``config.json`` and the trained tensors in ``model.safetensors``."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,27 +16,25 @@ from torch import Tensor
 from .errors import CheckpointError
 from .files import write_atomically
 
-if TYPE_CHECKING:
-    pass
-
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+READER_FOLDER = "reader"  # in the folder of an imported compressor: its reader
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The contents of a compressor folder's ``config.json``. Raises ``CheckpointError`` if it is none."""
+    """Reads a compressor folder's ``config.json``. Raises ``CheckpointError`` if it is missing or invalid."""
     path = Path(folder) / CONFIG_NAME
     try:
         about = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(about, dict) or not {"method", "config"} <= about.keys():
-        raise CheckpointError(f"{path} describes no compressor: it needs the keys 'method' and 'config'.")
+        raise CheckpointError(f"{path} is not a compressor's: it needs the keys 'method' and 'config'.")
     return about
 
 
 def write_checkpoint(folder: str | Path, about: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Writes the weights, if there are any, and then ``config.json``, each atomically."""
+    """Writes the weights, if any, and then ``config.json``, each atomically."""
     folder = Path(folder)
     if state:
         held = {name: t.detach().cpu().contiguous() for name, t in state.items()}
@@ -49,11 +47,11 @@ def load_weights(folder: str | Path, wanted: Mapping[str, Tensor], owner: str) -
 
     Args:
         folder: the compressor's folder.
-        wanted: the tensors that are to be filled, by name; for none of them nothing is read.
-        owner: whose they are, for the error message.
+        wanted: the tensors to fill, by name; if empty, nothing is read.
+        owner: name of their module, for the error message.
 
     Raises:
-        CheckpointError: with the names, if weights are missing, left over or misshapen, or the file is damaged.
+        CheckpointError: with the names, if weights are missing, unknown or misshapen, or the file is damaged.
     """
     path = Path(folder) / WEIGHTS_NAME
     if not wanted:
@@ -78,14 +76,11 @@ def load_weights(folder: str | Path, wanted: Mapping[str, Tensor], owner: str) -
             tensor.copy_(found[name])
 
 
-READER_FOLDER = "reader"  # beside an imported compressor: the reader that came with it
-
-
 def download(hub_id: str, pickles: bool = False) -> Path:
-    """A hub repository's files in a local folder: configs, tokenizers and safetensors, or what torch pickled too.
+    """Downloads configs, tokenizers and safetensors of a hub repository, optionally also torch pickles.
 
     Raises:
-        CheckpointError: if it cannot be reached.
+        CheckpointError: if the repository cannot be reached.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -95,5 +90,5 @@ def download(hub_id: str, pickles: bool = False) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"{hub_id!r} is neither a local folder nor a hub repository that can be reached: {error}"
+            f"{hub_id!r} is neither a local folder nor a reachable hub repository: {error}"
         ) from error

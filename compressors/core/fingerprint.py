@@ -1,4 +1,4 @@
-"""Fingerprints: short hashes that say which weights, config and tokenizer something was made with."""
+"""Fingerprints: short hashes of weights, configs and tokenizers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ _CHUNK = 1 << 24  # elements hashed at a time
 
 
 def canonical(tensor: Tensor) -> Tensor:
-    """The tensor's values in the narrowest of bfloat16 and float32 that holds them exactly.
+    """Casts a floating tensor to bfloat16 if that is exact, else to float32.
 
-    Loading bfloat16 weights as float32 therefore changes no fingerprint; other dtypes than floating ones stay as they are.
+    Loading bfloat16 weights as float32 thus changes no fingerprint.
     """
-    if not tensor.is_floating_point():
-        return tensor
-    if tensor.dtype == torch.bfloat16:
+    if not tensor.is_floating_point() or tensor.dtype == torch.bfloat16:
         return tensor
     wide = tensor.to(torch.float32)
     narrow = wide.to(torch.bfloat16)
@@ -29,16 +27,13 @@ def canonical(tensor: Tensor) -> Tensor:
 
 
 def hash_json(*parts: Any) -> str:
-    """Hash of JSON-able values, independent of the order of keys."""
+    """Hashes JSON-able values, independent of key order."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:LENGTH]
 
 
 def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
-    """Hash of named tensors: names, shapes and values, whatever dtype or device they are held in.
-
-    Costs one read of the weights: some 1 GB a second on one core.
-    """
+    """Hashes names, shapes and values of tensors, independent of dtype and device. About 1 GB per second on one core."""
     digest = hashlib.sha256()
     for name, tensor in sorted(named, key=lambda item: item[0]):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -50,7 +45,7 @@ def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state without second names of the same storage (tied embeddings), so that tying changes no hash."""
+    """Drops second names of the same storage (tied embeddings), so that tying changes no hash."""
     seen: dict[tuple[int, int, tuple[int, ...]], str] = {}
     kept: dict[str, Tensor] = {}
     for name in sorted(state):

@@ -1,7 +1,7 @@
-"""Units of a text that are kept or dropped whole: tokens, words, phrases or sentences, as spans of characters.
+"""Cuts a text into units that are kept or dropped as a whole: tokens, words, phrases or sentences, as character spans.
 
-The units of a text are a partition of it: they follow one another without gap, white space going with what comes after
-it. No border falls inside a character as its reader sees it (an accent, an emoji with its skin tone, a flag).
+Units are a partition of the text; white space belongs to the unit after it. No border falls inside a visible character (an
+accent, an emoji with its skin tone, a flag).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ABBREVIATIONS = """
     mr mrs ms dr prof st sen rep gov gen col lt sgt capt rev hon vs e.g i.e cf al fig figs eq no nos vol pp ed eds approx ca
     u.s u.k jan feb mar apr jun jul aug sep sept oct nov dec
 """
-# These may end a sentence: what follows decides.
+# These may end a sentence; the next character decides.
 _CLOSERS = "etc inc ltd co corp jr sr a.m p.m ph.d"
 _FUNCTION_WORDS_EN = """
     a about above after again against all although am an and any are as at be because been before being below between both
@@ -51,10 +51,10 @@ def split_units(text: str, level: str, offsets: Sequence[Span] = ()) -> list[Spa
         offsets: ``(start, end)`` characters of the text's tokens (``"token"`` only).
 
     Returns:
-        Spans from 0 to ``len(text)`` without gap; none for an empty text.
+        Spans from 0 to ``len(text)`` without gaps; none for an empty text.
 
     Raises:
-        ValueError: if the level is none of these.
+        ValueError: for any other level.
     """
     if level not in LEVELS:
         raise ValueError(f"A unit must be one of {LEVELS}, got {level!r}.")
@@ -64,14 +64,14 @@ def split_units(text: str, level: str, offsets: Sequence[Span] = ()) -> list[Spa
     inside = _inside_characters(text)
     cuts = sorted({end for end in ends if 0 < end < len(text) and not inside(end)})
     if cuts and not text[cuts[-1] :].strip():
-        cuts.pop()  # white space at the end goes with the last unit
+        cuts.pop()  # white space at the end belongs to the last unit
     return list(zip([0, *cuts], [*cuts, len(text)]))
 
 
 def _token_ends(offsets: Sequence[Span]) -> Iterator[int]:
     reached = 0
     for start, end in offsets:
-        if start >= reached:  # else the token shares a character with the one before
+        if start >= reached:  # otherwise the token shares a character with the previous one
             yield reached
         reached = max(reached, end)
 
@@ -81,7 +81,7 @@ def _word_ends(text: str) -> Iterator[int]:
 
 
 def _phrase_ends(text: str) -> Iterator[int]:
-    """Phrases are function words and the content words after them; punctuation and line ends close them."""
+    """A phrase is function words and the content words after them; punctuation and line ends close it."""
     words, content, last = 0, False, 0
     for word in _WORD.finditer(text):
         function = word.group().lower() in _FUNCTION_WORDS
@@ -124,7 +124,7 @@ _ENDS = {"word": _word_ends, "phrase": _phrase_ends, "sentence": _sentence_ends}
 
 
 def _inside_characters(text: str) -> Callable[[int], bool]:
-    """The test whether a position falls inside a character as its reader sees it."""
+    """Returns a test whether a position falls inside a visible character."""
     flags = {i for run in re.finditer("[\U0001f1e6-\U0001f1ff]+", text) for i in range(run.start() + 1, run.end(), 2)}
 
     def inside(i: int) -> bool:
@@ -146,7 +146,7 @@ def _inside_characters(text: str) -> Callable[[int], bool]:
 
 
 def unit_scores(units: Sequence[Span], offsets: Sequence[Span], scores: Tensor) -> Tensor:
-    """Mean score of each unit's tokens; a token that lies in several units is shared out by characters.
+    """Mean score of each unit's tokens; a token in several units is divided by characters.
 
     Args:
         units: a partition of the text.
@@ -154,7 +154,7 @@ def unit_scores(units: Sequence[Span], offsets: Sequence[Span], scores: Tensor) 
         scores: ``[tokens]``.
 
     Returns:
-        ``[units]`` float64; 0 for a unit without any token.
+        ``[units]`` float64; 0 for a unit without tokens.
     """
     length = units[-1][1] if units else 0
     if not length or not len(offsets):
@@ -162,7 +162,7 @@ def unit_scores(units: Sequence[Span], offsets: Sequence[Span], scores: Tensor) 
     spans = torch.tensor(offsets, dtype=torch.long).clamp(max=length)
     start = spans[:, 0].clamp(max=length - 1)
     end = torch.maximum(spans[:, 1], start + 1)
-    # Per character: how much score and how many tokens lie on it, as differences at the tokens' ends.
+    # Score and number of tokens per character, as differences at the tokens' ends.
     per_character = torch.stack([scores.double(), torch.ones_like(scores, dtype=torch.float64)], dim=1)
     per_character = per_character / (end - start)[:, None]
     steps = torch.zeros(length + 1, 2, dtype=torch.float64)
@@ -174,7 +174,7 @@ def unit_scores(units: Sequence[Span], offsets: Sequence[Span], scores: Tensor) 
 
 
 def tokens_in(units: Sequence[Span], offsets: Sequence[Span]) -> list[int]:
-    """How many tokens begin in each unit of a partition; ``offsets`` are the tokens' ``(start, end)`` characters."""
+    """Counts the tokens that begin in each unit; ``offsets`` are their ``(start, end)`` characters."""
     if not units:
         return []
     starts = torch.tensor([a for a, _ in units])
@@ -189,17 +189,17 @@ def tokens_in(units: Sequence[Span], offsets: Sequence[Span]) -> list[int]:
 def keep_spans(
     text: str, strings: Iterable[str] = (), patterns: Iterable[str] = (), digits: bool = False, names: bool = False
 ) -> list[Span]:
-    """Spans that must stay: given strings, matches of regular expressions, numbers, names.
+    """Finds the spans that must stay: strings, matches of regular expressions, numbers, names.
 
     Args:
         text: the text.
         strings: literal strings, case-sensitive.
         patterns: regular expressions.
-        digits: numbers, with currency and per-cent signs.
-        names: runs of capitalised words that do not merely open a sentence.
+        digits: numbers, with currency and percent signs.
+        names: runs of capitalised words, except a single one that opens a sentence.
 
     Returns:
-        Spans in order that do not overlap.
+        Spans in order, without overlap.
     """
     expressions = [re.compile(re.escape(s)) for s in strings] + [re.compile(p) for p in patterns]
     if digits:
@@ -245,8 +245,8 @@ def carve(units: Sequence[Span], kept: Sequence[Span], text: str) -> tuple[list[
         text: the text.
 
     Returns:
-        The finer partition; for each of its units the index of the unit it was cut from (for a kept one: the unit it
-        begins in); and whether it must stay.
+        The finer partition; per unit the index of its original unit (for a kept one: the unit it begins in); and whether it
+        must stay.
     """
     inside = _inside_characters(text)
     grown: list[Span] = []

@@ -1,4 +1,4 @@
-"""From signals to a probability: a logistic map that never falls when a signal rises."""
+"""Maps signals to a probability by logistic regression with weights of at least 0."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 import numpy as np
 
-MOST = 4.0  # standard deviations from the mean at which a signal is cut, so that no single one decides
+MOST = 4.0  # standard deviations at which a signal is clipped, so that no single one decides
 LEAST_ROWS = 8
 _NEVER = -1e9  # below every score
 
 
 @dataclass(frozen=True)
 class MonotoneLogistic:
-    """``p = sigmoid(bias + sum_j w_j z_j)`` with ``w_j >= 0`` and ``z_j = (x_j - mean_j) / scale_j``, cut to +-4.
+    """``p = sigmoid(bias + sum_j w_j z_j)`` with ``w_j >= 0`` and ``z_j = (x_j - mean_j) / scale_j``, clipped to +-4.
 
-    A signal that is missing (NaN) counts as its mean.
+    A missing signal (NaN) counts as its mean.
 
     Attributes:
-        means, scales, weights: one number a signal.
-        bias: the logit where every signal is at its mean.
+        means, scales, weights: one number per signal.
+        bias: the logit when all signals are at their means.
     """
 
     means: tuple[float, ...]
@@ -34,9 +34,9 @@ class MonotoneLogistic:
         sizes = {len(self.means), len(self.scales), len(self.weights)}
         numbers = (*self.means, *self.scales, *self.weights, self.bias)
         if len(sizes) != 1 or not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
-            raise ValueError("A calibration needs as many finite means and scales as weights, and a finite bias.")
+            raise ValueError("A calibration needs equally many finite means, scales and weights, and a finite bias.")
         if min(self.scales, default=1.0) <= 0 or min(self.weights, default=0.0) < 0:
-            raise ValueError("A calibration's scales must be positive and its weights not negative.")
+            raise ValueError("A calibration's scales must be positive and its weights at least 0.")
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         """Signals ``[n, k]``, NaN where missing, to probabilities ``[n]``."""
@@ -46,52 +46,52 @@ class MonotoneLogistic:
     def fit(
         cls, rows: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None, *, l2: float = 0.01
     ) -> MonotoneLogistic:
-        """The map of least cross-entropy (plus ``l2 / 2 * |w|^2``); the problem is convex, so there is one.
+        """Minimises cross-entropy plus ``l2 / 2 * |w|^2``, a convex problem.
 
         Args:
             rows: signals ``[n, k]``, NaN where missing.
             targets: ``[n]`` in [0, 1].
-            weights: ``[n]``, how much each row counts; default: all the same.
+            weights: ``[n]`` weight of each row; default: equal.
 
         Raises:
-            ValueError: for fewer than 8 rows, targets outside [0, 1], or lists of unequal length.
+            ValueError: for fewer than 8 rows, targets outside [0, 1], or unequal lengths.
         """
         rows, targets = np.asarray(rows, dtype=float), np.asarray(targets, dtype=float)
         counts = np.ones(len(rows)) if weights is None else np.asarray(weights, dtype=float)
         if rows.ndim != 2 or not len(rows) == len(targets) == len(counts):
             raise ValueError(
-                f"Calibration needs a target (and a weight) for each row of signals, got {rows.shape} signals, "
+                f"Calibration needs one target (and weight) per row of signals, got {rows.shape} signals, "
                 f"{len(targets)} targets and {len(counts)} weights."
             )
         if len(rows) < LEAST_ROWS:
             raise ValueError(f"Calibration needs at least {LEAST_ROWS} passages, got {len(rows)}; give more dev data.")
         if not bool(np.all((targets >= 0) & (targets <= 1))):
-            raise ValueError("Targets say how good the answer from slots is against that from text, from 0 to 1.")
+            raise ValueError("Targets must lie in the range from 0 to 1: answer quality from slots relative to text.")
         if not bool(np.all((counts >= 0) & np.isfinite(counts))) or not counts.sum() > 0:
-            raise ValueError("Weights must be finite, not negative, and not all zero.")
+            raise ValueError("Weights must be finite, at least 0, and not all 0.")
         means, scales = _moments(rows)
         z = np.hstack([_standard(rows, means, scales), np.ones((len(rows), 1))])
         share = counts / counts.sum()
-        soft = (targets * len(rows) + 0.5) / (len(rows) + 1)  # keeps the bias finite where all targets are alike
+        soft = (targets * len(rows) + 0.5) / (len(rows) + 1)  # keeps the bias finite if all targets are equal
         found = _minimise(z, soft, share, l2)
         return cls(tuple(means), tuple(scales), tuple(found[:-1].tolist()), float(found[-1]))
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict that `from_dict` takes back."""
+        """A JSON-able dict for `from_dict`."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MonotoneLogistic:
-        """Raises ``ValueError`` if the dict is none of `to_dict`."""
+        """Reads `to_dict`. Raises ``ValueError`` for an invalid dict."""
         try:
             means, scales, weights = (tuple(map(float, data[name])) for name in ("means", "scales", "weights"))
             return cls(means, scales, weights, float(data["bias"]))
         except (KeyError, TypeError) as error:
-            raise ValueError(f"This is no calibration: {error!r}.") from error
+            raise ValueError(f"Invalid calibration: {error!r}.") from error
 
 
 def _moments(rows: np.ndarray) -> tuple[list[float], list[float]]:
-    """Means and standard deviations of the columns without their NaN; 0 and 1 where a column has none."""
+    """Means and standard deviations of the columns, ignoring NaN; 0 and 1 for an empty or constant column."""
     means, scales = [], []
     for column in rows.T:
         there = column[np.isfinite(column)]
@@ -110,7 +110,7 @@ def _standard(rows: np.ndarray, means: Sequence[float], scales: Sequence[float])
 
 
 def _minimise(z: np.ndarray, targets: np.ndarray, share: np.ndarray, l2: float) -> np.ndarray:
-    """Projected gradient descent with Nesterov's momentum; the last column is the bias, free and unpenalised."""
+    """Projected gradient descent with Nesterov momentum; the last column is the bias, unconstrained and unpenalised."""
     penalty = np.full(z.shape[1], l2)
     penalty[-1] = 0.0
     step = 1.0 / (0.25 * float(np.linalg.eigvalsh(z.T @ (share[:, None] * z))[-1]) + l2)
@@ -141,7 +141,7 @@ def signal_rows(measured: Sequence[Sequence[float | None]], size: int) -> np.nda
 
 
 def threshold_leaving(scores: np.ndarray, losses: np.ndarray, left: float) -> float:
-    """The lowest score from which on passages lose at most the share ``left`` of all; -1e9 where nothing is lost."""
+    """The lowest score at which passages from it on lose at most the share ``left`` of all loss; -1e9 without any loss."""
     order = np.argsort(scores, kind="stable")
     ranked, lost = scores[order], np.cumsum(losses[order])
     if not len(lost) or lost[-1] <= 0:

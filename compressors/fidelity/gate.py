@@ -1,9 +1,8 @@
-"""The fidelity gate: did a passage survive its compression? Known when it is compressed, before anybody asks about it.
+"""The fidelity gate: predicts from a compressed passage alone whether answers survive its compression.
 
-Some passages lose in compression what a question will ask for: a name, a number, a rare word. The gate lets the reader itself
-say so. It asks questions made from the passage by rule and lets the passage be repeated, from the slots and from the text,
-and compares (see `probes`). These signals are calibrated on dev data to "the answer from the slots is as
-good as that from the text", and passages below a threshold are better read as text.
+The reader answers questions made from the passage by rule, and repeats the passage, from the slots and from the text (see
+`probes`). The differences are calibrated on dev data to the probability that an answer from the slots is as good as one from
+the text. Passages below a threshold are read as text.
 """
 
 from __future__ import annotations
@@ -12,44 +11,41 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..base import CheckpointError, evaluating
-from ..core.errors import ReaderMismatchError
+from ..base import Compressor, evaluating
+from ..core.errors import CheckpointError, ReaderMismatchError
 from ..core.files import write_atomically
 from ..core.fingerprint import hash_json
 from ..core.passage import CompressedPassage
+from ..reader.reader import Reader
 from .calibration import MonotoneLogistic, signal_rows, threshold_leaving
 from .probes import FidelityConfig, Measured, Prober
-
-if TYPE_CHECKING:
-    from ..base import Compressor
-    from ..reader.reader import Reader
 
 LEVELS = {"low": 0.75, "medium": 0.5, "high": 0.25}  # share of the loss on dev data that may remain
 FILE_NAME = "fidelity.json"
 MARK = "fidelity"  # the key in a passage's info
 _VERSION = 1
+_UNFITTED = "The gate is not calibrated: call fit with dev data, or load one with from_pretrained."
 
 Fidelity = str | float
 
 
 class FidelityGate:
-    """Judges compressed passages: the probability that an answer from the slots is as good as one from the text.
+    """Scores compressed passages: the probability that an answer from the slots is as good as one from the text.
 
     Args:
-        compressor: made the passages; its reader reads both forms of them.
+        compressor: the maker of the passages; its reader reads both forms.
         config: what is measured.
 
     Attributes:
         compressor, config: as given.
         calibration: the map from signals to the probability, ``None`` before `fit`.
         thresholds: by the names ``"low"``, ``"medium"`` and ``"high"``.
-        price: reader tokens that reading a passage compressed saves, the mean over the dev data; ``None``: not counted.
+        price: mean reader tokens saved per compressed passage on the dev data; ``None``: not counted.
 
-    Empty passages, and those whose text the reader has no room for, score 1: they are never sent as text.
+    Empty passages, and those with a text longer than the reader's room, score 1 and are never sent as text.
 
     Example::
 
@@ -58,14 +54,9 @@ class FidelityGate:
         gate.save_pretrained("gate")
         gate = FidelityGate.from_pretrained("gate", compressor)
         CompressedContextPostprocessor(compressor, fidelity="high", gate=gate)
-
-    Raises:
-        ValueError: if the compressor has no reader.
     """
 
     def __init__(self, compressor: Compressor, config: FidelityConfig | None = None) -> None:
-        if compressor.reader is None:
-            raise ValueError(f"A fidelity gate asks the reader, and this {type(compressor).__name__} has none.")
         self.compressor = compressor
         self.config = config or FidelityConfig()
         self.calibration: MonotoneLogistic | None = None
@@ -76,17 +67,17 @@ class FidelityGate:
 
     @property
     def reader(self) -> Reader:
-        """Who reads."""
+        """The compressor's reader."""
         return self.compressor.reader
 
     @property
     def signals(self) -> tuple[str, ...]:
-        """Names of the signals, in the order in which `measure` gives them."""
+        """Names of the signals, in the order of `measure`."""
         return self.config.signals
 
     @property
     def measure_id(self) -> str:
-        """What the marks in passages' ``info`` go by; another config measures anew, another calibration does not."""
+        """Identifies the marks in ``info``: it changes with the config, but not with the calibration."""
         return hash_json("fidelity", _VERSION, asdict(self.config))
 
     # -- measuring -------------------------------------------------------------------------------------------------
@@ -94,39 +85,37 @@ class FidelityGate:
     def measure(
         self, passages: Sequence[CompressedPassage], texts: Sequence[str], *, batch_size: int = 16
     ) -> list[Measured | None]:
-        """The signals of passages, without gradients; what others stand in the batch changes nothing.
+        """Measures passages, without gradients and independent of their batch.
 
         Args:
             passages: made by the gate's compressor.
-            texts: what they were made of, in order.
-            batch_size: prompts read at a time; a passage has up to ``probes`` + 1.
+            texts: their source texts, in order.
+            batch_size: prompts per pass; a passage has up to ``probes`` + 1.
 
         Returns:
-            One number a signal for each passage, ``None`` for a signal that a passage has nothing to measure by; ``None``
-            in place of all of them for a passage that is empty, or whose text the reader has no room for.
+            Per passage one number per signal, ``None`` for a signal that cannot be measured; or ``None`` for a passage that
+            is empty, or whose text is longer than the reader's room.
 
         Raises:
-            ValueError: if the lists differ in length, or a passage is another compressor's.
+            ValueError: if the lists differ in length, or another compressor made a passage.
         """
-        if isinstance(texts, str) or len(passages) != len(texts):
-            raise ValueError(f"Each passage needs the text it was made of: got {len(passages)} and {len(texts)}.")
+        _check_pairs(passages, texts)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         made_by = self.compressor.fingerprint
         if bad := next((p.compressor for p in passages if p.compressor != made_by), None):
-            raise ValueError(f"The gate judges passages of the compressor {made_by}, but one was made by {bad}.")
+            raise ValueError(f"The gate scores passages of the compressor {made_by}, but one was made by {bad}.")
         with evaluating(self.compressor):
             return Prober(self.reader, self.config).measure(passages, texts, batch_size)
 
     def mark(
         self, passages: Sequence[CompressedPassage], texts: Sequence[str], *, batch_size: int = 16
     ) -> list[CompressedPassage]:
-        """The passages with their signals in ``info["fidelity"]``; those that hold them already are returned as they are.
+        """Adds the signals to ``info["fidelity"]`` of passages that lack them; arguments as for `measure`.
 
-        Stores keep ``info``, so that a passage is measured once, when it is indexed. Arguments and errors: see `measure`.
+        Stores keep ``info``, so a passage is measured once, at indexing time.
         """
-        if len(passages) != len(texts):
-            raise ValueError(f"Each passage needs the text it was made of: got {len(passages)} and {len(texts)}.")
+        _check_pairs(passages, texts)
         marked = list(passages)
         new = [place for place, passage in enumerate(marked) if not self.is_marked(passage)]
         if new:
@@ -141,7 +130,7 @@ class FidelityGate:
         mark = passage.info.get(MARK)
         return isinstance(mark, Mapping) and mark.get("by") == self.measure_id
 
-    # -- judging ---------------------------------------------------------------------------------------------------
+    # -- scoring ---------------------------------------------------------------------------------------------------
 
     def fit(
         self,
@@ -151,17 +140,17 @@ class FidelityGate:
         *,
         saved: Sequence[int] | None = None,
     ) -> FidelityGate:
-        """Calibrates the gate on dev data, and sets its thresholds.
+        """Calibrates the gate on dev data and sets its thresholds.
 
-        With ``saved`` the gate also goes by what a passage costs as text: its score becomes 1 - (1 - p) * (mean tokens
-        saved) / (tokens saved), so that those come first which lose most for each token that reading them compressed saves.
+        With ``saved`` the score also counts what a passage costs as text: 1 - (1 - p) * (mean tokens saved) / (tokens
+        saved). The passages that lose most per saved token then come first.
 
         Args:
-            measured: what `measure` gave; passages without signals are left out.
-            targets: for each passage, how good answers from its slots are against those from its text, in [0, 1]: one less
-                the loss of F1, say, the mean over its questions.
-            weights: how much each passage counts (its number of questions); default: all the same.
-            saved: each passage's tokens less its slots.
+            measured: from `measure`; passages without signals are left out.
+            targets: in [0, 1] per passage: the quality of answers from its slots relative to its text, such as 1 minus the
+                mean loss of F1 over its questions.
+            weights: weight of each passage (its number of questions); default: equal.
+            saved: tokens minus slots of each passage.
 
         Returns:
             Itself.
@@ -173,11 +162,10 @@ class FidelityGate:
         spared = [1] * len(measured) if saved is None else list(saved)
         if not len(measured) == len(targets) == len(counts) == len(spared):
             raise ValueError(
-                "Calibration needs a target (a weight, and tokens saved) for each measured passage, got "
+                "Calibration needs one target (weight, and tokens saved) per measured passage, got "
                 f"{len(measured)} passages, {len(targets)} targets, {len(counts)} weights and {len(spared)} numbers of tokens."
             )
-        there = [i for i, values in enumerate(measured) if values is not None]
-        rows = signal_rows([measured[i] for i in there], len(self.signals))  # type: ignore[misc]
+        there, rows = self._rows(measured)
         good, count = np.array([targets[i] for i in there], dtype=float), np.array([counts[i] for i in there])
         self.calibration = MonotoneLogistic.fit(rows, good, count)
         self._made_for = (self.compressor.fingerprint, self.reader.fingerprint)
@@ -188,11 +176,16 @@ class FidelityGate:
         self.thresholds = {name: threshold_leaving(scores, (1 - good) * count, left) for name, left in LEVELS.items()}
         return self
 
+    def _rows(self, measured: Sequence[Measured | None]) -> tuple[list[int], np.ndarray]:
+        """The measured passages' indices and signals ``[n, signals]``."""
+        there = {i: values for i, values in enumerate(measured) if values is not None}
+        return list(there), signal_rows(list(there.values()), len(self.signals))
+
     def check_fits(self, compressor: Compressor) -> None:
-        """Raises ``ValueError`` unless the gate is calibrated, for this compressor as it is now and its reader."""
+        """Raises ``ValueError`` unless the gate is calibrated for this compressor, in its current state, and its reader."""
         if self.calibration is None or self._made_for is None:
-            raise ValueError("The gate is not calibrated: call fit with dev data, or load one with from_pretrained.")
-        now = (compressor.fingerprint, None if compressor.reader is None else compressor.reader.fingerprint)
+            raise ValueError(_UNFITTED)
+        now = (compressor.fingerprint, compressor.reader.fingerprint)
         for what, wanted, got in zip(("compressor", "reader"), self._made_for, now):
             if wanted != got:
                 raise ReaderMismatchError(
@@ -201,22 +194,21 @@ class FidelityGate:
                 )
 
     def scores_of(self, measured: Sequence[Measured | None], saved: Sequence[int] | None = None) -> list[float]:
-        """Scores of measured passages, in order.
+        """Scores measured passages.
 
         Args:
-            measured: what `measure` gave.
-            saved: each passage's tokens less its slots; needed by a gate that was fitted with them.
+            measured: from `measure`.
+            saved: tokens minus slots of each passage, for a gate that was fitted with them.
 
         Raises:
-            ValueError: if the gate is not fitted, or ``saved`` is missing or of another length.
+            ValueError: if the gate is not fitted, or ``saved`` is missing or has another length.
         """
         self.check_fits(self.compressor)
         if self.price is not None and (saved is None or len(saved) != len(measured)):
-            raise ValueError("This gate counts what passages cost as text: give saved, the tokens less slots of each.")
-        there = [i for i, values in enumerate(measured) if values is not None]
+            raise ValueError("This gate counts what passages cost as text: give saved, the tokens minus slots of each.")
         scores = [1.0] * len(measured)
+        there, rows = self._rows(measured)
         if there:
-            rows = signal_rows([measured[i] for i in there], len(self.signals))  # type: ignore[misc]
             spared = [1 if saved is None else max(saved[i], 1) for i in there]
             for place, score in zip(there, self._priced(self.calibration(rows), spared).tolist()):  # type: ignore[misc]
                 scores[place] = score
@@ -230,29 +222,27 @@ class FidelityGate:
     def scores(
         self, passages: Sequence[CompressedPassage], texts: Sequence[str], *, batch_size: int = 16
     ) -> list[float]:
-        """How safe passages are to read compressed, in order; of a gate without a price, the probability that answers from
-        the slots are as good as those from the text. Lower scores are sent as text first.
+        """Scores passages; the lowest are sent as text first. Without a price a score is the calibrated probability.
 
-        Marked passages are not measured again. Arguments and errors: see `measure`.
+        Marked passages are not measured again. Arguments and errors as for `measure`.
         """
         marked = self.mark(passages, texts, batch_size=batch_size)
-        return self.scores_of([_marked(p) for p in marked], [p.source_tokens - p.slots for p in marked])
+        values = [None if (found := p.info[MARK]["values"]) is None else tuple(found) for p in marked]
+        return self.scores_of(values, [p.source_tokens - p.slots for p in marked])
 
     def threshold(self, fidelity: Fidelity) -> float:
-        """The score below which a passage is to be read as text.
+        """The score below which a passage is read as text.
 
         Args:
-            fidelity: ``"low"``, ``"medium"`` or ``"high"``: on the dev data, what passages lost that are still read
-                compressed was at most 75, 50 or 25 % of what all of them lost; or the score itself, in (0, 1).
+            fidelity: ``"low"``, ``"medium"`` or ``"high"``: passages read compressed lost at most 75, 50 or 25 % of the whole
+                loss on the dev data; or the score itself, in (0, 1).
 
         Raises:
-            ValueError: for anything else, or a name if the gate is not fitted.
+            ValueError: for anything else, or for a name if the gate is not fitted.
         """
         if isinstance(fidelity, str) and fidelity in LEVELS:
             if not self.thresholds:
-                raise ValueError(
-                    "The gate is not calibrated: call fit with dev data, or load one with from_pretrained."
-                )
+                raise ValueError(_UNFITTED)
             return self.thresholds[fidelity]
         if isinstance(fidelity, int | float) and not isinstance(fidelity, bool) and 0 < fidelity < 1:
             return float(fidelity)
@@ -261,7 +251,7 @@ class FidelityGate:
     # -- saving and loading ----------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes ``fidelity.json``; the folder may be the compressor's own. Raises ``ValueError`` if it is not fitted."""
+        """Writes ``fidelity.json``, possibly into the compressor's folder. Raises ``ValueError`` if the gate is not fitted."""
         if self.calibration is None or self._made_for is None:
             raise ValueError("Only a calibrated gate can be saved; call fit first.")
         about = {
@@ -278,7 +268,7 @@ class FidelityGate:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, compressor: Compressor) -> FidelityGate:
-        """Loads what `save_pretrained` wrote, for the compressor and the reader it was calibrated for.
+        """Loads a gate written by `save_pretrained`, for the same compressor and reader.
 
         Raises:
             CheckpointError: if the file is missing or damaged.
@@ -288,30 +278,25 @@ class FidelityGate:
         try:
             about = json.loads(path.read_text())
             if about["version"] != _VERSION:
-                raise CheckpointError(f"{path} has version {about['version']!r}; this one reads {_VERSION}.")
-            known = {field.name for field in fields(FidelityConfig)}
-            if unknown := sorted(set(about["config"]) - known):
-                raise CheckpointError(f"{path} has settings that are not known: {unknown}.")
-            config = FidelityConfig(**{**about["config"], "signals": tuple(about["config"]["signals"])})
-            calibration = MonotoneLogistic.from_dict(about["calibration"])
-            thresholds = {name: float(about["thresholds"][name]) for name in LEVELS}
-            price = None if about.get("price") is None else float(about["price"])
-            if price is not None and not 0 < price < float("inf"):
-                raise ValueError(f"its price must be a positive number, got {price!r}")
-            made_for = (str(about["compressor"]), str(about["reader"]))
+                raise ValueError(f"it has version {about['version']!r}, this release reads {_VERSION}")
+            if unknown := sorted(set(about["config"]) - {field.name for field in fields(FidelityConfig)}):
+                raise ValueError(f"it has unknown settings {unknown}")
+            gate = cls(compressor, FidelityConfig(**{**about["config"], "signals": tuple(about["config"]["signals"])}))
+            gate.calibration = MonotoneLogistic.from_dict(about["calibration"])
+            if len(gate.calibration.weights) != len(gate.signals):
+                raise ValueError("its numbers of weights and signals differ")
+            gate.thresholds = {name: float(about["thresholds"][name]) for name in LEVELS}
+            gate.price = None if about.get("price") is None else float(about["price"])
+            if gate.price is not None and not 0 < gate.price < float("inf"):
+                raise ValueError(f"its price must be a positive number, got {gate.price!r}")
+            gate._made_for = (str(about["compressor"]), str(about["reader"]))
+            gate._fitted_on = int(about.get("passages", 0))
         except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, CheckpointError):
-                raise
             raise CheckpointError(f"{path} is no readable fidelity gate: {error!r}.") from error
-        gate = cls(compressor, config)
-        if len(calibration.weights) != len(config.signals):
-            raise CheckpointError(f"{path} holds another number of weights than of signals.")
-        gate.calibration, gate.thresholds, gate.price, gate._made_for = calibration, thresholds, price, made_for
-        gate._fitted_on = int(about.get("passages", 0))
         gate.check_fits(compressor)
         return gate
 
 
-def _marked(passage: CompressedPassage) -> Measured | None:
-    values = passage.info[MARK]["values"]
-    return None if values is None else tuple(values)
+def _check_pairs(passages: Sequence[CompressedPassage], texts: Sequence[str]) -> None:
+    if isinstance(texts, str) or len(passages) != len(texts):
+        raise ValueError(f"Each passage needs its source text: got {len(passages)} and {len(texts)}.")

@@ -1,7 +1,7 @@
-"""What a reader can still tell of a compressed passage: the signals of the fidelity gate.
+"""Signals of the fidelity gate: how much a reader can still tell of a compressed passage.
 
-The reader answers questions made from the passage by rule, and repeats the passage, once from the slots and once from the
-text; targets are teacher-forced, logits exist at the targets' positions alone and a chunk at a time.
+The reader answers questions made from the passage by rule, and repeats the passage, from the slots and from the text.
+Targets are teacher-forced; logits exist at target positions only, in chunks.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,14 +18,12 @@ from torch import Tensor
 
 from ..core.config import check_counts
 from ..core.passage import CompressedPassage
+from ..reader.reader import Reader
 from .questions import find_spans, make_question
-
-if TYPE_CHECKING:
-    from ..reader.reader import Reader
 
 SIGNALS = ("probe_hits", "probe_recall", "probe_agreement", "fact_recall", "reconstruction")
 FACTS = ("name", "date", "number", "title")
-RARE = 3  # a word that the tokenizer cuts into so many tokens is a rare one
+RARE = 3  # tokens of a rare word
 _LOGITS = 2**25  # logits held at once (128 MiB in float32)
 
 Measured = tuple[float | None, ...]
@@ -33,24 +31,22 @@ Measured = tuple[float | None, ...]
 
 @dataclass(frozen=True)
 class FidelityConfig:
-    """What a gate measures. All signals are higher where more survived; those of likelihood are in nats a token.
+    """What a gate measures. Higher signals mean that more survived; likelihoods are in nats per token.
 
-    The signals, by name:
-
-    - ``probe_hits``: the share of probe questions whose answer the reader, reading the slots, gives word by word.
-    - ``probe_recall``: log-likelihood of the probes' answers from the slots less that from the text.
-    - ``probe_agreement``: minus KL(text || slots) of the reader's next-token distributions over the probes' answers.
-    - ``fact_recall``: log-likelihood, as the passage is repeated, of the tokens of its names, dates, numbers, titles and
-      rare words, from the slots less that from the text.
-    - ``reconstruction``: log-likelihood of the passage as it is repeated from its slots.
+    - ``probe_hits``: share of probe questions that the reader answers exactly from the slots.
+    - ``probe_recall``: log-likelihood of the probes' answers from the slots minus that from the text.
+    - ``probe_agreement``: minus KL(text || slots) of the next-token distributions over the probes' answers.
+    - ``fact_recall``: log-likelihood of names, dates, numbers, titles and rare words in the repeated passage, from the slots
+      minus that from the text.
+    - ``reconstruction``: log-likelihood of the passage repeated from its slots.
 
     Attributes:
-        signals: those that are measured; ``reconstruction`` alone is the cheapest.
-        probes: questions a passage.
-        repeat_tokens: the passage is repeated up to so many tokens; the probes are about all of it.
-        question: what follows the passage in a probe; must hold ``{question}``.
-        repeat: what asks for the passage to be repeated.
-        chat: ask through the reader's chat template.
+        signals: the measured signals; ``reconstruction`` alone is the cheapest.
+        probes: questions per passage.
+        repeat_tokens: maximal tokens of the repeated passage; probes cover all of it.
+        question: text after the passage in a probe, with ``{question}``.
+        repeat: the request to repeat the passage.
+        chat: use the reader's chat template.
     """
 
     signals: tuple[str, ...] = SIGNALS
@@ -66,16 +62,11 @@ class FidelityConfig:
             raise ValueError(f"signals must be some of {', '.join(SIGNALS)}, got {self.signals!r}.")
         object.__setattr__(self, "signals", tuple(name for name in SIGNALS if name in self.signals))
         if "{question}" not in self.question or not self.repeat.strip():
-            raise ValueError("question must hold {question}, and repeat must ask for the passage.")
+            raise ValueError("question must contain {question}, and repeat must not be blank.")
 
 
 class Prober:
-    """Measures passages with a reader.
-
-    Args:
-        reader: reads the passages and their texts.
-        config: what is measured.
-    """
+    """Measures passages with a reader; see `FidelityGate.measure`."""
 
     def __init__(self, reader: Reader, config: FidelityConfig) -> None:
         self.reader = reader
@@ -85,7 +76,7 @@ class Prober:
     def measure(
         self, passages: Sequence[CompressedPassage], texts: Sequence[str], batch_size: int
     ) -> list[Measured | None]:
-        """The signals of passages and the texts they were made of; see `FidelityGate.measure`."""
+        """The signals of each passage."""
         items = [item for place, pair in enumerate(zip(passages, texts)) for item in self._items(place, *pair)]
         read: dict[int, tuple[list[_Read], list[tuple[_Item, _Read]]]] = {}
         for item, found in self._read(items, passages, texts, batch_size):
@@ -97,7 +88,7 @@ class Prober:
         return [self._signals(*read[place]) if place in read else None for place in range(len(passages))]
 
     def _items(self, place: int, passage: CompressedPassage, text: str) -> Iterator[_Item]:
-        """What is read of a passage: its probes, and its repetition."""
+        """The probes of a passage, and its repetition."""
         if not passage.slots or not text.strip():
             return
         lead = "" if self.config.chat else " "
@@ -113,7 +104,7 @@ class Prober:
             yield from self._fitting(_Item(place, self.config.repeat, ids[:n], facts[:n]), passage, text)
 
     def _fitting(self, item: _Item, passage: CompressedPassage, text: str) -> Iterator[_Item]:
-        """The item, a repetition cut where the reader's positions end; nothing if it has no room even so."""
+        """The item if it fits the reader's positions; a repetition is shortened to fit."""
         limit = self.reader.max_positions
         if limit is not None:
             longest = max(self.reader.length([read, item.tail], chat=self.config.chat) for read in (passage, text))
@@ -160,7 +151,7 @@ class Prober:
 
 
 class _Item(NamedTuple):
-    """A prompt and its target: the passage at `place` and `tail`, then `ids`; `facts` marks tokens of a repetition."""
+    """The prompt (passage ``place`` and ``tail``) and its target ``ids``; ``facts`` marks tokens of a repetition."""
 
     place: int
     tail: str
@@ -169,7 +160,7 @@ class _Item(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """What was seen of a target, token by token: log-likelihoods from slots and text, greedy hits from slots, KL."""
+    """Per target token: log-likelihoods from slots and text, greedy hits from slots, KL."""
 
     slots: Tensor
     text: Tensor
@@ -178,9 +169,9 @@ class _Read(NamedTuple):
 
 
 def make_probes(text: str, count: int) -> list[tuple[str, str]]:
-    """At most ``count`` questions (question, answer) about a passage, the same whenever it is asked.
+    """Makes at most ``count`` pairs (question, answer) about a passage, deterministically.
 
-    Names, dates, numbers and quoted titles are asked for first, other phrases where there are too few of them.
+    Names, dates, numbers and quoted titles come first, then other phrases.
     """
     rng = random.Random(text)
     spans = find_spans(text)
@@ -197,13 +188,13 @@ def make_probes(text: str, count: int) -> list[tuple[str, str]]:
 
 
 def fact_tokens(text: str, offsets: Sequence[tuple[int, int]]) -> list[bool]:
-    """For each token whether it belongs to a name, date, number, title or rare word of the text."""
+    """Marks the tokens of names, dates, numbers, titles and rare words."""
     facts = [(span.start, span.end) for span in find_spans(text) if span.kind in FACTS]
     marked = np.zeros(len(text) + 1, dtype=bool)
     for start, end in facts:
         marked[start:end] = True
     of_word: dict[int, list[int]] = {}
-    word = np.cumsum([0, *(a.isspace() for a in text)])  # words by the number of blanks in front of their ends
+    word = np.cumsum([0, *(a.isspace() for a in text)])  # a word's number: the blanks before its end
     for place, (_, end) in enumerate(offsets):
         of_word.setdefault(int(word[end]), []).append(place)
     found = [bool(marked[start:end].any()) for start, end in offsets]
@@ -215,7 +206,7 @@ def fact_tokens(text: str, offsets: Sequence[tuple[int, int]]) -> list[bool]:
 
 
 def _compare(reader: Reader, slots: Tensor, text: Tensor | None, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states ``[n, d]`` from slots and text to the columns of `_Read`, each ``[n]``; a chunk of logits at a time."""
+    """The columns of `_Read`, each ``[n]``, of hidden states ``[n, d]`` from slots and text; logits exist in chunks."""
     chunk = max(1, _LOGITS // reader.vocab_size)
     columns: list[list[Tensor]] = [[], [], [], []]
     for start in range(0, len(ids), chunk):

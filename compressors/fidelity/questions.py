@@ -1,10 +1,8 @@
-"""Questions made by rule from any paragraph: cloze, wh-in-place, fronted and noisy ones.
+"""Makes questions from any paragraph by rule: cloze, wh-in-place, fronted and noisy ones.
 
-Training makes most of its questions here, as human extractive ones are few, and the fidelity gate asks them to find out what
-a compressed passage still says. They are made on the fly and deterministically from a `random.Random`. An answer candidate
-is a span found by pattern (a date, a number, a name, a quoted title, a noun phrase); its sentence, cut to a clause, is
-turned into a question with a wh-word that suits the kind of the span. Such questions are often ungrammatical; what they ask
-for is the place in the passage that their words point at. The idea of noisy cloze questions follows Lewis et al. 2019
+Training and the fidelity gate use them. A pattern finds an answer candidate (a date, number, name, quoted title or noun
+phrase); its clause becomes a question with a wh-word for its kind. The questions are often ungrammatical, but their words
+point at the answer's place. They are deterministic given a `random.Random`. Noisy cloze questions follow Lewis et al. 2019
 (Unsupervised Question Answering by Cloze Translation).
 """
 
@@ -67,7 +65,7 @@ STOP = word_set(
 
 @dataclass(frozen=True)
 class Span:
-    """An answer candidate: characters `start` to `end` of the paragraph, and its kind."""
+    """An answer candidate: characters ``start`` to ``end`` of the paragraph, and its kind."""
 
     start: int
     end: int
@@ -75,7 +73,7 @@ class Span:
 
 
 def find_spans(paragraph: str) -> list[Span]:
-    """All answer candidates of a paragraph, in reading order, none overlapping another (dates and names go first)."""
+    """Finds the answer candidates of a paragraph, in order and without overlap; dates win over names, names over phrases."""
     taken: list[Span] = []
 
     def take(start: int, end: int, kind: str) -> None:
@@ -120,7 +118,7 @@ def sentences(paragraph: str) -> list[tuple[int, int]]:
 
 
 def wh_words(answer: str, kind: str, before: str, after: str, rng: random.Random) -> str:
-    """A wh-phrase that suits the answer: `before` and `after` are the text on either side of it."""
+    """A wh-phrase for an answer between the texts ``before`` and ``after``."""
     last = before.split()[-1].lower() if before.split() else ""
     words = answer.split()
     if kind == "date":
@@ -155,7 +153,7 @@ def wh_words(answer: str, kind: str, before: str, after: str, rng: random.Random
 
 
 def clause_around(paragraph: str, span: Span, rng: random.Random) -> tuple[str, str]:
-    """The text left and right of the span: its sentence, or its clause when that is long enough."""
+    """The text left and right of the span: its clause if long enough, else its sentence."""
     left_end, right_end = next(((a, b) for a, b in sentences(paragraph) if a <= span.start < b), (0, len(paragraph)))
     left, right = paragraph[left_end : span.start], paragraph[span.end : max(right_end, span.end)]
     if rng.random() < 0.6:
@@ -172,19 +170,19 @@ def clause_around(paragraph: str, span: Span, rng: random.Random) -> tuple[str, 
 
 
 def tidy(question: str) -> str:
-    """One space between words, no dangling marks, a question mark at the end."""
+    """Normalises spaces and punctuation and ends with a question mark."""
     question = re.sub(r"[\"“”()\[\]]", "", question)
     question = re.sub(r"\s+([,.;:?!])", r"\1", " ".join(question.split()))
     return question.strip(" ,.;:-–—?!") + "?"
 
 
 def drop_words(words: Sequence[str], share: float, rng: random.Random) -> list[str]:
-    """Leave out about `share` of the words, small words more often."""
+    """Drops about ``share`` of the words, small words more often."""
     return [word for word in words if rng.random() >= share * (1.5 if word.lower() in STOP else 0.7)]
 
 
 def make_question(paragraph: str, span: Span, rng: random.Random) -> str | None:
-    """A question whose answer is the span; None when the sentence leaves too little to ask with."""
+    """Makes a question with the span as its answer; ``None`` if the sentence has too few other words."""
     answer = paragraph[span.start : span.end]
     left, right = clause_around(paragraph, span, rng)
     wh = wh_words(answer, span.kind, left, paragraph[span.end : span.end + 40], rng)
@@ -215,7 +213,7 @@ def make_question(paragraph: str, span: Span, rng: random.Random) -> str | None:
 
 
 def front_auxiliary(words: list[str], rng: random.Random) -> list[str]:
-    """`Tesla was born` -> `was Tesla born`; without an auxiliary `did Tesla move` (the verb is left as it stands)."""
+    """`Tesla was born` -> `was Tesla born`; without an auxiliary `did Tesla moved` (the verb is unchanged)."""
     for index, word in enumerate(words[:7]):
         if word in AUX:
             subject = [lower_first(words[0]), *words[1:index]] if index else []
@@ -225,12 +223,12 @@ def front_auxiliary(words: list[str], rng: random.Random) -> list[str]:
 
 
 def lower_first(word: str) -> str:
-    """Small first letter for words that are capital only because a sentence starts with them."""
+    """Lowercases words that are capitalised only at the start of a sentence."""
     return word[0].lower() + word[1:] if word in COMMON and word != "I" else word
 
 
 def make_questions(paragraph: str, count: int, rng: random.Random) -> list[tuple[str, str]]:
-    """At most `count` pairs (question, answer); every answer stands in the paragraph as it is written there."""
+    """Makes at most ``count`` pairs (question, answer); each answer is a literal part of the paragraph."""
     spans = find_spans(paragraph)
     weight = {"name": 1.0, "date": 1.0, "number": 1.0, "title": 0.8, "thing": 0.55, "phrase": 0.6}
     order = sorted(spans, key=lambda span: rng.random() ** (1 / weight[span.kind]), reverse=True)

@@ -1,4 +1,4 @@
-"""LLMLingua-2 checkpoints: any Hugging Face token classifier of two labels, whatever its name."""
+"""Imports LLMLingua-2 checkpoints: any Hugging Face token classifier of two labels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .models import build_model, has_tokenizer, load_tokenizer, model_config
 
 
 def recognises(path: Path) -> bool:
-    """Whether it is a token classifier."""
+    """Whether the folder holds a token classifier."""
     names = peek_json(path / "config.json").get("architectures") or []
     return any(str(name).endswith("ForTokenClassification") for name in names)
 
@@ -23,17 +23,17 @@ def recognises(path: Path) -> bool:
 def load(
     source: Source,
     *,
-    mode: Literal["fast", "faithful"] = "faithful",
+    mode: Literal["fast", "published"] = "published",
     merge: Literal["mean", "first"] = "mean",
     ratio: float = 2.0,
 ) -> LLMLingua2Compressor:
     """Imports LLMLingua-2.
 
     Args:
-        source: the folder of a token classifier with its tokenizer; it needs a reader, whose tokens are counted.
-        mode: ``"faithful"``: the published threshold per chunk; ``"fast"``: an exact budget over the whole passage.
-        merge: a word's probability: the mean of its tokens', or that of its ``"first"``.
-        ratio: compression ratio where none is asked for.
+        source: the folder of a token classifier with its tokenizer; its reader counts the kept tokens.
+        mode: ``"published"``: the released threshold per chunk; ``"fast"``: an exact budget over the whole passage.
+        merge: a word's probability: the ``"mean"`` of its tokens', or that of its ``"first"``.
+        ratio: compression ratio if a call gives none.
     """
     path = source.path
     reader = source.need_reader("is a token classifier, and kept tokens are counted in a reader's")
@@ -47,7 +47,7 @@ def load(
     keys.ignore(r"(^|\.)position_ids$", "position ids, which are counted")
     keys.ignore(r"(^|\.)pooler\.", "the pooler, which token classification does not use")
     model = build_model(config, keys.take_all(r""), path, AutoModelForTokenClassification).float().to(source.device)
-    chosen = LLMLingua2Config(classifier=path.name, mode=mode, merge=merge, ratio=ratio)  # type: ignore[arg-type]
+    chosen = LLMLingua2Config(classifier=path.name, mode=mode, merge=merge, ratio=ratio)
     try:
         return LLMLingua2Compressor(chosen, reader, classifier=(model, load_tokenizer(path, source)))
     except (ValueError, TypeError) as error:
@@ -55,8 +55,8 @@ def load(
 
 
 def write_extras(compressor: LLMLingua2Compressor, folder: Path) -> None:
-    """The classifier itself, beside the compressor's config."""
-    model, tokenizer = compressor.classifier
+    """Saves the classifier in the compressor's folder."""
+    model, tokenizer = compressor.words.frozen, compressor.words.pieces.tokenizer
     with quiet_loading():
         model.save_pretrained(folder / CLASSIFIER_FOLDER)
         tokenizer.save_pretrained(folder / CLASSIFIER_FOLDER)

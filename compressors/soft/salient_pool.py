@@ -1,122 +1,100 @@
-"""Salient windows: the tokens most worth keeping are read as they are, each with something of what stands before it."""
+"""Salient windows: one slot per token worth keeping, which also holds some of the text before it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, cast
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..base import Query, SoftCompressor
-from ..core.batching import batches, pad_rows, padding_share, positions_per_pass
-from ..core.config import CompressorConfig, check_choices, check_counts, check_ratio
+from ..core.config import CompressorConfig, check_counts, check_ratio
 from ..core.passage import CompressedPassage, Interface
-from ..encoders.embedder import MINILM
-from ..encoders.lora import LoRASettings, lora_rank
-from ..encoders.token_classifier import LoRATagger
-from ..encoders.word_merge import MERGES, spread_over_words
-from ..loading import load_compressor
+from ..encoders.token_classifier import LoRATagger, TokenClassifier, TokenClassifierSettings, spread_over_words
 from ..reader.reader import Reader
 from ..registry import register_compressor
 from ..slots.pooling import averaged
 from ..slots.segments import slots_for
-from ..text.llmlingua2 import LLMLingua2Compressor, LLMLingua2Config
 
-_SHARPNESS = 4.0  # at first: a token half as likely to be worth keeping has a sixteenth of the weight
-# What the classifier is made of: settings of both configs.
-_SHARED = (
-    *("encoder", "frozen_hash", "merge", "window", "query_aware"),
-    *("r", "alpha", "dropout", "target_modules"),
-)
-_UNSEEN = -10.0  # log-odds of tokens that the classifier has nothing for, such as white space
+_SHARPNESS = 4.0  # initial: a token with half the odds has a sixteenth of the weight
+_UNSEEN = -10.0  # log-odds of tokens without a classifier token, such as white space
 
 
 @dataclass
-class SalientPoolConfig(CompressorConfig, LoRASettings):
-    """Settings of salient windows. Those of the classifier are as in `LLMLingua2Config`."""
+class SalientPoolConfig(CompressorConfig, TokenClassifierSettings):
+    """Settings of salient windows."""
 
     method: ClassVar[str] = "salient-pool"
 
-    ratio: float = field(default=4.0, metadata={"help": "tokens a slot, where no ratio is asked for"})
-    query_aware: bool = field(
-        default=False, metadata={"help": "the classifier reads the question in front of the passage"}
-    )
-    encoder: str = field(default=MINILM, metadata={"help": "the classifier's frozen encoder"})
-    frozen_hash: str | None = field(default=None, metadata={"help": "hash of its weights and tokenizer; filled in"})
-    merge: str = field(
-        default="mean", metadata={"help": "a word's probability: its tokens' 'mean', or that of the 'first'"}
-    )
-    window: int = field(default=512, metadata={"help": "longest row that the classifier reads"})
+    ratio: float = field(default=4.0, metadata={"help": "tokens per slot if no ratio is asked for"})
+    query_aware: bool = field(default=False, metadata={"help": "the classifier reads the question before the passage"})
     hidden_size: int | None = field(
         default=None, metadata={"help": "width of the MLP's hidden layer; default: twice the reader's embedding width"}
     )
-    r: int = lora_rank(16, " (the classifier's)")
 
     def __post_init__(self) -> None:
-        check_counts(self, {"hidden_size": 1, "window": 8}, ("hidden_size",))
-        check_ratio(self.ratio, "tokens a slot")
-        check_choices(self, {"merge": MERGES})
-        self.check_lora()
+        check_counts(self, {"hidden_size": 1}, ("hidden_size",))
+        check_ratio(self.ratio, "tokens per slot")
+        self.check_classifier()
 
 
 @register_compressor
 class SalientPoolCompressor(SoftCompressor):
-    r"""Windows around the tokens most worth keeping: LLMLingua-2's choice, with soft slots in place of a shorter text.
+    r"""Windows around the tokens most worth keeping: LLMLingua-2's choice, with soft slots instead of a shorter text.
 
-    A passage of L tokens has ``n = ceil(L / ratio)`` slots. A token classifier (that of `LLMLingua2Compressor`, arXiv
-    2403.12968) gives every token a probability p of being worth keeping; the n tokens of the most probable words are the
-    anchors, and window k is what stands behind anchor k - 1 up to anchor k (the last one goes to the end). With the reader's
-    embeddings e, the classifier's last states h and log-odds :math:`z = \log p / (1 - p)`,
+    A passage of L tokens has ``n = ceil(L / ratio)`` slots. A token classifier (arXiv 2403.12968) gives each token a
+    probability p of being worth keeping. The n tokens of the most probable words are the anchors. Window k reaches from
+    after anchor k - 1 to anchor k, the last one to the end. With the reader's embeddings e, the classifier's last states h
+    and log-odds :math:`z = \log p / (1 - p)`,
 
     .. math:: slot_k = A \frac{\sum_t w_t e_t}{\sqrt{\sum_t w_t^2}}
               + s \cdot \mathrm{MLP}\big(\mathrm{RMSNorm}(\sum_t w_t h_t)\big),
               \quad w = \mathrm{softmax}_{t \in window}(\beta z_t),\ w_t \le w_{anchor}.
 
-    A starts as the identity, the MLP's last layer at zero and :math:`\beta` at 4, so that before any training with the
-    reader a slot is its anchor's embedding with a trace of its neighbours: read like LLMLingua-2's text of as many tokens.
-    Training with the reader then puts the rest of the window into the slot. Slots go where the content is, as in arXiv
-    2502.11493 (which allots them to chunks by perplexity and attention), not evenly; the method is this package's own.
-
-    With ``query_aware`` the classifier reads the question too, and slots go where the answer may be.
+    A starts as the identity, the MLP's last layer at zero and :math:`\beta` at 4. Before training with the reader a slot is
+    its anchor's embedding plus a little of its neighbours, read like LLMLingua-2's text of as many tokens. Training adds
+    the rest of the window. Slots go where the content is, as in arXiv 2502.11493 (which assigns them to chunks by
+    perplexity and attention). With ``query_aware`` they go where the answer may be. The method is this package's own.
 
     Args:
-        config: the settings; those of the classifier are taken from ``tagger`` where one is given.
+        config: the settings; those of the classifier come from ``tagger`` if it is given.
         reader: the reader.
-        tagger: a trained `LLMLingua2Compressor` (or its folder or hub id) to start from. Its weights are copied.
+        tagger: a trained `TokenClassifier` to start from, or a compressor that holds one as ``words`` (LLMLingua-2). Its
+            weights are copied.
 
     Attributes:
-        words: the `LLMLingua2Compressor` that scores tokens; its LoRA and head are this module's to train and save.
+        words: the `TokenClassifier`; its LoRA and head are trained and saved with this module.
         linear: A, ``[width, width]``. norm, mlp: from the classifier's states to the reader's width.
         log_scale: logarithm of s. sharpness: beta.
 
     Raises:
-        ValueError: if the tagger is none that can be trained, or the frozen encoder is not the one trained with.
+        ValueError: if the tagger cannot be trained, or the frozen encoder is not the one of training.
     """
 
     config_class = SalientPoolConfig
     interface: ClassVar[Interface] = "embeds"
     config: SalientPoolConfig
 
-    def __init__(
-        self, config: SalientPoolConfig, reader: Reader, *, tagger: LLMLingua2Compressor | str | None = None
-    ) -> None:
-        if tagger is not None:
-            given = load_compressor(tagger, reader) if isinstance(tagger, str) else tagger
-            if not isinstance(given, LLMLingua2Compressor) or given.tagger is None:
+    def __init__(self, config: SalientPoolConfig, reader: Reader, *, tagger: Any = None) -> None:
+        given = getattr(tagger, "words", tagger)
+        if given is not None:
+            if not isinstance(given, TokenClassifier) or given.tagger is None:
                 raise ValueError(
-                    "tagger must be a LLMLingua-2 with LoRA and a head of its own, not a classifier given whole."
+                    "tagger must be a loaded LLMLingua-2 with its own LoRA and head (load_compressor), not "
+                    f"{type(tagger).__name__} or a whole classifier."
                 )
-            tagger = given
-            config = replace(config, **{name: getattr(tagger.config, name) for name in _SHARED})
+            settings = given.settings
+            shared = {f.name: getattr(settings, f.name) for f in fields(TokenClassifierSettings)}
+            config = replace(config, **shared, query_aware=given.query_aware)
         super().__init__(config, reader)
-        self.words = LLMLingua2Compressor(LLMLingua2Config(**{name: getattr(config, name) for name in _SHARED}), reader)
-        if tagger is not None:
-            self.words.load_state_dict(tagger.state_dict())
-        self.config = replace(config, frozen_hash=self.words.config.frozen_hash)
-        size = self.words.classifier[0].config.hidden_size
+        self.words = TokenClassifier(config, reader.device, query_aware=config.query_aware)
+        if given is not None:
+            self.words.load_state_dict(given.state_dict())
+        self.config = replace(config, frozen_hash=self.words.frozen_hash)
+        size = self.words.frozen.config.hidden_size
         hidden = config.hidden_size or 2 * reader.width
         self.norm = nn.RMSNorm(size, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(size, hidden), nn.GELU(), nn.Linear(hidden, reader.width))
@@ -186,26 +164,18 @@ class SalientPoolCompressor(SoftCompressor):
     def _scored(
         self, texts: list[str], queries: list[str | None], offsets: list[list[tuple[int, int]]]
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """For each passage, of the reader's tokens at `offsets`: states ``[tokens, size]``, log-odds and probabilities."""
-        words, device, dtype = self.words, self.reader.device, self.linear.weight.dtype
-        tagger = cast(LoRATagger, words.tagger)
-        read = [words.rows(text, query) for text, query in zip(texts, queries, strict=True)]
-        rows = words.row_ids(read)
-        hidden: dict[int, Tensor] = {}
-        where = words.device
-        for batch in batches([len(row) for row in rows], positions_per_pass(where), padding_share(where)):
-            ids, mask = pad_rows([rows[i] for i in batch], words.pieces.pad)
-            states = tagger.states(ids.to(words.device), mask.to(words.device))
-            hidden.update(zip(batch, states))
+        """For each passage, at the reader's tokens: states ``[tokens, size]``, log-odds and probabilities of words."""
+        tagger, dtype = cast(LoRATagger, self.words.tagger), self.linear.weight.dtype
         out = []
-        found_rows = (hidden[i] for i in range(len(rows)))
-        for text, wanted, (pieces, ranges, head) in zip(texts, offsets, read):
-            parts = [next(found_rows)[len(head) :][: b - a] for a, b in ranges]
-            states = torch.cat(parts) if parts else torch.zeros(0, self.norm.normalized_shape[0], device=words.device)
+        read = self.words.read(texts, queries, lambda rows: self.words.run_rows(rows, tagger.states))
+        for text, wanted, (pieces, parts) in zip(texts, offsets, read):
+            states = (
+                torch.cat(parts) if parts else torch.zeros(0, *self.norm.normalized_shape, device=self.words.device)
+            )
             logits = tagger.head(states.to(tagger.head.weight.dtype)).float()
             odds = logits[:, 1] - logits[:, 0]
             worth = spread_over_words(odds.detach().sigmoid().cpu(), pieces.words, self.config.merge).to(odds.device)
-            columns = torch.cat([states.float(), odds[:, None], worth[:, None]], dim=1).to(device, dtype)
+            columns = torch.cat([states.float(), odds[:, None], worth[:, None]], dim=1).to(self.reader.device, dtype)
             found, seen = averaged(columns, pieces.offsets, wanted, len(text))
             odds = torch.where(seen, found[:, -2], _UNSEEN)
             out.append((found[:, :-2], odds, torch.where(seen, found[:, -1], -1.0).detach()))

@@ -1,4 +1,4 @@
-"""The most valuable units of a text within an exact budget of the reader's tokens."""
+"""Exact token budgets: the most valuable units of a text that fit, and one budget divided between passages."""
 
 from __future__ import annotations
 
@@ -6,45 +6,28 @@ from bisect import bisect
 from collections.abc import Callable, Generator, Sequence
 from itertools import accumulate
 
-Span = tuple[int, int]
+from ..core.units import Span
+
 Search = Generator[list[str], list[int], tuple[tuple[Span, ...], int]]
-_POOR = 3  # interpolations that hardly narrow the search, before a step that halves it
-_SLACK = 256  # of so many tokens of a budget, one may stay unused
-_TRIES = 16  # units tried for what room is left in the end
+_POOR = 3  # interpolation steps that hardly narrow the search before one bisection step
+_SLACK = 256  # one token in 256 of a budget may stay unused
+_TRIES = 16  # units tried for the room that is left at the end
 
 
 def merge(text: str, spans: Sequence[Span]) -> tuple[Span, ...]:
-    """Joins spans that touch and trims white space off their ends; in order, blank ones left out."""
-    merged: list[list[int]] = []
+    """Joins touching spans, trims white space off their ends and drops blank ones."""
+    merged: list[Span] = []
     for a, b in sorted(spans):
         if merged and a <= merged[-1][1]:
-            merged[-1][1] = max(b, merged[-1][1])
+            merged[-1] = (merged[-1][0], max(b, merged[-1][1]))
         else:
-            merged.append([a, b])
-    return tuple(span for a, b in merged if (span := _trimmed(text, a, b)))
-
-
-def merge_units(text: str, units: Sequence[Span], chosen: Sequence[int]) -> tuple[Span, ...]:
-    """`merge` for some units of a partition of the text, by their indices."""
-    spans: list[Span] = []
-    last = -1
-    for i in sorted(chosen):
-        if i == last + 1 and spans:
-            spans[-1] = (spans[-1][0], units[i][1])
-        else:
-            spans.append(units[i])
-        last = i
-    return tuple(span for a, b in spans if (span := _trimmed(text, a, b)))
-
-
-def _trimmed(text: str, a: int, b: int) -> Span | None:
-    piece = text[a:b]
-    a, b = b - len(piece.lstrip()), a + len(piece.rstrip())
-    return (a, b) if a < b else None
+            merged.append((a, b))
+    trimmed = ((b - len(text[a:b].lstrip()), a + len(text[a:b].rstrip())) for a, b in merged)
+    return tuple((a, b) for a, b in trimmed if a < b)
 
 
 def join(text: str, spans: Sequence[Span], joiner: str = " ") -> str:
-    """The shorter text: the spans' characters with the joiner between them."""
+    """Joins the characters of the spans."""
     return joiner.join(text[a:b] for a, b in spans)
 
 
@@ -58,40 +41,38 @@ def search(
     joiner: str = " ",
     first: int = 0,
 ) -> Search:
-    """Takes units in order of value until the budget is spent.
+    """Takes units by value until the budget is spent.
 
-    The budget holds for the tokens of the joined result, not for the sum over the units. The longest run of units from the
-    front of the order that fits is found by interpolation; some later, shorter units then use what room is left. Of a
-    budget of 256 tokens and more, one in 256 may stay unused: recounting a long text for it costs more than it tells.
+    The budget holds for the tokens of the joined result, not for the sum over units. Interpolation finds the longest run
+    of units from the front of the order that fits; later, shorter units then fill the remaining room. From 256 tokens on,
+    one token in 256 may stay unused, because recounting a long text costs more.
 
-    This is a generator, so that the searches of many texts can have their tokens counted together (`run_searches`): it
-    yields lists of texts, is sent their numbers of tokens, and returns kept spans, in order, whose `join` has at most
-    ``target`` tokens, with that number; maybe none, and 0.
+    A generator, so that `run_searches` can count the tokens of many texts together. It yields texts, is sent their token
+    counts, and returns the kept spans in order with the token count of their `join`: at most ``target``, maybe none and 0.
 
     Args:
         text: the text.
         units: a partition of the text.
         order: indices into ``units``, the most valuable first.
-        target: tokens that the result may have.
+        target: maximal tokens of the result.
         whole: tokens of the text.
-        sizes: about how many tokens each unit has; only their proportions matter.
-        joiner: what is put between spans that do not touch.
-        first: units at the front of the order that must stay as long as they fit; among those one that does not fit does
-            not end the search.
+        sizes: approximate tokens of each unit; only their proportions matter.
+        joiner: text between spans that do not touch.
+        first: units at the front of the order that must stay while they fit; one that does not fit is skipped.
     """
     if target < 1:
         return (), 0
 
     def kept(chosen: Sequence[int]) -> str:
-        return join(text, merge_units(text, units, chosen), joiner)
+        return join(text, merge(text, [units[i] for i in chosen]), joiner)
 
     alone = (yield [kept([i]) for i in order[:first]]) if first else []
     must = [i for i, n in zip(order[:first], alone) if n <= target]
     ranked = [*must, *order[first:]]
     upto = list(accumulate((sizes[i] for i in ranked), initial=0.0))
-    low, high = 0, len(ranked) + 1  # how many units are known to fit, and how many not to
+    low, high = 0, len(ranked) + 1  # `low` units fit, `high` units do not
     below, above = 0, whole
-    poor = 0  # steps in a row that left more than half of what was in question
+    poor = 0  # consecutive steps that left more than half of the interval
     slack = target // _SLACK
     while high - low > 1 and below + slack < target:
         share = min(max((target - below) / max(above - below, 1), 0.0), 1.0)
@@ -106,33 +87,25 @@ def search(
         poor = poor + 1 if 2 * (high - low) > before and poor <= _POOR else 0
     chosen = list(ranked[:low])
     room = target - below - slack
-    # Recounting a long text is dear, and there the room that is left matters little.
+    # Recounting a long text is expensive, and the remaining room matters little there.
     tries = len(must) + max(1, min(_TRIES, _TRIES * 10_000 // len(text)))
     for i in ranked[low:]:
         if room < 1 or tries < 1:
             break
         if (units[i][1] - units[i][0]) * whole > (2 * room + 2) * len(text):
-            continue  # too long, judged by the text's characters a token
+            continue  # too long, by the text's characters per token
         tries -= 1
         (n,) = yield [kept([*chosen, i])]
         if n <= target:
             chosen.append(i)
             below, room = n, target - n - slack
-    return merge_units(text, units, chosen), below
+    return merge(text, [units[i] for i in chosen]), below
 
 
 def run_searches(
     searches: Sequence[Search], count: Callable[[list[str]], list[int]]
 ) -> list[tuple[tuple[Span, ...], int]]:
-    """Runs searches side by side, so that every round of them is one call of ``count``.
-
-    Args:
-        searches: generators such as `search`.
-        count: tokens of each of some texts.
-
-    Returns:
-        What each search returns.
-    """
+    """Runs several `search` generators in lockstep, with one call of ``count`` (tokens of each text) per round."""
     found: list[tuple[tuple[Span, ...], int]] = [((), 0)] * len(searches)
     answers: dict[int, list[int] | None] = dict.fromkeys(range(len(searches)))
     while answers:
@@ -145,3 +118,52 @@ def run_searches(
         counts = iter(count([text for texts in asked.values() for text in texts]) if asked else [])
         answers = {i: [next(counts) for _ in texts] for i, texts in asked.items()}
     return found
+
+
+def kept_share(ratio: float) -> float:
+    """Returns ``1 / ratio``, rounded so that ``1 / (1 / 0.9)`` is 0.9: published thresholds are whole percents."""
+    return round(1 / ratio, 12)
+
+
+def share_out(total: int, weights: Sequence[float], caps: Sequence[int]) -> list[int]:
+    """Divides a budget in proportion to weights, with no share above its cap.
+
+    The rest of a capped share goes to the others in proportion; rounding leftovers go to the largest remainders.
+
+    Args:
+        total: the budget.
+        weights: finite, at least 0; when all remaining ones are 0, the caps are the weights.
+        caps: the maximal share of each.
+
+    Returns:
+        One integer per weight, with sum ``min(total, sum(caps))``.
+
+    Raises:
+        ValueError: if the numbers of weights and caps differ, or a weight is negative or not finite.
+    """
+    if len(weights) != len(caps):
+        raise ValueError(f"share_out needs one cap per weight: got {len(caps)} caps for {len(weights)} weights.")
+    if any(not 0 <= weight < float("inf") for weight in weights):
+        raise ValueError(f"Weights must be finite numbers of at least 0, got {list(weights)}.")
+    out = [0] * len(weights)
+    left = min(total, sum(caps))
+    unfilled = [i for i, cap in enumerate(caps) if cap > 0]
+    while unfilled:
+        largest = max(weights[i] for i in unfilled)
+        parts = {i: weights[i] / largest if largest > 0 else float(caps[i]) for i in unfilled}
+        factor = left / sum(parts.values())
+        full = [i for i in unfilled if parts[i] * factor >= caps[i]]
+        if not full:
+            break
+        for i in full:
+            out[i] = caps[i]
+            left -= caps[i]
+        unfilled = [i for i in unfilled if i not in set(full)]
+    if unfilled:
+        exact = {i: parts[i] * factor for i in unfilled}
+        for i in unfilled:
+            out[i] = int(exact[i])
+        rest = left - sum(out[i] for i in unfilled)
+        for i in sorted(unfilled, key=lambda i: (out[i] - exact[i], i))[:rest]:
+            out[i] += 1
+    return out

@@ -1,4 +1,4 @@
-"""LongLLMLingua: tokens and passages are kept for what they have to do with a question."""
+"""LongLLMLingua: keeps the tokens and passages that matter for a question."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
 from ..core.config import CompressorConfig
 from ..core.passage import CompressedPassage
 from ..registry import register_compressor
+from .budget import share_out
 from .llmlingua import LLMLinguaCompressor, LLMLinguaConfig
-from .published.contexts import CONDITIONS, STATEMENT, reordered
+from .published.llmlingua import STATEMENT, LongLLMLinguaOptions, reordered
 from .scoring import BLANK_LINE, TokenScores, self_information
-from .shares import share_out
 
 
 @dataclass
@@ -24,27 +24,20 @@ class LongLLMLinguaConfig(LLMLinguaConfig):
     """Settings of LongLLMLingua. ``dynamic_ratio`` is 0 by default; the paper's examples use 0.25 to 0.3."""
 
     method: ClassVar[str] = "longllmlingua"
+    options_class: ClassVar[type[CompressorConfig] | None] = LongLLMLinguaOptions
 
-    question: str | None = field(
-        default=None, metadata={"help": "the question where a call gives none: a fixed task, say"}
-    )
+    question: str | None = field(default=None, metadata={"help": "question for calls without one: a fixed task, say"})
     statement: str = field(
-        default=STATEMENT, metadata={"help": "what follows the question where passages are ranked (fast)"}
+        default=STATEMENT, metadata={"help": "text after the question when passages are ranked (fast)"}
     )
-    condition: Literal["after", "before", "none"] = field(
-        default="after",
-        metadata={
-            "help": "contexts are ranked by the question 'after' them, by themselves with it 'before' them, or by themselves "
-            "('none') (faithful)"
-        },
+    published: LongLLMLinguaOptions = field(
+        default_factory=LongLLMLinguaOptions, kw_only=True, metadata={"help": "options of mode 'published' alone"}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.condition not in CONDITIONS:
-            raise ValueError(f"condition must be one of {CONDITIONS}, got {self.condition!r}.")
         if self.question is not None and not self.question.strip():
-            raise ValueError("question must be a text, or None where every call gives one; got an empty one.")
+            raise ValueError("question must be a text, or null if each call gives one; got an empty one.")
 
 
 @register_compressor
@@ -53,16 +46,14 @@ class LongLLMLinguaCompressor(LLMLinguaCompressor):
 
     A token's score is its contrastive perplexity, ``-log p(token | before) + log p(token | question, before)``.
 
-    ``mode="fast"``: both terms from one pass each over all passages, in batches of like length, and an exact budget for
-    each passage. With ``dynamic_ratio`` r above 0 the passages of a call that share a question are ranked by its loss
-    (read behind each passage in the pass that has no question before it) and their keep ratios run from +r to -r around
-    the common one, the total staying exactly what it was; the results stay in the caller's order, ``info["rank"]`` holds
-    each one's rank (0 is the best) and `reorder` puts them in order.
+    ``mode="fast"``: one pass per term, and an exact budget per passage. With ``dynamic_ratio`` r above 0 the passages of a
+    call with the same question are ranked by the question's loss after each passage (from the pass without a prefix).
+    Their keep ratios run from +r to -r around the common one, with the same total. Results stay in the caller's order;
+    ``info["rank"]`` holds the rank (0 is best), and `reorder` sorts by it.
 
-    ``mode="faithful"``: the published computation (see `iterative`), each passage on its own; `compress_prompt` runs it
-    over a list of contexts, ranking, order and dynamic ratios included.
+    ``mode="published"``: the released algorithm, passage by passage; `compress_prompt` runs it on several contexts.
 
-    Every call needs a question, or the config one: a ``ValueError`` otherwise.
+    Each call needs a question unless the config has one.
     """
 
     config_class: ClassVar[type[CompressorConfig]] = LongLLMLinguaConfig
@@ -73,19 +64,17 @@ class LongLLMLinguaCompressor(LLMLinguaCompressor):
         found = query if query is not None and query.strip() else self.config.question
         if found is None:
             raise ValueError(
-                "LongLLMLingua compresses for a question and got none: pass query=..., set the config's question, or use "
+                "LongLLMLingua compresses for a question but got none: pass query=..., set the config's question, or use "
                 "llmlingua, which needs none."
             )
         return found
 
-    # -- fast ------------------------------------------------------------------------------------------------------
-
     def score(self, texts: Sequence[str], queries: Sequence[str | None] | None = None) -> list[TokenScores]:
-        """The contrastive perplexity in nats of every token (of the scorer) of every text.
+        """The contrastive perplexity in nats of each token (of the scorer).
 
         Args:
             texts: the texts.
-            queries: one question a text.
+            queries: one question per text.
 
         Raises:
             ValueError: if a text has no question.
@@ -97,24 +86,22 @@ class LongLLMLinguaCompressor(LLMLinguaCompressor):
         return [TokenScores(a.ids, a.offsets, a.nll - b.nll, a.ending) for a, b in zip(alone, asked)]
 
     def _alone(self, texts: Sequence[str], questions: Sequence[str] | None) -> list[TokenScores]:
-        """The loss without a question; and, given questions, that of each question behind its text, from the same pass."""
+        """Losses without a question; given questions, also the loss of each question after its text, in the same pass."""
         endings = None if questions is None else [question + self.config.statement for question in questions]
         return self_information(self.scorer, texts, endings=endings, window=self.config.window)
 
     def rank(self, texts: Sequence[str], query: str | None = None) -> list[int]:
-        """Indices of passages, the one that makes the question most likely first; ties keep the caller's order.
-
-        Raises:
-            ValueError: without a question.
-        """
+        """Indices of passages by ascending `rank_losses`; ties keep the caller's order."""
         losses = self.rank_losses(texts, query)
         return sorted(range(len(losses)), key=lambda i: losses[i])
 
     def rank_losses(self, texts: Sequence[str], query: str | None = None) -> list[float]:
-        """Mean loss in nats of the question and the statement after it, given each passage: the lower, the more relevant.
+        """Mean loss in nats of the question and a statement after each passage: lower is more relevant.
 
-        A passage that does not fit the scorer's window beside the question is read in several, and its best part counts.
-        An empty one has an infinite loss.
+        A passage longer than the scorer's window counts by its best window. An empty passage has an infinite loss.
+
+        Raises:
+            ValueError: without a question.
         """
         question = self._question(query)
         with self._lock, torch.no_grad():
@@ -123,12 +110,11 @@ class LongLLMLinguaCompressor(LLMLinguaCompressor):
 
     @property
     def pools_budget(self) -> bool:
-        """Dynamic ratios, or shares by score, divide the budget of a call anew."""
+        """Dynamic ratios and ``share="scores"`` divide the budget of a call."""
         return self.config.dynamic_ratio > 0 or super().pools_budget
 
     def share_budget(
         self,
-        texts: Sequence[str],
         queries: Sequence[str | None],
         lengths: Sequence[int],
         targets: Sequence[int],
@@ -136,33 +122,27 @@ class LongLLMLinguaCompressor(LLMLinguaCompressor):
     ) -> tuple[list[int], list[dict[str, Any]]]:
         """Targets by rank among the passages with the same question: the published ramp, scaled to the same total."""
         if not self.config.dynamic_ratio:
-            return super().share_budget(texts, queries, lengths, targets, found)
+            return super().share_budget(queries, lengths, targets, found)
         groups: dict[str, list[int]] = defaultdict(list)
         for i, query in enumerate(queries):
             groups[self._question(query)].append(i)
         out = list(targets)
-        notes: list[dict[str, Any]] = [{} for _ in texts]
+        notes: list[dict[str, Any]] = [{} for _ in lengths]
         for group in groups.values():
-            # Scoring has read the question behind each passage; one that is empty was not scored.
-            losses = {i: found[i].ending if i in found else None for i in group}
+            losses = {i: found[i].ending if i in found else None for i in group}  # empty passages have none
             order = sorted(group, key=lambda i: math.inf if (loss := losses[i]) is None else loss)
             weights, caps, total = [], [], 0
             for rank, i in enumerate(order):
                 notes[i] = {"rank": rank}
                 shift = self.config.dynamic_ratio * (1 - 2 * rank / (len(order) - 1)) if len(order) > 1 else 0.0
                 rate = min(targets[i] / lengths[i], 1.0) if lengths[i] else 0.0
-                # The ramp would give a part of nothing to a passage that is to keep nothing.
+                # A passage with target 0 must stay at 0 despite the ramp.
                 weights.append(lengths[i] * min(max(rate + shift, 0.0), 1.0) if targets[i] else 0.0)
                 caps.append(lengths[i] if targets[i] else 0)
                 total += min(targets[i], lengths[i])
             for i, share in zip(order, share_out(total, weights, caps)):
                 out[i] = share
         return out, notes
-
-    # -- faithful --------------------------------------------------------------------------------------------------
-
-    def _published(self) -> dict[str, Any]:
-        return {"ranker": "longllmlingua", "condition": self.config.condition, "compare": True}
 
     def _compress(
         self, texts: list[str], queries: list[str | None], ratio: float | None, *, vectors: Any, **options: Any
@@ -172,18 +152,18 @@ class LongLLMLinguaCompressor(LLMLinguaCompressor):
 
 
 def reorder(passages: Sequence[CompressedPassage], how: str = "sort") -> list[CompressedPassage]:
-    """Compressed passages in the order in which a reader uses them best.
+    """Sorts compressed passages by their relevance.
 
     Args:
-        passages: of one call with ``dynamic_ratio`` above 0, so that ``info["rank"]`` is there.
-        how: ``"sort"``: the best first; ``"two_stage"``: the best at both ends; ``"original"``: as given.
+        passages: of one call with ``dynamic_ratio`` above 0, which sets ``info["rank"]``.
+        how: ``"sort"``: best first; ``"two_stage"``: best at both ends; ``"original"``: as given.
 
     Raises:
-        ValueError: if a passage has no rank, or for any other ``how``.
+        ValueError: if a passage has no rank, or ``how`` is unknown.
     """
     if how == "original":
         return list(passages)
     if any("rank" not in passage.info for passage in passages):
-        raise ValueError('A passage has no info["rank"]: compress them in one call with dynamic_ratio above 0.')
+        raise ValueError('A passage has no info["rank"]: compress all in one call with dynamic_ratio above 0.')
     ranked = sorted(range(len(passages)), key=lambda i: passages[i].info["rank"])
     return [passages[i] for i in reordered(ranked, how)]

@@ -1,4 +1,4 @@
-"""What all text compressors share: token scores become units, units become spans within an exact token budget."""
+"""Base of all text methods: token scores become unit values, and units become spans within an exact token budget."""
 
 from __future__ import annotations
 
@@ -6,71 +6,107 @@ import math
 import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..base import TextCompressor
-from ..core.config import CompressorConfig
+from ..core.config import CompressorConfig, ConfigT, check_choices, check_counts, check_ratio
 from ..core.passage import CompressedPassage
 from ..core.units import LEVELS, Span, carve, keep_spans, split_units, tokens_in, unit_scores
+from ..reader.reader import Reader
 from .budget import Search, join, run_searches, search
 from .scoring import TokenScores
+
+MODES = ("fast", "published")
+_STORED_MODES = {"published": "faithful"}  # spelling in config files: fingerprints stay what they were
 
 
 @dataclass
 class SelectionConfig(CompressorConfig):
-    """Settings of every method that keeps parts of the text."""
+    """Settings of every text method: the budget, the units, and what must stay.
+
+    Options of ``mode="published"`` alone are in a field ``published`` of the class `options_class`. `from_dict` and
+    `to_dict` hold them flat, beside the other settings.
+    """
 
     method: ClassVar[str]
+    options_class: ClassVar[type[CompressorConfig] | None] = None
 
-    ratio: float = field(default=2.0, metadata={"help": "compression ratio where no budget is given"})
-    unit: str = field(default="phrase", metadata={"help": f"what is kept or dropped whole: one of {', '.join(LEVELS)}"})
-    keep: tuple[str, ...] = field(default=(), metadata={"help": "strings that stay as long as they fit"})
+    ratio: float = field(default=2.0, metadata={"help": "compression ratio if a call gives no budget"})
+    unit: str = field(default="phrase", metadata={"help": f"kept or dropped as a whole: one of {', '.join(LEVELS)}"})
+    keep: tuple[str, ...] = field(default=(), metadata={"help": "strings that stay while they fit"})
     keep_patterns: tuple[str, ...] = field(default=(), metadata={"help": "regular expressions whose matches stay"})
-    keep_digits: bool = field(default=False, metadata={"help": "numbers stay as long as they fit"})
-    keep_names: bool = field(default=False, metadata={"help": "capitalised names stay as long as they fit"})
-    joiner: str = field(default=" ", metadata={"help": "what stands between kept spans that do not touch"})
+    keep_digits: bool = field(default=False, metadata={"help": "numbers stay while they fit"})
+    keep_names: bool = field(default=False, metadata={"help": "capitalised names stay while they fit"})
+    joiner: str = field(default=" ", metadata={"help": "text between kept spans that do not touch"})
+    mode: Literal["fast", "published"] = field(
+        default="fast",
+        metadata={"help": "'fast': exact budget; 'published': the released algorithm ('faithful' in older configs)"},
+    )
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.ratio) and self.ratio >= 1):
-            raise ValueError(
-                f"ratio is source tokens per kept token and must be a finite number of at least 1, got {self.ratio!r}."
-            )
-        if self.unit not in LEVELS:
-            raise ValueError(f"unit must be one of {LEVELS}, got {self.unit!r}.")
+        check_ratio(self.ratio, "source tokens per kept token")
+        if self.mode in _STORED_MODES.values():
+            self.mode = "published"
+        check_choices(self, {"unit": LEVELS, "mode": MODES})
         for name in ("keep", "keep_patterns"):
             value = getattr(self, name)
             if isinstance(value, str) or not all(isinstance(item, str) and item for item in value):
-                raise ValueError(f"{name} must be a list of strings that are not empty, got {value!r}.")
+                raise ValueError(f"{name} must be a list of non-empty strings, got {value!r}.")
             setattr(self, name, tuple(value))
         for pattern in self.keep_patterns:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(
-                    f"keep_patterns holds {pattern!r}, which is no regular expression: {error}."
-                ) from error
+                raise ValueError(f"keep_patterns holds {pattern!r}, no valid regular expression: {error}.") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """A flat JSON-able dict that `from_dict` takes back."""
+        found = super().to_dict()
+        options = getattr(self, "published", None)
+        if options is not None:
+            del found["published"]
+            found |= options.to_dict()
+        return found | {"mode": _STORED_MODES.get(self.mode, self.mode)}
+
+    @classmethod
+    def from_dict(cls: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
+        """Builds the config; raises ``ValueError`` for unknown keys."""
+        options_class = cls.options_class  # type: ignore[attr-defined]
+        if options_class is not None:
+            names = {f.name for f in fields(options_class)}
+            flat = {name: value for name, value in data.items() if name in names}
+            given = data.get("published", {})
+            options = options_class.from_dict({**(given if isinstance(given, Mapping) else given.to_dict()), **flat})
+            data = {**{name: value for name, value in data.items() if name not in names}, "published": options}
+        return super().from_dict(data)  # type: ignore[misc]
 
 
 class SelectingCompressor(TextCompressor):
-    """A compressor that scores tokens and keeps the units of text with the highest mean scores.
+    """Scores tokens and keeps the units of text with the highest values.
 
-    The result has at most the tokens that the budget allows, counted by the reader's tokenizer on the result itself. Kept
-    spans are joined by ``config.joiner`` where they do not touch, so ``joiner.join(text[a:b] for a, b in spans)`` is the
-    compressed text. White space at the ends of a span is dropped, and a text that already fits is returned as it is.
+    The result has at most the tokens of the budget, counted by the reader's tokenizer on the result itself. It equals
+    ``joiner.join(text[a:b] for a, b in spans)``; spans have no white space at their ends. A text that fits is returned
+    unchanged.
 
-    A method implements `score`.
+    A method implements `score`, and `as_published` if it knows ``mode="published"``.
     """
 
     config: SelectionConfig
 
     @abstractmethod
     def score(self, texts: Sequence[str], queries: Sequence[str | None] | None = None) -> list[TokenScores]:
-        """Scores every token of every text: the higher, the more it is worth keeping."""
+        """Scores each token of each text: a higher score is kept first."""
+
+    @abstractmethod
+    def as_published(
+        self, text: str, query: str | None, ratio: float, target_tokens: int | None
+    ) -> tuple[str, tuple[Span, ...]]:
+        """The released algorithm on one passage: its text, and its spans if they are known."""
 
     def identity_parts(self) -> list[Any]:
         """The reader's tokens decide what fits."""
@@ -78,21 +114,20 @@ class SelectingCompressor(TextCompressor):
 
     @property
     def level(self) -> str:
-        """The units that are kept or dropped whole, one of `LEVELS`."""
+        """The units that are kept or dropped, one of `LEVELS`."""
         return self.config.unit
 
     def unit_values(self, units: Sequence[Span], scores: TokenScores) -> Tensor:
-        """``[units]`` what each unit is worth: the mean of its tokens' scores."""
+        """``[units]`` values: the mean score of each unit's tokens."""
         return unit_scores(units, scores.offsets, scores.nll)
 
     @property
     def pools_budget(self) -> bool:
-        """Whether the passages of one call share one budget, which `share_budget` divides."""
+        """Whether `share_budget` divides the budget of a call between its passages."""
         return False
 
     def share_budget(
         self,
-        texts: Sequence[str],
         queries: Sequence[str | None],
         lengths: Sequence[int],
         targets: Sequence[int],
@@ -101,15 +136,15 @@ class SelectingCompressor(TextCompressor):
         """Moves budget between the passages of a call.
 
         Args:
-            texts, queries: the passages and their questions.
+            queries: the question of each passage.
             lengths: the reader's tokens of each passage.
-            targets: the tokens that each would have on its own.
-            found: scores by index of every passage that is not empty.
+            targets: the budget that each passage has alone.
+            found: scores by index of each passage that is not empty.
 
         Returns:
-            New targets with the same sum, and for each passage what to say of it in ``info``.
+            New targets with the same sum, and each passage's entries for ``info``.
         """
-        return list(targets), [{} for _ in texts]
+        return list(targets), [{} for _ in targets]
 
     def _compress(
         self,
@@ -122,30 +157,55 @@ class SelectingCompressor(TextCompressor):
         with_scores: bool = False,
         **options: Any,
     ) -> list[CompressedPassage]:
-        """The options of `compress`.
+        """Options of `compress`.
 
         Args:
-            target_tokens: the reader's tokens that each result may have, in place of a ratio; 0 keeps nothing.
-            with_scores: put each token's score and characters into ``info["scores"]`` and ``info["offsets"]``.
+            target_tokens: the reader's tokens of each result, instead of a ratio; 0 keeps nothing.
+            with_scores: put token scores and offsets into ``info["scores"]`` and ``info["offsets"]`` (fast).
         """
+        published = self.config.mode == "published"
+        if published and with_scores:
+            options["with_scores"] = True
         if options:
-            raise TypeError(f"{type(self).__name__}.compress has no options {sorted(options)}.")
+            raise TypeError(f"{type(self).__name__} in mode={self.config.mode!r} has no options {sorted(options)}.")
         if ratio is not None and target_tokens is not None:
             raise ValueError(f"Give ratio or target_tokens, not both (got {ratio} and {target_tokens}).")
         if target_tokens is not None and (not isinstance(target_tokens, int) or target_tokens < 0):
             raise ValueError(f"target_tokens must be an integer of at least 0, got {target_tokens!r}.")
         asked = self.config.ratio if ratio is None else ratio
-        lengths = [len(ids) for ids in self.reader.tokenize_batch(texts)]
-        # The small term keeps 30 / 1.2 at 25 in spite of floating point.
+        lengths = self._counts(texts)
+        info: dict[str, Any] = {"method": self.config.method, "unit": self.config.unit}
+        info |= {"mode": "published"} if published else {"joiner": self.config.joiner}
+        info |= {"ratio_asked": float(asked)} if target_tokens is None else {"target_tokens": target_tokens}
+        notes: list[dict[str, Any]] = [{} for _ in texts]
+        if published:
+            made = [self.as_published(t, q, asked, target_tokens) if t else ("", ()) for t, q in zip(texts, queries)]
+            results = [(kept, spans, n) for (kept, spans), n in zip(made, self._counts([kept for kept, _ in made]))]
+        else:
+            results, notes = self._fit(texts, queries, asked, target_tokens, lengths, with_scores)
+        return [
+            CompressedPassage("text", length, self.fingerprint, text=kept, spans=spans, n_tokens=n, info=info | note)
+            for length, (kept, spans, n), note in zip(lengths, results, notes)
+        ]
+
+    def _fit(
+        self,
+        texts: list[str],
+        queries: list[str | None],
+        asked: float,
+        target_tokens: int | None,
+        lengths: list[int],
+        with_scores: bool,
+    ) -> tuple[list[tuple[str, tuple[Span, ...], int]], list[dict[str, Any]]]:
+        """Text, spans and tokens of each passage within its exact budget, and its entries for ``info``."""
+        # The small term keeps 30 / 1.2 at 25 despite floating point.
         targets = [math.floor(n / asked + 1e-9) if target_tokens is None else target_tokens for n in lengths]
         pooled = self.pools_budget and len(texts) > 1
         todo = [i for i, n in enumerate(lengths) if with_scores or (pooled and n) or 0 < targets[i] < n]
         found = dict(zip(todo, self.score([texts[i] for i in todo], [queries[i] for i in todo])))
         notes: list[dict[str, Any]] = [{} for _ in texts]
         if pooled:
-            targets, notes = self.share_budget(texts, queries, lengths, targets, found)
-        info: dict[str, Any] = {"method": self.config.method, "unit": self.config.unit, "joiner": self.config.joiner}
-        info |= {"ratio_asked": float(asked)} if target_tokens is None else {"target_tokens": target_tokens}
+            targets, notes = self.share_budget(queries, lengths, targets, found)
         chosen: list[tuple[tuple[Span, ...], int]] = [
             (((0, len(text)),) if text else (), length) if length <= target else ((), 0)
             for text, length, target in zip(texts, lengths, targets)
@@ -154,34 +214,21 @@ class SelectingCompressor(TextCompressor):
         searches = [self._search(texts[i], found[i], targets[i], lengths[i]) for i in cut]
         for i, kept in zip(cut, run_searches(searches, self._counts)):
             chosen[i] = kept
-        passages = []
-        for i, (text, length, (spans, n)) in enumerate(zip(texts, lengths, chosen)):
-            extra = {"scores": found[i].nll.tolist(), "offsets": found[i].offsets} if with_scores else {}
-            passages.append(
-                CompressedPassage(
-                    "text",
-                    length,
-                    self.fingerprint,
-                    text=join(text, spans, self.config.joiner),
-                    spans=spans,
-                    n_tokens=n,
-                    info=info | notes[i] | extra,
-                )
-            )
-        return passages
+        if with_scores:
+            notes = [
+                note | {"scores": found[i].nll.tolist(), "offsets": found[i].offsets} for i, note in enumerate(notes)
+            ]
+        return [(join(t, spans, self.config.joiner), spans, n) for t, (spans, n) in zip(texts, chosen)], notes
 
-    def _counts(self, texts: list[str]) -> list[int]:
+    def _counts(self, texts: Sequence[str]) -> list[int]:
         return [len(ids) for ids in self.reader.tokenize_batch(texts)]
-
-    def _count(self, text: str) -> int:
-        return len(self.reader.tokenize(text))
 
     def _search(self, text: str, scores: TokenScores, target: int, length: int) -> Search:
         if not bool(torch.isfinite(scores.nll).all()):
             raise ValueError("The scoring model gave NaN or infinite scores; load it in float32 or bfloat16.")
         config = self.config
         must_stay = keep_spans(text, config.keep, config.keep_patterns, config.keep_digits, config.keep_names)
-        # Where not one unit fits, finer ones are taken: half of a long sentence tells more than nothing.
+        # If no unit fits, use finer ones: half of a long sentence is better than nothing.
         for level in reversed(LEVELS[: LEVELS.index(self.level) + 1]):
             units = split_units(text, level, scores.offsets)
             values = self.unit_values(units, scores).double().numpy()
@@ -189,9 +236,52 @@ class SelectingCompressor(TextCompressor):
             if must_stay:
                 units, parents, marks = carve(units, must_stay, text)
                 values, must = values[parents], np.array(marks)
-            order = np.lexsort((-values, ~must)).tolist()  # the first of equals first
+            order = np.lexsort((-values, ~must)).tolist()  # stable: the first of equal values first
             sizes = tokens_in(units, scores.offsets)
             found = yield from search(text, units, order, target, length, sizes, config.joiner, first=int(must.sum()))
             if found[0]:
                 return found
         return (), 0
+
+
+@dataclass
+class LMSelectionConfig(SelectionConfig):
+    """Settings of text methods that score tokens with a causal LM."""
+
+    method: ClassVar[str]
+
+    scorer: str | None = field(
+        default=None, metadata={"help": "hub id or folder of the causal LM that scores; default: the reader"}
+    )
+    window: int = field(default=2048, metadata={"help": "longest stretch of text that the scorer reads at once (fast)"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, {"window": 2})
+
+
+class LMSelectingCompressor(SelectingCompressor):
+    """A selecting compressor that scores tokens with a causal LM.
+
+    Args:
+        config: the settings.
+        reader: the reader; the budget counts its tokens.
+        scorer: the causal LM that scores, instead of loading ``config.scorer``.
+    """
+
+    config: LMSelectionConfig
+
+    def __init__(self, config: LMSelectionConfig, reader: Reader, *, scorer: Reader | None = None) -> None:
+        super().__init__(config, reader)
+        if scorer is None:
+            scorer = reader if config.scorer is None else Reader.from_pretrained(config.scorer, device=reader.device)
+        self._scorer = (scorer,)  # a tuple: its weights are no parameters of this module
+
+    @property
+    def scorer(self) -> Reader:
+        """The causal LM that scores."""
+        return self._scorer[0]
+
+    def identity_parts(self) -> list[Any]:
+        """Reader and scorer."""
+        return [*super().identity_parts(), self.scorer.fingerprint]

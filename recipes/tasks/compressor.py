@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ...compressors import Reader, SoftCompressor, make_compressor
+from ...compressors import Reader, SoftCompressor, load_compressor, make_compressor
 from ...shipped import locate
 from ..data.corpus import Record
 from ..data.records import Material, load_articles, load_records
@@ -45,7 +45,7 @@ class CompressorTask:
         torch.manual_seed(recipe.seed)
         settings = dict(recipe.compressor)
         if isinstance(settings.get("tagger"), str):
-            settings["tagger"] = locate(settings["tagger"])
+            settings["tagger"] = load_compressor(locate(settings["tagger"]), self.reader)
         compressor = make_compressor(settings.pop("method"), self.reader, **settings)
         if not isinstance(compressor, SoftCompressor):
             raise ValueError(f"{type(compressor).__name__} selects text and has nothing to train with a reader.")

@@ -108,7 +108,7 @@ class TokenModule(nn.Module):
         Returns:
             `loss`, `accuracy`, `keep_rate` (asked for and given) and `tokens`.
         """
-        logits = self.compressor.logits(ids, mask).float()
+        logits = self.compressor.words.logits(ids, mask).float()
         known = labels != IGNORE
         wanted, found = labels[known], logits[known]
         total = cross_entropy(found, wanted, reduction="sum") if len(wanted) else logits.sum() * 0.0
@@ -144,7 +144,7 @@ class TokenTask:
         found = make_compressor(
             settings.pop("method"), reader or Reader.from_pretrained(locate(str(recipe.reader))), **settings
         )
-        if not isinstance(found, LLMLingua2Compressor) or found.tagger is None:
+        if not isinstance(found, LLMLingua2Compressor) or found.words.tagger is None:
             raise ValueError("A recipe of kind 'tokens' trains llmlingua2 with LoRA and a head: leave out classifier.")
         self.compressor: LLMLingua2Compressor = found
         self.module = TokenModule(found)
@@ -214,8 +214,8 @@ class TokenTask:
 
     def rows(self, item: TokenItem) -> Iterator[tuple[list[int], list[int]]]:
         """The classifier's rows of an item, with the labels of their tokens."""
-        pieces, ranges, head = self.compressor.rows(item.passage, item.question)
-        of, after = item.labels.of_tokens(pieces.offsets), self.compressor.pieces.after
+        pieces, ranges, head = self.compressor.words.rows(item.passage, item.question)
+        of, after = item.labels.of_tokens(pieces.offsets), self.compressor.words.pieces.after
         for a, b in ranges:
             yield [*head, *pieces.ids[a:b], *after], [*[IGNORE] * len(head), *of[a:b], *[IGNORE] * len(after)]
 
@@ -224,7 +224,7 @@ class TokenTask:
 
         def collate(items: list[TokenItem]) -> dict[str, Any]:
             rows = [row for item in items for row in self.rows(item)]
-            ids, mask = pad_rows([ids for ids, _ in rows], self.compressor.pieces.pad)
+            ids, mask = pad_rows([ids for ids, _ in rows], self.compressor.words.pieces.pad)
             labels, _ = pad_rows([labels for _, labels in rows], IGNORE)
             return {"ids": ids, "mask": mask, "labels": labels, "num_items": int((labels != IGNORE).sum())}
 
@@ -267,7 +267,7 @@ class TokenTask:
             self._dev = [TokenItem(passage, labels, passage, question) for passage, labels, question in drawn]
         rarity = self._rarity()
         training = self.compressor.training
-        found = self.compressor.eval().probabilities(
+        found = self.compressor.eval().words.probabilities(
             [item.passage for item in self._dev], [item.question for item in self._dev]
         )
         self.compressor.train(training)
@@ -293,7 +293,7 @@ class TokenTask:
     def _rarity(self) -> dict[int, float]:
         """Inverse document frequency of tokens over the training passages."""
         passages = [one.passage for source in self.material.asked.values() for one in source]
-        seen = Counter(i for passage in passages for i in set(self.compressor.pieces(passage).ids))
+        seen = Counter(i for passage in passages for i in set(self.compressor.words.pieces(passage).ids))
         return {i: math.log(len(passages) / n) for i, n in seen.items()}
 
 

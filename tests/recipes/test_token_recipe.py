@@ -195,7 +195,7 @@ def reader(zoo):
 def test_training_lowers_the_loss_and_leaves_the_encoder_alone(folder, reader, tmp_path):
     recipe = recipe_for(folder)
     task = TokenTask(recipe, reader)
-    frozen = {n: t.clone() for n, t in task.compressor._frozen[0].state_dict().items()}
+    frozen = {n: t.clone() for n, t in task.compressor.words.frozen.state_dict().items()}
     start = {n: t.clone() for n, t in task.compressor.trainable_state().items()}
     final = run_recipe(recipe, task, tmp_path)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -205,7 +205,7 @@ def test_training_lowers_the_loss_and_leaves_the_encoder_alone(folder, reader, t
     assert len(scores) == 2
     assert scores[-1]["eval/f1"] > scores[-1]["eval/f1_random"]
     assert 0.1 < scores[-1]["eval/keep_rate"] < 0.9
-    assert all(torch.equal(t, frozen[n]) for n, t in task.compressor._frozen[0].state_dict().items())
+    assert all(torch.equal(t, frozen[n]) for n, t in task.compressor.words.frozen.state_dict().items())
     assert all(not torch.equal(t, start[n]) for n, t in task.compressor.trainable_state().items())
     loaded = load_compressor(final, reader)
     assert loaded.fingerprint == task.compressor.fingerprint
@@ -240,7 +240,7 @@ def test_batches_hold_rows_and_labels_that_fit(folder, reader):
     assert (batch["labels"][:, 0] == IGNORE).all()
     batch.pop("num_items")
     out = task.module(**batch)
-    logits = task.compressor.logits(batch["ids"], batch["mask"])
+    logits = task.compressor.words.logits(batch["ids"], batch["mask"])
     want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
     assert out["loss"].item() == pytest.approx(want.item(), rel=1e-5)
     long = "The old house has rooms. " * 40
@@ -258,7 +258,7 @@ def test_a_classifier_that_reads_questions_gets_one_with_each_passage(folder, re
     assert all(item.question for item in items)
     batch = task.collator(asking.stages[0])(items)
     for item, ids, labels in zip(items, batch["ids"], batch["labels"]):
-        head = task.compressor.head(item.question)
+        head = task.compressor.words.head(item.question)
         assert ids[: len(head)].tolist() == head
         assert (labels[: len(head)] == IGNORE).all()
         assert (labels[len(head) :] == 1).any()

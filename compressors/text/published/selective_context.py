@@ -1,14 +1,15 @@
-"""Selective Context as published: a share of the units of a text is dropped by a percentile of their self-information.
+"""Selective Context as released (arXiv 2310.06201): drops a share of the units by a percentile of their self-information.
 
-The computation of arXiv 2310.06201 as its authors' release carries it out, for the ``faithful`` mode. Its peculiarities:
-white space is collapsed first; every sentence is scored on its own behind the end-of-text token, so that nothing is guessed
-from the sentence before; units *below* the percentile go, so that ties stay; kept tokens and phrases are joined by nothing
-(sentences run together) and sentences by a space, a dropped one leaving its space behind; a token on its own may be a
-broken character; a token across the end of a phrase counts for the phrase that it ends, not for the one that it begins.
+Known properties of the release, which are kept:
 
-Not as published: phrases are those of `split_units` in place of a parser's noun chunks, a character of several tokens stays
-whole in its phrase, and a sentence longer than the scorer's positions is refused by the scorer's own check rather than by a
-crash.
+- White space is collapsed first. Each sentence is scored alone after the end-of-text token.
+- Units *below* the percentile are dropped, so ties stay.
+- Kept tokens and phrases are joined by nothing (sentences run together), sentences by a space; a dropped sentence leaves
+  its space. A single kept token may be a broken character.
+- A token across the end of a phrase counts for the phrase that it ends, not for the one that it begins.
+
+Differences: phrases come from `split_units`, not from a parser's noun chunks; a character of several tokens stays whole in
+its phrase; a sentence longer than the scorer's positions is refused.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 
 from ...core.units import Span, split_units
 from ...reader.reader import Reader
-from ..scoring import next_token_losses
+from ..scoring import row_losses
 
 _SPACE = re.compile(r"\s+")
 # After a full stop or a question mark, unless the stop belongs to an abbreviation such as "e.g." or "Dr."
@@ -28,12 +29,12 @@ _BORDER = re.compile(r"(?<!\w\.\w.)(?<![A-Z][a-z]\.)(?<=\.|\?)\s")
 
 
 def drop_predictable(scorer: Reader, text: str, share: float, unit: str = "phrase") -> str:
-    """The text without the units that tell least.
+    """Drops the units with the lowest self-information.
 
     Args:
         scorer: the causal LM.
         text: the text.
-        share: of the units, to be dropped: those below this percentile (over the whole text).
+        share: percentile (over the whole text) below which units are dropped, as a share.
         unit: ``"token"``, ``"phrase"`` or ``"sentence"``.
 
     Raises:
@@ -54,23 +55,23 @@ def drop_predictable(scorer: Reader, text: str, share: float, unit: str = "phras
 
 
 def _units(scorer: Reader, sentence: str, unit: str, first: bool) -> tuple[list[str], list[float]]:
-    """A sentence's units as they are joined, and the mean self-information of each."""
+    """A sentence's units as they are joined, and their mean self-information."""
     ids, offsets = scorer.prompts.encode_with_offsets(sentence, opens=True)
     opening = scorer.eos_id if scorer.eos_id is not None else next(iter(scorer.bos_ids), None)
     if opening is None:
-        raise ValueError(f"{scorer.name!r} has neither an end-of-text nor a BOS token to read a sentence behind.")
+        raise ValueError(f"{scorer.name!r} has neither an end-of-text nor a BOS token to read before a sentence.")
     if scorer.max_positions is not None and len(ids) + 1 > scorer.max_positions:
         raise ValueError(
             f"A sentence of {len(ids)} tokens is too long for {scorer.name!r} with {scorer.max_positions} positions; "
             "mode='fast' reads it in windows."
         )
-    losses = next_token_losses(scorer, [opening, *ids])
+    losses = row_losses(scorer, [[opening, *ids]])[0]
     if unit == "sentence":
         return [sentence], [float(losses.mean())]
     if unit == "token":
         return [scorer.decode([i]) for i in ids], losses.tolist()
     spans = split_units(sentence, unit)
-    # A phrase owns the space in front of it; the sentence's first phrase gets one unless it opens the text.
+    # A phrase owns the space before it; the sentence's first phrase gets one unless it opens the text.
     phrases = [sentence[a:b] for a, b in spans]
     phrases[0] = phrases[0] if first else " " + phrases[0]
     return phrases, _phrase_values(sentence, spans, offsets, losses.tolist())
@@ -79,10 +80,10 @@ def _units(scorer: Reader, sentence: str, unit: str, first: bool) -> tuple[list[
 def _phrase_values(
     sentence: str, phrases: Sequence[Span], offsets: Sequence[Span], losses: Sequence[float]
 ) -> list[float]:
-    """Mean self-information of each phrase; NaN for one that no token belongs to, which then stays.
+    """Mean self-information of each phrase; NaN for a phrase without tokens, which then stays.
 
-    A token belongs to the phrase that it lies in; one across the end of a phrase belongs to every phrase that ends in it, in
-    equal parts, and not to the one that it only begins. A lone space inside a phrase does not count.
+    A token across the end of a phrase belongs in equal parts to the phrases that end in it. A lone space inside a phrase
+    does not count.
     """
     found: list[list[float]] = [[] for _ in phrases]
     now = last = reached = 0

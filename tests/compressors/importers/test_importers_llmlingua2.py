@@ -37,9 +37,9 @@ def test_any_token_classifier_is_recognised_and_its_probabilities_are_its_own(zo
     ids = zoo.tokenizer()(TEXT)["input_ids"]
     with torch.no_grad():
         want = model(torch.tensor([ids])).logits[0].softmax(-1)[1:, 1]
-    ((_, found),) = compressor.probabilities([TEXT])
+    ((_, found),) = compressor.words.probabilities([TEXT])
     assert torch.allclose(found, want, atol=1e-5)
-    assert compressor.config.mode == "faithful"
+    assert compressor.config.mode == "published"
     fast = import_checkpoint("llmlingua2", folder, reader, mode="fast", ratio=3.0)
     (passage,) = fast.compress([TEXT])
     assert 0 < passage.n_tokens <= passage.source_tokens / 3

@@ -56,7 +56,7 @@ def test_training_starts_at_the_embeddings_of_the_tokens_most_worth_keeping(read
     with torch.no_grad():
         compressor.sharpness.fill_(1e4)  # nothing but the anchors
     # the words' probabilities, carried over to the reader's tokens one by one
-    pieces, values = plain.probabilities([text])[0]
+    pieces, values = plain.words.probabilities([text])[0]
     worth = plain.score([text])[0].nll
     owner = {c: i for i, (a, b) in enumerate(pieces.offsets) for c in range(a, b)}
     tokens = []
@@ -123,7 +123,7 @@ def test_the_question_moves_the_slots_and_is_asked_for(reader, asking, plain, tm
 
 
 def test_only_a_tagger_that_can_be_trained_is_taken(reader):
-    with pytest.raises(ValueError, match="tagger must be a LLMLingua-2"):
+    with pytest.raises(ValueError, match="tagger must be a loaded LLMLingua-2"):
         SalientPoolCompressor(config(), reader, tagger=make_compressor("mean-pool", reader, encoder="embeddings"))
 
 
@@ -133,7 +133,7 @@ def test_llmlingua2_keeps_words_for_the_question(reader, asking):
     with pytest.raises(ValueError, match="for a question"):
         asking.compress([PASSAGE], ratio=2)
     with pytest.raises(ValueError, match="knows no question"):
-        make_compressor("llmlingua2", reader, r=2, query_aware=True, mode="faithful")
+        make_compressor("llmlingua2", reader, r=2, query_aware=True, mode="published")
     # in rows of any length each passage token is scored once, behind the question
-    long = asking.probabilities([LONG], ["Which rivers?"])[0]
+    long = asking.words.probabilities([LONG], ["Which rivers?"])[0]
     assert len(long[0].ids) == len(long[1]) > 512

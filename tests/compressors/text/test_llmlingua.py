@@ -12,18 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nutgraf.compressors import Reader
 from nutgraf.compressors.core.units import split_units
+from nutgraf.compressors.text.budget import kept_share, share_out
 from nutgraf.compressors.text.llmlingua import LLMLinguaCompressor, LLMLinguaConfig
-from nutgraf.compressors.text.published.contexts import (
+from nutgraf.compressors.text.published.llmlingua import (
+    LLMLinguaOptions,
+    LongLLMLinguaOptions,
     choose_contexts,
+    compress_prompt,
     context_losses,
     rank_contexts,
     reordered,
+    sentences_of,
     widened,
 )
-from nutgraf.compressors.text.published.llmlingua import compress_prompt
-from nutgraf.compressors.text.published.sentence_budget import sentences_of
 from nutgraf.compressors.text.published.windows import window_plan
-from nutgraf.compressors.text.shares import kept_share, share_out
 
 FACTS = [
     "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911).",
@@ -178,7 +180,7 @@ def test_bad_shares_are_refused():
         share_out(3, [-1.0], [1])
 
 
-# -- faithful ------------------------------------------------------------------------------------------------------------
+# -- published -----------------------------------------------------------------------------------------------------------
 
 
 def losses_of(reader: Reader, ids: list[int]) -> list[float]:
@@ -214,30 +216,30 @@ def by_hand(reader: Reader, ids: list[int], ratio: float, size: int, start: int 
 
 @pytest.mark.parametrize("ratio", [1.25, 2, 6])
 @pytest.mark.parametrize("size", [40, 200])
-def test_faithful_equals_the_published_loop(reader, ratio, size):
+def test_published_equals_the_published_loop(reader, ratio, size):
     text = passage(380)
     ids = reader.prompts.encode(text, opens=True)
     assert len(ids) > 2 * size
-    found = compress_prompt(reader, [text], rate=1 / ratio, size=size)
+    found = compress_prompt(reader, [text], LLMLinguaOptions(iterative_size=size), rate=1 / ratio)
     bos = len(reader.bos_ids)
     target = (len(ids) + 3 * bos) / ratio - 2 * bos
     want = by_hand(reader, ids, min(max(target / (len(ids) + 3), 0), 1), size)
     assert found.text == reader.decode([ids[i] for i in want])
     assert found.kept_tokens == len(want) < len(ids)
     assert found.source_tokens == len(ids)
-    (p,) = build(reader, mode="faithful", iterative_size=size).compress([text], ratio=ratio)
+    (p,) = build(reader, mode="published", iterative_size=size).compress([text], ratio=ratio)
     assert p.text == found.text
     assert p.n_tokens == len(reader.tokenize(p.text))
     assert "".join(text[a:b] for a, b in p.spans).replace(" ", "") == p.text.replace(" ", "")
 
 
-def test_faithful_leaves_a_text_shorter_than_a_window_practically_whole(reader):
+def test_published_leaves_a_text_shorter_than_a_window_practically_whole(reader):
     text = passage(50)
     n = len(reader.prompts.encode(text, opens=True))
     assert n < 190
-    found = compress_prompt(reader, [text], rate=0.2)
+    found = compress_prompt(reader, [text], LLMLinguaOptions(), rate=0.2)
     assert n - 2 <= found.kept_tokens <= n
-    assert build(reader, mode="faithful").compress([""])[0].text == ""
+    assert build(reader, mode="published").compress([""])[0].text == ""
 
 
 def test_contexts_are_ranked_and_chosen_as_published(reader):
@@ -276,7 +278,7 @@ def test_windows_span_contexts_and_the_first_is_one_short():
 
 def test_the_pipeline_over_contexts(reader):
     contexts = [passage(60, seed) for seed in range(4)]
-    compressor = build(reader, mode="faithful", iterative_size=50, reorder="sort", dynamic_ratio=0.3, context_budget=0)
+    compressor = build(reader, mode="published", iterative_size=50, reorder="sort", dynamic_ratio=0.3, context_budget=0)
     found = compressor.compress_prompt(contexts, instruction="Read.", question="Who?", ratio=2)
     assert found.prompt == f"Read.\n\n{found.text}\n\nWho?"
     assert list(found.order) == rank_contexts(reader, contexts)[: len(found.order)]
@@ -302,11 +304,11 @@ def test_texts_beyond_the_models_positions_slide_through_it(reader, zoo, limit):
     ids = small.prompts.encode(text, opens=True)
     assert len(ids) > limit + 100
     with Forwarded(small.model.get_decoder()) as seen:
-        found = compress_prompt(small, [text], rate=0.5, size=size)
+        found = compress_prompt(small, [text], LLMLinguaOptions(iterative_size=size), rate=0.5)
     assert 0.35 * len(ids) < found.kept_tokens < 0.65 * len(ids)
     # one look at what the model has positions for, then the kept tokens of a window again with the next one
     assert seen.positions <= limit + len(ids) + found.kept_tokens
-    whole = compress_prompt(reader, [text], rate=0.5, size=size)
+    whole = compress_prompt(reader, [text], LLMLinguaOptions(iterative_size=size), rate=0.5)
     assert found.text != whole.text
     # the first window is chosen by the losses of that look alone
     losses = losses_of(small, ids[:limit])
@@ -324,7 +326,7 @@ def test_no_token_of_the_kept_prefix_is_read_again(reader):
     text, size = passage(380), 40
     n = len(reader.prompts.encode(text, opens=True))
     with Forwarded(reader.model.get_decoder()) as seen:
-        found = compress_prompt(reader, [text], rate=0.5, size=size)
+        found = compress_prompt(reader, [text], LLMLinguaOptions(iterative_size=size), rate=0.5)
     assert seen.positions <= 2 * n + found.kept_tokens
 
 
@@ -356,12 +358,12 @@ def test_whole_sentences_go_first(reader):
             break
     assert 0 < len(want) < len(flat)
     # windows longer than the text: whatever the filter leaves stays
-    compressor = build(reader, mode="faithful", iterative_size=2000, sentence_budget=1.4, context_budget=1e6)
+    compressor = build(reader, mode="published", iterative_size=2000, sentence_budget=1.4, context_budget=1e6)
     found = compressor.compress_prompt(contexts, target_tokens=target)
     count = len(sentences_of(contexts[0]))
     parts = ("".join(s for i, s in enumerate(flat) if i in want and (i < count) == own) for own in (True, False))
     assert found.text == "\n\n".join(parts)
-    plain = build(reader, mode="faithful", iterative_size=2000, context_budget=1e6)
+    plain = build(reader, mode="published", iterative_size=2000, context_budget=1e6)
     assert plain.compress_prompt(contexts, target_tokens=target).text == "\n\n".join(contexts)
     assert "sentence_budget" not in plain.config.to_dict()
 
@@ -370,7 +372,7 @@ def test_line_breaks_side_by_side_stay(reader):
     text = "\n\n".join(passage(12, seed) for seed in range(12))
     assert len(reader.tokenize("\n")) == 1
     kept, plain = (
-        build(reader, mode="faithful", iterative_size=50, keep_split=keep).compress_prompt([text], ratio=4).text
+        build(reader, mode="published", iterative_size=50, keep_split=keep).compress_prompt([text], ratio=4).text
         for keep in (True, False)
     )
     assert kept.count("\n\n") == 11
@@ -378,7 +380,7 @@ def test_line_breaks_side_by_side_stay(reader):
 
 
 def test_the_question_may_be_left_out_of_the_prompt(reader):
-    compressor = build(reader, mode="faithful", iterative_size=40)
+    compressor = build(reader, mode="published", iterative_size=40)
     text, question = passage(200), "Who signed the treaty of Westphalia, and when?"
     ends, bare = (
         compressor.compress_prompt([text], question=question, ratio=2, append_question=append)
@@ -389,20 +391,32 @@ def test_the_question_may_be_left_out_of_the_prompt(reader):
     assert bare.kept_tokens > ends.kept_tokens  # the question's tokens are not part of what is to be kept
 
 
-def test_faithful_refuses_what_it_cannot_do(reader, zoo):
+def test_published_refuses_what_it_cannot_do(reader, zoo):
     small = zoo.reader("llama", max_position_embeddings=64)
     with pytest.raises(ValueError, match="64 positions"):
-        build(small, mode="faithful").compress([passage(200)])
+        build(small, mode="published").compress([passage(200)])
     with pytest.raises(TypeError, match="no options"):
-        build(reader, mode="faithful").compress(FACTS, with_scores=True)
+        build(reader, mode="published").compress(FACTS, with_scores=True)
     with pytest.raises(ValueError, match="at least one context"):
-        compress_prompt(reader, [])
+        compress_prompt(reader, [], LLMLinguaOptions())
     with pytest.raises(ValueError, match="by a question"):
-        compress_prompt(reader, FACTS, ranker="longllmlingua")
-    with pytest.raises(ValueError, match="in \\(0, 1\\]"):
-        compress_prompt(reader, FACTS, rate=0)
-    with pytest.raises(ValueError, match="ranker"):
-        compress_prompt(reader, FACTS, ranker="bm25")
+        compress_prompt(reader, FACTS, LongLLMLinguaOptions())
+    with pytest.raises(ValueError, match=r"in \(0, 1\]"):
+        compress_prompt(reader, FACTS, LLMLinguaOptions(), rate=0)
+
+
+def test_options_are_stored_flat_and_under_their_first_names(reader):
+    stored = {"mode": "faithful", "iterative_size": 40, "keep_split": True, "ratio": 3.0}
+    config = LLMLinguaConfig.from_dict(stored)
+    assert (config.mode, config.published) == ("published", LLMLinguaOptions(iterative_size=40, keep_split=True))
+    assert LLMLinguaConfig.from_dict(config.to_dict()) == config
+    nested = LLMLinguaConfig.from_dict(
+        {"mode": "published", "ratio": 3.0, "published": {"iterative_size": 40, "keep_split": True}}
+    )
+    assert nested == config
+    assert LLMLinguaCompressor(config, reader).fingerprint != build(reader, mode="published").fingerprint
+    with pytest.raises(ValueError, match="chunk_size"):
+        LLMLinguaConfig.from_dict({"chunk_size": 2})
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from nutgraf.compressors import Reader, load_compressor
-from nutgraf.compressors.encoders.token_classifier import ClassifierTokenizer, cut
-from nutgraf.compressors.encoders.word_merge import WordPieces, keep_above_percentile, spread_over_words
+from nutgraf.compressors.encoders.token_classifier import ClassifierTokenizer, cut, spread_over_words
 from nutgraf.compressors.text.llmlingua2 import LLMLingua2Compressor, LLMLingua2Config
+from nutgraf.compressors.text.published.llmlingua2 import WordPieces, keep_above_percentile
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
@@ -176,7 +176,7 @@ def test_long_texts_are_cut_at_sentence_ends_and_nothing_is_lost(reader):
     classifier = make_classifier("bert", positions=64)
     compressor = build(reader, classifier)
     text = passage(12) + " " + "x" * 300 + " " + passage(2, 1)
-    pieces, ranges, _ = compressor.rows(text)
+    pieces, ranges, _ = compressor.words.rows(text)
     assert [a for a, _ in ranges] == [0, *(b for _, b in ranges[:-1])]
     assert ranges[-1][1] == len(pieces.ids)
     assert all(0 < b - a <= 62 for a, b in ranges)
@@ -186,8 +186,8 @@ def test_long_texts_are_cut_at_sentence_ends_and_nothing_is_lost(reader):
     assert found.ids == pieces.ids
     a, b = ranges[2]
     alone = plain_probabilities(classifier[0], [2, *pieces.ids[a:b], 3])[1:-1]
-    assert torch.allclose(compressor.probabilities([text])[0][1][a:b], alone, atol=1e-5)
-    one_word = compressor.pieces("y" * 400)
+    assert torch.allclose(compressor.words.probabilities([text])[0][1][a:b], alone, atol=1e-5)
+    one_word = compressor.words.pieces("y" * 400)
     assert all(b - a <= 9 for a, b in cut("y" * 400, one_word, 9))
 
 
@@ -195,7 +195,7 @@ def test_every_token_is_read_about_once(reader, classifier):
     model, _ = classifier
     compressor = build(reader, classifier)
     texts = ["The sea."] + [passage(n, n) for n in (1, 1, 2, 2, 3, 4, 4, 5, 6, 7, 8, 9, 10) * 2]
-    tokens = sum(len(compressor.pieces(text).ids) for text in texts)
+    tokens = sum(len(compressor.words.pieces(text).ids) for text in texts)
     seen = [0]
     handle = model.base_model.register_forward_pre_hook(
         lambda m, args, kwargs: seen.__setitem__(0, seen[0] + kwargs["attention_mask"].numel()), with_kwargs=True
@@ -222,24 +222,24 @@ def test_word_merging():
 
 def test_lora_and_head_train_and_are_what_is_saved(reader, encoder, tmp_path):
     compressor = build(reader, encoder=encoder, r=4)
-    assert compressor.limit == 96
+    assert compressor.words.limit == 96
     names = set(compressor.trainable_state())
     assert {"tagger.head.weight", "tagger.head.bias"} < names
     assert all("lora" in name or "head" in name for name in names)
     ids = torch.tensor([[2, 9, 10, 3]])
-    frozen = {name: value.clone() for name, value in compressor._frozen[0].state_dict().items() if "lora" not in name}
+    frozen = {name: value.clone() for name, value in compressor.words.frozen.state_dict().items() if "lora" not in name}
     optimizer = torch.optim.SGD(compressor.parameters(), lr=1.0)
     before = compressor.compress([passage(3)])[0].text
     for _ in range(5):
         optimizer.zero_grad()
-        logits = compressor.logits(ids, torch.ones_like(ids))
+        logits = compressor.words.logits(ids, torch.ones_like(ids))
         torch.nn.functional.cross_entropy(logits[0], torch.tensor([0, 1, 0, 1])).backward()
         optimizer.step()
     assert logits.shape == (1, 4, 2)
     assert all(parameter.grad is not None for parameter in compressor.parameters())
-    after = {name: value for name, value in compressor._frozen[0].state_dict().items() if "lora" not in name}
+    after = {name: value for name, value in compressor.words.frozen.state_dict().items() if "lora" not in name}
     assert all(torch.equal(value, after[name]) for name, value in frozen.items())
-    assert not any("lora" in name for name in compressor._frozen[0].state_dict())
+    assert not any("lora" in name for name in compressor.words.frozen.state_dict())
     compressor.save_pretrained(tmp_path)
     loaded = load_compressor(tmp_path, reader)
     assert loaded.fingerprint == compressor.fingerprint
@@ -254,7 +254,7 @@ def test_the_shipped_form_stays_below_a_megabyte(reader, tmp_path):
     assert (tmp_path / "model.safetensors").stat().st_size < 1_000_000
     (p,) = compressor.compress([CORPUS[0]])
     assert 0 < p.n_tokens <= p.source_tokens // 2
-    assert compressor.limit == 512
+    assert compressor.words.limit == 512
 
 
 def test_another_encoder_is_refused(reader, encoder, tmp_path):
@@ -281,7 +281,7 @@ def test_a_classifier_in_a_folder(reader, tmp_path):
         build(reader, (one_label, tokenizer))
 
 
-# -- faithful ------------------------------------------------------------------------------------------------------------
+# -- published -----------------------------------------------------------------------------------------------------------
 
 
 def published_by_hand(model, tokenizer, text: str, rate: float, count, force=(), digits=False) -> str:
@@ -313,10 +313,10 @@ def published_by_hand(model, tokenizer, text: str, rate: float, count, force=(),
 
 @pytest.mark.parametrize("rate", [0.8, 0.5, 0.2])
 @pytest.mark.parametrize("digits", [False, True])
-def test_faithful_equals_the_published_steps(reader, classifier, rate, digits):
+def test_published_equals_the_published_steps(reader, classifier, rate, digits):
     count = lambda word: len(reader.tokenize(word))  # noqa: E731
     force = ["was"] if "was" in classifier[1].get_vocab() else []
-    compressor = build(reader, classifier, mode="faithful", keep=force, keep_digits=digits)
+    compressor = build(reader, classifier, mode="published", keep=force, keep_digits=digits)
     for text in (CORPUS[0], CORPUS[3], passage(3)):
         (p,) = compressor.compress([text], ratio=1 / rate)
         assert p.text == published_by_hand(*classifier, text, rate, count, force, digits)
@@ -325,49 +325,51 @@ def test_faithful_equals_the_published_steps(reader, classifier, rate, digits):
         assert len(p.text) < len(text)
 
 
-def test_faithful_percentiles_are_those_of_the_rate_asked_for(reader, classifier):
+def test_published_percentiles_are_those_of_the_rate_asked_for(reader, classifier):
     # 1 / (1 / 0.9) lies above 0.9, and int(100 * (1 - rate) + 1) would fall by one
     count = lambda word: len(reader.tokenize(word))  # noqa: E731
-    compressor = build(reader, classifier, mode="faithful")
+    compressor = build(reader, classifier, mode="published")
     text = passage(8)
     for rate in (0.9, 0.95):
         (p,) = compressor.compress([text], ratio=1 / rate)
         assert p.text == published_by_hand(*classifier, text, rate, count)
 
 
-def test_faithful_leaves_out_what_the_classifier_has_no_token_for(reader, classifier):
-    compressor = build(reader, classifier, mode="faithful")
-    ((words, _),) = compressor.published().words(["Rivers \U0001f98a carry \u2603 sediment."])
+def test_published_leaves_out_what_the_classifier_has_no_token_for(reader, classifier):
+    compressor = build(reader, classifier, mode="published")
+    ((words, _),) = compressor.published.words(["Rivers \U0001f98a carry \u2603 sediment."])
     assert not any(sign in word for word in words for sign in "\U0001f98a\u2603")
     assert "".join(words).replace("▁", "") == "Riverscarrysediment."
 
 
-def test_faithful_thresholds_hold_per_chunk_and_cut_after_full_stops(reader):
+def test_published_thresholds_hold_per_chunk_and_cut_after_full_stops(reader):
     model, tokenizer = make_classifier("bert", positions=64)
-    compressor = build(reader, (model, tokenizer), mode="faithful")
+    compressor = build(reader, (model, tokenizer), mode="published")
     text = passage(9)
-    chunks = compressor.published().chunks(text)
+    chunks = compressor.published.chunks(text)
     assert len(chunks) > 3
     assert all(chunk.endswith(".") for chunk in chunks)
     assert "".join(chunks).replace(" ", "") == text.replace(" ", "")
     (p,) = compressor.compress([text], ratio=2)
     parts = [compressor.compress([chunk], ratio=2)[0].text for chunk in chunks]
     assert p.text == "".join(parts)
-    shares = [compressor._count(part) / compressor._count(chunk) for part, chunk in zip(parts, chunks)]
+    shares = [
+        compressor.published.count(part) / compressor.published.count(chunk) for part, chunk in zip(parts, chunks)
+    ]
     assert max(shares) - min(shares) < 0.25
     assert compressor.compress([""], ratio=2)[0].text == ""
     assert compressor.compress([CORPUS[0]], ratio=1)[0].text.replace(" ", "") == CORPUS[0].replace(" ", "")
 
 
 def test_contexts_are_filtered_by_their_mean_probability(reader, classifier):
-    compressor = build(reader, classifier, mode="faithful")
+    compressor = build(reader, classifier, mode="published")
     texts = [*CORPUS, passage(2, 5), passage(2, 6)]
     model, tokenizer = classifier
     means = []
     for text in texts:
         tokens = tokenizer.tokenize(tokenizer.convert_tokens_to_string(tokenizer.tokenize(text)))
         values = plain_probabilities(model, tokenizer.convert_tokens_to_ids(["[CLS]", *tokens, "[SEP]"]))[1:-1]
-        opens = compressor.published().marks.begins
+        opens = compressor.published.marks.begins
         first = [v for token, v in zip(tokens, values.tolist()) if token != "<unk>" and opens(token, ())]
         assert len(first) < len(tokens)
         means.append(float(np.mean(first)))
@@ -383,9 +385,11 @@ def test_contexts_are_filtered_by_their_mean_probability(reader, classifier):
     found = compressor.compress_contexts(texts, target_tokens=total // 4)
     kept = [mean >= np.percentile(means, int(100 * (1 - 2 * (total // 4) / total))) - 1e-7 for mean in means]
     assert [text is not None for text in found] == kept
-    left = sum(compressor._count(chunk) for t, k in zip(texts, kept) if k for chunk in compressor.published().chunks(t))
+    left = sum(
+        compressor.published.count(chunk) for t, k in zip(texts, kept) if k for chunk in compressor.published.chunks(t)
+    )
     rate = total // 4 / left
-    assert found == [compressor.published().compress(text, rate) if keep else None for text, keep in zip(texts, kept)]
+    assert found == [compressor.published.compress(text, rate) if keep else None for text, keep in zip(texts, kept)]
     with pytest.raises(ValueError, match="not both"):
         compressor.compress_contexts(texts, 2, target_tokens=9)
     with pytest.raises(ValueError, match="at least 1"):
@@ -425,12 +429,12 @@ def test_word_marks_are_found_in_the_tokenizer():
     assert found == (["sun", "##light", "19"], [0.2, 0.4, 0.6])
 
 
-def test_faithful_refuses_what_it_cannot_do(reader, zoo):
+def test_published_refuses_what_it_cannot_do(reader, zoo):
     classifier = make_classifier("bert")
     with pytest.raises(ValueError, match="is none"):
-        build(reader, classifier, mode="faithful", keep=["two words"]).compress(CORPUS)
+        build(reader, classifier, mode="published", keep=["two words"]).compress(CORPUS)
     with pytest.raises(TypeError, match="no options"):
-        build(reader, classifier, mode="faithful").compress(CORPUS, with_scores=True)
+        build(reader, classifier, mode="published").compress(CORPUS, with_scores=True)
     with pytest.raises(ValueError, match="in neither way"):
         WordPieces(zoo.tokenizer())
 

@@ -13,8 +13,13 @@ from nutgraf.adapters.llama_index import CompressedContextPostprocessor
 from nutgraf.benchmarks.methods import named_methods
 from nutgraf.compressors import Reader
 from nutgraf.compressors.text.longllmlingua import LongLLMLinguaCompressor, LongLLMLinguaConfig, reorder
-from nutgraf.compressors.text.published.contexts import STATEMENT, context_losses, rank_contexts
-from nutgraf.compressors.text.published.llmlingua import compress_prompt
+from nutgraf.compressors.text.published.llmlingua import (
+    STATEMENT,
+    LongLLMLinguaOptions,
+    compress_prompt,
+    context_losses,
+    rank_contexts,
+)
 
 
 def _sibling(name: str):
@@ -203,11 +208,11 @@ def test_passages_of_different_questions_do_not_share(reader):
     assert [p.n_tokens for p in compressor.compress(["", texts[0]], query=QUESTION, target_tokens=0)] == [0, 0]
 
 
-# -- faithful ------------------------------------------------------------------------------------------------------------
+# -- published -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("ratio", "size"), [(2, 40), (4, 60), (1.2, 200)])
-def test_faithful_equals_the_published_loop(reader, ratio, size):
+def test_published_equals_the_published_loop(reader, ratio, size):
     text = passage(230)
     prefix = QUESTION + "\n\n"
     ids = reader.prompts.encode(prefix + text, opens=True)
@@ -218,16 +223,16 @@ def test_faithful_equals_the_published_loop(reader, ratio, size):
     target = (n + q + 3 * bos) / ratio - q - 2 * bos
     want = by_hand(reader, ids, min(max(target / (n + 3), 0), 1), size, start)
     found = compress_prompt(
-        reader, [text], rate=1 / ratio, question=QUESTION, ranker="longllmlingua", compare=True, size=size
+        reader, [text], LongLLMLinguaOptions(iterative_size=size), rate=1 / ratio, question=QUESTION
     )
     assert found.text == reader.decode([ids[i] for i in want])
     assert found.kept_tokens == len(want) < n
-    (p,) = build(reader, mode="faithful", iterative_size=size).compress([text], query=QUESTION, ratio=ratio)
+    (p,) = build(reader, mode="published", iterative_size=size).compress([text], query=QUESTION, ratio=ratio)
     assert p.text == found.text
     assert all(0 <= a < b <= len(text) for a, b in p.spans)
 
 
-def test_faithful_ranks_by_the_question_right_behind_the_context(reader):
+def test_published_ranks_by_the_question_right_behind_the_context(reader):
     contexts = [passage(20 + seed, seed) for seed in range(5)]
     losses = context_losses(reader, contexts, QUESTION)
     for context, loss in zip(contexts, losses):
@@ -247,15 +252,13 @@ def test_faithful_ranks_by_the_question_right_behind_the_context(reader):
         ("before", sorted(range(5), key=lambda i: before[i])),
         ("none", rank_contexts(reader, contexts)),
     ):
-        found = build(reader, mode="faithful", iterative_size=40, reorder="sort", condition=condition).compress_prompt(
+        found = build(reader, mode="published", iterative_size=40, reorder="sort", condition=condition).compress_prompt(
             contexts, question=QUESTION, target_tokens=1e6
         )
         assert list(found.order) == want != ranks
     with pytest.raises(ValueError, match="condition must be"):
         build(reader, condition="beside")
-    with pytest.raises(ValueError, match="condition is one of"):
-        compress_prompt(reader, contexts, question=QUESTION, condition="beside")
-    compressor = build(reader, mode="faithful", iterative_size=40, reorder="sort", dynamic_ratio=0.2, context_budget=0)
+    compressor = build(reader, mode="published", iterative_size=40, reorder="sort", dynamic_ratio=0.2, context_budget=0)
     found = compressor.compress_prompt(contexts, question=QUESTION, ratio=2)
     assert list(found.order) == ranks[: len(found.order)]
     assert found.prompt.endswith(f"\n\n{QUESTION}")

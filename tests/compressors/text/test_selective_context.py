@@ -271,7 +271,7 @@ SENTENCES = [
 
 @pytest.mark.parametrize("ratio", [1.0, 1.5, 2, 4])
 @pytest.mark.parametrize("unit", ["token", "phrase", "sentence"])
-def test_faithful_drops_what_lies_below_the_percentile(reader, unit, ratio):
+def test_published_drops_what_lies_below_the_percentile(reader, unit, ratio):
     text = "  Marie Curie was born\n in Warsaw, e.g. in Poland.\tWas the treaty signed in 1648?  " + " ".join(
         SENTENCES[2:]
     )
@@ -295,7 +295,7 @@ def test_faithful_drops_what_lies_below_the_percentile(reader, unit, ratio):
     limit = ranked[low] + (at - low) * (ranked[min(low + 1, len(ranked) - 1)] - ranked[low])
     kept = [piece if value >= limit - 1e-6 else "" for piece, value in zip(pieces, values)]
     want = (" " if unit == "sentence" else "").join(kept)
-    (found,) = build(reader, mode="faithful", unit=unit).compress([text], ratio=ratio)
+    (found,) = build(reader, mode="published", unit=unit).compress([text], ratio=ratio)
     assert found.text == want
     assert found.n_tokens == len(reader.tokenize(want))
     if unit == "token" and ratio == 1:
@@ -304,7 +304,7 @@ def test_faithful_drops_what_lies_below_the_percentile(reader, unit, ratio):
         assert found.text.count("  ") or found.text != found.text.strip()  # what was dropped leaves its space
 
 
-def test_faithful_phrases_get_the_tokens_that_they_end():
+def test_published_phrases_get_the_tokens_that_they_end():
     #           phrases  aaaa|bb|cccc|dd
     phrases = [(0, 4), (4, 6), (6, 10), (10, 12)]
     offsets = [(0, 2), (2, 7), (7, 8), (8, 8), (8, 10), (10, 11), (11, 12)]
@@ -314,20 +314,20 @@ def test_faithful_phrases_get_the_tokens_that_they_end():
     assert math.isnan(_phrase_values("ab", [(0, 1), (1, 2)], [(0, 1)], [1.0])[1])
 
 
-def test_faithful_keeps_what_lies_on_the_percentile(reader):
+def test_published_keeps_what_lies_on_the_percentile(reader):
     # 1 - 1 / (1 / 0.7) is a bit above 0.3, and would put the limit above the value it stands on
     text = " ".join(f"Sentence {letter} is here." for letter in "abcdefghijk")
-    (p,) = build(reader, mode="faithful", unit="sentence").compress([text], ratio=1 / 0.7)
+    (p,) = build(reader, mode="published", unit="sentence").compress([text], ratio=1 / 0.7)
     assert len([s for s in p.text.split(".") if s.strip()]) == 8
 
 
-def test_faithful_edges(reader, zoo):
-    assert [p.text for p in build(reader, mode="faithful").compress(["", " \n "])] == ["", ""]
+def test_published_edges(reader, zoo):
+    assert [p.text for p in build(reader, mode="published").compress(["", " \n "])] == ["", ""]
     with pytest.raises(TypeError, match="no options"):
-        build(reader, mode="faithful").compress([PASSAGE], target_tokens=4)
+        build(reader, mode="published").compress([PASSAGE], target_tokens=4)
     with pytest.raises(ValueError, match="not in the paper"):
-        build(reader, mode="faithful", unit="word")
+        build(reader, mode="published", unit="word")
     with pytest.raises(ValueError, match="mode must be"):
         build(reader, mode="paper")
     with pytest.raises(ValueError, match="too long"):
-        build(zoo.reader("llama", max_position_embeddings=16), mode="faithful").compress([PASSAGE])
+        build(zoo.reader("llama", max_position_embeddings=16), mode="published").compress([PASSAGE])
