@@ -16,8 +16,9 @@ except ImportError as error:  # an extra of the package
     raise ImportError("The Haystack adapter needs haystack-ai: pip install 'nutgraf[haystack]'.") from error
 
 from ..compressors import Compressor
-from .placeholders.documents import TextsForReading, check_reader
-from .placeholders.placeholder import PlaceholderStore, read_placeholders, shared_store
+from .checks import check_reader
+from .placeholders import PlaceholderStore, read_placeholders, shared_store
+from .placeholders.documents import TextsForReading
 
 ORIGINAL_TEXT = "original_text"
 
@@ -33,7 +34,7 @@ class CompressedContextDocuments:
         compressor: compresses the documents' texts.
         ratio: compression ratio L / l in place of the compressor's own.
         query_aware: pass the question to the compressor; default: what the compressor's ``query_aware`` says, or no.
-        store: where passages are kept; default: the one that all adapters for the reader share.
+        placeholders: default: the store that all adapters for the reader share.
     """
 
     def __init__(
@@ -42,15 +43,15 @@ class CompressedContextDocuments:
         *,
         ratio: float | None = None,
         query_aware: bool | None = None,
-        store: PlaceholderStore | None = None,
+        placeholders: PlaceholderStore | None = None,
     ) -> None:
-        self._texts = TextsForReading(compressor, ratio=ratio, query_aware=query_aware, store=store)
+        self._texts = TextsForReading(compressor, ratio=ratio, query_aware=query_aware, placeholders=placeholders)
 
     @component.output_types(documents=list[Document])
     def run(self, documents: list[Document], query: str | None = None) -> dict[str, Any]:
         """``{"documents": ...}``: the documents with compressed contents; those given are not changed."""
         texts = [document.content for document in documents if document.content is not None]
-        contents = iter(self._texts.of(texts, query))
+        contents = iter(self._texts.contents(texts, query))
         return {
             "documents": [
                 document

@@ -23,8 +23,9 @@ except ImportError as error:  # an extra of the package
 from pydantic import ConfigDict, Field, PrivateAttr
 
 from ..compressors import Compressor
-from .placeholders.documents import TextsForReading, check_reader, count_positions
-from .placeholders.placeholder import PlaceholderStore, read_placeholders, shared_store
+from .checks import check_reader
+from .placeholders import PlaceholderStore, read_placeholders, shared_store
+from .placeholders.documents import TextsForReading, count_positions
 
 ORIGINAL_TEXT = "original_text"
 _ROLES = {"human": "user", "ai": "assistant", "system": "system"}
@@ -40,7 +41,7 @@ class CompressedContextDocumentCompressor(BaseDocumentCompressor):
         compressor: compresses the documents' texts.
         ratio: compression ratio L / l in place of the compressor's own.
         query_aware: pass the question to the compressor; default: what the compressor's ``query_aware`` says, or no.
-        store: where passages are kept; default: the one that all adapters for the reader share.
+        placeholders: default: the store that all adapters for the reader share.
 
     Raises:
         TypeError: if ``compressor`` is none.
@@ -57,10 +58,10 @@ class CompressedContextDocumentCompressor(BaseDocumentCompressor):
         *,
         ratio: float | None = None,
         query_aware: bool | None = None,
-        store: PlaceholderStore | None = None,
+        placeholders: PlaceholderStore | None = None,
     ) -> None:
         super().__init__()
-        self._texts = TextsForReading(compressor, ratio=ratio, query_aware=query_aware, store=store)
+        self._texts = TextsForReading(compressor, ratio=ratio, query_aware=query_aware, placeholders=placeholders)
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
@@ -70,7 +71,7 @@ class CompressedContextDocumentCompressor(BaseDocumentCompressor):
         Raises:
             ValueError: if the question holds a placeholder.
         """
-        contents = self._texts.of([document.page_content for document in documents], query)
+        contents = self._texts.contents([document.page_content for document in documents], query)
         return [
             document.model_copy(
                 update={
