@@ -16,7 +16,7 @@ except ImportError as error:  # an extra of the package
 
 from ..compressors import Compressor
 from .checks import check_reader
-from .placeholders import PlaceholderStore, read_placeholders, shared_store
+from .placeholders import PlaceholderStore, read_placeholders
 from .placeholders.documents import TextsForReading
 
 ORIGINAL_TEXT = "original_text"
@@ -75,7 +75,6 @@ class CompressedContextGenerator:
         check_reader(reader)
         self._reader = reader
         self._options = {"max_new_tokens": max_new_tokens, **options}
-        self._placeholders = shared_store(reader.fingerprint)  # held, so that it outlives the other component
 
     @component.output_types(replies=list[str])
     def run(self, prompt: str, generation_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:

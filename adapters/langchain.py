@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from ..compressors import Compressor
 from .checks import check_reader
-from .placeholders import PlaceholderStore, read_placeholders, shared_store
+from .placeholders import PlaceholderStore, read_placeholders
 from .placeholders.documents import TextsForReading, count_positions
 
 ORIGINAL_TEXT = "original_text"
@@ -88,13 +88,11 @@ class _Reading(BaseModel):
     reader: Any = Field(exclude=True)
     max_new_tokens: int = Field(default=256, gt=0)
     options: Mapping[str, Any] = Field(default_factory=dict)
-    _placeholders: PlaceholderStore = PrivateAttr()  # held, so that it outlives the document compressor
 
     def model_post_init(self, context: Any) -> None:
         """Check the reader."""
         super().model_post_init(context)
         check_reader(self.reader)
-        self._placeholders = shared_store(self.reader.fingerprint)
 
     def get_num_tokens(self, text: str) -> int:
         """Reader positions of a text; a compressed passage counts as its slots."""

@@ -130,7 +130,7 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
         if fidelity is not None or gate is not None:
             self._policy = TextBelowFidelity(_threshold(compressor, fidelity, gate, query_aware), chosen)
         if placeholders is None:
-            placeholders = shared_store(compressor.reader.fingerprint) if cache is None else PlaceholderStore(cache)
+            placeholders = shared_store(compressor.reader) if cache is None else PlaceholderStore(cache)
         self._placeholders = placeholders
         self._source = PassageSource(
             compressor, placeholders.cache if cache is None else cache, store, gate=gate, batch_size=batch_size

@@ -38,7 +38,7 @@ class TextsForReading:
             raise ValueError(f"ratio is source tokens per slot, at least 1, got {ratio!r}.")
         self.ratio = ratio
         self.query_aware = compressor.query_aware if query_aware is None else query_aware
-        self.placeholders = placeholders or shared_store(compressor.reader.fingerprint)
+        self.placeholders = placeholders or shared_store(compressor.reader)
         self._source = PassageSource(compressor, self.placeholders.cache)
 
     def contents(self, texts: Sequence[str], query: str | None) -> list[str]:

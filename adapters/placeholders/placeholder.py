@@ -35,6 +35,7 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ...compressors import CompressedPassage
 from .cache import GIBIBYTE, PassageCache
@@ -198,15 +199,18 @@ def _tag_length(slots: int) -> int:
 
 _STORES: weakref.WeakValueDictionary[str, PlaceholderStore] = weakref.WeakValueDictionary()
 _SHARED: weakref.WeakValueDictionary[str, PlaceholderStore] = weakref.WeakValueDictionary()
+_KEPT: weakref.WeakKeyDictionary[Any, PlaceholderStore] = weakref.WeakKeyDictionary()
 _SHARING = threading.Lock()
 
 
-def shared_store(reader: str) -> PlaceholderStore:
-    """Return the store that the adapters for a reader (a fingerprint) share by default; it lives while one holds it."""
+def shared_store(reader: Any) -> PlaceholderStore:
+    """Return the store of all adapters for readers with this fingerprint; it lives as long as one of these readers."""
+    fingerprint = reader.fingerprint
     with _SHARING:
-        store = _SHARED.get(reader)
+        store = _SHARED.get(fingerprint)
         if store is None:
-            store = _SHARED[reader] = PlaceholderStore()
+            store = _SHARED[fingerprint] = PlaceholderStore()
+        _KEPT[reader] = store
         return store
 
 

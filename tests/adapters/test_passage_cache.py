@@ -24,6 +24,11 @@ from nutgraf.adapters.placeholders.placeholder import (
 )
 
 
+class FakeReader:
+    def __init__(self, fingerprint: str) -> None:
+        self.fingerprint = fingerprint
+
+
 def passage(slots: int = 2, width: int = 4, reader: str = "r") -> CompressedPassage:
     return CompressedPassage("embeds", 10, "c", reader, embeds=torch.zeros(slots, width))
 
@@ -240,10 +245,12 @@ def test_escaping_makes_real_ones_harmless():
     assert escape_placeholders("plain [[wiki]] text") == "plain [[wiki]] text"
 
 
-def test_the_shared_store_lives_as_long_as_somebody_holds_it():
-    store = shared_store("some-reader")
-    assert shared_store("some-reader") is store
-    assert shared_store("another-reader") is not store
-    name = store.name
-    del store
+def test_the_shared_store_lives_as_long_as_a_reader():
+    one, same, other = map(FakeReader, ("some", "some", "another"))
+    name = shared_store(one).name
+    assert shared_store(same).name == name
+    assert shared_store(other).name != name
+    del one
+    assert shared_store(same).name == name
+    del same
     assert name not in placeholders._STORES
