@@ -1,17 +1,15 @@
-"""The command line: `nutgraf train`, `sweep`, `inspect`, `bench`, `plan`, `demo`.
-
-Heavy modules are imported by the commands that use them.
-"""
+"""The command line. Heavy modules are imported by the commands that use them."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import _escape, friendly_errors, highlight
+from .console import friendly_errors, highlight
 from .shipped import locate
 
 if TYPE_CHECKING:
@@ -20,10 +18,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
-    help="Compress the passages a RAG reader reads: train compressors, look at what they make, measure them.",
+    help="Compress retrieved passages for the LLM that reads them: train, inspect, store, serve and measure.",
 )
-
-_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
 @app.command()
@@ -35,10 +31,12 @@ def train(
         list[str] | None, typer.Argument(help="Settings, as in data.dir=corpus stages.0.steps=200 'stages.*.lr=1e-3'.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")] = ...,  # type: ignore[assignment]
-    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in the folder, or start over.")] = True,
-    max_minutes: Annotated[float | None, typer.Option(help="Stop with a checkpoint after so many minutes.")] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Continue from the newest checkpoint in the folder, or start over.")
+    ] = True,
+    max_minutes: Annotated[float | None, typer.Option(help="Stop with a checkpoint after this many minutes.")] = None,
 ) -> None:
-    """Train a reader or a compressor by a recipe; stop it at any time and run it again to go on."""
+    """Train a reader or a compressor by a recipe. Stop it at any time; run it again to continue."""
     with friendly_errors():
         from .recipes.tasks.registry import make_task
         from .recipes.training.schema import load_recipe
@@ -54,26 +52,24 @@ def sweep(
     recipe: Annotated[str, typer.Argument(help="A shipped compressor recipe or a YAML file.")],
     settings: Annotated[
         list[str] | None,
-        typer.Argument(
-            help="Settings; those with several values are the grid, as in seed=0,1 'stages.*.lr=1e-3,2e-3'."
-        ),
+        typer.Argument(help="Settings; several values span the grid, as in seed=0,1 'stages.*.lr=1e-3,2e-3'."),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the runs, one folder a cell.")] = ...,  # type: ignore[assignment]
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the runs, one subfolder per cell.")] = ...,  # type: ignore[assignment]
     questions: Annotated[
-        list[str], typer.Option("--eval", help="Question file, by its path or its name in data.dir; may be repeated.")
+        list[str], typer.Option("--eval", help="Question file, by path or name in data.dir. Repeatable.")
     ] = ...,  # type: ignore[assignment]
     ratio: Annotated[
         list[float] | None,
-        typer.Option(help="Compression ratio to evaluate at; may be repeated. Default: the recipe's."),
+        typer.Option(help="Compression ratio to evaluate at. Repeatable. Default: the recipe's."),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Questions of each file.")] = 200,
+    limit: Annotated[int, typer.Option(min=1, help="Questions per file.")] = 200,
     half: Annotated[str, typer.Option(help="Half of the questions: tune, report or all.")] = "tune",
     results: Annotated[
-        Path | None, typer.Option(help="File the rows are appended to; default: sweeps.jsonl in the folder.")
+        Path | None, typer.Option(help="Results file to append rows to; default: sweeps.jsonl in the folder.")
     ] = None,
-    max_minutes: Annotated[float | None, typer.Option(help="Stop cleanly after so many minutes.")] = None,
+    max_minutes: Annotated[float | None, typer.Option(help="Stop cleanly after this many minutes.")] = None,
 ) -> None:
-    """Train a recipe once for every combination of settings and score each; run it again to go on where it stopped."""
+    """Train and score a recipe for every combination of settings. Run it again to continue where it stopped."""
     with friendly_errors():
         from .benchmarks.rows import append_rows, provenance, read_rows
         from .recipes.sweep import Evaluation, best_first, make_cells, parse_grid, run_sweep
@@ -97,7 +93,7 @@ def sweep(
 
 @app.command()
 def inspect(
-    text: Annotated[str, typer.Argument(help="The passage, a file that holds it, or - for standard input.")],
+    text: Annotated[str, typer.Argument(help="The passage, a file with it, or - for standard input.")],
     compressor: Annotated[
         str, typer.Option("--compressor", "-c", help="A shipped compressor, a folder, a hub id or a method's name.")
     ],
@@ -105,7 +101,7 @@ def inspect(
     ratio: Annotated[float | None, typer.Option(help="Compression ratio; default: the compressor's own.")] = None,
     query: Annotated[str | None, typer.Option(help="Compress for this question, and answer it.")] = None,
 ) -> None:
-    """Show what a compressor makes of a text: tokens, slots, and what the reader can still tell of it."""
+    """Show the compressed form of a text: tokens, slots, and what the reader can repeat from it."""
     with friendly_errors():
         from .compressors import COMPRESSORS, Reader, load_compressor, make_compressor
 
@@ -119,16 +115,18 @@ def inspect(
 
 @app.command(name="import")
 def import_(
-    name: Annotated[str, typer.Argument(help="Whose layout: xrag, icae, pisco, cocom, autocompressor, gist, ...")],
+    name: Annotated[
+        str, typer.Argument(help="The published layout: xrag, icae, pisco, cocom, autocompressor, gist, ...")
+    ],
     path: Annotated[str, typer.Argument(help="The checkpoint's file or folder, or a hub id.")],
     settings: Annotated[
-        list[str] | None, typer.Argument(help="What the checkpoint does not say, as in mean_compression_rate=4.")
+        list[str] | None, typer.Argument(help="Settings missing from the checkpoint, as in mean_compression_rate=4.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = ...,  # type: ignore[assignment]
     reader: Annotated[str | None, typer.Option(help="The reader it was trained for: a folder or a hub id.")] = None,
-    device: Annotated[str, typer.Option(help="Where the models go that are built: cpu, cuda, auto.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Device for the models that are built: cpu, cuda, auto.")] = "cpu",
 ) -> None:
-    """Make a compressor out of a checkpoint that was published in its authors' own layout."""
+    """Convert a checkpoint in its authors' published layout into a compressor."""
     with friendly_errors():
         from .compressors.importers import describe_ignored, import_to
         from .recipes.training.yaml_values import parse_value
@@ -146,64 +144,41 @@ def import_(
         typer.echo(str(out))
 
 
-@app.command(context_settings=_PASS_ON, add_help_option=False)
-def compress(context: typer.Context) -> None:
-    """Compress a corpus into a store, once, when it is indexed."""
-    from .adapters.store.cli import compress as run
+def _forward(name: str, module: str, target: str, help: str, no_args: tuple[str, ...] = ("--help",)) -> None:
+    """Register a command of another module, which is imported when the command runs."""
 
-    single = typer.Typer(add_completion=False)
-    single.command(help=run.__doc__)(run)
-    single(args=context.args or ["--help"], prog_name="nutgraf compress")
+    def run(context: typer.Context) -> None:
+        command = getattr(importlib.import_module(module, __package__), target)
+        if not isinstance(command, typer.Typer):
+            single = typer.Typer(add_completion=False)
+            single.command(help=command.__doc__)(command)
+            command = single
+        command(args=context.args or list(no_args), prog_name=f"nutgraf {name}")
 
-
-@app.command(context_settings=_PASS_ON, add_help_option=False)
-def store(context: typer.Context) -> None:
-    """Show, verify, compact or migrate a store of compressed passages."""
-    from .adapters.store.cli import store_app
-
-    store_app(args=context.args or ["--help"], prog_name="nutgraf store")
+    everything = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+    app.command(name, help=help, context_settings=everything, add_help_option=False)(run)
 
 
-@app.command(context_settings=_PASS_ON, add_help_option=False)
-def serve(context: typer.Context) -> None:
-    """Serve a reader to OpenAI clients, prompt embeddings included."""
-    from .adapters.serve.cli import serve as run
-
-    single = typer.Typer(add_completion=False)
-    single.command(help=run.__doc__)(run)
-    single(args=context.args or ["--help"], prog_name="nutgraf serve")
-
-
-@app.command(context_settings=_PASS_ON, add_help_option=False)
-def bench(context: typer.Context) -> None:
-    """Measure quality, reading, speed and cost on equal terms."""
-    from .benchmarks.cli.app import bench_app
-
-    bench_app(args=context.args or ["--help"], prog_name="nutgraf bench")
-
-
-@app.command(context_settings=_PASS_ON, add_help_option=False)
-def plan(context: typer.Context) -> None:
-    """Does compressing pay, for a reader, its passages and a device? Estimates; no weights are read."""
-    from .benchmarks.cli.plan import plan as run
-
-    single = typer.Typer(add_completion=False)
-    single.command(help=run.__doc__)(run)
-    single(args=context.args or ["--help"], prog_name="nutgraf plan")
-
-
-@app.command(context_settings=_PASS_ON, add_help_option=False)
-def demo(context: typer.Context) -> None:
-    """Retrieve, compress, answer, train and measure, with what ships in the package."""
-    from .benchmarks.cli.demo import demo as run
-
-    single = typer.Typer(add_completion=False)
-    single.command(help=run.__doc__)(run)
-    single(args=context.args, prog_name="nutgraf demo")
+_forward("compress", ".adapters.store.cli", "compress", "Compress a corpus into a store at indexing time.")
+_forward(
+    "store", ".adapters.store.cli", "store_app", "Show, verify, compact or migrate a store of compressed passages."
+)
+_forward("serve", ".adapters.serve.cli", "serve", "Serve a reader to OpenAI clients, including prompt embeddings.")
+_forward("bench", ".benchmarks.cli.app", "bench_app", "Measure quality, reading, speed and cost on equal terms.")
+_forward(
+    "plan", ".benchmarks.cli.plan", "plan", "Estimate whether compression pays for a reader, passages and a device."
+)
+_forward(
+    "demo",
+    ".benchmarks.cli.demo",
+    "demo",
+    "Retrieve, compress, answer, train and measure with the shipped models.",
+    no_args=(),
+)
 
 
 def _show_sweep(rows: list[dict[str, Any]]) -> None:
-    """Print the cells of a sweep, the best first."""
+    """Print the cells of a sweep, best first."""
     from rich.console import Console
     from rich.table import Table
 
@@ -228,6 +203,7 @@ def _show_sweep(rows: list[dict[str, Any]]) -> None:
 def _show(compressor: Compressor, found: CompressedPassage, text: str, query: str | None) -> None:
     """Print one compressed passage."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -245,28 +221,28 @@ def _show(compressor: Compressor, found: CompressedPassage, text: str, query: st
         console.print(highlight(text, found))
     elif found.embeds is not None and found.slots:
         norms = found.embeds.float().norm(dim=-1).tolist()
-        console.print(f"\nSlot norms (the reader's own embeddings: {reader.embedding_norm:.2f} in the mean):")
+        console.print(f"\nSlot norms (mean of the reader's embeddings: {reader.embedding_norm:.2f}):")
         console.print(" ".join(f"{norm:.2f}" for norm in norms), highlight=False)
         from .recipes.data.templates import autoencoding_prompt
 
         room = min(found.source_tokens + 8, 512)
         told = reader.generate([autoencoding_prompt(found)], max_new_tokens=room)[0]
         console.print("\nWhat the reader repeats from the slots:")
-        console.print(_escape(told.strip()) or "(nothing)", highlight=False)
+        console.print(escape(told.strip()) or "(nothing)", highlight=False)
     if query is not None:
         from .recipes.data.templates import question_prompt
 
         answers = reader.generate([question_prompt([found], query), question_prompt([text], query)], max_new_tokens=32)
-        console.print(f"\nFrom the compressed passage: {_escape(answers[0].strip())}", highlight=False)
-        console.print(f"From the text:               {_escape(answers[1].strip())}", highlight=False)
+        console.print(f"\nFrom the compressed passage: {escape(answers[0].strip())}", highlight=False)
+        console.print(f"From the text:               {escape(answers[1].strip())}", highlight=False)
 
 
 def _read_text(text: str) -> str:
-    """The text itself, the contents of the file it names, or standard input for `-`."""
+    """Return the text itself, the contents of the file it names, or standard input for `-`."""
     if text == "-":
         return typer.get_text_stream("stdin").read()
     path = Path(text)
-    with contextlib.suppress(OSError):  # a passage can be longer than a file's name may be
+    with contextlib.suppress(OSError):  # a passage can be longer than a file name
         if path.is_file():
             return path.read_text(encoding="utf-8")
     return text

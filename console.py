@@ -1,4 +1,4 @@
-"""Console helpers shared by all commands: one-sentence errors and highlighted text."""
+"""Helpers of all commands: errors in one sentence, and what a text compressor kept."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def friendly_errors() -> Iterator[None]:
-    """Turn the errors that are written for users into one line and exit status 2."""
+def friendly_errors(*more: type[Exception], stopped: str | None = None) -> Iterator[None]:
+    """Print errors written for users in one line and exit with status 2.
+
+    Args:
+        more: error types besides ``ValueError``, ``OSError``, ``FloatingPointError`` and ``ImportError``.
+        stopped: printed when the user stops the command, which then exits with status 130.
+    """
     try:
         yield
-    except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
-        from rich.console import Console
-
-        Console(stderr=True).print(f"[bold red]Error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+    except (ValueError, OSError, FloatingPointError, ImportError, *more) as error:
+        typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        if stopped is None:
+            raise
+        typer.echo(stopped, err=True)
+        raise typer.Exit(130) from error
 
 
 def highlight(text: str, found: CompressedPassage) -> Any:
-    """The original text as a `rich.text.Text`, what a text compressor kept in bold and the rest dim."""
+    """Return the original as a `rich.text.Text`: what a text compressor kept in bold, the rest dim."""
     from rich.text import Text
 
     shown = Text(text, style="dim")
     for start, end in found.spans or ():
         shown.stylize("not dim bold green", start, end)
     return shown if found.spans is not None else Text(found.text or "")
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

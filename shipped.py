@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .compressors.reader.packaged import SMOLLM2
-
-if TYPE_CHECKING:
-    pass
-
 
 PRETRAINED = Path(__file__).parent / "recipes" / "pretrained"
 
 
 def pretrained(name: str) -> str:
-    """Local folder of an artefact that ships with the package.
-
-    Args:
-        name: for instance ``"reader-small"``, ``"xrag-small"`` or ``"icae-small"``.
+    """Return the folder of a shipped model, such as ``"reader-small"``, ``"xrag-small"`` or ``"icae-small"``.
 
     Raises:
-        ValueError: if nothing of that name ships with the package.
+        ValueError: if no shipped model has this name.
     """
-    folder = PRETRAINED / name
     if name not in (have := sorted(p.name for p in PRETRAINED.glob("*/") if (p / "config.json").exists())):
         raise ValueError(f"No shipped artefact is called {name!r}; the package holds {have}.")
-    return str(folder)
+    return str(PRETRAINED / name)
 
 
 def locate(name: str) -> str:
-    """The folder of a shipped artefact, or `name` itself: a folder, a hub id or `SMOLLM2`.
+    """Return the folder of a shipped model, or ``name`` itself if it is a folder, a hub id or `SMOLLM2`.
 
     Raises:
         ValueError: if it is none of these.

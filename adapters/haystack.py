@@ -1,8 +1,7 @@
 """Haystack: components that compress retrieved documents and read them.
 
-``retriever -> CompressedContextDocuments -> PromptBuilder -> CompressedContextGenerator``. With a compressor to ``text``
-the documents hold the shorter text and any generator reads them; else they hold placeholders (see
-`nutgraf.adapters.placeholders.placeholder`).
+``retriever -> CompressedContextDocuments -> PromptBuilder -> CompressedContextGenerator``. With a compressor to ``text`` the
+documents contain the shorter text, for any generator; else they contain placeholders (see `nutgraf.adapters.placeholders`).
 """
 
 from __future__ import annotations
@@ -16,24 +15,25 @@ except ImportError as error:  # an extra of the package
     raise ImportError("The Haystack adapter needs haystack-ai: pip install 'nutgraf[haystack]'.") from error
 
 from ..compressors import Compressor
-from .placeholders.documents import TextsForReading, check_reader
-from .placeholders.placeholder import PlaceholderStore, read_placeholders, shared_store
+from .checks import check_reader
+from .placeholders import PlaceholderStore, read_placeholders
+from .placeholders.documents import TextsForReading
 
 ORIGINAL_TEXT = "original_text"
 
 
 @component
 class CompressedContextDocuments:
-    """Compresses retrieved documents for the LLM; put it in front of the prompt builder.
+    """Compresses retrieved documents for the LLM; put it before the prompt builder.
 
-    Each document comes back in its place, with its id, score and meta and with its own text as ``meta["original_text"]``;
-    one without text is left as it is.
+    Documents keep their order, id, score and meta; the original text is in ``meta["original_text"]``. Documents without
+    text stay as they are.
 
     Args:
         compressor: compresses the documents' texts.
-        ratio: compression ratio L / l in place of the compressor's own.
-        query_aware: pass the question to the compressor; default: what the compressor's ``query_aware`` says, or no.
-        store: where passages are kept; default: the one that all adapters for the reader share.
+        ratio: compression ratio L / l; default: the compressor's own.
+        query_aware: pass the question to the compressor; default: the compressor's ``query_aware``.
+        placeholders: default: the store that all adapters for the reader share.
     """
 
     def __init__(
@@ -42,15 +42,15 @@ class CompressedContextDocuments:
         *,
         ratio: float | None = None,
         query_aware: bool | None = None,
-        store: PlaceholderStore | None = None,
+        placeholders: PlaceholderStore | None = None,
     ) -> None:
-        self._texts = TextsForReading(compressor, ratio=ratio, query_aware=query_aware, store=store)
+        self._texts = TextsForReading(compressor, ratio=ratio, query_aware=query_aware, placeholders=placeholders)
 
     @component.output_types(documents=list[Document])
     def run(self, documents: list[Document], query: str | None = None) -> dict[str, Any]:
-        """``{"documents": ...}``: the documents with compressed contents; those given are not changed."""
+        """Return ``{"documents": ...}``: copies of the documents with compressed contents."""
         texts = [document.content for document in documents if document.content is not None]
-        contents = iter(self._texts.of(texts, query))
+        contents = iter(self._texts.contents(texts, query))
         return {
             "documents": [
                 document
@@ -63,11 +63,11 @@ class CompressedContextDocuments:
 
 @component
 class CompressedContextGenerator:
-    """A reader as a Haystack generator: placeholders in its prompts are read as the passages they stand for.
+    """A reader as a Haystack generator that reads placeholders as compressed passages.
 
     Args:
-        reader: a `Reader`, or a `nutgraf.adapters.openai.ServedReader`.
-        max_new_tokens: the longest answer, in tokens.
+        reader: a `Reader` or a `nutgraf.adapters.openai.ServedReader`.
+        max_new_tokens: longest answer in tokens.
         options: passed to the reader's ``generate`` (``stop``, ``chat``, ``do_sample``, ...).
     """
 
@@ -75,10 +75,9 @@ class CompressedContextGenerator:
         check_reader(reader)
         self._reader = reader
         self._options = {"max_new_tokens": max_new_tokens, **options}
-        self._store = shared_store(reader.fingerprint)  # held, so that it outlives the other component
 
     @component.output_types(replies=list[str])
     def run(self, prompt: str, generation_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
-        """``{"replies": [answer]}``; ``generation_kwargs`` override the component's options."""
+        """Return ``{"replies": [answer]}``; ``generation_kwargs`` override the component's options."""
         read = read_placeholders(prompt, self._reader.fingerprint)
         return {"replies": self._reader.generate([read], **{**self._options, **(generation_kwargs or {})})}

@@ -1,9 +1,9 @@
 """LangChain: a document compressor, an LLM and a chat model that read compressed passages.
 
-Retrieved documents go through `CompressedContextDocumentCompressor` (by a ``ContextualCompressionRetriever``, or by hand),
-the chain puts their ``page_content`` into its prompt, and `CompressedContextLLM` or `CompressedContextChatModel` reads it.
-With a compressor to ``text`` the content is the shorter text and any LLM reads it; with one to ``embeds`` or ``kv`` it is a
-placeholder (see `nutgraf.adapters.placeholders`) and the LLM must be one of these two, with the compressor's reader.
+`CompressedContextDocumentCompressor` (in a ``ContextualCompressionRetriever``, or called directly) replaces the documents'
+``page_content``, the chain puts it into its prompt, and `CompressedContextLLM` or `CompressedContextChatModel` reads it. With
+a compressor to ``text`` the content is the shorter text, for any LLM. With one to ``embeds`` or ``kv`` it is a placeholder (see
+`nutgraf.adapters.placeholders`), and the LLM must be one of these two with the compressor's reader.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ try:
     from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, GenerationChunk
 except ImportError as error:  # an extra of the package
     raise ImportError("The LangChain adapter needs langchain-core: pip install 'nutgraf[langchain]'.") from error
-from pydantic import ConfigDict, Field, PrivateAttr
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from ..compressors import Compressor
-from .placeholders.documents import TextsForReading, check_reader, count_positions
-from .placeholders.placeholder import PlaceholderStore, read_placeholders, shared_store
+from .checks import check_reader
+from .placeholders import PlaceholderStore, read_placeholders
+from .placeholders.documents import TextsForReading, count_positions
 
 ORIGINAL_TEXT = "original_text"
 _ROLES = {"human": "user", "ai": "assistant", "system": "system"}
@@ -33,21 +34,18 @@ _ROLES = {"human": "user", "ai": "assistant", "system": "system"}
 class CompressedContextDocumentCompressor(BaseDocumentCompressor):
     """Compresses retrieved documents for the LLM; put it last.
 
-    Each document comes back in its place, with its id and metadata and with its own text as ``metadata["original_text"]``.
-    What was compressed once is kept.
+    Documents keep their order, id and metadata; the original text is in ``metadata["original_text"]``.
 
     Args:
         compressor: compresses the documents' texts.
-        ratio: compression ratio L / l in place of the compressor's own.
-        query_aware: pass the question to the compressor; default: what the compressor's ``query_aware`` says, or no.
-        store: where passages are kept; default: the one that all adapters for the reader share.
+        ratio: compression ratio L / l; default: the compressor's own.
+        query_aware: pass the question to the compressor; default: the compressor's ``query_aware``.
+        placeholders: default: the store that all adapters for the reader share.
 
     Raises:
-        TypeError: if ``compressor`` is none.
+        TypeError: if ``compressor`` is not a compressor.
         ValueError: if ``ratio`` is below 1.
     """
-
-    model_config = ConfigDict(arbitrary_types_allowed=True)
 
     _texts: TextsForReading = PrivateAttr()
 
@@ -57,20 +55,20 @@ class CompressedContextDocumentCompressor(BaseDocumentCompressor):
         *,
         ratio: float | None = None,
         query_aware: bool | None = None,
-        store: PlaceholderStore | None = None,
+        placeholders: PlaceholderStore | None = None,
     ) -> None:
         super().__init__()
-        self._texts = TextsForReading(compressor, ratio=ratio, query_aware=query_aware, store=store)
+        self._texts = TextsForReading(compressor, ratio=ratio, query_aware=query_aware, placeholders=placeholders)
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> Sequence[Document]:
-        """The documents with compressed contents; those given are not changed.
+        """Return copies of the documents with compressed contents.
 
         Raises:
-            ValueError: if the question holds a placeholder.
+            ValueError: if the question contains a placeholder.
         """
-        contents = self._texts.of([document.page_content for document in documents], query)
+        contents = self._texts.contents([document.page_content for document in documents], query)
         return [
             document.model_copy(
                 update={
@@ -82,14 +80,8 @@ class CompressedContextDocumentCompressor(BaseDocumentCompressor):
         ]
 
 
-class CompressedContextLLM(LLM):
-    """A reader as a LangChain LLM: placeholders in its prompts are read as the passages they stand for.
-
-    Args:
-        reader: a `Reader`, or a `nutgraf.adapters.openai.ServedReader`.
-        max_new_tokens: the longest answer, in tokens.
-        options: passed to the reader's ``generate`` (``do_sample``, ``temperature``, ...).
-    """
+class _Reading(BaseModel):
+    """Mixin of the two language models: the reader and its options."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
@@ -98,31 +90,34 @@ class CompressedContextLLM(LLM):
     options: Mapping[str, Any] = Field(default_factory=dict)
 
     def model_post_init(self, context: Any) -> None:
-        """Holds the placeholders' store, so that it outlives a document compressor."""
+        """Check the reader."""
         super().model_post_init(context)
         check_reader(self.reader)
-        self._store = shared_store(self.reader.fingerprint)
-
-    _store: PlaceholderStore = PrivateAttr()
-
-    @property
-    def _llm_type(self) -> str:
-        return "nutgraf"
 
     def get_num_tokens(self, text: str) -> int:
-        """Reader positions that a prompt takes; a compressed passage counts as its slots."""
+        """Reader positions of a text; a compressed passage counts as its slots."""
         return count_positions(self.reader, text)
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        return {
-            "reader": self.reader.fingerprint,
-            "max_new_tokens": self.max_new_tokens,
-            **self.options,
-        }
+        return {"reader": self.reader.fingerprint, "max_new_tokens": self.max_new_tokens, **self.options}
 
     def _settings(self, stop: list[str] | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         return {"max_new_tokens": self.max_new_tokens, "stop": stop, **self.options, **kwargs}
+
+
+class CompressedContextLLM(_Reading, LLM):
+    """A reader as a LangChain LLM that reads placeholders as compressed passages.
+
+    Args:
+        reader: a `Reader` or a `nutgraf.adapters.openai.ServedReader`.
+        max_new_tokens: longest answer in tokens.
+        options: passed to the reader's ``generate`` (``do_sample``, ``temperature``, ...).
+    """
+
+    @property
+    def _llm_type(self) -> str:
+        return "nutgraf"
 
     def _call(
         self,
@@ -149,39 +144,26 @@ class CompressedContextLLM(LLM):
             yield chunk
 
 
-class CompressedContextChatModel(BaseChatModel):
-    """A reader as a LangChain chat model: messages go through the chat template, placeholders are read as passages.
+class CompressedContextChatModel(_Reading, BaseChatModel):
+    """A reader with a chat template as a LangChain chat model that reads placeholders as compressed passages.
 
-    Args:
-        reader: a `Reader`, or a `nutgraf.adapters.openai.ServedReader`.
-        max_new_tokens: the longest answer, in tokens.
-        options: passed to the reader's ``generate``.
+    Takes the arguments of `CompressedContextLLM`.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
-
-    reader: Any = Field(exclude=True)
-    max_new_tokens: int = Field(default=256, gt=0)
-    options: Mapping[str, Any] = Field(default_factory=dict)
-    _store: PlaceholderStore = PrivateAttr()
-
     def model_post_init(self, context: Any) -> None:
-        """Holds the placeholders' store, so that it outlives a document compressor."""
+        """Check the reader and its chat template."""
         super().model_post_init(context)
-        check_reader(self.reader)
         if not getattr(self.reader.tokenizer, "chat_template", None):
             raise ValueError(
                 "A chat model needs a chat template, and this reader's tokenizer has none; use CompressedContextLLM."
             )
-        self._store = shared_store(self.reader.fingerprint)
 
     @property
     def _llm_type(self) -> str:
         return "nutgraf-chat"
 
-    def get_num_tokens(self, text: str) -> int:
-        """Reader positions that a text takes; a compressed passage counts as its slots."""
-        return count_positions(self.reader, text)
+    def _settings(self, stop: list[str] | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        return {"chat": True, **super()._settings(stop, kwargs)}
 
     def _generate(
         self,
@@ -205,9 +187,6 @@ class CompressedContextChatModel(BaseChatModel):
             if run_manager:
                 run_manager.on_llm_new_token(piece, chunk=chunk)
             yield chunk
-
-    def _settings(self, stop: list[str] | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        return {"max_new_tokens": self.max_new_tokens, "stop": stop, "chat": True, **self.options, **kwargs}
 
     def _read(self, messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
         read = []

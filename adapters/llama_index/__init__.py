@@ -1,4 +1,4 @@
-"""LlamaIndex: compressed passages in a query engine, with two changed lines.
+"""LlamaIndex: compressed passages in a query engine, by changing two lines.
 
 Example::
 
@@ -9,25 +9,23 @@ Example::
         node_postprocessors=[CompressedContextPostprocessor(compressor)],
     )
 
-It works with every response mode of LlamaIndex, sync and async, streamed or not, for completion and chat readers:
-what travels between the two is an ordinary short string (see `nutgraf.adapters.placeholders.placeholder`).
+All response modes of LlamaIndex work, sync and async, streamed or not, for completion and chat readers: the two exchange
+ordinary short strings (see `nutgraf.adapters.placeholders.placeholder`).
 """
 
 from __future__ import annotations
 
-from ..placeholders.cache import PassageCache
-from ..placeholders.placeholder import PlaceholderError, PlaceholderStore, escape_placeholders
+from ..placeholders import PassageCache, PlaceholderError, PlaceholderStore, escape_placeholders
 from .citation import CompressedCitationQueryEngine
 from .embedding import SentenceTransformerEmbedding
 from .events import CompressionEvent
 from .ingestion import CompressPassages, PassagesStoredEvent, StoreRetriever
 from .llm import CompressedContextLLM
 from .nodes import CompressedDocument, CompressedIndexNode, CompressedNode, CompressedTextNode
-from .policy import AutoBudget, Form, Policy, TextAbove, TextBelowFidelity, TextForTop, TokenBudget
+from .policy import AutoBudget, Form, Policy, ScoreBudget, TextAbove, TextBelowFidelity, TextForTop, TokenBudget
 from .postprocessor import CompressedContextPostprocessor
 from .prompt_helper import SlotAwarePromptHelper, SlotAwareTokenizer
 from .reading import ReaderRefusedError
-from .score_budget import ScoreBudget
 from .synthesizer import PassageScores
 
 __all__ = [

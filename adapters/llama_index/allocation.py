@@ -1,4 +1,4 @@
-"""One budget of slots divided between the passages of a question, by their retrieval scores."""
+"""Divide a budget of slots between passages by their retrieval scores."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ...compressors.text.budget import share_out
 
-_UP = 1 + 1e-9  # so that ceil(tokens / ratio) is the slots asked for in spite of floating point
+_UP = 1 + 1e-9  # keeps ceil(tokens / ratio) exact in floating point
 
 
 def allocate(
@@ -19,22 +19,21 @@ def allocate(
     lowest: float = 1.0,
     highest: float = math.inf,
 ) -> list[int]:
-    r"""Slots of each passage.
+    r"""Return the slots of each passage.
 
-    With :math:`z` the scores less their mean over their standard deviation, passage i of :math:`L_i` tokens gets slots in
-    proportion to :math:`L_i e^{z_i / T}`. So scores of any retriever will do, equal ones give every passage the same ratio,
-    and so does a high temperature.
+    With :math:`z` the standardised scores, passage i of :math:`L_i` tokens gets slots in proportion to
+    :math:`L_i e^{z_i / T}`. Scores of any retriever work; equal scores, or a high temperature, give equal ratios.
 
     Args:
-        tokens: of each passage.
-        scores: one a passage, higher is nearer to the question.
+        tokens: tokens of each passage.
+        scores: one per passage; higher is better.
         budget: slots of all passages together.
         temperature: T; the lower, the more the best passages get.
-        lowest: compression ratio that no passage falls below (one that the compressor was trained for).
-        highest: ratio that none exceeds. Every passage that has a token has a slot.
+        lowest: lowest compression ratio of a passage.
+        highest: highest compression ratio of a passage. Every passage with a token gets at least one slot.
 
     Returns:
-        Slots, whose sum is the budget where the two bounds leave room for all of it; see `ratio_of`.
+        Slots that sum to the budget if the two bounds allow it; see `ratio_of`.
 
     Raises:
         ValueError: if the lists differ in length, a number is out of range, or the budget is too small for ``highest``.
@@ -66,14 +65,15 @@ def allocate(
             for i, slots in given.items():
                 out[i] = slots
             break
-        free = [i for i in free if i not in short]  # they keep their least; the others share what is left
+        free = [i for i in free if i not in short]  # these keep their least; the others share the rest
     return out
 
 
 def ratio_of(tokens: int, slots: int) -> float:
-    """The compression ratio that gives a passage so many slots, where a compressor makes ``ceil(tokens / ratio)``.
+    """Return the ratio at which a passage gets this many slots, for compressors that make ``ceil(tokens / ratio)``.
 
-    Raises ValueError for no slots, or more of them than tokens.
+    Raises:
+        ValueError: for no slots, or more slots than tokens.
     """
     if not 1 <= slots <= tokens:
         raise ValueError(f"A passage of {tokens} tokens has 1 to {tokens} slots, got {slots}.")
@@ -85,8 +85,7 @@ def _weights(tokens: Sequence[int], scores: Sequence[float], temperature: float)
         return []
     mean = sum(scores) / len(scores)
     spread = math.sqrt(sum((score - mean) ** 2 for score in scores) / len(scores))
-    # Differences in the last bits are no differences.
     if spread <= 1e-9 * max(1.0, max(map(abs, scores))):
-        return [float(n) for n in tokens]
+        return [float(n) for n in tokens]  # they differ in the last bits at most
     best = max(scores)
     return [n * math.exp((score - best) / (spread * temperature)) for n, score in zip(tokens, scores)]

@@ -1,4 +1,4 @@
-"""LlamaIndex's citation query engine, with numbered sources that the LLM reads compressed."""
+"""LlamaIndex's citation query engine with numbered, compressed sources."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from .nodes import read_as, text_of
 
 
 class CompressedCitationQueryEngine(CitationQueryEngine):
-    """A `CitationQueryEngine` that keeps what a `CompressedContextPostprocessor` made of the nodes.
+    """A `CitationQueryEngine` whose LLM reads the compressed passages of a `CompressedContextPostprocessor`.
 
-    LlamaIndex's own cuts each node's text into sources and builds new nodes of them, which the LLM then reads as text. Here
-    each node is one source: "Source 1:" stands as text in front of its compressed passage, and ``source_nodes`` hold the
-    number and the original text. Nodes that the postprocessor left as text are one source each, too. Make the index's chunks
-    as small as citations are to be.
+    LlamaIndex's own engine cuts each node's text into sources, which the LLM then reads as text. Here each node is one
+    source: the text "Source 1:" comes before its compressed passage (or its text), and ``source_nodes`` contain the number
+    and the original text. Make the index's chunks as small as the citations should be.
 
-    Arguments are those of `CitationQueryEngine`, ``from_args`` included; ``citation_chunk_size`` and ``text_splitter`` have
-    no effect. ``multimodal`` is refused.
+    Takes the arguments of `CitationQueryEngine` and ``from_args``; ``citation_chunk_size`` and ``text_splitter`` have no
+    effect, and ``multimodal`` is refused.
 
     Example::
 
@@ -36,7 +35,7 @@ class CompressedCitationQueryEngine(CitationQueryEngine):
         for number, scored in enumerate((n for n in nodes if text_of(n.node) is not None), start=1):
             node = scored.node
             read = node.get_content(MetadataMode.LLM)
-            source = read_as(node, f"Source {number}:\n{read}\n", getattr(node, "_store", None))
+            source = read_as(node, f"Source {number}:\n{read}\n", getattr(node, "_placeholders", None))
             source.set_content(f"Source {number}:\n{text_of(node)}\n")
             if isinstance(source, TextNode):
                 source.start_char_idx = source.end_char_idx = None  # the number is no part of the document

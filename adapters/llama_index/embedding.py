@@ -1,4 +1,4 @@
-"""A sentence-transformers model as a LlamaIndex embedding."""
+"""Sentence-transformers model as a LlamaIndex embedding."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ...compressors.encoders.embedder import Embedder, load_embedder
 
 
 class SentenceTransformerEmbedding(BaseEmbedding):
-    """Embeds texts and queries for an index with a sentence-transformers model; needs the extra ``embedders``.
+    """Embeds texts and queries with a sentence-transformers model; needs the extra ``embedders``.
 
-    Vectors are cached and embedding is thread-safe; async methods embed in a worker thread. A text longer than the model
-    reads is cut there, as sentence-transformers does: make the index's chunks short enough.
+    Vectors are cached; embedding is thread-safe; async methods use a worker thread. sentence-transformers cuts texts that are
+    longer than the model reads: keep the index's chunks short enough.
 
     Args:
-        model: a ``SentenceTransformer``, the name or folder of one, or the ``embedder`` of an xRAG compressor (which then
-            reads with ``reuse_vectors=True`` what the index holds).
-        device: where to put a model that is given by name.
-        kwargs: as for LlamaIndex's ``BaseEmbedding`` (``embed_batch_size``, ``callback_manager``, ...).
+        model: a ``SentenceTransformer``, its name or folder, or the ``embedder`` of an xRAG compressor (which then reads the
+            index's vectors with ``reuse_vectors=True``).
+        device: device of a model given by name.
+        kwargs: passed to LlamaIndex's ``BaseEmbedding`` (``embed_batch_size``, ``callback_manager``, ...).
     """
 
     _embedder: Embedder = PrivateAttr()
@@ -34,12 +34,12 @@ class SentenceTransformerEmbedding(BaseEmbedding):
 
     @classmethod
     def class_name(cls) -> str:
-        """The name under which LlamaIndex serialises and traces the embedding."""
+        """Name under which LlamaIndex serialises and traces the embedding."""
         return "SentenceTransformerEmbedding"
 
     @property
     def embedder(self) -> Embedder:
-        """The model, as an xRAG compressor takes it (``load_compressor(path, reader, embedder=...)``)."""
+        """The model, for ``load_compressor(path, reader, embedder=...)`` of xRAG."""
         return self._embedder
 
     def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:

@@ -1,4 +1,4 @@
-"""What the adapter tells LlamaIndex's instrumentation."""
+"""Instrumentation event of the postprocessor."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from llama_index.core.instrumentation.events.base import BaseEvent
 
 
 class CompressionEvent(BaseEvent):
-    """Passages of a request, or of a batch that is indexed, were compressed or found compressed.
+    """The passages of a request were compressed or found compressed.
 
-    What the LLM then made of them is in the ``raw`` of its own ``LLMCompletionEndEvent`` or ``LLMChatEndEvent``.
+    The LLM's own counts are in the ``raw`` of its ``LLMCompletionEndEvent`` or ``LLMChatEndEvent``.
 
     Attributes:
-        passages: passages that are read in compressed form.
-        compressed: passages that had to be compressed now.
-        cache_hits: passages that were found compressed, in the cache or the store.
+        passages: passages read in compressed form.
+        compressed: passages compressed now.
+        cache_hits: passages found in the cache or the store.
         source_tokens: reader tokens of the texts of ``passages``.
-        slots: reader positions they take now.
-        as_text: nodes that the LLM reads as text: by policy, because they hold no text to compress, or as a fallback.
-        fallbacks: of these, the nodes that were to be compressed and could not be.
-        unfaithful: of these, the nodes whose passages did not survive their compression, by the fidelity gate.
-        left_out: nodes that found no room in a policy's budget.
-        ms: milliseconds from the request to the last passage.
+        slots: reader positions of ``passages``.
+        as_text: nodes read as text: by policy, without text to compress, or as a fallback.
+        fallbacks: nodes among these that could not be compressed.
+        unfaithful: nodes among these that the fidelity gate sent back to text.
+        left_out: nodes without room in the policy's budget.
+        ms: milliseconds for the request.
     """
 
     passages: int
@@ -36,5 +36,5 @@ class CompressionEvent(BaseEvent):
 
     @classmethod
     def class_name(cls) -> str:
-        """The name under which LlamaIndex logs the event."""
+        """Name under which LlamaIndex logs the event."""
         return "CompressionEvent"

@@ -1,4 +1,4 @@
-"""Compression at indexing time, and retrieval from the same table that holds the slots."""
+"""Compression at indexing time, and retrieval from the same table."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.base_retriever import BaseRetriever
@@ -17,6 +18,7 @@ from llama_index.core.instrumentation.events.base import BaseEvent
 from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle, TextNode, TransformComponent
 
 from ...compressors import Compressor, FidelityGate
+from ..checks import check_compressor
 from ..store import Maker, PassageStore, fill
 from .nodes import text_of
 
@@ -28,15 +30,7 @@ _ABOUT = ("node_id", "metadata", "excluded_llm_metadata_keys", "excluded_embed_m
 
 
 class PassagesStoredEvent(BaseEvent):
-    """Nodes were compressed into a store.
-
-    Attributes:
-        found: distinct passages that were stored before.
-        compressed: those compressed now.
-        source_tokens: reader tokens of the texts compressed now.
-        slots: reader positions that these take.
-        ms: milliseconds it took.
-    """
+    """Nodes were compressed into a store; the counts are those of `nutgraf.adapters.store.Filled`."""
 
     found: int
     compressed: int
@@ -46,30 +40,30 @@ class PassagesStoredEvent(BaseEvent):
 
     @classmethod
     def class_name(cls) -> str:
-        """The name under which LlamaIndex logs the event."""
+        """Name under which LlamaIndex logs the event."""
         return "PassagesStoredEvent"
 
 
 class CompressPassages(TransformComponent):
-    """Compresses nodes as they are ingested, and puts the compressed passages into a store.
+    """Compresses nodes into a store during ingestion and returns them unchanged.
 
-    It goes after the splitter, and after the embedding where the store is to hold retrieval vectors too. The nodes are
-    handed on as they are: what a `CompressedContextPostprocessor` with the same ``store`` finds at query time, it finds by
-    the node's text. Passages that are stored already are skipped, and every batch is safe once it is done, so that an
-    ingestion that was stopped goes on where it was. Nodes without text and images are passed over.
+    Put it after the splitter, and after the embedding if the store is to hold retrieval vectors too. A
+    `CompressedContextPostprocessor` with the same ``store`` finds the passages by the nodes' texts. Stored passages are
+    skipped and every batch is saved when it is done, so a stopped ingestion continues where it was. Nodes without text and
+    images are skipped.
 
     Args:
-        compressor: compresses the nodes' texts, without a question: query-aware compressors have nothing to do here.
+        compressor: compresses the nodes' texts; must not be query-aware.
         store: where the compressed passages go.
-        ratio: compression ratio L / l in place of the compressor's own; give the postprocessor the same.
+        ratio: compression ratio L / l; default: the compressor's own. Give the postprocessor the same.
         batch_size: nodes compressed and stored at a time.
-        reuse_vectors: give the nodes' embeddings to a compressor that takes them (xRAG); they must be those of its own
-            embedder, of the text alone.
-        gate: a `FidelityGate` of the compressor, whose signals are stored with the passages, for a postprocessor with
-            ``fidelity=``. It need not be calibrated yet.
+        reuse_vectors: pass the nodes' embeddings to a compressor that takes them (xRAG); they must come from its own
+            embedder and from the text alone.
+        gate: a `FidelityGate` of the compressor; its signals are stored for a postprocessor with ``fidelity=``. It need not
+            be calibrated yet.
 
     Raises:
-        TypeError: if ``compressor``, ``store`` or ``gate`` is none.
+        TypeError: if ``compressor``, ``store`` or ``gate`` has the wrong type.
         ValueError: if a number is out of range, or the compressor needs the question.
 
     Example::
@@ -101,8 +95,7 @@ class CompressPassages(TransformComponent):
         gate: FidelityGate | None = None,
         **kwargs: Any,
     ) -> None:
-        if not hasattr(compressor, "compress") or not hasattr(compressor, "fingerprint"):
-            raise TypeError(f"compressor must be a nutgraf compressor, got {type(compressor).__name__}.")
+        check_compressor(compressor)
         if not isinstance(store, PassageStore):
             raise TypeError(
                 f"store must be a PassageStore, such as LanceStore('passages'), got {type(store).__name__}."
@@ -111,8 +104,8 @@ class CompressPassages(TransformComponent):
             raise TypeError(f"gate must be a FidelityGate, got {type(gate).__name__}.")
         if compressor.query_aware:
             raise ValueError(
-                f"{type(compressor).__name__} compresses for a question, which nobody knows when a passage is indexed; "
-                "make it without query awareness, or leave it to the postprocessor."
+                f"{type(compressor).__name__} compresses for a question, which is unknown when a passage is indexed; make it "
+                "without query awareness, or leave it to the postprocessor."
             )
         super().__init__(ratio=ratio, batch_size=batch_size, reuse_vectors=reuse_vectors, **kwargs)  # type: ignore[call-arg]
         self._compressor = compressor
@@ -121,20 +114,20 @@ class CompressPassages(TransformComponent):
 
     @classmethod
     def class_name(cls) -> str:
-        """The name under which LlamaIndex serialises and traces the transformation."""
+        """Name under which LlamaIndex serialises and traces the transformation."""
         return "CompressPassages"
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """Settings, with the fingerprints and the store's name: a pipeline's cache tells transformations apart by them."""
+        """Return the settings, fingerprints and the store's name, by which a pipeline's cache tells transformations apart."""
         return super().to_dict(**kwargs) | {
             "compressor": self._compressor.fingerprint,
-            "reader": None if self._compressor.reader is None else self._compressor.reader.fingerprint,
+            "reader": self._compressor.reader.fingerprint,
             "store": self._store.name,
             "gate": None if self._gate is None else self._gate.measure_id,
         }
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """Compresses what is not stored yet; the nodes themselves are returned, unchanged."""
+        """Compress what is not stored yet and return the nodes unchanged."""
         start = time.perf_counter()
         found = [(node, text) for node in nodes if (text := text_of(node)) is not None]
         with self._running:
@@ -149,20 +142,11 @@ class CompressPassages(TransformComponent):
                 gate=self._gate,
                 batch_size=self.batch_size,
             )
-        ms = (time.perf_counter() - start) * 1e3
-        _dispatcher.event(
-            PassagesStoredEvent(
-                found=filled.found,
-                compressed=filled.compressed,
-                source_tokens=filled.source_tokens,
-                slots=filled.slots,
-                ms=ms,
-            )
-        )
+        _dispatcher.event(PassagesStoredEvent(**asdict(filled), ms=(time.perf_counter() - start) * 1e3))
         return nodes
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """The same in a worker thread, so that the event loop goes on."""
+        """Compress in a worker thread."""
         return await asyncio.to_thread(self.__call__, nodes, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -173,19 +157,19 @@ class CompressPassages(TransformComponent):
 
 
 class StoreRetriever(BaseRetriever):
-    """Retrieves from a `LanceStore` that holds retrieval vectors, so that one table serves retrieval and reading.
+    """Retrieves from a `LanceStore` with retrieval vectors: one table serves retrieval and reading.
+
+    The score of a node is the cosine similarity. Nodes with the same text are stored once.
 
     Args:
         store: filled by `CompressPassages` after an embedding.
-        embed_model: embeds the question; the one that embedded the nodes.
-        compressor: only the passages that it made; needed where the store holds those of several.
-        similarity_top_k: how many passages.
+        embed_model: embeds the question; the model that embedded the nodes.
+        compressor: return only its passages; needed if the store holds passages of several compressors.
+        similarity_top_k: number of passages.
         ratio: the ratio given to `CompressPassages`.
 
-    The score of a node is the cosine similarity. Of nodes with the same text the store holds one.
-
     Raises:
-        TypeError: if ``store`` is no `LanceStore`.
+        TypeError: if ``store`` is not a `LanceStore`.
     """
 
     def __init__(
@@ -204,10 +188,7 @@ class StoreRetriever(BaseRetriever):
         self._store = store
         self._embed_model = embed_model
         self._top_k = similarity_top_k
-        self._maker = None
-        if compressor is not None:
-            reader = None if compressor.reader is None else compressor.reader.fingerprint
-            self._maker = Maker(compressor.fingerprint, reader, ratio)
+        self._maker = None if compressor is None else Maker.of(compressor, ratio)
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         vector = query_bundle.embedding or self._embed_model.get_agg_embedding_from_queries(query_bundle.embedding_strs)
@@ -222,7 +203,7 @@ class StoreRetriever(BaseRetriever):
 
 
 def _about(node: BaseNode) -> dict[str, Any]:
-    """What a store keeps of a node beside text and vector; what JSON cannot hold, such as dates, as text."""
+    """Node facts stored besides text and vector; values that JSON cannot hold, such as dates, become text."""
     found = {name: getattr(node, name) for name in _ABOUT}
     return json.loads(json.dumps(found, default=str))  # type: ignore[no-any-return]
 

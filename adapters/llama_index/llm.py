@@ -1,4 +1,4 @@
-"""The LLM whose prompts mix text and compressed passages."""
+"""LlamaIndex LLM whose prompts mix text and compressed passages."""
 
 from __future__ import annotations
 
@@ -26,46 +26,45 @@ from llama_index.core.response_synthesizers import BaseSynthesizer, get_response
 
 from ...compressors import CompressedPassage, Reader
 from ...compressors.reader.checks import check_reads_slots
+from ..checks import check_reader
 from ..openai import ServedReader
-from ..placeholders.placeholder import PlaceholderStore, ReadingLLM, read_placeholders, shared_store
+from ..placeholders import read_placeholders
+from ..placeholders.placeholder import ReadingLLM
 from ..threads import from_thread
 from .prompt_helper import SlotAwarePromptHelper
 from .reading import Answer, ReaderCall, ReaderRefusedError, check_served
 
 
 class CompressedContextLLM(CustomLLM):
-    """A reader as a LlamaIndex LLM: placeholders in its prompts are read as the compressed passages they stand for.
+    """A reader as a LlamaIndex LLM that reads placeholders as compressed passages.
 
-    Prompts without placeholders are read as any LLM would read them. Async methods run the reader in a worker thread.
-    Each response's ``raw`` holds ``reader_tokens`` (positions of the prompt), ``slots`` and ``passages`` (of these, the
-    compressed ones), ``source_tokens`` (what their texts would have taken), ``ttft_ms`` (to the first text, the layout of
-    the prompt included) and ``ms``.
+    Prompts without placeholders are read as usual. Async methods run the reader in a worker thread. The ``raw`` of a response
+    has ``reader_tokens`` (positions of the prompt), ``slots`` and ``passages`` (compressed ones among them),
+    ``source_tokens`` (length of their texts), ``ttft_ms`` (to the first text, including the layout of the prompt) and ``ms``.
 
     Args:
-        reader: reads the prompts: a `Reader`, or a `nutgraf.adapters.openai.ServedReader` with vLLM's completions, SGLang or
-            ``nutgraf serve`` behind it.
-        max_new_tokens: the longest answer, in tokens; LlamaIndex keeps as much of the window free for it. Default: 256, or
-            a quarter of a window of less than 1,024 positions.
-        context_window: positions that a prompt and its answer may take; default: the reader's ``max_positions``.
+        reader: a `Reader`, or a `nutgraf.adapters.openai.ServedReader` for vLLM's completions, SGLang or ``nutgraf serve``.
+        max_new_tokens: longest answer in tokens, kept free in the window. Default: 256, or a quarter of a window of less than
+            1,024 positions.
+        context_window: positions of a prompt and its answer; default: the reader's ``max_positions``.
         chat: use the tokenizer's chat template and LlamaIndex's chat prompts.
-        stop: strings that end an answer and are no part of it.
+        stop: strings that end an answer; not part of it.
         generation_kwargs: passed to the reader's ``generate`` (``do_sample``, ``temperature``, ``num_beams``, ...).
-        kwargs: as for LlamaIndex's ``LLM`` (``system_prompt``, ``completion_to_prompt``, ``callback_manager``, ...).
+        kwargs: passed to LlamaIndex's ``LLM`` (``system_prompt``, ``completion_to_prompt``, ``callback_manager``, ...).
 
     Raises:
-        TypeError: if ``reader`` is none.
-        ValueError: if ``chat`` is asked of a tokenizer without a chat template, a number is out of range, the reader is a
-            state-space model that would misread compressed passages, or is served in a way that does not fit such prompts.
+        TypeError: if ``reader`` is not a reader.
+        ValueError: if ``chat`` is set for a tokenizer without a chat template, a number is out of range, the reader is a
+            state-space model that would misread compressed passages, or the settings of a served reader do not fit.
     """
 
-    context_window: int = Field(gt=0, description="Positions that a prompt and its answer may take.")
-    max_new_tokens: int = Field(gt=0, description="The longest answer, in tokens.")
+    context_window: int = Field(gt=0, description="Positions of a prompt and its answer.")
+    max_new_tokens: int = Field(gt=0, description="Longest answer in tokens.")
     chat_model: bool = Field(default=False, description="Render prompts through the chat template.")
     model_name: str = Field(description="The reader's name.")
     stop: list[str] | None = Field(default=None, description="Strings that end an answer.")
     generation_kwargs: dict[str, Any] = Field(default_factory=dict, description="Options of generation.")
     _reader: Reader | ServedReader = PrivateAttr()
-    _store: PlaceholderStore = PrivateAttr()
     _reading: ReadingLLM = PrivateAttr()
 
     def __init__(
@@ -79,10 +78,7 @@ class CompressedContextLLM(CustomLLM):
         generation_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(reader, Reader | ServedReader):
-            raise TypeError(
-                f"reader must be a nutgraf Reader or ServedReader, got {type(reader).__name__}; see Reader.from_pretrained."
-            )
+        check_reader(reader)
         if chat and not getattr(reader.tokenizer, "chat_template", None):
             raise ValueError(
                 f"chat=True needs a chat template, and the tokenizer of {reader.name!r} has none; "
@@ -110,24 +106,23 @@ class CompressedContextLLM(CustomLLM):
             **kwargs,
         )
         self._reader = reader
-        self._store = shared_store(reader.fingerprint)  # held, so that it outlives a postprocessor
         self._reading = ReadingLLM(reader.fingerprint, window, max_new_tokens)
 
     @classmethod
     def class_name(cls) -> str:
-        """The name under which LlamaIndex serialises and traces the LLM."""
+        """Name under which LlamaIndex serialises and traces the LLM."""
         return "CompressedContextLLM"
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> CompressedContextLLM:
-        """An LLM from what ``to_dict`` wrote, with the reader given anew: ``from_dict(data, reader=reader)``."""
+        """Make an LLM from a ``to_dict`` result and a reader: ``from_dict(data, reader=reader)``."""
         settings = {name: value for name, value in data.items() if name != "model_name"}
         settings["chat"] = settings.pop("chat_model", False)
         return super().from_dict(settings, **kwargs)
 
     @property
     def metadata(self) -> LLMMetadata:
-        """What LlamaIndex plans prompts by."""
+        """Sizes and names for LlamaIndex."""
         return LLMMetadata(
             context_window=self.context_window,
             num_output=self.max_new_tokens,
@@ -136,11 +131,11 @@ class CompressedContextLLM(CustomLLM):
         )
 
     def prompt_helper(self, **kwargs: Any) -> SlotAwarePromptHelper:
-        """A prompt helper that counts a compressed passage as its slots. ``kwargs`` as for `SlotAwarePromptHelper`."""
+        """Make a `SlotAwarePromptHelper`, which counts a compressed passage as its slots."""
         return SlotAwarePromptHelper(self._reader, self.context_window, self.max_new_tokens, **kwargs)
 
     def response_synthesizer(self, response_mode: Any = "compact", **kwargs: Any) -> BaseSynthesizer:
-        """LlamaIndex's own response synthesizer with this LLM and its prompt helper, for ``as_query_engine(...)``."""
+        """Make LlamaIndex's response synthesizer with this LLM and its prompt helper, for ``as_query_engine(...)``."""
         return get_response_synthesizer(
             llm=self, prompt_helper=self.prompt_helper(), response_mode=response_mode, **kwargs
         )
@@ -149,12 +144,12 @@ class CompressedContextLLM(CustomLLM):
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        """Answers a prompt. ``kwargs`` override ``max_new_tokens``, ``stop`` and the generation options."""
+        """Answer a prompt. ``kwargs`` override ``max_new_tokens``, ``stop`` and the generation options."""
         return _completion(self._completion_call(prompt, formatted, kwargs).run())
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
-        """Answers a prompt piece by piece."""
+        """Stream the answer to a prompt."""
         call = self._completion_call(prompt, formatted, kwargs)
         return (_completion(answer) for answer in call.stream())
 
@@ -173,12 +168,12 @@ class CompressedContextLLM(CustomLLM):
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """Answers messages, through the chat template if ``chat`` was asked for, else as a plain prompt."""
+        """Answer messages, through the chat template if ``chat`` is set, else as a plain prompt."""
         return _reply(self._chat_call(messages, kwargs).run())
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        """Answers messages piece by piece."""
+        """Stream the answer to messages."""
         call = self._chat_call(messages, kwargs)
         return (_reply(answer) for answer in call.stream())
 
@@ -196,21 +191,20 @@ class CompressedContextLLM(CustomLLM):
     # -- scoring ---------------------------------------------------------------------------------------------------
 
     def answer_logprobs(self, prompts: Sequence[str | Sequence[ChatMessage]], answer: str) -> list[float]:
-        """The log-likelihood in nats, summed over its tokens, of one answer after each of the prompts.
+        """Return the log-likelihood in nats of one answer after each prompt, summed over its tokens.
 
         Args:
-            prompts: completion prompts or lists of messages, which may hold placeholders; read one at a time.
-            answer: what is scored, as it follows the prompt.
+            prompts: completion prompts or lists of messages, with or without placeholders; read one at a time.
+            answer: the continuation to score.
 
         Raises:
             ReaderRefusedError: if the answer is empty, or prompt and answer do not fit the window.
         """
-        return [self._answer_logprob(prompt, answer) for prompt in prompts]
-
-    def _answer_logprob(self, prompt: str | Sequence[ChatMessage], answer: str) -> float:
-        if isinstance(prompt, str):
-            return self._completion_call(prompt, False, {}).logprob(answer)
-        return self._chat_call(prompt, {}).logprob(answer)
+        calls = [
+            self._completion_call(prompt, False, {}) if isinstance(prompt, str) else self._chat_call(prompt, {})
+            for prompt in prompts
+        ]
+        return [call.logprob(answer) for call in calls]
 
     # -- prompts ---------------------------------------------------------------------------------------------------
 

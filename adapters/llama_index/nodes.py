@@ -1,33 +1,33 @@
-"""Copies of nodes that the LLM reads in another form, while everybody else still sees the original text."""
+"""Node copies that give the LLM another text than everything else sees."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from llama_index.core.base.llms.types import BaseContentBlock, TextBlock
-from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.bridge.pydantic import BaseModel, Field, PrivateAttr
 from llama_index.core.schema import BaseNode, Document, ImageNode, IndexNode, MetadataMode, Node, TextNode
 
 from ..placeholders.placeholder import MARKER, Found, PlaceholderStore, scan
 
 
-class _ReadAs:
-    """Mixin: what the LLM gets is ``llm_text``; text, hash and all other metadata modes are the original node's.
+class _ReadAs(BaseModel):
+    """Mixin: the LLM gets ``llm_text``; text, hash and all other metadata modes are the original node's.
 
-    A node that comes back from JSON in another process, where nobody knows its placeholder any more, gives its original
-    text to the LLM: nothing is lost but the compression.
+    A node loaded from JSON in another process, where its placeholder is unknown, gives the LLM its original text.
     """
 
-    llm_text: str
+    llm_text: str = Field(default="", description="What the LLM reads instead: a placeholder or a shorter text.")
+    _placeholders: PlaceholderStore | None = PrivateAttr(default=None)  # held, so that it lives as long as the node
 
     def get_content(self, metadata_mode: MetadataMode = MetadataMode.NONE) -> str:
-        """What the LLM is to read for ``MetadataMode.LLM``; otherwise the original content."""
+        """``llm_text`` for ``MetadataMode.LLM``, else the original content."""
         if metadata_mode == MetadataMode.LLM and self._readable():
             return self.llm_text
         return super().get_content(metadata_mode)  # type: ignore[misc, no-any-return]
 
     def get_content_blocks(self, metadata_mode: MetadataMode = MetadataMode.NONE) -> list[BaseContentBlock]:
-        """The same as blocks."""
+        """`get_content` as blocks."""
         if metadata_mode == MetadataMode.LLM and self._readable():
             return [TextBlock(text=self.llm_text)]
         return super().get_content_blocks(metadata_mode)  # type: ignore[misc, no-any-return]
@@ -36,42 +36,27 @@ class _ReadAs:
         return MARKER not in self.llm_text or any(isinstance(piece, Found) for piece in scan(self.llm_text))
 
 
-_LLM_TEXT = "What the LLM reads in place of the node's content: a placeholder, or a shorter text."
-
-
 class CompressedTextNode(_ReadAs, TextNode):
     """A `TextNode` whose content for the LLM is ``llm_text``."""
-
-    llm_text: str = Field(default="", description=_LLM_TEXT)
-    _store: PlaceholderStore | None = PrivateAttr(default=None)
 
 
 class CompressedIndexNode(_ReadAs, IndexNode):
     """An `IndexNode` whose content for the LLM is ``llm_text``."""
 
-    llm_text: str = Field(default="", description=_LLM_TEXT)
-    _store: PlaceholderStore | None = PrivateAttr(default=None)
-
 
 class CompressedDocument(_ReadAs, Document):
     """A `Document` whose content for the LLM is ``llm_text``."""
 
-    llm_text: str = Field(default="", description=_LLM_TEXT)
-    _store: PlaceholderStore | None = PrivateAttr(default=None)
-
 
 class CompressedNode(_ReadAs, Node):
     """Another `Node` whose content for the LLM is ``llm_text``."""
-
-    llm_text: str = Field(default="", description=_LLM_TEXT)
-    _store: PlaceholderStore | None = PrivateAttr(default=None)
 
 
 _KINDS: tuple[type[BaseNode], ...] = (CompressedIndexNode, CompressedTextNode, CompressedDocument, CompressedNode)
 
 
 def text_of(node: BaseNode) -> str | None:
-    """The text of a node, or ``None`` where it also holds an image, sound or a film, which no compressor reads."""
+    """Return the text of a node, or ``None`` for multimodal nodes (image, audio, video)."""
     if isinstance(node, ImageNode):
         return None
     if isinstance(node, TextNode):
@@ -81,13 +66,10 @@ def text_of(node: BaseNode) -> str | None:
     return None
 
 
-def read_as(node: BaseNode, llm_text: str, store: PlaceholderStore | None = None) -> BaseNode:
-    """A copy of a node that gives ``llm_text`` to the LLM and is otherwise the same; the node itself is not touched.
+def read_as(node: BaseNode, llm_text: str, placeholders: PlaceholderStore | None = None) -> BaseNode:
+    """Copy a text node, index node or text-only document; the copy gives ``llm_text`` to the LLM.
 
-    Args:
-        node: a text node, index node or text-only document.
-        llm_text: what the LLM is to read, metadata included.
-        store: the store that issued the placeholders in it, which lives as long as the copy.
+    The copy keeps the store of its placeholders alive.
     """
     kind = next(kind for kind in _KINDS if isinstance(node, kind.__bases__[-1]))
     fields: dict[str, Any] = {name: getattr(node, name) for name in kind.model_fields if name != "llm_text"}
@@ -95,5 +77,5 @@ def read_as(node: BaseNode, llm_text: str, store: PlaceholderStore | None = None
         if isinstance(value, dict | list) and name != "embedding":
             fields[name] = value.copy()
     copy = kind.model_construct(**fields, llm_text=llm_text)
-    copy._store = store  # type: ignore[attr-defined]
+    copy._placeholders = placeholders  # type: ignore[attr-defined]
     return copy

@@ -1,10 +1,10 @@
-"""Mixed contexts: which of the retrieved passages the LLM reads as text, which compressed, and how strongly.
+"""Policies: which retrieved passages the LLM reads as text, which compressed, and by what ratio.
 
-A policy is any object with ``choose(retrieved) -> list[Form]``; those here are plain dataclasses, given as
-``CompressedContextPostprocessor(compressor, policy=TokenBudget(512))``. Passages are ranked by their place in the list.
+A policy is any object with ``choose(retrieved) -> list[Form]``. Those here are dataclasses, given as
+``CompressedContextPostprocessor(compressor, policy=TokenBudget(512))``. The rank of a passage is its place in the list.
 
-Budgets are in reader positions and count what stands for the passages in the prompt: tokens of text (with the metadata
-that LlamaIndex shows), slots, and a blank line behind each. The prompt's own words, the question and the answer come on top.
+Budgets are reader positions of the passages: tokens of text (including the metadata that LlamaIndex shows), slots, and a
+blank line after each. The rest of the prompt, the question and the answer are not included.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
+
+from .allocation import allocate, ratio_of
+
+_TRIES = 8  # corrections of the sum: compressors round, and each passage costs a blank line
 
 
 @dataclass(frozen=True)
 class Form:
-    """How the LLM reads a passage: as text, compressed (by the postprocessor's ratio unless one is given), or not at all.
+    """How the LLM reads a passage: as text, compressed (by ``ratio``, else the postprocessor's ratio), or not at all.
 
-    ``why`` says what decided so where it was not the policy's rule; forms that differ in it alone are equal.
+    ``why`` names the reason if it is not the policy's own rule; it does not count in comparisons.
     """
 
     read: Literal["text", "compressed", "left out"]
@@ -33,15 +37,15 @@ UNFAITHFUL = Form("text", why="fidelity")
 
 
 class Retrieved(Protocol):
-    """What a policy sees of a request's passages, in order of rank. Images and other nodes without text are not among them."""
+    """What a policy sees: the request's passages by rank, without images and other nodes that have no text."""
 
     @property
     def scores(self) -> Sequence[float | None]:
-        """Each node's score, ``None`` where the retriever gives none."""
+        """Each node's score; ``None`` if the retriever gives none."""
         ...
 
     def text_positions(self) -> Sequence[int]:
-        """Reader positions of each passage as text, a blank line included."""
+        """Reader positions of each passage as text, including a blank line."""
         ...
 
     def compressed_positions(self, ratio: float | None, places: Sequence[int]) -> Sequence[int]:
@@ -49,16 +53,20 @@ class Retrieved(Protocol):
         ...
 
     def fidelities(self, ratio: float | None, places: Sequence[int]) -> Sequence[float | None]:
-        """The gate's score of the passages at ``places``, compressed by ``ratio``; ``None``: could not be compressed."""
+        """The gate's scores of the passages at ``places``, compressed by ``ratio``; ``None``: not compressible."""
         ...
 
 
 class Policy(ABC):
-    """What decides how the LLM reads each passage."""
+    """Decides how the LLM reads each passage."""
+
+    keeps_budget: ClassVar[bool] = (
+        False  # whether text in the place of a compressed passage breaks the policy's promise
+    )
 
     @abstractmethod
     def choose(self, retrieved: Retrieved) -> list[Form]:
-        """One `Form` a passage, in order."""
+        """Return one `Form` per passage, in order."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,6 @@ class TextForTop(Policy):
         check_count("TextForTop", "k", self.k, 0)
 
     def choose(self, retrieved: Retrieved) -> list[Form]:
-        """One `Form` a passage, in order."""
         return [TEXT if place < self.k else COMPRESSED for place in range(len(retrieved.scores))]
 
 
@@ -89,7 +96,6 @@ class TextAbove(Policy):
             raise ValueError(f"TextAbove needs the score from which passages stay text, got {self.score!r}.")
 
     def choose(self, retrieved: Retrieved) -> list[Form]:
-        """One `Form` a passage, in order."""
         forms = []
         for place, score in enumerate(retrieved.scores):
             if score is None:
@@ -103,20 +109,19 @@ class TextAbove(Policy):
 
 @dataclass(frozen=True)
 class TokenBudget(Policy):
-    """As many of the first passages as text as fit into ``n`` reader positions beside the compressed rest.
+    """The first passages as text, as many as fit into ``n`` reader positions together with the compressed rest.
 
-    The budget is kept: where not even the compressed passages fit, the last ones are left out, as a score cut-off would.
-    A compressed passage that is no shorter than its text is read as text. `choose` raises ``ValueError`` if not even the
-    first passage fits.
+    The budget is strict: if not even the compressed passages fit, the last ones are left out. A compressed passage that is
+    not shorter than its text is read as text. `choose` raises ``ValueError`` if not even the first passage fits.
     """
 
+    keeps_budget: ClassVar[bool] = True
     n: int
 
     def __post_init__(self) -> None:
         check_count("TokenBudget", "n", self.n, 1)
 
     def choose(self, retrieved: Retrieved) -> list[Form]:
-        """One `Form` a passage, in order."""
         text = retrieved.text_positions()
         if sum(text) <= self.n:
             return [TEXT] * len(text)
@@ -132,17 +137,17 @@ class TokenBudget(Policy):
 
 @dataclass(frozen=True)
 class AutoBudget(Policy):
-    """Fills ``n`` reader positions as well as it can with text and the compressor's ratios.
+    """Fills ``n`` reader positions with text and the compressor's ratios.
 
-    Each passage, in order of rank, is read in the longest form that leaves room for all others in their shortest: as text,
-    else by the lowest of ``ratios`` that fits. The budget is kept as with `TokenBudget`.
+    By rank, each passage gets the longest form that leaves room for all others in their shortest: text, else the lowest of
+    ``ratios`` that fits. The budget is strict as in `TokenBudget`.
 
     Args:
         n: reader positions.
-        ratios: compression ratios that the compressor was trained for, any number of them; default: the postprocessor's
-            (or the compressor's own) alone.
+        ratios: compression ratios that the compressor was trained for; default: the postprocessor's ratio alone.
     """
 
+    keeps_budget: ClassVar[bool] = True
     n: int
     ratios: tuple[float, ...] | None = None
 
@@ -157,7 +162,6 @@ class AutoBudget(Policy):
         object.__setattr__(self, "ratios", tuple(sorted(set(map(float, self.ratios)))))
 
     def choose(self, retrieved: Retrieved) -> list[Form]:
-        """One `Form` a passage, in order."""
         text = retrieved.text_positions()
         if sum(text) <= self.n:
             return [TEXT] * len(text)
@@ -177,14 +181,87 @@ class AutoBudget(Policy):
         return forms
 
 
-class TextBelowFidelity(Policy):
-    """As another policy chooses, but passages that did not survive their compression as text.
+@dataclass(frozen=True)
+class ScoreBudget(Policy):
+    """All passages compressed, each by its own ratio: a higher score gets more of ``n`` reader positions.
 
-    It needs a `nutgraf.compressors.FidelityGate`, and is what ``CompressedContextPostprocessor(fidelity=...)`` puts around
-    its policy. A passage that goes back to text costs its full length, so a policy with a budget cannot stand inside.
+    `allocation.allocate` divides them. Scores of any retriever or reranker work; equal scores give equal ratios. The
+    compressor must take any ratio (mean-pooled windows do), and passages are compressed at query time, because no store
+    holds these ratios. If all passages fit as text they are read as text. The budget is strict: if ``highest`` is not
+    enough, the passages with the lowest scores are left out. `choose` raises ``ValueError`` if a passage has no score, or
+    if not even the best one fits.
 
     Args:
-        threshold: passages that score less are read as text.
+        n: reader positions, as in `TokenBudget`.
+        temperature: in standard deviations of the scores; the lower, the more the best passages get.
+        lowest: lowest compression ratio of a passage (one that the compressor was trained for).
+        highest: highest compression ratio of a passage.
+    """
+
+    keeps_budget: ClassVar[bool] = True
+    n: int
+    temperature: float = 1.0
+    lowest: float = 1.0
+    highest: float = 64.0
+
+    def __post_init__(self) -> None:
+        check_count("ScoreBudget", "n", self.n, 1)
+        numbers = (self.temperature, self.lowest, self.highest)
+        if not (all(map(is_number, numbers)) and self.temperature > 0 and 1 <= self.lowest <= self.highest):
+            raise ValueError(
+                "ScoreBudget needs temperature > 0 and 1 <= lowest <= highest, got "
+                f"temperature={self.temperature!r}, lowest={self.lowest!r} and highest={self.highest!r}."
+            )
+
+    def choose(self, retrieved: Retrieved) -> list[Form]:
+        text = retrieved.text_positions()
+        if sum(text) <= self.n:
+            return [TEXT] * len(text)
+        scores = []
+        for place, score in enumerate(retrieved.scores):
+            if score is None:
+                raise ValueError(
+                    f"{self} goes by scores, but passage {place} has none; use a retriever or reranker that scores, or "
+                    "AutoBudget."
+                )
+            scores.append(score)
+        ranked = sorted(range(len(text)), key=lambda place: -scores[place])
+        while ranked:
+            if (forms := self._divided(retrieved, text, scores, sorted(ranked))) is not None:
+                return [forms.get(place, LEFT_OUT) for place in range(len(text))]
+            ranked.pop()
+        raise ValueError(f"{self} has no room for even the best passage at ratio {self.highest:g}.")
+
+    def _divided(
+        self, retrieved: Retrieved, text: Sequence[int], scores: list[float], places: list[int]
+    ) -> dict[int, Form] | None:
+        """Forms of the passages at ``places`` that together keep the budget, if there are any."""
+        tokens = [text[place] for place in places]
+        chosen = [scores[place] for place in places]
+        aim = self.n
+        for _ in range(_TRIES):
+            try:
+                slots = allocate(
+                    tokens, chosen, aim, temperature=self.temperature, lowest=self.lowest, highest=self.highest
+                )
+            except ValueError:
+                return None  # the highest ratio does not leave room for all of them
+            ratios = {place: ratio_of(n, k) for place, n, k in zip(places, tokens, slots) if k}
+            costs = [retrieved.compressed_positions(ratio, [place])[0] for place, ratio in ratios.items()]
+            if (over := sum(costs) - self.n) <= 0:
+                return {place: Form("compressed", ratios[place]) if place in ratios else TEXT for place in places}
+            aim -= over
+        return None
+
+
+class TextBelowFidelity(Policy):
+    """Another policy's choice, with text for passages whose compression lost too much.
+
+    ``CompressedContextPostprocessor(fidelity=...)`` wraps its policy in this; it needs a `FidelityGate`. Text costs its full
+    length, so the inner policy cannot have a budget.
+
+    Args:
+        threshold: passages with a lower score are read as text.
         policy: chooses first.
 
     Raises:
@@ -192,7 +269,7 @@ class TextBelowFidelity(Policy):
     """
 
     def __init__(self, threshold: float, policy: Policy) -> None:
-        if isinstance(policy, TokenBudget | AutoBudget | _score_budget()):
+        if getattr(policy, "keeps_budget", False):
             raise ValueError(
                 f"{policy} keeps a budget, which passages sent back to text would break; use fidelity with "
                 "TextForTop, TextAbove or no policy."
@@ -201,19 +278,25 @@ class TextBelowFidelity(Policy):
         self.policy = policy
 
     def choose(self, retrieved: Retrieved) -> list[Form]:
-        """One `Form` a passage, in order."""
         forms = list(self.policy.choose(retrieved))
-        places = [place for place, form in enumerate(forms) if form.read == "compressed"]
-        for ratio in dict.fromkeys(forms[place].ratio for place in places):  # those of a ratio together
-            same = [place for place in places if forms[place].ratio == ratio]
-            for place, score in zip(same, retrieved.fidelities(ratio, same)):
+        for ratio, places in compressed_by_ratio(forms).items():
+            for place, score in zip(places, retrieved.fidelities(ratio, places)):
                 if score is not None and score < self.threshold:
                     forms[place] = UNFAITHFUL
         return forms
 
 
+def compressed_by_ratio(forms: Sequence[Form]) -> dict[float | None, list[int]]:
+    """Group the places of the compressed forms by their ratios."""
+    found: dict[float | None, list[int]] = {}
+    for place, form in enumerate(forms):
+        if form.read == "compressed":
+            found.setdefault(form.ratio, []).append(place)
+    return found
+
+
 def _shortest(policy: Policy, n: int, ratio: float | None, retrieved: Retrieved) -> tuple[list[Form], list[int]]:
-    """Each passage in its shortest form, the last ones left out where not all fit; costs of those that are read."""
+    """Each passage in its shortest form, the last ones left out if not all fit; and the costs of the others."""
     text = retrieved.text_positions()
     compressed = retrieved.compressed_positions(ratio, range(len(text)))
     forms = [TEXT if t <= c else Form("compressed", ratio) for t, c in zip(text, compressed)]
@@ -227,15 +310,15 @@ def _shortest(policy: Policy, n: int, ratio: float | None, retrieved: Retrieved)
 
 
 def as_policy(given: Any) -> Policy:
-    """A policy as it was given, or made again from what `policy_to_dict` wrote; ``None``: everything is compressed.
+    """Return a policy as given, from a dict that `policy_to_dict` wrote, or (for ``None``) one that compresses everything.
 
     Raises:
-        TypeError: if it is none.
+        TypeError: for anything else.
     """
     if given is None:
         return TextForTop(0)
     if isinstance(given, Mapping):
-        known = {kind.__name__: kind for kind in _kinds()}
+        known = {kind.__name__: kind for kind in _KINDS}
         settings = dict(given)
         if (name := settings.pop("policy", None)) in known:
             return known[name](**settings)
@@ -248,21 +331,13 @@ def as_policy(given: Any) -> Policy:
 
 
 def policy_to_dict(policy: Policy) -> dict[str, Any]:
-    """A JSON-able dict of one of the policies here; of a user's own, its name alone."""
+    """Return a JSON-able dict of a policy; for a user's own policy, only its name."""
     kind = type(policy)
-    settings = asdict(policy) if kind in _kinds() else {}  # type: ignore[call-overload]
+    settings = asdict(policy) if kind in _KINDS else {}  # type: ignore[call-overload]
     return {"policy": kind.__name__, **{k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}}
 
 
-def _kinds() -> tuple[type[Policy], ...]:
-    """The policies whose settings survive JSON."""
-    return (TextForTop, TextAbove, TokenBudget, AutoBudget, _score_budget())
-
-
-def _score_budget() -> type[Policy]:
-    from .score_budget import ScoreBudget  # which imports this module
-
-    return ScoreBudget
+_KINDS: tuple[type[Policy], ...] = (TextForTop, TextAbove, TokenBudget, AutoBudget, ScoreBudget)
 
 
 def check_count(policy: str, name: str, value: Any, least: int) -> None:

@@ -1,4 +1,4 @@
-"""The postprocessor that replaces what the LLM reads of retrieved nodes by compressed passages."""
+"""The postprocessor that gives the LLM compressed passages instead of retrieved nodes."""
 
 from __future__ import annotations
 
@@ -14,19 +14,15 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 
 from ...compressors import CompressedPassage, Compressor, FidelityGate
-from ..placeholders.cache import PassageCache
-from ..placeholders.placeholder import (
-    PlaceholderStore,
-    ReadingLLM,
-    escape_placeholders,
-    holds_placeholder,
-    shared_store,
-)
+from ..checks import check_compressor
+from ..placeholders import PassageCache, PlaceholderStore, escape_placeholders, shared_store
+from ..placeholders.placeholder import ReadingLLM, refuse_placeholders
+from ..placeholders.source import PassageSource
 from ..store import PassageStore
 from .events import CompressionEvent
 from .nodes import read_as, text_of
-from .policy import Form, Policy, TextBelowFidelity, as_policy, policy_to_dict
-from .request import PassageSource, Request
+from .policy import TEXT, Form, Policy, TextBelowFidelity, as_policy, compressed_by_ratio, policy_to_dict
+from .retrieved import RetrievedPassages
 
 _dispatcher = get_dispatcher(__name__)
 _log = logging.getLogger(__name__)
@@ -35,43 +31,40 @@ _log = logging.getLogger(__name__)
 class CompressedContextPostprocessor(BaseNodePostprocessor):
     """Compresses retrieved nodes for the LLM; put it last.
 
-    With a compressor to ``embeds`` or ``kv`` the LLM must be a `CompressedContextLLM` with the compressor's reader: each
-    node then carries a placeholder for its slots. With a compressor to ``text`` the LLM may be any: each node then carries
-    the shorter text. Either way ids, scores, metadata and relationships are the retrieved nodes', and their text is what
-    everybody but the LLM sees (``response.source_nodes``, evaluators, the document store). The nodes passed in are never
-    changed. What was compressed once is kept; ``apostprocess_nodes`` compresses in a worker thread.
+    With a compressor to ``embeds`` or ``kv``, each node carries a placeholder, and the LLM must be a `CompressedContextLLM`
+    with the compressor's reader. With a compressor to ``text``, each node carries the shorter text for any LLM. Ids, scores,
+    metadata and relationships stay, and everything but the LLM (``response.source_nodes``, evaluators, the document store)
+    sees the original text. The input nodes are not changed. ``apostprocess_nodes`` compresses in a worker thread.
 
     Args:
         compressor: compresses the nodes' texts.
-        ratio: compression ratio L / l in place of the compressor's own.
-        policy: which nodes the LLM reads as text, which compressed and by what ratio: `TextForTop`, `TextAbove`,
-            `TokenBudget`, `AutoBudget`, `ScoreBudget` or a `Policy` of your own; default: all compressed.
-        fidelity: let the LLM read the text of passages that did not survive their compression: ``"low"``, ``"medium"``,
-            ``"high"`` or the least probability, in (0, 1), that an answer from the slots is as good as one from the text
-            (`FidelityGate.threshold`). Needs ``gate``; applies to what ``policy`` would have compressed.
+        ratio: compression ratio L / l; default: the compressor's own.
+        policy: which nodes stay text, which are compressed, and by what ratio: `TextForTop`, `TextAbove`, `TokenBudget`,
+            `AutoBudget`, `ScoreBudget` or your own `Policy`; default: all compressed.
+        fidelity: read a passage as text if too little of it survives: ``"low"``, ``"medium"``, ``"high"`` or the least
+            probability, in (0, 1), that the answer from the slots is as good as the one from the text
+            (`FidelityGate.threshold`). Needs ``gate``; applies to what ``policy`` would compress.
         gate: a calibrated `FidelityGate` of the compressor. Its signals are kept with the passages: give it to
-            `CompressPassages` too, and passages are measured once, when they are indexed.
-        keep_metadata: put the metadata that LlamaIndex would show the LLM as text in front of the compressed passage;
-            otherwise the LLM does not see it.
-        query_aware: pass the question to the compressor and keep one result a question; default: what the compressor's
-            ``query_aware`` says, or no.
-        reuse_vectors: pass the nodes' own retrieval vectors to a compressor that takes them (xRAG). They must come from
-            the embedder that it was trained with, of the same text: exclude metadata from what the index embeds, and keep
-            chunks as short as the embedder reads. Few vector stores return vectors with the nodes (LlamaIndex's default
-            one does not); nodes without one are embedded again.
-        as_text: insist on text for the LLM, that is, on a compressor to ``text``.
-        cache: where compressed passages are kept, or a whole `PlaceholderStore`; default: one that all adapters for the
-            reader share.
-        store: a `nutgraf.adapters.store.PassageStore` in which passages were put when they were indexed: what is there is
-            read and not compressed. What is not there is compressed now and, unless the store is read-only, put there.
+            `CompressPassages` too, to measure at indexing time.
+        keep_metadata: show the LLM the nodes' metadata as text before each compressed passage.
+        query_aware: pass the question to the compressor; default: the compressor's ``query_aware``.
+        reuse_vectors: pass the nodes' retrieval vectors to a compressor that takes them (xRAG). They must come from the
+            embedder it was trained with and from the text alone: exclude metadata from what the index embeds, and keep chunks
+            as short as the embedder reads. Nodes without a vector are embedded again (LlamaIndex's default vector store
+            returns none).
+        as_text: require a compressor to text.
+        cache: compressed passages by key; default: the one that all adapters for the reader share.
+        placeholders: default: the store that all adapters for the reader share.
+        store: a `nutgraf.adapters.store.PassageStore` filled at indexing time. Passages found there are not compressed
+            again; others are compressed now and added unless the store is read-only.
         batch_size: passages compressed at a time.
-        fallback: let the LLM read the text of a passage that cannot be compressed, or takes more slots than a prompt has
-            room for, instead of raising; the log and the `CompressionEvent` say so.
+        fallback: read a passage as text, instead of raising, if it cannot be compressed or takes more slots than a prompt has
+            room for; the log and the `CompressionEvent` say so.
 
     Raises:
-        TypeError: if ``compressor``, ``policy`` or ``gate`` is none.
-        ValueError: if ``as_text`` is asked of a compressor that gives no text, a number is out of range, the gate is not
-            calibrated or another compressor's, or fidelity is asked of passages that depend on the question or a budget.
+        TypeError: if ``compressor``, ``policy`` or ``gate`` has the wrong type.
+        ValueError: if ``as_text`` is set for a compressor that does not give text, a number is out of range, the gate is not
+            calibrated or belongs to another compressor, or fidelity is combined with a query-aware compressor or a budget.
 
     Example::
 
@@ -87,10 +80,10 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
     query_aware: bool = Field(default=False, description="Pass the question to the compressor.")
     reuse_vectors: bool = Field(default=False, description="Pass the nodes' retrieval vectors to the compressor.")
     batch_size: int | None = Field(default=None, ge=1, description="Passages compressed at a time.")
-    fallback: bool = Field(default=False, description="Text for what cannot be compressed.")
+    fallback: bool = Field(default=False, description="Text for passages that cannot be compressed.")
     _compressor: Compressor = PrivateAttr()
     _policy: Policy = PrivateAttr()
-    _store: PlaceholderStore = PrivateAttr()
+    _placeholders: PlaceholderStore = PrivateAttr()
     _source: PassageSource = PrivateAttr()
 
     def __init__(
@@ -105,14 +98,14 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
         query_aware: bool | None = None,
         reuse_vectors: bool = False,
         as_text: bool = False,
-        cache: PassageCache | PlaceholderStore | None = None,
+        cache: PassageCache | None = None,
+        placeholders: PlaceholderStore | None = None,
         store: PassageStore | None = None,
         batch_size: int | None = None,
         fallback: bool = False,
         **kwargs: Any,
     ) -> None:
-        if not hasattr(compressor, "compress") or not hasattr(compressor, "interface"):
-            raise TypeError(f"compressor must be a nutgraf compressor, got {type(compressor).__name__}.")
+        check_compressor(compressor)
         if as_text and compressor.interface != "text":
             raise ValueError(
                 f"as_text=True needs a compressor to text, but {type(compressor).__name__} gives {compressor.interface}; "
@@ -121,180 +114,160 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
         if query_aware is None:
             query_aware = compressor.query_aware
         chosen = as_policy(policy)
-        deciding: Policy = chosen
-        if fidelity is not None or gate is not None:
-            deciding = TextBelowFidelity(_threshold(compressor, fidelity, gate, query_aware), chosen)
-        settings: dict[str, Any] = {
-            "ratio": ratio,
-            "policy": policy_to_dict(chosen),
-            "fidelity": fidelity,
-            "keep_metadata": keep_metadata,
-            "query_aware": query_aware,
-            "reuse_vectors": reuse_vectors,
-            "batch_size": batch_size,
-            "fallback": fallback,
-        }
+        settings: dict[str, Any] = dict(
+            ratio=ratio,
+            policy=policy_to_dict(chosen),
+            fidelity=fidelity,
+            keep_metadata=keep_metadata,
+            query_aware=query_aware,
+            reuse_vectors=reuse_vectors,
+            batch_size=batch_size,
+            fallback=fallback,
+        )
         super().__init__(**settings, **kwargs)
         self._compressor = compressor
-        self._policy = deciding
-        reader = None if compressor.reader is None else compressor.reader.fingerprint
-        if isinstance(cache, PlaceholderStore):
-            self._store = cache
-        elif cache is None and reader is not None:
-            self._store = shared_store(reader)
-        else:
-            self._store = PlaceholderStore(cache)
-        self._source = PassageSource(compressor, self._store.cache, store, batch_size, gate)
+        self._policy = chosen
+        if fidelity is not None or gate is not None:
+            self._policy = TextBelowFidelity(_threshold(compressor, fidelity, gate, query_aware), chosen)
+        if placeholders is None:
+            placeholders = shared_store(compressor.reader) if cache is None else PlaceholderStore(cache)
+        self._placeholders = placeholders
+        self._source = PassageSource(
+            compressor, placeholders.cache if cache is None else cache, store, gate=gate, batch_size=batch_size
+        )
 
     @classmethod
     def class_name(cls) -> str:
-        """The name under which LlamaIndex serialises and traces the postprocessor."""
+        """Name under which LlamaIndex serialises and traces the postprocessor."""
         return "CompressedContextPostprocessor"
 
     @property
     def cache(self) -> PassageCache:
-        """Where compressed passages are kept."""
-        return self._store.cache
+        """The cache of compressed passages."""
+        return self._source.cache
 
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         start = time.perf_counter()
         query = None if query_bundle is None else query_bundle.query_str
-        if query is not None and holds_placeholder(query):
-            raise ValueError(
-                "The question holds a placeholder of a compressed passage, which only a copy from a prompt or a log can "
-                "bring there; remove it, or run escape_placeholders over the question."
-            )
-        places = [place for place, scored in enumerate(nodes) if text_of(scored.node) is not None]
-        request = Request(
+        refuse_placeholders(query)
+        if not nodes:
+            return []
+        request = RetrievedPassages(
             self._source,
-            [nodes[place] for place in places],
+            [scored for scored in nodes if text_of(scored.node) is not None],
             query=query if self.query_aware else None,
             ratio=self.ratio,
             vectors=self.reuse_vectors,
             around=self._around,
             fallback=self.fallback,
         )
-        forms = self._choose(request) if places else []
-        read, event = self._read(request, [nodes[place].node for place in places], forms)
-        reads = dict(zip(places, read))
-        left_out = {place for place, form in zip(places, forms) if form.read == "left out"}
-        event.as_text = sum(reads.get(place) is None for place in range(len(nodes))) - len(left_out)
-        event.ms = (time.perf_counter() - start) * 1e3
-        if nodes:
-            _dispatcher.event(event)
+        forms = self._choose(request)
+        passages = self._passages(request, forms)
+        contents = dict(zip(passages, self._placeholders.issue(list(passages.values()))))
         out = []
-        for place, scored in enumerate(nodes):
-            if place not in left_out:
-                content = reads.get(place)
-                node = self._escaped(scored.node) if content is None else self._compressed(scored.node, content)
+        places = iter(range(len(forms)))
+        for scored in nodes:
+            place = next(places) if text_of(scored.node) is not None else None
+            form = TEXT if place is None else forms[place]
+            if form.read != "left out":
+                node = self._compressed(scored.node, contents[place]) if place in contents else _escaped(scored.node)
                 out.append(NodeWithScore.model_construct(node=node, score=scored.score))
+        _dispatcher.event(
+            CompressionEvent(
+                passages=len(passages),
+                compressed=request.compressed,
+                cache_hits=request.cache_hits,
+                source_tokens=sum(p.source_tokens for p in passages.values()),
+                slots=sum(p.slots for p in passages.values()),
+                as_text=len(out) - len(passages),
+                fallbacks=sum(form.read == "compressed" for form in forms) - len(passages),
+                unfaithful=sum(form.why == "fidelity" for form in forms),
+                left_out=len(nodes) - len(out),
+                ms=(time.perf_counter() - start) * 1e3,
+            )
+        )
         return out
 
-    # -- reading ---------------------------------------------------------------------------------------------------
-
-    def _choose(self, request: Request) -> list[Form]:
+    def _choose(self, request: RetrievedPassages) -> list[Form]:
+        if not request.nodes:
+            return []
         forms = list(self._policy.choose(request))
-        if len(forms) != len(request.scores) or not all(isinstance(form, Form) for form in forms):
+        if len(forms) != len(request.nodes) or not all(isinstance(form, Form) for form in forms):
             raise ValueError(
-                f"{self._policy!r} must choose one Form for each of {len(request.scores)} passages, got {forms!r:.200}."
+                f"{self._policy!r} must choose one Form for each of {len(request.nodes)} passages, got {forms!r:.200}."
             )
         if left_out := sum(form.read == "left out" for form in forms):
             _log.warning("%d of %d passages found no room in %r and are left out.", left_out, len(forms), self._policy)
         return forms
 
-    def _read(
-        self, request: Request, nodes: Sequence[BaseNode], forms: Sequence[Form]
-    ) -> tuple[list[str | None], CompressionEvent]:
-        """What the LLM is to read of each node, metadata aside: a placeholder, a shorter text or (``None``) its text."""
-        places = [place for place, form in enumerate(forms) if form.read == "compressed"]
-        if places and self._compressor.interface != "text":
+    def _passages(self, request: RetrievedPassages, forms: Sequence[Form]) -> dict[int, CompressedPassage]:
+        """The passages to read in compressed form, by place in rank."""
+        by_ratio = compressed_by_ratio(forms)
+        if by_ratio and self._compressor.interface != "text":
             self._check_llm()
-        found: dict[int, CompressedPassage | None] = {}
-        for ratio in dict.fromkeys(forms[place].ratio for place in places):  # those of a ratio together
-            same = [place for place in places if forms[place].ratio == ratio]
-            found.update(zip(same, request.passages(ratio, same)))
-        passages = {
-            place: passage for place in places if (passage := self._fitting(nodes[place], found[place])) is not None
+        found = {
+            place: passage
+            for ratio, places in by_ratio.items()
+            for place, passage in zip(places, request.passages(ratio, places))
         }
-        event = CompressionEvent(
-            passages=len(passages),
-            compressed=request.compressed,
-            cache_hits=request.cache_hits,
-            source_tokens=sum(p.source_tokens for p in passages.values()),
-            slots=sum(p.slots for p in passages.values()),
-            fallbacks=len(places) - len(passages),
-            unfaithful=sum(form.why == "fidelity" for form in forms),
-            left_out=sum(form.read == "left out" for form in forms),
-            ms=0.0,
-        )
-        read: list[str | None] = [None] * len(nodes)
-        if self._compressor.interface == "text":
-            for place, passage in passages.items():
-                read[place] = escape_placeholders(passage.text or "")
-            return read, event
-        issued = [
-            self._source.issued(request.wanted(place, forms[place].ratio), passage)
-            for place, passage in passages.items()
-        ]
-        for place, placeholder in zip(passages, self._store.issue(issued) if issued else ()):
-            read[place] = placeholder if passages[place].slots else ""
-        return read, event
-
-    # -- checks ----------------------------------------------------------------------------------------------------
+        return {
+            place: passage
+            for place, passage in sorted(found.items())
+            if passage is not None and self._fits(request.nodes[place], passage)
+        }
 
     def _check_llm(self) -> None:
-        if ReadingLLM.of(self._source.reader):
-            return
         compressor = self._compressor
+        if ReadingLLM.of(compressor.reader.fingerprint):
+            return
         if getattr(compressor, "base_reader", compressor.reader) is not compressor.reader:
             raise ValueError(
-                f"{type(compressor).__name__} tunes its reader, and no CompressedContextLLM reads with that one: build "
+                f"{type(compressor).__name__} tunes its reader, and no CompressedContextLLM reads with the tuned one: build "
                 "the LLM with CompressedContextLLM(compressor.reader)."
             )
         raise ValueError(
-            "No CompressedContextLLM reads with the compressor's reader, so that nothing could read the compressed "
-            "passages; pass llm=CompressedContextLLM(reader) to the query engine, or use a compressor to text."
+            "No CompressedContextLLM reads with the compressor's reader, so nothing could read the compressed passages; "
+            "pass llm=CompressedContextLLM(reader) to the query engine, or use a compressor to text."
         )
 
-    def _fitting(self, node: BaseNode, passage: CompressedPassage | None) -> CompressedPassage | None:
-        """The passage, or ``None`` for text where it has none or fits no prompt and text is allowed instead."""
-        if passage is None or passage.interface == "text":
-            return passage
-        rooms = [llm.window - llm.num_output if llm.window else math.inf for llm in ReadingLLM.of(self._source.reader)]
-        if passage.slots <= (room := max(rooms, default=math.inf)):
-            return passage
+    def _fits(self, node: BaseNode, passage: CompressedPassage) -> bool:
+        """Whether some LLM's prompt has room for the passage; raises if not, unless text is allowed instead."""
+        if passage.interface == "text":
+            return True
+        llms = ReadingLLM.of(self._compressor.reader.fingerprint)
+        room = max((llm.window - llm.num_output if llm.window else math.inf for llm in llms), default=math.inf)
+        if passage.slots <= room:
+            return True
         sentence = (
-            f"Node {node.node_id} takes {passage.slots} slots, but a prompt has {room} positions beside the answer"
+            f"Node {node.node_id} takes {passage.slots} slots, but a prompt has {room} positions besides the answer"
         )
-        if self.fallback:
-            _log.warning("%s; it is read as text.", sentence)
-            return None
-        raise ValueError(f"{sentence}; use smaller chunks, a higher compression ratio or a smaller max_new_tokens.")
-
-    # -- nodes -----------------------------------------------------------------------------------------------------
+        if not self.fallback:
+            raise ValueError(f"{sentence}; use smaller chunks, a higher compression ratio or a smaller max_new_tokens.")
+        _log.warning("%s; it is read as text.", sentence)
+        return False
 
     def _compressed(self, node: BaseNode, content: str) -> BaseNode:
-        return read_as(node, self._around(node, content) if content else content, self._store)
+        return read_as(node, self._around(node, content) if content else content, self._placeholders)
 
     def _around(self, node: BaseNode, content: str) -> str:
-        """What the LLM reads of a node whose compressed passage is ``content``, metadata included."""
+        """A compressed passage with the node's metadata, if the LLM is to see it."""
         metadata = escape_placeholders(node.get_metadata_str(MetadataMode.LLM).strip()) if self.keep_metadata else ""
         if not metadata:
             return content
         return node.text_template.format(content=content, metadata_str=metadata).strip()  # type: ignore[attr-defined]
 
-    @staticmethod
-    def _escaped(node: BaseNode) -> BaseNode:
-        """The node as it is, or a copy that is harmless where its text looks like a placeholder."""
-        content = node.get_content(MetadataMode.LLM)
-        harmless = escape_placeholders(content)
-        return node if content == harmless or text_of(node) is None else read_as(node, harmless)
+
+def _escaped(node: BaseNode) -> BaseNode:
+    """The node itself, or a copy if its text contains something like a placeholder."""
+    content = node.get_content(MetadataMode.LLM)
+    harmless = escape_placeholders(content)
+    return node if content == harmless or text_of(node) is None else read_as(node, harmless)
 
 
 def _threshold(compressor: Compressor, fidelity: str | float | None, gate: Any, query_aware: bool) -> float:
-    """The score below which passages are read as text, once gate and compressor are seen to fit."""
+    """The score below which passages are read as text; raises unless gate and compressor fit."""
     if gate is None or fidelity is None:
         raise ValueError(
             'fidelity and gate go together: CompressedContextPostprocessor(compressor, fidelity="high", gate=gate), the gate '

@@ -1,4 +1,4 @@
-"""Window arithmetic that knows how many positions a compressed passage takes."""
+"""Prompt helper that counts a compressed passage as its slots."""
 
 from __future__ import annotations
 
@@ -23,19 +23,16 @@ _JOINT = "\n\n"
 
 
 class SlotAwareTokenizer:
-    """Counts a text as the reader reads it: the reader's own tokens, and a genuine placeholder as its slots.
+    """Counts a text in reader positions: its tokens, and a genuine placeholder as its slots.
 
-    LlamaIndex asks for a function from text to a list and looks at the list's length alone.
-
-    Args:
-        reader: the reader.
+    LlamaIndex wants a function from text to a list and uses only the length of the list.
     """
 
     def __init__(self, reader: Reader | ServedReader) -> None:
         self.reader = reader
 
     def __call__(self, text: str) -> list[int]:
-        """A list as long as the text is for the reader; slots count as token 0."""
+        """Return one id per position; slots are token 0."""
         ids: list[int] = []
         for piece in scan(text):
             ids += [0] * piece.slots if isinstance(piece, Found) else self.reader.tokenize(piece)
@@ -43,17 +40,17 @@ class SlotAwareTokenizer:
 
 
 class SlotAwarePromptHelper(PromptHelper):
-    """A `PromptHelper` that counts placeholders as their slots, never tears one and repeats none.
+    """A `PromptHelper` that counts placeholders as their slots, never cuts one and never repeats one.
 
-    LlamaIndex's own helper charges a placeholder its own text, which is at least about the slots: safe, but with fewer
-    passages a call than would fit. Hand this one over with ``get_response_synthesizer(prompt_helper=llm.prompt_helper())``
-    or set ``Settings.prompt_helper``.
+    LlamaIndex's own helper counts a placeholder's text, which is at least about as long as the slots: safe, but fewer
+    passages fit into a call. Pass this one with ``get_response_synthesizer(prompt_helper=llm.prompt_helper())`` or set
+    ``Settings.prompt_helper``.
 
     Args:
         reader: the reader of the `CompressedContextLLM`.
-        context_window: positions that a prompt and its answer may take.
-        num_output: positions of these that are kept for the answer.
-        kwargs: as for `PromptHelper`; ``chunk_overlap_ratio`` is 0 unless given.
+        context_window: positions of a prompt and its answer.
+        num_output: positions of the window kept for the answer.
+        kwargs: as for `PromptHelper`; ``chunk_overlap_ratio`` is 0 by default.
     """
 
     def __init__(self, reader: Reader | ServedReader, context_window: int, num_output: int, **kwargs: Any) -> None:
@@ -66,7 +63,7 @@ class SlotAwarePromptHelper(PromptHelper):
 
     @classmethod
     def class_name(cls) -> str:
-        """The name under which LlamaIndex serialises the helper."""
+        """Name under which LlamaIndex serialises the helper."""
         return "SlotAwarePromptHelper"
 
     def repack(
@@ -77,10 +74,10 @@ class SlotAwarePromptHelper(PromptHelper):
         llm: LLM | None = None,
         tools: Any = None,
     ) -> list[str]:
-        """Joins chunks, in order, so that each result fills the window as far as whole passages allow.
+        """Join chunks in order; each result fills the window with whole passages.
 
         Raises:
-            ValueError: if a compressed passage is larger than the window leaves room for.
+            ValueError: if a compressed passage alone does not fit.
         """
         splitter = self.get_text_splitter_given_prompt(prompt, padding=padding, llm=llm, tools=tools)
         whole = _JOINT.join(chunk.strip() for chunk in text_chunks if chunk.strip())
@@ -107,10 +104,10 @@ class SlotAwarePromptHelper(PromptHelper):
         llm: LLM | None = None,
         tools: Any = None,
     ) -> list[str]:
-        """Cuts each chunk to its share of the window: text where it must be, compressed passages only as a whole.
+        """Cut each chunk to its share of the window: text anywhere, compressed passages only as a whole.
 
         Raises:
-            ValueError: if not even the first compressed passage of a chunk fits.
+            ValueError: if the first compressed passage of a chunk does not fit.
         """
         if not text_chunks:
             return []
@@ -119,13 +116,11 @@ class SlotAwarePromptHelper(PromptHelper):
         )
         return [self._cut(chunk, splitter) for chunk in text_chunks]
 
-    # -- pieces ----------------------------------------------------------------------------------------------------
-
     def _count(self, text: str) -> int:
         return self._token_counter.get_string_tokens(text)
 
     def _units(self, chunk: str, splitter: TokenTextSplitter) -> list[tuple[str, str]]:
-        """A chunk as pieces that fit the window, each with what joins it to the piece before it."""
+        """Split a chunk into pieces that fit the window, each with the text that joins it to the previous piece."""
         if self._count(chunk) <= splitter.chunk_size:
             return [(chunk, _JOINT)]
         units: list[tuple[str, str]] = []
@@ -181,5 +176,5 @@ class SlotAwarePromptHelper(PromptHelper):
 
 
 def _pieces(chunk: str) -> list[tuple[str, bool]]:
-    """The text and the placeholders of a chunk, in order; placeholders are marked."""
+    """Split a chunk at its placeholders; the flag marks placeholders."""
     return [(piece.spelled, True) if isinstance(piece, Found) else (piece, False) for piece in scan(chunk)]

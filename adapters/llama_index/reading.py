@@ -1,4 +1,4 @@
-"""One call of the reader: from a prompt with passages to an answer, timed and counted."""
+"""One timed call of the reader for LlamaIndex."""
 
 from __future__ import annotations
 
@@ -16,21 +16,15 @@ from ..openai import ServedReader
 
 
 class ReaderRefusedError(RuntimeError):
-    """The reader refused a prompt: it is too long, empty, or wrong in another way that the message says.
+    """The reader refused a prompt, for instance because it is empty or too long.
 
-    It is no ``ValueError`` on purpose: LlamaIndex's refine and compact modes swallow those and answer "Empty Response".
+    Not a ``ValueError``, because LlamaIndex's refine and compact modes swallow those and answer "Empty Response".
     """
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer so far.
-
-    Attributes:
-        text: all of it.
-        delta: its newest piece.
-        raw: counts and times, see `CompressedContextLLM`.
-    """
+    """The answer so far, its newest piece, and counts and times (see `CompressedContextLLM`)."""
 
     text: str
     delta: str
@@ -38,13 +32,13 @@ class Answer:
 
 
 class ReaderCall:
-    """A prompt for a reader, ready to be answered at once or piece by piece.
+    """A prompt for a reader, answered at once or streamed.
 
     Args:
         reader: reads the prompt.
         make_prompt: gives the prompt: strings and compressed passages in order, or (for ``chat``) messages of these.
-        chat: render the prompt through the chat template.
-        settings: ``max_new_tokens``, ``stop`` and what else the reader's ``generate`` and ``stream`` take.
+        chat: apply the chat template.
+        settings: options of the reader's ``generate`` and ``stream``.
     """
 
     def __init__(
@@ -59,7 +53,7 @@ class ReaderCall:
         self.options = {**settings, "chat": chat}
 
     def run(self) -> Answer:
-        """The whole answer."""
+        """Return the whole answer."""
         given = self.options.get("num_beams") or getattr(self.options.get("generation_config"), "num_beams", None)
         if (given or 1) > 1:
             return self._run_beams()
@@ -69,7 +63,7 @@ class ReaderCall:
         return answer
 
     def stream(self) -> Iterator[Answer]:
-        """The answer as it grows; at least one, which is empty if the answer is. A refusal is raised at once."""
+        """Yield the growing answer, at least once. Refusals are raised at the call, not at the first item."""
         start = time.perf_counter()
         with _refusals():
             plan, counts = self._plan()
@@ -102,7 +96,7 @@ class ReaderCall:
         return Answer(text, text, {**counts, "ttft_ms": now, "ms": now})
 
     def logprob(self, answer: str) -> float:
-        """The log-likelihood in nats of a given answer, summed over its tokens."""
+        """Return the log-likelihood in nats of a given answer, summed over its tokens."""
         if not isinstance(self.reader, Reader):
             raise ReaderRefusedError("A server gives no log-likelihoods of answers; score with the local Reader.")
         with _refusals(), torch.no_grad():
@@ -111,7 +105,7 @@ class ReaderCall:
         return float(logits.float().log_softmax(-1).gather(-1, ids[:, None]).sum())
 
     def _plan(self) -> tuple[PromptPlan, dict[str, int | float]]:
-        """The prompt, laid out once, and what it holds."""
+        """Lay the prompt out once and count its contents."""
         prompt = self.make_prompt()
         (plan,) = self.reader.plan([prompt], chat=self.options["chat"], **(self.options.get("template") or {}))
         atoms = [atom for item in prompt for atom in (item["content"] if isinstance(item, dict) else [item])]
@@ -125,7 +119,7 @@ class ReaderCall:
 
 
 def check_served(reader: ServedReader) -> None:
-    """Raises ``ValueError`` for a served reader whose settings do not fit prompts from LlamaIndex."""
+    """Raise ``ValueError`` for a served reader whose settings do not fit prompts from LlamaIndex."""
     if reader.engine == "vllm-chat":
         raise ValueError(
             "LlamaIndex's prompts are laid out and templated here, but engine='vllm-chat' leaves that to the server; use "
@@ -134,7 +128,7 @@ def check_served(reader: ServedReader) -> None:
     if reader.fallback is not None:
         raise ValueError(
             "fallback='text' needs the passages' texts in every call, which LlamaIndex's prompts do not carry; make the "
-            "ServedReader without it. Its errors reach whoever asks the query engine."
+            "ServedReader without it. Its errors are raised by the query engine."
         )
 
 

@@ -1,4 +1,4 @@
-"""A response synthesizer that also says how well each passage alone explains the answer."""
+"""Response synthesizer that also scores how well each passage alone explains the answer."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ LOGPROB, GAIN = "answer_logprob", "answer_logprob_gain"
 
 
 class PassageScores(BaseSynthesizer):
-    """Answers as one of LlamaIndex's response modes does, then scores the answer against each source node on its own.
+    """Answers in one of LlamaIndex's response modes, then scores the answer against each source node alone.
 
-    Two numbers, in nats, join each node's entry of ``response.metadata``:
+    Adds two numbers in nats to each node's entry in ``response.metadata``:
 
-    * ``answer_logprob``: the log-likelihood of the whole answer where the node is the only context, read in the form in
-      which it was read for the answer (text or compressed);
-    * ``answer_logprob_gain``: the same less that of the answer with no context. Above 0 the passage speaks for the answer.
+    * ``answer_logprob``: log-likelihood of the whole answer with the node as the only context, in the form in which it was
+      read for the answer (text or compressed);
+    * ``answer_logprob_gain``: the same minus the log-likelihood without context. Above 0, the passage supports the answer.
 
-    It costs one pass of the reader a node and one more. The nodes' own metadata stay as they are.
+    Costs one pass of the reader per node plus one. The nodes' own metadata do not change.
 
     Args:
         llm: answers and scores.
         response_mode: as for ``get_response_synthesizer``.
-        text_qa_template: the prompt, with ``{context_str}`` and ``{query_str}``, of answers and scores alike.
+        text_qa_template: prompt of answers and scores, with ``{context_str}`` and ``{query_str}``.
         kwargs: as for ``get_response_synthesizer``, without ``streaming``.
 
     Raises:
-        TypeError: if ``llm`` is no `CompressedContextLLM`.
-        ValueError: for ``streaming``: an answer can be scored once it is there.
+        TypeError: if ``llm`` is not a `CompressedContextLLM`.
+        ValueError: for ``streaming``, because only a finished answer can be scored.
 
     Example::
 
@@ -69,7 +69,7 @@ class PassageScores(BaseSynthesizer):
         self._scorer = llm
 
     def score(self, query: str, contexts: Sequence[str], answer: str) -> list[float]:
-        """The log-likelihood in nats of an answer with each context alone; contexts may hold placeholders.
+        """Return the log-likelihood in nats of an answer with each context alone; contexts may contain placeholders.
 
         Raises:
             ReaderRefusedError: if the answer is empty, or a prompt does not fit the window.
@@ -88,7 +88,7 @@ class PassageScores(BaseSynthesizer):
         additional_source_nodes: Sequence[NodeWithScore] | None = None,
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
-        """The answer, with the scores in its metadata."""
+        """Answer, with the scores in the response's metadata."""
         response = self._inner.synthesize(query, nodes, additional_source_nodes, **response_kwargs)
         return self._scored(query, nodes, response)
 
@@ -99,7 +99,7 @@ class PassageScores(BaseSynthesizer):
         additional_source_nodes: Sequence[NodeWithScore] | None = None,
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
-        """The same; the scores are computed in a worker thread."""
+        """`synthesize`, with the scores computed in a worker thread."""
         response = await self._inner.asynthesize(query, nodes, additional_source_nodes, **response_kwargs)
         return await asyncio.to_thread(self._scored, query, nodes, response)
 
@@ -117,16 +117,14 @@ class PassageScores(BaseSynthesizer):
         response.metadata = metadata
         return response
 
-    # -- what LlamaIndex asks of a synthesizer ---------------------------------------------------------------------
-
     def get_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> RESPONSE_TEXT_TYPE:
-        """The answer alone."""
+        """Answer without scores."""
         return self._inner.get_response(query_str, text_chunks, **response_kwargs)
 
     async def aget_response(
         self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any
     ) -> RESPONSE_TEXT_TYPE:
-        """The answer alone."""
+        """Answer without scores."""
         return await self._inner.aget_response(query_str, text_chunks, **response_kwargs)
 
     def _get_prompts(self) -> dict[str, Any]:

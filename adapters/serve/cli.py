@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ...console import friendly_errors
 from ...shipped import locate
 
 
@@ -31,8 +32,6 @@ def serve(
     timeout_s: Annotated[float, typer.Option(min=0.1, help="Seconds until a request gives up.")] = 300,
 ) -> None:
     """Serve a reader to OpenAI clients: text, token ids and prompt embeddings; batched, streamed, bounded."""
-    from ...console import friendly_errors
-
     with friendly_errors():
         folder = locate(reader)  # a wrong name is told before anything large is imported
         from ...compressors import Reader

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from ...compressors import CompressedPassage
+from ...compressors import CompressedPassage, Compressor
 
 
 class StoreError(RuntimeError):
@@ -27,6 +27,11 @@ class Maker(NamedTuple):
     compressor: str
     reader: str | None
     ratio: float | None
+
+    @classmethod
+    def of(cls, compressor: Compressor, ratio: float | None = None) -> Maker:
+        """Return the maker of a compressor's passages."""
+        return cls(compressor.fingerprint, compressor.reader.fingerprint, None if ratio is None else float(ratio))
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ...console import friendly_errors
 from ...shipped import locate
 from .base import MakerStats, StoreError
 
@@ -23,6 +25,11 @@ Device = Annotated[str, typer.Option(help="Where the models run: auto, cpu, cuda
 Dtype = Annotated[str | None, typer.Option(help="Slots of a new store as float16, bfloat16 or float32.")]
 Quantize = Annotated[str | None, typer.Option(help="Slots of a new store in int8 or int4.")]
 Group = Annotated[int | None, typer.Option(help="Dimensions that share a scale when quantised; default 64.")]
+
+
+_errors = functools.partial(
+    friendly_errors, StoreError, stopped="Stopped; finished batches are stored. Run the same command again to continue."
+)
 
 
 def compress(
@@ -50,7 +57,7 @@ def compress(
     ] = None,
 ) -> None:
     """Compress a corpus into a store. What is stored is skipped: stop it at any time and run it again to go on."""
-    with friendly_errors():
+    with _errors():
         if engine not in ("local", "ray"):
             raise ValueError(f"engine must be local or ray, got {engine!r}.")
         if gate is not None and engine == "ray":
@@ -92,7 +99,7 @@ def compress(
 @store_app.command()
 def show(folder: Folder) -> None:
     """What a store holds, by compressor, reader and ratio."""
-    with friendly_errors(), _open(folder) as store:
+    with _errors(), _open(folder) as store:
         from rich.console import Console
         from rich.table import Table
 
@@ -122,7 +129,7 @@ def verify(
     drop: Annotated[bool, typer.Option("--drop", help="Delete damaged passages, to be compressed again.")] = False,
 ) -> None:
     """Read every passage and compare it with its checksum; exit status 1 if one is damaged."""
-    with friendly_errors(), _open(folder) as store:
+    with _errors(), _open(folder) as store:
         from .upkeep import verify as run
 
         with _progress(store.stats.passages) as done:
@@ -140,7 +147,7 @@ def compact(
     keep_hours: Annotated[float, typer.Option(min=0, help="Keep versions that readers may still hold on to.")] = 24.0,
 ) -> None:
     """Free what nobody points at, join small files, bring the index up to date. Others may go on using the store."""
-    with friendly_errors(), _open(folder) as store:
+    with _errors(), _open(folder) as store:
         from .upkeep import compact as run
 
         made = run(store, keep_hours)
@@ -168,7 +175,7 @@ def migrate(
     drop_old: Annotated[bool, typer.Option("--drop-old", help="Then delete what other makers made.")] = False,
 ) -> None:
     """Copy a store in another encoding (--to), or bring its texts to a new compressor or reader (--compressor)."""
-    with friendly_errors(), _open(folder) as store:
+    with _errors(), _open(folder) as store:
         if (to is None) == (compressor is None):
             raise ValueError("Give either --to NEW_STORE or --compressor NAME.")
         if to is not None:
@@ -248,16 +255,3 @@ def _progress(total: int | None) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=total)
         yield lambda number: progress.advance(task, number)
-
-
-@contextlib.contextmanager
-def friendly_errors() -> Iterator[None]:
-    """What a user can mend is told in one sentence and exit status 2; a stop by the user says how to go on."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError, StoreError) as error:
-        typer.secho(str(error), fg=typer.colors.RED, err=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as stop:
-        typer.echo("Stopped; what was done is stored. Run the same command again to go on.", err=True)
-        raise typer.Exit(130) from stop

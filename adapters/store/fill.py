@@ -43,7 +43,7 @@ def keys_for(
 ) -> list[PassageKey]:
     """The keys under which a compressor's passages are stored, one a text, in order."""
     made_by = compressor.fingerprint
-    reader = None if compressor.reader is None else compressor.reader.fingerprint
+    reader = compressor.reader.fingerprint
     return [PassageKey.of(text, compressor=made_by, reader=reader, ratio=ratio, query=query) for text in texts]
 
 

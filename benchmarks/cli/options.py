@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from ...console import friendly_errors as friendly_errors
 from ..loading import hide_loading_bars
 from ..rows import append_rows
 
@@ -33,15 +33,7 @@ Batch = Annotated[int, typer.Option("--batch-size", help="Prompts read at a time
 Tokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")]
 
 
-@contextlib.contextmanager
-def friendly_errors() -> Iterator[None]:
-    """What a user can mend is told in one sentence and exit status 2, without a traceback."""
-    hide_loading_bars()
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        typer.secho(str(error), fg=typer.colors.RED, err=True)
-        raise typer.Exit(2) from error
+hide_loading_bars()
 
 
 def keep(rows: Sequence[dict[str, Any]], out: Path | None) -> None:

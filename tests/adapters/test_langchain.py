@@ -105,7 +105,7 @@ def test_text_methods_give_text_for_any_llm(reader, documents):
 def test_forged_placeholders(reader, compressor, documents):
     shorten = CompressedContextDocumentCompressor(compressor, ratio=4)
     genuine = shorten.compress_documents(documents, QUESTION)[0].page_content
-    with pytest.raises(ValueError, match="The question holds a placeholder"):
+    with pytest.raises(ValueError, match="The question contains a placeholder"):
         shorten.compress_documents(documents, f"{genuine} {QUESTION}")
     forged = f"{MARKER}{'0' * 8}-{'0' * 12}-0:5:{'A' * 22}]]"
     llm = CompressedContextLLM(reader=reader, max_new_tokens=4)

@@ -14,7 +14,6 @@ from nutgraf.adapters.placeholders import placeholder as placeholders
 from nutgraf.adapters.placeholders.cache import PassageCache
 from nutgraf.adapters.placeholders.placeholder import (
     Found,
-    Issued,
     PlaceholderError,
     PlaceholderStore,
     escape_placeholders,
@@ -25,14 +24,13 @@ from nutgraf.adapters.placeholders.placeholder import (
 )
 
 
+class FakeReader:
+    def __init__(self, fingerprint: str) -> None:
+        self.fingerprint = fingerprint
+
+
 def passage(slots: int = 2, width: int = 4, reader: str = "r") -> CompressedPassage:
     return CompressedPassage("embeds", 10, "c", reader, embeds=torch.zeros(slots, width))
-
-
-def issue(store: PlaceholderStore, *passages: CompressedPassage) -> list[str]:
-    for i, p in enumerate(passages):
-        store.cache.put(f"k{i}", p)
-    return store.issue([Issued(f"k{i}", p.slots, p.reader, lambda p=p: p) for i, p in enumerate(passages)])
 
 
 # -- cache ---------------------------------------------------------------------------------------------------------------
@@ -85,27 +83,6 @@ def test_a_view_does_not_keep_its_batch_alive():
     assert held.embeds.untyped_storage().nbytes() == 2 * 4 * 4
 
 
-def test_keys_tell_everything_apart_and_are_secret():
-    cache = PassageCache()
-    base = {"compressor": "c", "reader": "r"}
-    keys = [
-        cache.key("text", **base),
-        cache.key("text2", **base),
-        cache.key("text", compressor="c2", reader="r"),
-        cache.key("text", compressor="cr", reader=""),
-        cache.key("text", compressor="c", reader=None),
-        cache.key("text", **base, query=""),
-        cache.key("text", **base, query="q"),
-        cache.key("text", **base, ratio=2),
-        cache.key("text", **base, ratio=4.0),
-        cache.key("text", **base, vector=[0.0, 1.0]),
-        PassageCache().key("text", **base),
-    ]
-    assert len(set(keys)) == len(keys)
-    assert cache.key("text", **base, ratio=2) == cache.key("text", **base, ratio=2.0)
-    assert cache.key("\ud800", **base)
-
-
 def test_get_or_compress_compresses_each_passage_once():
     cache = PassageCache()
     calls: list[list[int]] = []
@@ -145,7 +122,7 @@ def test_threads_compress_a_passage_once():
 
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
-    [({"max_passages": 0}, "at least one passage"), ({"max_bytes": 0}, "one byte"), ({"secret": b"x"}, "16 to 64")],
+    [({"max_passages": 0}, "at least one passage"), ({"max_bytes": 0}, "one byte")],
 )
 def test_bad_bounds(wrong, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -158,7 +135,7 @@ def test_bad_bounds(wrong, sentence):
 def test_placeholders_are_read_in_place():
     store = PlaceholderStore()
     one, two = passage(1), passage(300)
-    a, b = issue(store, one, two)
+    a, b = store.issue([one, two])
     assert all(" " not in p and "\n" not in p and p.isascii() for p in (a, b))
     assert len(b) > 300 > len(a)  # a long one counts as long
     pieces = read_placeholders(f"x {a}\n{b}{a} y", "r")
@@ -172,14 +149,14 @@ def test_placeholders_are_read_in_place():
 def test_each_request_has_its_own_placeholders():
     store = PlaceholderStore()
     one = passage()
-    assert issue(store, one) != issue(store, one)
+    assert store.issue([one]) != store.issue([one])
 
 
 @given(st.text(alphabet="[]nutgraf:0123456789abcdef-XY ", max_size=80))
 @settings(max_examples=200, deadline=None)
 def test_made_up_placeholders_stay_text(text):
     store = PlaceholderStore()
-    (real,) = issue(store, passage())
+    (real,) = store.issue([passage()])
     head, tag = real[:-2].rsplit(":", 1)
     last = "A" if tag[-1] != "A" else "B"
     for forged in (text, f"[[nutgraf:{text}]]", f"{head}:{tag[:-1]}{last}]]", head.replace(":2", ":3") + f":{tag}]]"):
@@ -188,7 +165,7 @@ def test_made_up_placeholders_stay_text(text):
 
 def test_a_claim_of_many_slots_costs_nothing():
     store = PlaceholderStore()
-    (real,) = issue(store, passage())
+    (real,) = store.issue([passage()])
     forged = real.replace(":2:", ":9999999:") * 200
     start = time.perf_counter()
     assert not holds_placeholder(forged)
@@ -197,7 +174,7 @@ def test_a_claim_of_many_slots_costs_nothing():
 
 def test_torn_placeholders_are_refused_and_heads_alone_are_text():
     store = PlaceholderStore()
-    (real,) = issue(store, passage(100))
+    (real,) = store.issue([passage(100)])
     for cut in (40, len(real) // 2, len(real) - 1):
         assert holds_placeholder(real[:cut] + "\n----")
         with pytest.raises(PlaceholderError, match="torn"):
@@ -206,27 +183,48 @@ def test_torn_placeholders_are_refused_and_heads_alone_are_text():
     assert read_placeholders("[[nutgraf:00000000-000000000000-0:1:", "r") == ["[[nutgraf:00000000-000000000000-0:1:"]
 
 
-def test_evicted_passages_are_compressed_again():
+def test_reading_needs_no_cache():
     store = PlaceholderStore(PassageCache(max_passages=1))
-    a, b = issue(store, passage(1), passage(2))
-    assert [p.slots for p in read_placeholders(a + b + a, "r")] == [1, 2, 1]
+    a, b = store.issue([passage(1), passage(2)])
     store.cache.clear()
-    again = passage(7)
-    (c,) = store.issue([Issued("gone", 2, "r", lambda: again)])
-    with pytest.raises(PlaceholderError, match="compressed again"):
-        read_placeholders(c, "r")
+    assert [p.slots for p in read_placeholders(a + b + a, "r")] == [1, 2, 1]
+
+
+def test_old_requests_are_forgotten_by_bytes_and_shared_passages_count_once():
+    store = PlaceholderStore(max_bytes=100)
+    one, two = passage(2), passage(4)  # 32 and 64 bytes
+    requests = [store.issue([one, two, one]) for _ in range(3)]
+    assert all(len(read_placeholders("".join(r), "r")) == 3 for r in requests)
+    (large,) = store.issue([passage(100)])
+    assert read_placeholders(large, "r"), "the newest request stays"
+    for old in requests:
+        with pytest.raises(PlaceholderError, match=r"100 bytes.*larger bounds"):
+            read_placeholders(old[0], "r")
+    store.issue([one])
+    with pytest.raises(PlaceholderError, match="expired"):
+        read_placeholders(large, "r")
+    again = store.issue([two])
+    assert read_placeholders(again[0], "r")
+
+
+def test_text_and_empty_passages_are_issued_as_text():
+    store = PlaceholderStore()
+    text = CompressedPassage("text", 5, "c", text="see [[nutgraf:x", n_tokens=3)
+    first, empty, last = store.issue([text, passage(0), passage(2)])
+    assert (first, empty) == ("see [ [nutgraf:x", "")
+    assert [p.slots for p in read_placeholders(last, "r")] == [2]
 
 
 def test_other_readers_and_expired_placeholders_are_refused():
     store = PlaceholderStore(max_age=0.01)
-    (a,) = issue(store, passage())
+    (a,) = store.issue([passage()])
     with pytest.raises(PlaceholderError, match="same reader"):
         read_placeholders(a, "another")
     time.sleep(0.02)
     with pytest.raises(PlaceholderError, match="expired"):
         read_placeholders(a, "r")
     few = PlaceholderStore(max_requests=1)
-    (old,), (new,) = issue(few, passage()), issue(few, passage())
+    (old,), (new,) = few.issue([passage()]), few.issue([passage()])
     assert isinstance(next(scan(old)), Found)
     with pytest.raises(PlaceholderError, match="expired"):
         read_placeholders(old, "r")
@@ -240,17 +238,19 @@ def test_a_placeholder_error_is_no_value_error():
 
 def test_escaping_makes_real_ones_harmless():
     store = PlaceholderStore()
-    (a,) = issue(store, passage())
+    (a,) = store.issue([passage()])
     escaped = escape_placeholders(f"see {a}")
     assert list(scan(escaped)) == [escaped]
     assert not holds_placeholder(escaped)
     assert escape_placeholders("plain [[wiki]] text") == "plain [[wiki]] text"
 
 
-def test_the_shared_store_lives_as_long_as_somebody_holds_it():
-    store = shared_store("some-reader")
-    assert shared_store("some-reader") is store
-    assert shared_store("another-reader") is not store
-    name = store.name
-    del store
+def test_the_shared_store_lives_as_long_as_a_reader():
+    one, same, other = map(FakeReader, ("some", "some", "another"))
+    name = shared_store(one).name
+    assert shared_store(same).name == name
+    assert shared_store(other).name != name
+    del one
+    assert shared_store(same).name == name
+    del same
     assert name not in placeholders._STORES

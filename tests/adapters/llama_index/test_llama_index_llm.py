@@ -23,7 +23,7 @@ from nutgraf.adapters.llama_index import (
     SentenceTransformerEmbedding,
     SlotAwareTokenizer,
 )
-from nutgraf.adapters.placeholders.placeholder import Issued, ReadingLLM, scan
+from nutgraf.adapters.placeholders.placeholder import ReadingLLM, scan
 from nutgraf.adapters.threads import from_thread
 from nutgraf.compressors.soft.xrag import XRAGCompressor, XRAGConfig
 from transformers import GenerationConfig
@@ -45,9 +45,7 @@ def placeholders(reader: Reader, store: PlaceholderStore, *slots: int) -> list[s
     """Placeholders of passages with so many slots each."""
     passages = [reader.identity(" the" * n) for n in slots]
     assert [p.slots for p in passages] == list(slots)
-    for passage in passages:
-        store.cache.put(str(passage.slots), passage)
-    return store.issue([Issued(str(p.slots), p.slots, p.reader, lambda p=p: p) for p in passages])
+    return store.issue(passages)
 
 
 # -- the LLM -------------------------------------------------------------------------------------------------------------
