@@ -46,6 +46,7 @@ IMPORTERS = {
 
 # Method -> module and class that reproduce its release.
 PUBLISHED = {
+    "autocompressor": ("autocompressor", "PublishedAutoCompressor"),
     "icae": ("icae", "PublishedICAE"),
     "500x": ("five_hundred", "PublishedKVMemory"),
     "gist": ("gist", "PublishedGist"),

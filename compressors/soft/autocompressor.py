@@ -1,110 +1,116 @@
-"""AutoCompressor: a passage is read segment by segment, the summary vectors of the segments so far in front of the next."""
+"""AutoCompressor: reads a passage segment by segment, each after the summary vectors of the segments before."""
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..base import Query, SoftCompressor
 from ..core.batching import SoftSequence, soft_batches
-from ..core.passage import CompressedPassage, Interface
+from ..core.config import CompressorConfig, check_choices, check_counts
+from ..core.passage import Interface
+from ..encoders.lora import LoRASettings, lora_alpha, lora_rank
 from ..encoders.lora_twin import Twin, tune
 from ..encoders.tuned_reader import AdaptedReader
-from ..reader.kv import position_arguments
+from ..objectives.document_segments import document_segment_losses
 from ..reader.reader import Reader
 from ..registry import register_compressor
-from ..slots.segment_plan import SegmentPlan
-from .autocompressor_config import AutoCompressorConfig
-from .segment_training import segment_losses
+from ..slots.memory_tokens import probe
+from ..slots.projector import check_width, learned_scale, matching_factor, scaled
+from ..slots.segments import Segment, SegmentCompressor, SegmentSettings
 
-_PROBE_TOKENS = 32  # length of the random text on which the output scale is matched
+
+@dataclass
+class AutoCompressorConfig(SegmentSettings, LoRASettings, CompressorConfig):
+    """Settings of AutoCompressor."""
+
+    method: ClassVar[str] = "autocompressor"
+    retired: ClassVar[Mapping[str, Any]] = {
+        **{"fixed_slots": False, "equal_segments": True, "scale": "matched"},
+        **{"positions": "count", "bos": True, "as_prompt": False},
+    }
+
+    summary_length: int = field(default=64, metadata={"help": "summary tokens: the most slots of a segment"})
+    accumulate_summary: bool = field(
+        default=True, metadata={"help": "keep the summaries of all segments so far; false: of the last one only"}
+    )
+    tuning: Literal["lora", "full", "none"] = field(
+        default="lora", metadata={"help": "what of the model to train, beside the summary tokens"}
+    )
+    adapt_reader: bool = field(
+        default=True,
+        metadata={"help": "the tuned model also reads the slots (the paper); false: the plain reader does"},
+    )
+    r: int = lora_rank(16)
+    alpha: float = lora_alpha(16.0)
+    train_segments: int = field(default=4, metadata={"help": "segments per document in training"})
+    segments_per_substep: int = field(
+        default=2, metadata={"help": "segments in a row between which gradients flow through the soft prompt"}
+    )
+
+    def __post_init__(self) -> None:
+        check_counts(self, {"summary_length": 1, "train_segments": 2, "segments_per_substep": 2})
+        check_choices(self, {"tuning": ("lora", "full", "none")})
+        self.check_segments()
+        self.check_lora()
 
 
 @register_compressor
-class AutoCompressor(SoftCompressor):
+class AutoCompressor(SegmentCompressor):
     """AutoCompressor (Chevalier et al., arXiv 2305.14788).
 
-    A passage of L tokens is cut into ``n = ceil(L / (summary_length * ratio))`` segments of ``ceil(L / n)`` tokens, the last
-    one shorter (``equal_segments=False``: the others as long as may be). The tuned model reads one after the other as
-    ``[BOS][soft prompt][segment][summary tokens]``; its last hidden states (after the final norm) at the summary tokens are
-    the segment's summary vectors. The soft prompt of a segment is all summary vectors so far (``accumulate_summary``), or
-    those of the segment before it, and what is left after the last segment are the slots. The same tuned model reads them:
-    use ``compressor.reader``.
+    The tuned model reads the segments of a passage in turn as ``[BOS][soft prompt][segment][summary tokens]``. Its last hidden
+    states (after the final norm) at the summary tokens are the segment's summary vectors. The soft prompt is all summary
+    vectors so far (``accumulate_summary``), or those of the last segment. What is left after the last segment are the slots.
+    The same tuned model reads them: use ``compressor.reader``.
 
-    Beyond the paper: a segment of S tokens gets ``ceil(S / ratio)`` summary vectors, the first of the summary tokens, so that
-    a short passage never grows and one checkpoint serves every ratio (train it on random ratios); summary vectors are
-    brought to the scale of the reader's embeddings; BOS stands in front of every pass, as it does where the reader reads the
-    slots; and the reader may stay as it is (``adapt_reader=False``). ``fixed_slots=True`` is the paper's behaviour, in which
-    a passage of 20 tokens may become 50 slots.
+    Beyond the paper: the number of summary vectors is proportional to the segment, so that a short passage never grows and one
+    checkpoint serves every ratio (train it on random ratios). Summary vectors are scaled to the reader's embeddings. BOS opens
+    every pass, as in the reader. The reader may stay untuned (``adapt_reader=False``).
 
-    With ``positions="paper"`` slots and summary tokens take row 1 of OPT's position table (its padding row, position id
-    -1) and the tokens of each segment rows 2, 3, ..., and so they do where a `Reader` reads them.
-
-    Training: the objective ``segments`` (`segment_losses`), beside those that read the slots.
+    Training: the objective ``segments`` (`document_segment_losses`), beside those on the slots.
 
     Args:
         config: the settings.
-        reader: the reader that the model is tuned from. With ``tuning="none"`` only the summary tokens (and the scale)
-            train, and the reader is not adapted.
+        reader: the reader to tune. With ``tuning="none"`` only the summary tokens and the scale train.
 
     Attributes:
-        encoder: the reader's `LoRATwin` or `FullTwin`, or ``None`` (``tuning="none"``).
-        plan: how passages are cut.
-        summary: ``[summary_length, width]`` summary embeddings; they start as the embedding of the end-of-sequence token.
-        log_scale: logarithm of the output factor (``scale="matched"`` only).
-        batch_positions: positions that one forward pass may take (memory against speed; changes no result).
+        encoder: the reader's `LoRATwin`, `FullTwin` or `Untuned`.
+        summary: ``[summary_length, width]`` summary embeddings; they start as the end-of-sequence embedding.
+        log_scale: logarithm of the output factor.
 
     Raises:
-        ValueError: if the reader cannot take its own hidden states as embeddings, has too few positions, or has positions
-            that ``positions="paper"`` has no rule for.
+        ValueError: if the reader's hidden states and embeddings differ in width, or it has too few positions.
     """
 
-    config_class = AutoCompressorConfig
+    config_class: ClassVar[type[AutoCompressorConfig]] = AutoCompressorConfig
     interface: ClassVar[Interface] = "embeds"
     config: AutoCompressorConfig
 
     def __init__(self, config: AutoCompressorConfig, reader: Reader) -> None:
         super().__init__(config, reader)
-        self.batch_positions = 16384
-        self.bos: list[int] = list(reader.bos_ids) if config.bos else []
-        kind = reader.model.config.get_text_config().model_type
-        self._skips = config.positions == "paper" and kind == "opt"
-        self.plan = SegmentPlan(config, reader, len(self.bos), counts_slots=not self._skips)
-        if config.positions == "paper" and not self._skips and not hasattr(reader.model.get_decoder(), "rotary_emb"):
-            raise ValueError(
-                f"positions='paper' knows rotary models and OPT, and {reader.name!r} is a {kind}; use positions='count'."
-            )
-        self.encoder: Twin | None = None
-        if config.tuning != "none":
-            self.encoder = tune(reader.model, config.tuning, **config.lora)
-            if config.adapt_reader:
-                self.adapt_reader(AdaptedReader(reader, self.encoder))
+        longest = self.longest_segment(config.ratio)
+        self.encoder = tune(reader.model, config.tuning, **config.lora)
+        if config.adapt_reader and config.tuning != "none":
+            self.adapt_reader(AdaptedReader(reader, self.encoder))
         with torch.no_grad():
             rows = range(reader.vocab_size) if reader.eos_id is None else [reader.eos_id]
             start = reader.embed(torch.tensor(list(rows), device=reader.device)).float().mean(dim=0)
         self.summary = nn.Parameter(start.repeat(config.summary_length, 1))
-        self.log_scale = None
-        if config.scale == "matched":
-            self.log_scale = nn.Parameter(torch.tensor(math.log(self._matching_factor()), device=reader.device))
+        with torch.no_grad():
+            sample = probe(reader.vocab_size, longest, config.summary_length, self.opening)
+            (row,) = self.read(self.encoder, [self.no_slots()], [sample])
+        self.log_scale: nn.Parameter | None = learned_scale(matching_factor(row[-sample.slots :], reader), reader)
 
     @property
-    def lm(self) -> Any:
-        """The causal LM that makes the summaries: the tuned one, or the reader's own."""
-        return self.base_reader.model if self.encoder is None else self.encoder.lm
-
-    @property
-    def reads_itself(self) -> bool:
-        """Whether the model that makes the summaries is also the one that reads them."""
-        return self.reader.model is self.lm
-
-    def identity_parts(self) -> list[Any]:
-        """The slots depend on the base weights too."""
-        return [self.base_reader.fingerprint]
+    def most_slots(self) -> int:
+        """Summary tokens."""
+        return self.config.summary_length
 
     @classmethod
     def own_objectives(cls) -> dict[str, Callable[..., tuple[Tensor, int]]]:
@@ -114,154 +120,85 @@ class AutoCompressor(SoftCompressor):
     def segment_losses(
         self, texts: Sequence[str], rng: random.Random, ratio: float | None = None
     ) -> tuple[Tensor, int]:
-        """The sum of the token losses over all segments of documents, and their number; see `segment_losses`."""
-        return segment_losses(self, self._check_texts(texts), rng, ratio)
+        """Sum of the token losses over all segments of documents, and the number of tokens."""
+        return document_segment_losses(self, self._check_texts(texts), rng, ratio)
 
-    @torch.no_grad()
-    def _matching_factor(self) -> float:
-        """What brings hidden states at the summary tokens to the mean norm of the reader's embeddings."""
-        n = min(_PROBE_TOKENS, self.plan.longest(self.config.ratio))
-        ids = torch.randint(self.base_reader.vocab_size, (n,), generator=torch.Generator().manual_seed(0)).tolist()
-        slots = self.config.summary_length
-        (row,) = self.read(self.lm, [self.no_slots()], [ids], [slots])
-        norm = float(row[-slots:].float().norm(dim=-1).mean())
-        return self.base_reader.embedding_norm / max(norm, 1e-6)
+    def cut(
+        self, n_tokens: int, ratio: float | None, question_tokens: int, source_tokens: int
+    ) -> list[tuple[int, int]]:
+        """Cuts a passage. Raises ``ValueError`` if summaries and a segment exceed the reader's positions."""
+        found = super().cut(n_tokens, ratio, question_tokens, source_tokens)
+        self.check_room(found)
+        return found
 
-    def segments(self, n_tokens: int, ratio: float | None = None) -> list[tuple[int, int]]:
-        """How a passage is cut: ``(tokens, summary vectors)`` of each segment, in order.
-
-        Raises:
-            ValueError: if the summaries so far and a segment do not fit the reader's positions.
-        """
-        return self.plan.cut(n_tokens, self.config.ratio if ratio is None else float(ratio))
-
-    # -- encoding --------------------------------------------------------------------------------------------------
-
-    def encode(
-        self,
-        texts: Sequence[str],
-        query: Query = None,
-        ratio: float | None = None,
-        vectors: Sequence[Any] | None = None,
-    ) -> list[CompressedPassage]:
-        """Compresses passages, differentiably in the tuned weights and the summary embeddings, through all segments.
-
-        All first segments are read in one pass, then all second ones, and so on.
-
-        Args:
-            texts: the passages.
-            query: ignored: the slots serve all questions.
-            ratio: any real number of at least 1; ``None``: the config's. With ``fixed_slots`` it sets the segments' length.
-            vectors: ignored.
-
-        Raises:
-            ValueError: if a passage's summaries and a segment do not fit the reader's positions.
-        """
-        return self.encode_ids(self.tokenize(self._check_texts(texts)), ratio)
-
-    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of passages, without special tokens."""
-        return self.base_reader.prompts.encode_batch([(text, self.config.as_prompt) for text in texts]) if texts else []
-
-    def encode_ids(
-        self,
-        ids: Sequence[Sequence[int]],
-        ratio: float | None = None,
-        segment_lengths: Sequence[Sequence[int] | None] | None = None,
-    ) -> list[CompressedPassage]:
-        """`encode` for passages given as token ids.
-
-        Args:
-            ids: token ids, without special tokens unless they are meant to be read.
-            ratio: as in `encode`.
-            segment_lengths: for each passage the lengths of its segments, or ``None`` to cut it as `segments` does.
-
-        Raises:
-            ValueError: as `encode`; or if lengths do not add up to their passage.
-        """
-        if segment_lengths is not None and len(segment_lengths) != len(ids):
+    def check_room(self, cut: Sequence[tuple[int, int]]) -> None:
+        """Raises ``ValueError`` if a segment does not fit the reader's positions after its soft prompt."""
+        soft = needed = 0
+        for length, slots in cut:
+            needed = max(needed, len(self.opening) + soft + length + slots)
+            soft = soft + slots if self.config.accumulate_summary else slots
+        if self.max_positions is not None and needed > self.max_positions:
             raise ValueError(
-                f"segment_lengths must hold one entry a passage: got {len(segment_lengths)} for {len(ids)}."
+                f"A passage of {sum(n for n, _ in cut)} tokens needs {needed} positions for its summaries and a segment, but "
+                f"{self.base_reader.name!r} has {self.max_positions}; ask for a higher ratio, compress it in parts, or use "
+                "accumulate_summary=False."
             )
-        passages = [list(passage) for passage in ids]
-        asked = self.config.ratio if ratio is None else float(ratio)
-        cuts = [
-            self.plan.cut(len(passage), asked) if lengths is None else self.plan.given(lengths, len(passage), asked)
-            for passage, lengths in zip(passages, segment_lengths or [None] * len(passages))
-        ]
-        soft = [self.no_slots() for _ in passages]
-        starts = [0] * len(passages)
-        for step in range(max(map(len, cuts), default=0)):
-            who = [i for i, cut in enumerate(cuts) if step < len(cut)]
-            pieces = [passages[i][starts[i] : starts[i] + cuts[i][step][0]] for i in who]
-            slots = [cuts[i][step][1] for i in who]
-            rows = self.read(self.lm, [soft[i] for i in who], pieces, slots)
-            for i, row, piece, n in zip(who, rows, pieces, slots):
-                soft[i] = self.extend(soft[i], row[-n:])
-                starts[i] += len(piece)
-        origin = self.origin
-        card = self.base_reader.identity_card.runs_as
-        info = {"method": "autocompressor", "ratio_asked": asked, **card}
-        if self._skips:
-            info["takes_positions"] = False
-        return [
-            CompressedPassage("embeds", len(p), origin, self.reader.fingerprint, embeds=e, info=dict(info))
-            for p, e in zip(passages, soft)
-        ]
+
+    def encode_segments(self, segments: list[Segment]) -> list[Tensor]:
+        """Summary vectors: all first segments are read in one pass, then all second ones, and so on."""
+        soft: dict[int, Tensor] = {}
+        made: list[Tensor] = [self.no_slots()] * len(segments)
+        for group in in_turn(segments):
+            prompts = [soft.get(segments[i].passage, self.no_slots()) for i in group]
+            rows = self.read(self.encoder, prompts, [segments[i] for i in group])
+            for i, prompt, row in zip(group, prompts, rows):
+                made[i] = self.summary_vectors(row, segments[i].slots)
+                soft[segments[i].passage] = self.extend(prompt, made[i])
+        if self.config.accumulate_summary:
+            return made
+        last = {segment.passage: i for i, segment in enumerate(segments)}
+        return [vectors if last[s.passage] == i else vectors[:0] for i, (s, vectors) in enumerate(zip(segments, made))]
 
     def no_slots(self) -> Tensor:
-        """The soft prompt before the first segment, ``[0, width]``."""
+        """The soft prompt of the first segment, ``[0, width]``."""
         reader = self.base_reader
         return torch.zeros(0, reader.width, device=reader.device, dtype=reader.dtype)
 
-    def extend(self, soft: Tensor, states: Tensor) -> Tensor:
-        """The soft prompt after a segment.
+    def summary_vectors(self, states: Tensor, slots: int) -> Tensor:
+        """``[slots, width]`` summary vectors from the hidden states of a pass."""
+        found = scaled(states[len(states) - slots :], self.log_scale)
+        return found.to(self.base_reader.device, self.base_reader.dtype)
 
-        Args:
-            soft: ``[slots, width]``, the one before it.
-            states: ``[n, width]`` hidden states at its summary tokens.
-        """
-        if self.log_scale is not None:
-            states = states.to(self.log_scale.device, self.log_scale.dtype) * self.log_scale.exp()
-        states = states.to(soft.device, soft.dtype)
-        return torch.cat([soft, states]) if self.config.accumulate_summary else states
+    def extend(self, soft: Tensor, vectors: Tensor) -> Tensor:
+        """The soft prompt ``[slots, width]`` after a segment with these summary vectors."""
+        return torch.cat([soft, vectors]) if self.config.accumulate_summary else vectors
 
-    def read(self, lm: Any, soft: Sequence[Tensor], pieces: Sequence[list[int]], slots: Sequence[int]) -> list[Tensor]:
-        """Last hidden states ``[BOS + soft prompt + piece + slots, hidden]`` of each pass, in batches of like length.
-
-        Args:
-            lm: the causal LM that reads.
-            soft: ``[n, width]`` soft prompts.
-            pieces: token ids of the segments.
-            slots: how many summary tokens follow each.
-        """
-        embed, decoder, device = lm.get_input_embeddings(), lm.get_decoder(), self.base_reader.device
-        sequences = [self._sequence(s, piece, n) for s, piece, n in zip(soft, pieces, slots)]
+    def read(self, model: Twin, soft: Sequence[Tensor], segments: Sequence[Segment]) -> list[Tensor]:
+        """Last hidden states of ``[front][soft prompt][segment][summary tokens]`` per segment, in batches of similar length."""
+        reader, sequences = self.base_reader, []
+        for prompt, segment in zip(soft, segments):
+            first = len(segment.front) + len(prompt)
+            last = first + len(segment.ids)
+            ids = [*segment.front, *[0] * len(prompt), *segment.ids, *[0] * segment.slots]
+            places = [*range(len(segment.front), first), *range(last, len(ids))]
+            rows = torch.cat([prompt, self.summary[: segment.slots].to(prompt.device)])
+            sequences.append(SoftSequence(ids, places, rows))
         out: dict[int, Tensor] = {}
-        for batch in soft_batches(sequences, embed, device, budget=self.batch_positions):
-            hidden = decoder(
-                inputs_embeds=batch.embeds,
-                attention_mask=batch.mask,
-                use_cache=False,
-                **position_arguments(decoder, batch.positions),
-            ).last_hidden_state
-            if hidden.shape[-1] != batch.embeds.shape[-1]:
-                raise ValueError(
-                    f"{self.base_reader.name!r} has hidden states of width {hidden.shape[-1]} and embeddings of width "
-                    f"{batch.embeds.shape[-1]}; AutoCompressor needs both alike."
-                )
+        embed = model.lm.get_input_embeddings()
+        for batch in soft_batches(sequences, embed, reader.device, budget=self.batch_positions):
+            hidden = model(batch.embeds, batch.mask, batch.positions)
+            check_width(hidden, reader, "AutoCompressor needs both alike")
             out.update(batch.unpadded(hidden))
-        return [out[i] for i in range(len(pieces))]
+        return [out[i] for i in range(len(segments))]
 
-    def _sequence(self, soft: Tensor, piece: list[int], slots: int) -> SoftSequence:
-        """``[BOS][soft prompt][segment][summary tokens]``."""
-        head = len(self.bos)
-        first, last = head + len(soft), head + len(soft) + len(piece)
-        ids = [*self.bos, *[0] * len(soft), *piece, *[0] * slots]
-        places = [*range(head, first), *range(last, len(ids))]
-        positions = None
-        if self._skips:
-            positions = torch.arange(len(ids))
-            positions[first:last] = torch.arange(head, head + len(piece))
-            positions[places] = -1
-        return SoftSequence(ids, places, torch.cat([soft, self.summary[:slots].to(soft.device)]), positions)
+
+def in_turn(segments: Sequence[Segment]) -> list[list[int]]:
+    """Indices of all first segments of passages, of all second ones, and so on."""
+    seen: Counter[int] = Counter()
+    groups: list[list[int]] = []
+    for i, segment in enumerate(segments):
+        if seen[segment.passage] == len(groups):
+            groups.append([])
+        groups[seen[segment.passage]].append(i)
+        seen[segment.passage] += 1
+    return groups

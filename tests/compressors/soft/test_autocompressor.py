@@ -9,8 +9,10 @@ import random
 import pytest
 import torch
 from nutgraf.compressors import Reader, ReaderMismatchError, load_compressor
+from nutgraf.compressors.importers.autocompressor import PublishedAutoCompressor, PublishedAutoCompressorConfig
+from nutgraf.compressors.objectives.document_segments import random_segments
+from nutgraf.compressors.slots.segments import Segment
 from nutgraf.compressors.soft.autocompressor import AutoCompressor, AutoCompressorConfig
-from nutgraf.compressors.soft.segment_training import random_segments
 from nutgraf.recipes.tasks.compressor import CompressorTask
 from nutgraf.recipes.training.schema import parse_recipe
 from nutgraf.recipes.training.trainer import run_recipe
@@ -19,20 +21,15 @@ from torch.nn.functional import cross_entropy
 PASSAGE = "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911)."
 OTHER = "Rivers carry sediment to the sea; the Amazon, the Nile and the Yangtze are among the longest on Earth. "
 TEXTS = [OTHER * 3, PASSAGE, "a", "", PASSAGE + OTHER]
-FAITHFUL = {
-    "summary_length": 3,
-    "ratio": 12.0,
-    "fixed_slots": True,
-    "scale": "none",
-    "bos": False,
-    "positions": "paper",
-}
+RELEASED = {"summary_length": 3, "ratio": 12.0, "fixed_slots": True, "scale": "none", "bos": False}
 
 
 def build(reader: Reader, **settings) -> AutoCompressor:
     torch.manual_seed(0)
     defaults = {"summary_length": 6, "r": 4, "ratio": 4.0}
-    compressor = AutoCompressor(AutoCompressorConfig(**{**defaults, **settings}), reader).eval()
+    released = "fixed_slots" in settings
+    config = (PublishedAutoCompressorConfig if released else AutoCompressorConfig)(**{**defaults, **settings})
+    compressor = (PublishedAutoCompressor if released else AutoCompressor)(config, reader).eval()
     with torch.no_grad():
         for p in compressor.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -51,28 +48,15 @@ class ByHand:
         assert compressor.encoder is not None
         model.load_state_dict(compressor.encoder.lm.state_dict())  # a model of its own, with the tuned weights
         self.config, self.model, self.summary = compressor.config, model, compressor.summary
-        self.bos = compressor.reader.bos_ids if compressor.config.bos else []
+        self.bos = compressor.opening
         self.scale = 1.0 if compressor.log_scale is None else compressor.log_scale.exp()
-        self.opt = model.config.model_type == "opt"
 
     def segment(self, soft, ids, slots):
         """Hidden states at BOS, the segment and the summary tokens, and logits at all of them."""
         embed = self.model.get_input_embeddings()
         parts = [embed(torch.tensor(self.bos, dtype=torch.long)), soft, embed(torch.tensor(ids)), self.summary[:slots]]
         embeds = torch.cat(parts)[None]
-        table = None
-        if (
-            self.opt
-        ):  # the table's rows are laid out anew, so that column c, which reads row c + 2, finds the row wanted
-            table = self.model.model.decoder.embed_positions.weight
-            kept = table.detach().clone()
-            rows = [1] * len(soft) + list(range(2, 2 + len(ids))) + [1] * slots
-            with torch.no_grad():
-                table[2 : 2 + len(rows)] = kept[rows]
         out = self.model(inputs_embeds=embeds, output_hidden_states=True)
-        if table is not None:
-            with torch.no_grad():
-                table.copy_(kept)
         return out.hidden_states[-1][0], out.logits[0]
 
     def run(self, ids, cut, detach_every=None):
@@ -99,16 +83,14 @@ class ByHand:
 
 
 CASES = {
-    "paper": FAITHFUL,
-    "paper, last segment only": {**FAITHFUL, "accumulate_summary": False},
+    "paper": RELEASED,
+    "paper, last segment only": {**RELEASED, "accumulate_summary": False},
     "default": {"segment_tokens": 15},
     "default, last segment only": {"segment_tokens": 15, "accumulate_summary": False},
 }
 
 
-@pytest.mark.parametrize(
-    ("architecture", "case"), [("llama", case) for case in CASES] + [("opt", case) for case in CASES if "paper" in case]
-)
+@pytest.mark.parametrize(("architecture", "case"), [*(("llama", case) for case in CASES), ("opt", "default")])
 def test_summaries_and_losses_are_the_papers_equations(zoo, architecture, case):
     reader = zoo.reader(architecture)
     compressor = build(reader, tuning="full", **CASES[case])
@@ -127,21 +109,21 @@ def test_summaries_and_losses_are_the_papers_equations(zoo, architecture, case):
     got = {name: p.grad.clone() for name, p in compressor.named_parameters() if p.grad is not None}
     compressor.zero_grad()
     rng, wanted, n = random.Random(7), 0.0, 0
-    longest = compressor.plan.longest(compressor.config.ratio)
+    longest = compressor.longest_segment(compressor.config.ratio)
     for ids in documents:
         lengths = random_segments(len(ids), 4, longest, rng)
-        cut = [(length, compressor.plan.slots(length, compressor.config.ratio)) for length in lengths]
+        cut = [(length, compressor.slots_of(length, compressor.config.ratio)) for length in lengths]
         if cut:
             cut[-1] = (cut[-1][0], 0)
         wanted = wanted + hand.run(ids, cut, detach_every=2)[1]
-        n += max(len(ids) - (not compressor.bos), 0)
+        n += max(len(ids) - (not compressor.opening), 0)
     assert count == n
     assert float(total.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
     wanted.backward()
     own = {f"encoder.lm.{name}": p.grad for name, p in hand.model.named_parameters()}
     own |= {"summary": compressor.summary.grad}
     assert got["summary"].abs().max() > 0
-    own = {name: g for name, g in own.items() if g is not None and "embed_positions" not in name}
+    own = {name: g for name, g in own.items() if g is not None}
     largest = max(float(g.abs().max()) for g in own.values())
     for name, grad in own.items():
         assert torch.allclose(got[name], grad, atol=1e-5 * largest), name
@@ -150,7 +132,7 @@ def test_summaries_and_losses_are_the_papers_equations(zoo, architecture, case):
 def test_gradients_stop_between_substeps(reader):
     compressor = build(reader, tuning="none", segments_per_substep=2, train_segments=2)
     compressor.segment_losses([OTHER], random.Random(0))[0].backward()
-    assert compressor.summary.grad.abs().max() > 0  # the second segment is read behind the first one's summary
+    assert compressor.summary.grad.abs().max() > 0  # the second segment is read after the first one's summary
     before = compressor.summary.grad.clone()
     compressor.zero_grad()
     compressor.config.segments_per_substep = 1
@@ -175,20 +157,21 @@ def test_losses_in_batches_equal_one_by_one(reader, adapt_reader):
 
 
 def test_a_reader_that_stays_as_it_is_reads_the_segments(zoo, reader):
-    compressor = build(reader, adapt_reader=False, train_segments=2, bos=False)
+    compressor = build(reader, adapt_reader=False, train_segments=2)
     assert compressor.reader is compressor.base_reader is reader
     ids = reader.tokenize(OTHER)
     (a, n), (b, _) = [(length, math.ceil(length / 4)) for length in random_segments(len(ids), 2, 24, random.Random(1))]
-    rows = compressor.read(compressor.lm, [compressor.no_slots()], [ids[:a]], [n])
-    soft = compressor.extend(compressor.no_slots(), rows[0][-n:])
+    rows = compressor.read(compressor.encoder, [compressor.no_slots()], [Segment(ids[:a], n, reader.bos_ids)])
+    soft = compressor.summary_vectors(rows[0], n)
     model = zoo.model("llama")
-    second = torch.cat([soft, reader.embed(torch.tensor(ids[a:]))])[None]
+    bos = reader.embed(torch.tensor(reader.bos_ids))
+    second = torch.cat([bos, soft, reader.embed(torch.tensor(ids[a:]))])[None]
     with torch.no_grad():
-        first = model(input_ids=torch.tensor([ids[:a]])).logits[0]
-        logits = torch.cat([first, model(inputs_embeds=second).logits[0, n:]])
-        wanted = cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="sum")
+        first = model(input_ids=torch.tensor([[*reader.bos_ids, *ids[:a]]])).logits[0]
+        logits = torch.cat([first, model(inputs_embeds=second).logits[0, len(bos) + n :]])
+        wanted = cross_entropy(logits[:-1], torch.tensor(ids), reduction="sum")
         total, count = compressor.segment_losses([OTHER], random.Random(1))
-    assert (count, a + b) == (len(ids) - 1, len(ids))
+    assert (count, a + b) == (len(ids), len(ids))
     assert float(total) == pytest.approx(float(wanted), rel=1e-5)
 
 
@@ -221,17 +204,6 @@ def test_slots_follow_the_segments_length(reader, ratio):
     assert compressor.compress([PASSAGE], ratio=ratio)[0].slots == sum(
         slots for _, slots in compressor.segments(len(reader.tokenize(PASSAGE)), ratio)
     )
-
-
-def test_faithful_is_the_papers_form(reader):
-    config = AutoCompressorConfig.faithful()
-    assert (config.summary_length, config.fixed_slots, config.scale, config.bos) == (50, True, "none", False)
-    compressor = AutoCompressor(config, reader)
-    assert compressor.plan.longest(config.ratio) == 2048
-    assert compressor.segments(3) == [(3, 50)]
-    assert [p.slots for p in compressor.compress(["ab", ""])] == [50, 0]
-    eos = reader.embed(torch.tensor(reader.eos_id))
-    assert torch.equal(compressor.summary, eos.expand(50, -1))
 
 
 def test_batches_of_unequal_segments_equal_one_by_one(reader):
@@ -297,10 +269,8 @@ def test_what_does_not_fit_is_refused(zoo):
         compressor.compress([OTHER * 4])
     compressor = build(small, ratio=1.0, segment_tokens=8, accumulate_summary=False)
     assert compressor.compress([OTHER * 4])[0].slots <= 8
-    with pytest.raises(ValueError, match="smaller summary_length"):
+    with pytest.raises(ValueError, match="fewer memory tokens"):
         build(small, summary_length=60)
-    with pytest.raises(ValueError, match="use positions='count'"):
-        build(zoo.reader("gpt2"), positions="paper")
 
 
 @pytest.mark.parametrize(
@@ -308,8 +278,8 @@ def test_what_does_not_fit_is_refused(zoo):
     [
         {"summary_length": 0},
         {"ratio": 0.5},
-        {"scale": "linear"},
-        {"positions": "spread"},
+        {"scale": "none"},
+        {"positions": "paper"},
         {"tuning": "half"},
         {"segment_tokens": 0},
         {"train_segments": 1},
