@@ -38,7 +38,6 @@ from nutgraf.adapters.llama_index import (
     escape_placeholders,
 )
 from nutgraf.compressors import CompressorConfig, SoftCompressor, TextCompressor
-from nutgraf.compressors.reader.plan import Layout
 
 MODES = ["compact", "refine", "simple_summarize", "tree_summarize", "accumulate", "compact_accumulate"]
 TEXTS = [f"{1600 + i} saw delegate number {i} sign the treaty of Westphalia" for i in range(3)]
@@ -94,13 +93,14 @@ def compressor(reader) -> Identity:
 def seen(reader, monkeypatch) -> list[torch.Tensor]:
     """The embeddings ``[time, width]`` of every prompt the reader gets: its token ids and positions in one."""
     prompts: list[torch.Tensor] = []
-    run = reader._generator._run
+    generate = reader.model.generate
 
-    def record(plans, *args: Any, **kwargs: Any):
-        prompts.extend(Layout.of([plan], reader.device, reader.dtype).splice(reader.embed)[0] for plan in plans)
-        return run(plans, *args, **kwargs)
+    def record(*args: Any, **kwargs: Any) -> Any:
+        embeds = kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else reader.embed(kwargs["input_ids"])
+        prompts.extend(row[mask.bool()] for row, mask in zip(embeds, kwargs["attention_mask"]))
+        return generate(*args, **kwargs)
 
-    monkeypatch.setattr(reader._generator, "_run", record)
+    monkeypatch.setattr(reader.model, "generate", record)
     return prompts
 
 
