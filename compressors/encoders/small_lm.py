@@ -1,4 +1,4 @@
-"""An encoder of its own: the body of a causal LM smaller than the reader, trained whole, with its own tokenizer."""
+"""Encoder that is a smaller causal LM with its own tokenizer, trained whole."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from ..reader.quiet import quiet_loading
 from ..reader.tokenization import PromptTokenizer
 from .lora_twin import Twin
 
+ENCODER_FOLDER = "encoder"  # in a compressor's folder: config and tokenizer of its encoder
 
-class BodyEncoder(Twin):
-    """The body (no head) of a causal LM and its tokenizer; all its weights are trained and saved.
+
+class SmallLMEncoder(Twin):
+    """Body (no head) of a causal LM and its tokenizer; all its weights are trained and saved.
 
     Args:
-        body: a Hugging Face model that takes ``inputs_embeds`` and gives ``last_hidden_state``.
+        body: a Hugging Face model that takes ``inputs_embeds`` and returns ``last_hidden_state``.
         tokenizer: its (fast) tokenizer.
 
     Attributes:
@@ -33,22 +35,22 @@ class BodyEncoder(Twin):
         self.train()
 
     @classmethod
-    def from_pretrained(cls, name: str | Path) -> BodyEncoder:
+    def from_pretrained(cls, name: str | Path) -> SmallLMEncoder:
         """Loads a model from its id or folder, in float32 for training.
 
         Raises:
             ValueError: if nothing of that name can be loaded.
         """
         try:
-            with quiet_loading():  # the head, which is not needed, would be reported
+            with quiet_loading():  # transformers reports the unused head
                 body = AutoModel.from_pretrained(str(name), dtype=torch.float32)
             return cls(body, AutoTokenizer.from_pretrained(str(name)))
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"The encoder {str(name)!r} cannot be loaded: {error}.") from error
 
     @classmethod
-    def from_description(cls, folder: Path) -> BodyEncoder:
-        """A model of random weights, of what `save_description` wrote; the weights are the compressor's to load."""
+    def from_description(cls, folder: Path) -> SmallLMEncoder:
+        """Builds a model of random weights from a folder written by `save_description`; the compressor loads the weights."""
         try:
             config = AutoConfig.from_pretrained(str(folder))
             return cls(AutoModel.from_config(config), AutoTokenizer.from_pretrained(str(folder)))
@@ -63,17 +65,17 @@ class BodyEncoder(Twin):
 
     @property
     def decoder(self) -> Any:
-        """The model that gives hidden states."""
+        """The model that computes hidden states."""
         return self.body
 
     @property
     def vocabulary(self) -> int:
-        """Rows of its embedding table."""
+        """Number of its embeddings."""
         return self.body.get_input_embeddings().weight.shape[0]
 
     @property
     def max_positions(self) -> int | None:
-        """The longest text that its positions allow."""
+        """Positions that one pass can take."""
         return getattr(self.body.config.get_text_config(), "max_position_embeddings", None)
 
     def embed(self, ids: Tensor) -> Tensor:

@@ -50,6 +50,8 @@ PUBLISHED = {
     "icae": ("icae", "PublishedICAE"),
     "500x": ("five_hundred", "PublishedKVMemory"),
     "gist": ("gist", "PublishedGist"),
+    "pisco": ("pisco", "PublishedPISCO"),
+    "xrag": ("xrag", "PublishedXRAG"),
 }
 
 __all__ = ["IMPORTERS", "MissingOption", "import_checkpoint", "import_to", "options", "published_class", "recognise"]

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..core.errors import CheckpointError
 from ..reader.reader import Reader
-from ..soft.pisco import PISCOCompressor, PISCOConfig
 from .layout import Keys, Source, check_state, listed, load_model_state, load_pickle, load_tensors, need, peek_json
 from .models import (
     as_prompt,
@@ -24,6 +23,7 @@ from .models import (
     make_reader,
     take_lora,
 )
+from .pisco import PublishedPISCO, PublishedPISCOConfig
 
 ADAPTERS, ROWS = "adapters.pth", "decoder_first_last_layers.pth"
 _TYPES = {"COCOM", "PISCO"}
@@ -44,7 +44,7 @@ def load(
     doc_max_length: int | None = None,
     different_mem_tokens: bool | None = None,
     lora_alpha: float | None = None,
-) -> PISCOCompressor:
+) -> PublishedPISCO:
     """Imports COCOM or PISCO v1.
 
     Args:
@@ -92,7 +92,7 @@ def load(
         )
     tok = reader.tokenizer
     prefix = tuple(i for i in (known["<ENC>"], tok.bos_token_id) if i is not None)
-    config = PISCOConfig(
+    config = PublishedPISCOConfig(
         ratio=rate,
         segment_tokens=longest,
         slots="fixed" if several or settings.get("doc_max_length") else "proportional",
@@ -108,7 +108,7 @@ def load(
         as_prompt=as_prompt(reader.prompts, prefix),
     )
     try:
-        compressor = PISCOCompressor(config, reader)
+        compressor = PublishedPISCO(config, reader)
     except ValueError as error:
         raise CheckpointError(f"{path} does not fit the reader {reader.name!r}: {error}") from error
     fill_lora(compressor.encoder, encoder, path)  # type: ignore[arg-type]

@@ -2,22 +2,125 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from transformers import AutoModel
 
+from ..base import Passages
+from ..core.config import check_choices
 from ..core.errors import CheckpointError
-from ..encoders.small_lm import BodyEncoder
+from ..encoders.small_lm import SmallLMEncoder
 from ..reader.reader import Reader
+from ..slots.segments import Segment, even_shares
 from ..soft.pisco import PISCOCompressor, PISCOConfig
 from .layout import Keys, Source, load_model_state, load_tensors, need, peek_json, read_json
 from .models import build_model, graft_rows, load_tokenizer, lora_shape, merge_lora, model_config, take_lora
 
 MEM = "<MEM>"
 _FILES = ("connector.pt", "decoder_state.pt")
+
+
+@dataclass
+class PublishedPISCOConfig(PISCOConfig):
+    """Settings of PISCO and COCOM as their authors' code runs them."""
+
+    slots: Literal["proportional", "plus-one", "fixed"] = field(
+        default="proportional",
+        kw_only=True,
+        metadata={
+            "help": "'plus-one' (2026): full segments of segment_tokens, BOS counted, and a shorter last one, with "
+            "floor(S / ratio) + 1 slots each; 'fixed' (2025, COCOM): segment_tokens / ratio per segment"
+        },
+    )
+    scale: Literal["matched", "none"] = field(
+        default="matched", kw_only=True, metadata={"help": "'none': slots without an output factor"}
+    )
+    prefix: tuple[int, ...] | None = field(
+        default=None, kw_only=True, metadata={"help": "ids before each segment; default: BOS"}
+    )
+    suffix: tuple[int, ...] = field(
+        default=(), kw_only=True, metadata={"help": "ids between each segment and its <MEM> tokens"}
+    )
+    as_prompt: bool = field(
+        default=False, kw_only=True, metadata={"help": "tokenise a passage as the start of a prompt"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choices(self, {"slots": ("proportional", "plus-one", "fixed"), "scale": ("matched", "none")})
+        if self.slots == "fixed" and self.segment_tokens < self.ratio:
+            raise ValueError(f"{self.segment_tokens} tokens per segment give no slot at ratio {self.ratio:g}.")
+        if self.query_aware:
+            raise ValueError("The released PISCO reads no question; set query_aware to false.")
+        self.prefix = None if self.prefix is None else tuple(self.prefix)
+        self.suffix = tuple(self.suffix)
+
+
+class PublishedPISCO(PISCOCompressor):
+    """PISCO and COCOM as their authors' code runs them."""
+
+    config_class: ClassVar[type[PISCOConfig]] = PublishedPISCOConfig
+    config: PublishedPISCOConfig
+
+    def __init__(
+        self, config: PublishedPISCOConfig, reader: Reader, *, encoder_model: SmallLMEncoder | None = None
+    ) -> None:
+        super().__init__(config, reader, encoder_model=encoder_model)
+        if config.scale == "none":
+            self.log_scale = None
+
+    @property
+    def prefix(self) -> list[int]:
+        """Ids before each segment, or before the passage with ``slots="plus-one"``."""
+        return super().opening if self.config.prefix is None else list(self.config.prefix)
+
+    @property
+    def opening(self) -> list[int]:
+        """The prefix, unless it is part of the passage."""
+        return [] if self.config.slots == "plus-one" else self.prefix
+
+    @property
+    def max_positions(self) -> int | None:
+        """The encoder's positions, less those of the suffix."""
+        limit = super().max_positions
+        return None if limit is None else limit - len(self.config.suffix)
+
+    def token_ids(self, passages: Passages) -> list[list[int]]:
+        """The encoder's token ids, tokenised as the release does."""
+        if not self.config.as_prompt:
+            return super().token_ids(passages)
+        return self.tokenizer.encode_batch([(text, True) for text in passages.texts])
+
+    def segments_of(
+        self, ids: list[int], ratio: float | None, question: list[int], source_tokens: int, number: int = 0
+    ) -> list[Segment]:
+        """Segments with prefix and suffix."""
+        suffix = list(self.config.suffix)
+        if whole := self.config.slots == "plus-one":  # prefix and suffix are the passage's own, and are cut with it
+            ids = [*self.prefix, *ids, *suffix] if ids else []
+        # The authors' code counts the encoder's tokens.
+        source_tokens = len(ids) if self.config.as_prompt else source_tokens
+        found = super().segments_of(ids, ratio, question, source_tokens, number)
+        for segment in found:
+            segment.ids += [] if whole else suffix
+        return found
+
+    def cut(
+        self, n_tokens: int, ratio: float | None, question_tokens: int, source_tokens: int
+    ) -> list[tuple[int, int]]:
+        """Cuts a passage as the release does."""
+        longest = self.longest_segment(None) or n_tokens
+        if self.config.slots == "plus-one":
+            lengths = [min(longest, n_tokens - start) for start in range(0, n_tokens, longest)]
+            return [(n, int(n // (ratio or 1.0)) + 1) for n in lengths]
+        if self.config.slots == "fixed":
+            slots = int(self.config.segment_tokens / self.config.ratio + 1e-6)
+            return [(n, slots) for n in even_shares(n_tokens, -(-n_tokens // longest))]
+        return super().cut(n_tokens, ratio, question_tokens, source_tokens)
 
 
 def recognises(path: Path) -> bool:
@@ -31,7 +134,7 @@ def load(
     compr_rate: float | None = None,
     segment_tokens: int = 128,
     lora_alpha: float | None = None,
-) -> PISCOCompressor:
+) -> PublishedPISCO:
     """Imports PISCO of 2026.
 
     Args:
@@ -58,7 +161,7 @@ def load(
         "2.bias": keys.take("2.bias", (reader.width,)),
     }
     keys.done()
-    config = PISCOConfig(
+    config = PublishedPISCOConfig(
         ratio=rate,
         segment_tokens=segment_tokens,
         slots="plus-one",
@@ -72,7 +175,7 @@ def load(
         as_prompt=True,
     )
     try:
-        compressor = PISCOCompressor(config, reader, encoder_model=encoder)
+        compressor = PublishedPISCO(config, reader, encoder_model=encoder)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     with torch.no_grad():
@@ -82,7 +185,7 @@ def load(
     return compressor
 
 
-def _encoder(source: Source, path: Path) -> tuple[BodyEncoder, Tensor]:
+def _encoder(source: Source, path: Path) -> tuple[SmallLMEncoder, Tensor]:
     """The compressor model with its tokenizer, and the <MEM> embedding ``[1, width]``."""
     folder = path / "compressor"
     config = model_config(read_json(folder / "config.json"), folder)
@@ -91,7 +194,7 @@ def _encoder(source: Source, path: Path) -> tuple[BodyEncoder, Tensor]:
     state: dict[str, Tensor] = keys.take_all(r"(?:model\.)?(?=.)")
     body: Any = build_model(config, state, folder, AutoModel)
     tokenizer = load_tokenizer(path / "compressor_tokenizer", source)
-    encoder = BodyEncoder(body.to(source.device), tokenizer)
+    encoder = SmallLMEncoder(body.to(source.device), tokenizer)
     index = tokenizer.get_vocab().get(MEM)
     if index is None or index >= encoder.vocabulary:
         raise CheckpointError(
@@ -123,7 +226,7 @@ def _rows(keys: Keys, name: str) -> Tensor | None:
 
 
 def _after(tokenizer: Any) -> tuple[int, ...]:
-    """What a tokenizer puts behind each text (an end token, with some embedding models)."""
+    """Ids that a tokenizer appends to each text (an end token, for some embedding models)."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)

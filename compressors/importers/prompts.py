@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..core.passage import CompressedPassage
-from ..encoders.embedder import Embedder, LastTokenModel
+from ..encoders.embedder import Embedder
 from ..reader.tokenization import TokenIds
 from .icae import PublishedICAE
+from .last_token import LastTokenModel
 
 if TYPE_CHECKING:
     from ..reader.reader import Reader

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from tokenizers import AddedToken
+from torch import Tensor
 
+from ..core.config import check_choices
 from ..core.errors import CheckpointError
-from ..encoders.embedder import load_last_token_embedder
+from ..encoders.embedder import Embedder, load_embedder
 from ..reader.reader import Reader
 from ..soft.xrag import UNKNOWN, XRAGCompressor, XRAGConfig
+from .last_token import load_last_token_embedder
 from .layout import PICKLES, Keys, Source, load_model_state, load_tensors, peek_json, weight_files
 from .models import build_model, graft_rows, load_tokenizer, make_reader, model_config
 from .prompts import TOKEN
@@ -21,6 +25,48 @@ from .prompts import TOKEN
 EMBEDDER = "Salesforce/SFR-Embedding-Mistral"
 _PROJECTOR = "projector.projector."
 _OWN_SETTINGS = ("projector_type", "retriever_hidden_size", "retriever_type")
+
+
+@dataclass
+class PublishedXRAGConfig(XRAGConfig):
+    """Settings of xRAG as its authors' code runs it."""
+
+    normalize: bool = field(
+        default=True, kw_only=True, metadata={"help": "bring every vector to root mean square 1 first"}
+    )
+    scale: Literal["matched", "none"] = field(
+        default="matched", kw_only=True, metadata={"help": "'none': the bare projector"}
+    )
+    pooling: Literal["own", "last"] = field(
+        default="own",
+        kw_only=True,
+        metadata={"help": "'own': vectors of sentence-transformers; 'last': the last hidden state at the last token"},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choices(self, {"scale": ("matched", "none"), "pooling": ("own", "last")})
+
+
+class PublishedXRAG(XRAGCompressor):
+    """xRAG as its authors' code runs it."""
+
+    config_class: ClassVar[type[XRAGConfig]] = PublishedXRAGConfig
+    config: PublishedXRAGConfig
+
+    def __init__(self, config: PublishedXRAGConfig, reader: Reader, *, embedder: Any = None) -> None:
+        super().__init__(config, reader, embedder=embedder)
+        if config.scale == "none":
+            self.log_scale = None
+
+    def load_embedder(self) -> Embedder:
+        """Loads ``config.embedder``, as a `LastTokenModel` with ``pooling="last"``."""
+        load = load_last_token_embedder if self.config.pooling == "last" else load_embedder
+        return load(self.config.embedder, self.reader.device)
+
+    def standardise(self, vectors: Tensor) -> Tensor:
+        """Raw vectors without ``normalize``."""
+        return super().standardise(vectors) if self.config.normalize else vectors
 
 
 def recognises(path: Path) -> bool:
@@ -37,7 +83,7 @@ def recognises(path: Path) -> bool:
 
 def load(
     source: Source, *, embedder: Any = None, added_rows: bool = True, shard_tokens: int = 180, layers: int | None = None
-) -> XRAGCompressor:
+) -> PublishedXRAG:
     """Imports xRAG. Its prompts: `nutgraf.compressors.importers.prompts.xrag_prompt`.
 
     Args:
@@ -81,7 +127,9 @@ def load(
             f"{path} projects vectors of width {width}, but {found.name!r} makes {found.dim}; give the embedder it was "
             "trained with."
         )
-    config = XRAGConfig.faithful(
+    config = PublishedXRAGConfig(
+        normalize=False,
+        scale="none",
         embedder=found.name if found else EMBEDDER,
         pooling="last",
         shard_tokens=shard_tokens,
@@ -90,7 +138,7 @@ def load(
         embedder_hash=found.fingerprint if found else UNKNOWN,
     )
     try:
-        compressor = XRAGCompressor(config, reader, embedder=found)
+        compressor = PublishedXRAG(config, reader, embedder=found)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     with torch.no_grad():

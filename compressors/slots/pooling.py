@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ..core.batching import SoftSequence, soft_batches
 from ..core.hidden import hide
+from ..encoders.lora_twin import Twin
 from ..reader.reader import Reader
 from .segments import Segment, slot_of_token
 
@@ -64,10 +66,31 @@ def _runs(segments: Sequence[Segment], device: torch.device) -> tuple[Tensor, in
     return slot_of_token([len(s.ids) for s in segments], slots).to(device), sum(slots)
 
 
+def token_states(
+    encoder: Twin, segments: Sequence[Segment], embed: Callable[[Tensor], Tensor], device: torch.device, budget: int
+) -> list[Tensor]:
+    """Last hidden states ``[tokens, hidden]`` at each segment's own tokens, in batches of similar length.
+
+    Args:
+        encoder: the model that reads ``[front][segment]``.
+        segments: the segments.
+        embed: token ids to embeddings.
+        device: where ``embed`` takes its ids.
+        budget: positions per forward pass.
+    """
+    nothing = torch.zeros(0, embed(torch.zeros(1, dtype=torch.long, device=device)).shape[-1])
+    sequences = [SoftSequence([*s.front, *s.ids], [], nothing) for s in segments]
+    out: dict[int, Tensor] = {}
+    for batch in soft_batches(sequences, embed, device, budget=budget):
+        hidden = encoder(batch.embeds, batch.mask, batch.positions)
+        out.update((i, states[len(segments[i].front) :]) for i, states in batch.unpadded(hidden))
+    return [out[i] for i in range(len(segments))]
+
+
 def averaged(
     values: Tensor, spans: Sequence[tuple[int, int]], wanted: Sequence[tuple[int, int]], characters: int
 ) -> tuple[Tensor, Tensor]:
-    """Values of one tokenizer's tokens carried over to another's, by the characters that they share.
+    """Carries values of one tokenizer's tokens over to another's, by the characters they share.
 
     Args:
         values: ``[tokens, size]``.
@@ -76,8 +99,8 @@ def averaged(
         characters: length of the text.
 
     Returns:
-        ``[wanted, size]`` means over each wanted token's characters, and ``[wanted]`` whether there was anything to average
-        (white space, say, belongs to no token of BERT's); zeros where there was not.
+        ``[wanted, size]`` means over each wanted token's characters, and ``[wanted]`` whether there was anything to average;
+        zeros if not (BERT has no token for white space, for example).
     """
     device = values.device
     owner = torch.full((characters,), -1, device=device)
@@ -95,7 +118,7 @@ def averaged(
 
 
 def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
-    """The integers of all ranges ``[start, start + length)``, one range after the other."""
+    """The integers of all ranges ``[start, start + length)``, concatenated."""
     if not len(lengths):
         return starts
     first = lengths.cumsum(0) - lengths

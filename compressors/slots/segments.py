@@ -247,3 +247,12 @@ def slot_of_token(lengths: Sequence[int], slots: Sequence[int]) -> Tensor:
         of.append(torch.arange(length) * n // length + first)
         first += n
     return torch.cat(of)
+
+
+def window_lengths(n_tokens: int, ratio: float) -> list[int]:
+    """Lengths of a passage's windows: borders at ``floor(k * ratio)``, the last window shorter."""
+    if not n_tokens:
+        return []
+    count = max(math.ceil(n_tokens / ratio - 1e-6), 1)
+    borders = [min(math.floor(k * ratio + 1e-6), n_tokens) for k in range(count)] + [n_tokens]
+    return [b - a for a, b in zip(borders, borders[1:])]

@@ -1,118 +1,83 @@
-"""xRAG: the passage's retrieval vector, projected into the reader's embedding space, is read in the passage's place."""
+"""xRAG: projects a passage's retrieval vector into the reader's embedding space, as one slot."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..base import Query, SoftCompressor
-from ..core.config import CompressorConfig, check_choices, check_counts
-from ..core.passage import CompressedPassage, Interface
-from ..encoders.embedder import MINILM, Embedder, load_embedder, load_last_token_embedder
+from ..base import Passages, SoftCompressor
+from ..core.config import CompressorConfig, check_counts
+from ..core.passage import Interface
+from ..encoders.embedder import MINILM, Embedder, load_embedder
 from ..encoders.lora import ReaderTuningSettings, tuned_reader
 from ..reader.reader import Reader
 from ..registry import register_compressor
+from ..slots.projector import learned_scale, matching_factor, scaled
 
 UNKNOWN = "unknown"
 _PROBES = 256  # random inputs on which the output scale is matched
 
 
 @dataclass
-class XRAGConfig(CompressorConfig, ReaderTuningSettings):
-    """Settings of xRAG. The defaults suit small embedders; ``XRAGConfig.faithful()`` gives the paper's projector."""
+class XRAGConfig(ReaderTuningSettings, CompressorConfig):
+    """Settings of xRAG."""
 
     method: ClassVar[str] = "xrag"
+    retired: ClassVar[Mapping[str, Any]] = {"normalize": True, "scale": "matched", "pooling": "own"}
 
     embedder: str = field(
         default=MINILM, metadata={"help": "sentence-transformers id or folder of the frozen embedder"}
     )
     prompt: str = field(
-        default="", metadata={"help": "what the embedder wants in front of documents ('passage: ', say)"}
+        default="", metadata={"help": "text that the embedder wants before documents (such as 'passage: ')"}
     )
     shard_tokens: int = field(
         default=180,
-        metadata={
-            "help": "longest piece, in embedder tokens, that one slot stands for; never above the embedder's limit"
-        },
+        metadata={"help": "longest piece per slot, in embedder tokens; never above the embedder's limit"},
     )
     layers: int = field(default=2, metadata={"help": "linear layers of the projector, with GELU between them"})
     hidden: int | None = field(
         default=None, metadata={"help": "width between the projector's layers; default: the reader's, as in the paper"}
     )
-    normalize: bool = field(
-        default=True,
-        metadata={
-            "help": "bring every vector to root-mean-square 1 first, so that index vectors of any length will do"
-        },
-    )
-    scale: Literal["matched", "none"] = field(
-        default="matched",
-        metadata={
-            "help": "'matched': a learned factor that starts at the reader's embedding norm; 'none': the bare projector"
-        },
-    )
-    vector_size: int | None = field(
-        default=None, metadata={"help": "width of the vectors; filled in from the embedder"}
-    )
-    embedder_hash: str | None = field(
-        default=None,
-        metadata={
-            "help": "the embedder's fingerprint; filled in ('unknown': imported without having seen the embedder)"
-        },
-    )
-    pooling: Literal["own", "last"] = field(
-        default="own",
-        metadata={
-            "help": "'own': the vectors that sentence-transformers makes with this embedder; 'last': the bare last hidden "
-            "state at its last token, as the authors' code takes it"
-        },
-    )
+    vector_size: int | None = field(default=None, metadata={"help": "width of the vectors; filled in"})
+    embedder_hash: str | None = field(default=None, metadata={"help": "the embedder's fingerprint; filled in"})
 
     def __post_init__(self) -> None:
         if not isinstance(self.embedder, str) or not self.embedder:
             raise ValueError(f"embedder must be the name or folder of an embedder, got {self.embedder!r}.")
-        check_counts(self, {"shard_tokens": 1, "layers": 1, "hidden": 1}, optional=("hidden",))
-        check_choices(self, {"scale": ("matched", "none")})
+        check_counts(self, {"shard_tokens": 1, "layers": 1, "hidden": 1, "vector_size": 1}, ("hidden", "vector_size"))
         self.check_reader_tuning()
-        if self.vector_size is not None and self.vector_size < 1:
-            raise ValueError(f"vector_size must be at least 1, got {self.vector_size}.")
-
-    @classmethod
-    def faithful(cls, **changes: Any) -> XRAGConfig:
-        """The paper's projector: raw vectors in, no output scale."""
-        return cls(**{"normalize": False, "scale": "none", **changes})
 
 
 @register_compressor
 class XRAGCompressor(SoftCompressor):
-    """One slot a passage: ``slot = scale * MLP(embedder(passage))`` (xRAG, arXiv 2405.13792).
+    """One slot per passage: ``slot = scale * MLP(embedder(passage))`` (xRAG, arXiv 2405.13792).
 
-    The embedder is frozen and is no part of this module's parameters; the projector (and its scale) trains. A passage
-    longer than ``shard_tokens`` becomes several equally long shards with one slot each, cut between words. Where the index
-    already holds the passages' vectors they are passed as ``vectors`` and nothing is embedded twice.
+    The embedder is frozen, and not part of this module's parameters; the projector and its scale train. A passage longer than
+    ``shard_tokens`` becomes several equally long shards with one slot each, cut between words. Pass vectors that the index
+    holds already as ``vectors``, so that nothing is embedded twice. Every vector is first brought to root mean square 1.
 
-    Beyond the paper: shards are equally long and none is dropped (the paper's release drops a last shard of up to 20
-    tokens), the output starts on the scale of the reader's embeddings, and ``ratio`` makes shards shorter.
+    Beyond the paper: no shard is dropped (the release drops a last shard of up to 20 tokens), the output starts on the scale of
+    the reader's embeddings, and ``ratio`` makes shards shorter.
 
     Args:
         config: the settings.
         reader: the reader.
-        embedder: an embedder, or a SentenceTransformer, in place of loading ``config.embedder``. It must be the one that
-            the compressor was trained with.
+        embedder: an embedder or a SentenceTransformer, instead of loading ``config.embedder``. It must be the one of training.
 
     Attributes:
         vector_size: width of the retrieval vectors.
         projector: ``[n, vector_size] -> [n, width]``.
-        log_scale: logarithm of the output factor (``scale="matched"`` only).
-        reader_twin: the `LoRATwin` that ``reader`` reads with (``tune_reader=True`` only); the paper's reader is frozen.
+        log_scale: logarithm of the output factor.
+        reader_twin: the `LoRATwin` that ``reader`` reads with (``tune_reader=True`` only).
     """
 
-    config_class = XRAGConfig
+    config_class: ClassVar[type[XRAGConfig]] = XRAGConfig
     interface: ClassVar[Interface] = "embeds"
     config: XRAGConfig
 
@@ -130,31 +95,40 @@ class XRAGCompressor(SoftCompressor):
         for i, (a, b) in enumerate(zip(widths, widths[1:])):
             layers += [*([nn.GELU()] if i else []), nn.Linear(a, b)]
         self.projector = nn.Sequential(*layers)
-        self.log_scale = nn.Parameter(torch.zeros(())) if config.scale == "matched" else None
         self.to(reader.device)
-        if self.log_scale is not None:
-            self._match_scale()
+        self.log_scale: nn.Parameter | None = None
+        with torch.no_grad():
+            noise = torch.randn(_PROBES, self.vector_size, generator=torch.Generator().manual_seed(0))
+            found = self.projector(self.standardise(noise.to(reader.device)))
+        self.log_scale = learned_scale(matching_factor(found, reader), reader)
         self.reader_twin = tuned_reader(self)
+
+    def identity_parts(self) -> list[Any]:
+        """Nothing: the slots do not depend on the reader's weights."""
+        return []
 
     @property
     def embedder(self) -> Embedder:
-        """The frozen embedder, loaded at first use: a compressor that is only given vectors never loads it.
+        """The frozen embedder, loaded at first use; a compressor that only gets vectors never loads it.
 
         Raises:
             ValueError: if it is not the one that the compressor was trained with.
         """
         with self._lock:
             if self._embedder is None:
-                load = load_embedder if self.config.pooling == "own" else load_last_token_embedder
-                found = load(self.config.embedder, self.reader.device)
+                found = self.load_embedder()
                 self._check_embedder(found)
                 self._embedder = found
             return self._embedder
 
+    def load_embedder(self) -> Embedder:
+        """Loads ``config.embedder``."""
+        return load_embedder(self.config.embedder, self.reader.device)
+
     def _check_embedder(self, embedder: Embedder) -> None:
         wanted = self.config.embedder_hash
         if wanted == UNKNOWN and embedder.dim == self.config.vector_size:
-            return
+            return  # imported without its embedder
         if wanted is not None and embedder.fingerprint != wanted:
             raise ValueError(
                 f"The embedder {embedder.name!r} ({embedder.fingerprint}, {embedder.dim} wide) is not the one this xRAG "
@@ -162,72 +136,37 @@ class XRAGCompressor(SoftCompressor):
                 "one as embedder=..., or train a compressor for this one."
             )
 
-    @torch.no_grad()
-    def _match_scale(self) -> None:
-        """Sets the scale so that random vectors come out with the mean norm of the reader's embeddings."""
-        noise = torch.randn(_PROBES, self.vector_size, generator=torch.Generator().manual_seed(0))
-        if not self.config.normalize and self._embedder is not None:
-            probe = self._embedder.embed(["The nut graf tells the reader why the story matters."])
-            noise = noise * probe.norm() / noise.norm(dim=-1, keepdim=True)
-        out = self.projector(self._standardise(noise.to(self.reader.device)))
-        self.log_scale.fill_(math.log(self.reader.embedding_norm / float(out.norm(dim=-1).mean())))  # type: ignore[union-attr]
+    def encode_passages(self, passages: Passages, ratio: float | None) -> Sequence[Tensor]:
+        """Projected vectors, embedded here unless given.
 
-    # -- encoding --------------------------------------------------------------------------------------------------
-
-    def encode(
-        self,
-        texts: Sequence[str],
-        query: Query = None,
-        ratio: float | None = None,
-        vectors: Sequence[Any] | None = None,
-    ) -> list[CompressedPassage]:
-        """Compresses passages, differentiably in the projector.
-
-        Args:
-            texts: the passages. One without any token of the embedder (empty or blank) gets zero slots.
-            query: ignored: one vector serves all questions.
-            ratio: at most this many reader tokens a slot, by shorter shards; ``None``: as few slots as there can be.
-            vectors: for each text the retrieval vector ``[dim]``, vectors of its shards ``[shards, dim]``, or ``None`` to
-                embed it here. Given vectors decide the number of slots, whatever ``ratio`` says; where there are more than
-                the passage has reader tokens, neighbours are averaged.
+        ``passages.vectors`` holds per passage its vector ``[dim]``, vectors of its shards ``[shards, dim]``, or ``None``. Given
+        vectors decide the number of slots; if there are more than the passage has reader tokens, neighbours are averaged.
+        ``ratio`` is at most this many reader tokens per slot. A passage without embedder tokens gets zero slots.
 
         Raises:
-            ValueError: if a vector's shape is neither of these, or it holds NaN or infinity.
+            ValueError: if a vector has another shape, or holds NaN or infinity.
         """
-        texts = self._check_texts(texts)
-        if vectors is not None and len(vectors) != len(texts):
-            raise ValueError(f"vectors must hold one entry a passage: got {len(vectors)} for {len(texts)} passages.")
-        lengths = [len(ids) for ids in self.reader.tokenize_batch(texts)]
-        given = [None] * len(texts) if vectors is None else list(vectors)
+        texts, lengths = passages.texts, [len(ids) for ids in passages.ids]
+        given = [None] * len(texts) if passages.vectors is None else list(passages.vectors)
         found: list[Tensor | None] = [None if v is None else self._check_vectors(v, i) for i, v in enumerate(given)]
         todo = [i for i, v in enumerate(found) if v is None and texts[i].strip()]
         for i, embedded in zip(todo, self._embed([texts[i] for i in todo], [lengths[i] for i in todo], ratio)):
             found[i] = embedded
         empty = torch.zeros(0, self.vector_size)
         rows = [empty if v is None or not texts[i].strip() else _at_most(v, lengths[i]) for i, v in enumerate(found)]
-        slots = self.project(torch.cat(rows)) if rows else empty
-        origin = self.origin
-        info = {"method": "xrag", **self.reader.identity_card.runs_as}
-        return [
-            CompressedPassage("embeds", n, origin, self.reader.fingerprint, embeds=e, info=info)
-            for n, e in zip(lengths, slots.split([len(r) for r in rows]))
-        ]
+        return self.project(torch.cat(rows)).split([len(r) for r in rows])
 
     def project(self, vectors: Tensor) -> Tensor:
-        """Slots ``[n, width]`` of vectors ``[n, vector_size]``, in the reader's dtype."""
+        """Slots ``[n, width]`` of vectors ``[n, vector_size]``."""
         weight = next(self.projector.parameters())
-        out = self.projector(self._standardise(vectors.to(weight.device, weight.dtype)))
-        if self.log_scale is not None:
-            out = out * self.log_scale.exp()
-        return out.to(self.reader.device, self.reader.dtype)
+        return scaled(self.projector(self.standardise(vectors.to(weight.device, weight.dtype))), self.log_scale)
 
-    def _standardise(self, vectors: Tensor) -> Tensor:
-        if not self.config.normalize:
-            return vectors
+    def standardise(self, vectors: Tensor) -> Tensor:
+        """Brings vectors to root mean square 1."""
         return nn.functional.normalize(vectors, dim=-1) * math.sqrt(vectors.shape[-1])
 
     def _embed(self, texts: list[str], lengths: list[int], ratio: float | None) -> list[Tensor]:
-        """For each text the vectors ``[shards, dim]``."""
+        """Vectors ``[shards, dim]`` per text."""
         if not texts:
             return []
         prompt = self.config.prompt
@@ -249,7 +188,7 @@ class XRAGCompressor(SoftCompressor):
         try:
             tensor = torch.as_tensor(vectors).detach().to("cpu", torch.float32)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"The vectors of passage {index} are no numbers: {error}") from error
+            raise ValueError(f"The vectors of passage {index} are not numbers: {error}") from error
         size = self.vector_size
         if tensor.dim() not in (1, 2) or tensor.shape[-1] != size:
             raise ValueError(
@@ -262,7 +201,7 @@ class XRAGCompressor(SoftCompressor):
 
 
 def _at_most(vectors: Tensor, n: int) -> Tensor:
-    """The vectors, or the means of ``n`` runs of neighbours where there are more: a passage never grows."""
+    """The vectors, or the means of ``n`` runs of neighbours if there are more, so that a passage never grows."""
     if len(vectors) <= n:
         return vectors
     return torch.stack([part.mean(dim=0) for part in vectors.tensor_split(n)]) if n else vectors[:0]

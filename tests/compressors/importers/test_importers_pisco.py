@@ -10,6 +10,7 @@ import torch
 from nutgraf import Reader, load_compressor
 from nutgraf.compressors import CheckpointError
 from nutgraf.compressors.importers import MissingOption, import_checkpoint, import_to, recognise
+from nutgraf.compressors.importers.pisco import PublishedPISCO, PublishedPISCOConfig
 from nutgraf.compressors.importers.prompts import SYSTEM, pisco_prompt
 from safetensors.torch import save_file
 from torch.nn.functional import linear, relu
@@ -337,3 +338,36 @@ def test_damage_of_the_older_layouts_is_refused_by_name(tmp_path, zoo, reader):
     (folder / "config.json").write_text(json.dumps({**old.settings, "compr_model_name": "bert-base-uncased"}))
     with pytest.raises(CheckpointError, match="COCOM-light"):
         import_checkpoint("cocom", folder, reader)
+
+
+# -- forms of the authors' code ------------------------------------------------------------------------------------
+
+
+def released(reader, **settings) -> PublishedPISCO:
+    return PublishedPISCO(PublishedPISCOConfig(**{"ratio": 4.0, "r": 4, **settings}), reader).eval()
+
+
+def test_the_forms_of_the_authors_code(reader):
+    pisco = released(reader, slots="plus-one", segment_tokens=32, prefix=(), decoder="none")
+    assert pisco.segments(3) == [(3, 1)]
+    assert pisco.segments(32) == [(32, 9)]
+    assert pisco.segments(70) == [(32, 9), (32, 9), (6, 2)]
+    fixed = released(reader, slots="fixed", segment_tokens=32, memory_tokens=8, decoder="none")
+    assert fixed.segments(3) == [(3, 8)]
+    assert fixed.segments(70) == [(23, 8), (23, 8), (24, 8)]
+    assert fixed.compress([""])[0].slots == 0
+
+
+def test_slots_go_by_what_the_encoder_reads_of_a_passage_that_opens_a_prompt(zoo):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {t: i for i, t in enumerate(["<unk>", "<s>", "▁", "a", "b", "c", "▁b"])}
+    backend = Tokenizer(models.BPE(vocab, [("▁", "b")], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace()
+    reader = Reader(zoo.model(), PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>"))
+    text = "abca"  # "▁" "a" "b" "c" "a" where it opens a prompt
+    assert len(reader.tokenize(text)) == 4
+    slots = [released(reader, as_prompt=opens).compress([text])[0].slots for opens in (False, True)]
+    assert slots == [1, 2]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from nutgraf import Reader, load_compressor
 from nutgraf.compressors import CheckpointError, CompressedPassage
-from nutgraf.compressors.encoders.embedder import load_last_token_embedder
 from nutgraf.compressors.importers import MissingOption, import_checkpoint, import_to, recognise
+from nutgraf.compressors.importers.last_token import load_last_token_embedder
 from nutgraf.compressors.importers.prompts import CLAIM_TEMPLATE, INSTRUCTION_TEMPLATE, reference_vectors, xrag_prompt
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken

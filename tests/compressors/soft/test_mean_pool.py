@@ -8,7 +8,8 @@ import pytest
 import torch
 from nutgraf.compressors import Reader, load_compressor
 from nutgraf.compressors.encoders.embedder import Embedder, load_embedder
-from nutgraf.compressors.soft.mean_pool import MeanPoolCompressor, MeanPoolConfig, window_lengths
+from nutgraf.compressors.slots.segments import window_lengths
+from nutgraf.compressors.soft.mean_pool import MeanPoolCompressor, MeanPoolConfig
 from torch import nn
 from torch.nn.functional import cross_entropy, gelu
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from nutgraf import Reader, load_compressor, make_compressor
-from nutgraf.compressors.encoders.small_lm import BodyEncoder
+from nutgraf.compressors.encoders.small_lm import SmallLMEncoder
 from nutgraf.compressors.soft.pisco import PISCOCompressor, PISCOConfig
 from torch.nn.functional import cross_entropy, linear, relu
 
@@ -53,7 +53,7 @@ def test_slots_are_proportional_and_nothing_is_cut(reader, ratio, memory_tokens)
 
 def test_an_encoder_of_its_own_computes_what_the_equations_give(zoo, reader, small):
     pisco = build(reader, encoder=str(small), connector_width=16, decoder="none", segment_tokens=200)
-    body = BodyEncoder.from_pretrained(small).body
+    body = SmallLMEncoder.from_pretrained(small).body
     ids = zoo.tokenizer()(PASSAGE)["input_ids"]
     n = math.ceil((len(ids) - 1) / 4)
     with torch.no_grad():
@@ -100,41 +100,14 @@ def test_everything_learns_from_the_teachers_answer(zoo, small):
         assert all(p.grad is None for p in reader.model.parameters())
 
 
-def test_the_forms_of_the_authors_code(reader):
-    pisco = build(reader, slots="plus-one", segment_tokens=32, prefix=(), decoder="none")
-    assert pisco.segments(3) == [(3, 1)]
-    assert pisco.segments(32) == [(32, 9)]
-    assert pisco.segments(70) == [(32, 9), (32, 9), (6, 2)]
-    fixed = build(reader, slots="fixed", segment_tokens=32, memory_tokens=8, decoder="none")
-    assert fixed.segments(3) == [(3, 8)]
-    assert fixed.segments(70) == [(23, 8), (23, 8), (24, 8)]
-    assert fixed.compress([""])[0].slots == 0
-
-
-def test_slots_go_by_what_the_encoder_reads_of_a_passage_that_opens_a_prompt(zoo):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = {t: i for i, t in enumerate(["<unk>", "<s>", "▁", "a", "b", "c", "▁b"])}
-    backend = Tokenizer(models.BPE(vocab, [("▁", "b")], unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    backend.decoder = decoders.Metaspace()
-    reader = Reader(zoo.model(), PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>"))
-    text = "abca"  # "▁" "a" "b" "c" "a" where it opens a prompt
-    assert len(reader.tokenize(text)) == 4
-    slots = [build(reader, as_prompt=opens).compress([text])[0].slots for opens in (False, True)]
-    assert slots == [1, 2]
-
-
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"slots": "many"}, "slots must be one of"),
         ({"connector": "linear"}, "connector must be one of"),
         ({"decoder": "full"}, "decoder must be one of"),
         ({"ratio": 0.5}, "ratio"),
         ({"memory_tokens": 0}, "memory_tokens"),
-        ({"slots": "fixed", "segment_tokens": 8}, "no slot"),
+        ({"slots": "fixed"}, "no longer has the setting slots"),
         ({"encoder": "no/such/folder"}, "cannot be loaded"),
     ],
 )

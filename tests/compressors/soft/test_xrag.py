@@ -38,18 +38,6 @@ def test_slot_is_the_projected_vector(xrag, embedder):
     assert passage.ratio == passage.source_tokens
 
 
-def test_faithful_projector_is_linear_gelu_linear_on_raw_vectors(reader, embedder):
-    xrag = XRAGCompressor(XRAGConfig.faithful(), reader, embedder=embedder)
-    assert list(xrag.trainable_state()) == [f"projector.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")]
-    w = {name: p.detach().double() for name, p in xrag.named_parameters()}
-    vector = 3 * torch.randn(384, generator=torch.Generator().manual_seed(0)).double()
-    hidden = w["projector.0.weight"] @ vector + w["projector.0.bias"]
-    hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
-    want = w["projector.2.weight"] @ hidden + w["projector.2.bias"]
-    (passage,) = xrag.compress([PASSAGE], vectors=[vector.float()])
-    assert torch.allclose(passage.embeds[0].double(), want, atol=1e-5)
-
-
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_depth_and_output_norm(zoo, embedder, layers):
     reader = zoo.reader("gemma3_text")  # its embeddings are scaled by the module
@@ -128,7 +116,7 @@ def test_given_vectors_are_used_and_nothing_is_embedded(xrag, embedder, monkeypa
         ([np.zeros((1, 2, 384))], r"got \[1, 2, 384\]"),
         ([np.zeros(())], r"got \[\]"),
         ([[float("nan")] * 384], "NaN"),
-        (["abc"], "no numbers"),
+        (["abc"], "not numbers"),
         ([], "got 0 for 1"),
     ],
 )
@@ -189,7 +177,7 @@ def test_encode_trains_the_projector_alone(xrag, embedder):
         {"layers": 0},
         {"layers": True},
         {"hidden": 0},
-        {"scale": "big"},
+        {"scale": "none"},
         {"embedder": ""},
         {"vector_size": 0},
     ],
