@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..data.questions import answer_kind, make_questions, rename
+from ...compressors.fidelity.questions import COMMON, DATE, NAME, NUMBER, make_questions
 from ..data.templates import LLAMA_INDEX_QA, LLAMA_INDEX_REFINE, QUESTION, REPEAT, SEPARATOR, UNANSWERABLE
 from .corpus import ReaderCorpus, cut, window
 
@@ -52,19 +54,19 @@ class Group:
 
 @dataclass(frozen=True)
 class RowSettings:
-    """What a stage's rows are made of.
+    """Contents of a stage's rows.
 
     Attributes:
         row_tokens: tokens in a row.
-        kinds: share of the kinds of groups, by count: copy, text, made, human, many (several passages), none, refine, repeat.
-        formats: share of prompt formats. questions: at most so many questions a passage.
+        kinds: shares of the kinds of groups: copy, text, made, human, many (several passages), none, refine, repeat.
+        formats: shares of prompt formats. questions: maximum number of questions per passage.
         swap: share of passages in which answers are renamed. unanswerable: share of questions of another passage.
-        copy_tokens, copy_span: distinct tokens in random copying, and (least, most) tokens of a repeated segment.
-        text_share: share of a context's tokens that carry the text loss. max_chars: longest passage, in characters.
-        passages: (least, most) passages of a `many` group.
-        windows: cut long passages to sentences from anywhere in them, and not to their beginning.
+        copy_tokens, copy_span: distinct tokens in random copying, and (min, max) tokens of a repeated segment.
+        text_share: share of a context's tokens with the text loss. max_chars: maximum length of a passage.
+        passages: (min, max) passages of a `many` group.
+        windows: cut long passages to sentences from a random place instead of the beginning.
         pooled: share of contexts with pooled passages (`pooled_contexts`). pool_windows: weights of the numbers of tokens
-            that one slot stands for (keys as text too: so they stand in a recipe that was written and read again).
+            per slot (keys may be text, as in a recipe that was written and read again).
     """
 
     row_tokens: int = 384
@@ -97,25 +99,25 @@ class RowSettings:
 
 
 class GroupMaker:
-    """Draws groups from a corpus; every method `make_KIND(rng)` is one kind of the mix."""
+    """Draws groups from a corpus; the method `make_KIND(rng)` draws the kind of that name in the mix."""
 
     def __init__(self, corpus: ReaderCorpus, settings: RowSettings) -> None:
         self.corpus, self.settings = corpus, settings
 
     def make(self, rng: random.Random) -> Group | None:
-        """A group of a kind drawn from the mix; None asks for a row of random copying instead."""
+        """A group of a kind drawn from the mix; None: a row of random copying."""
         kind = rng.choices(list(self.settings.kinds), list(self.settings.kinds.values()))[0]
         return getattr(self, f"make_{kind}")(rng)
 
     def make_copy(self, rng: random.Random) -> None:
-        """Random copying has no text: `ReaderRows` makes it from token ids."""
+        """Random copying; `ReaderRows` makes it from token ids."""
 
     def make_text(self, rng: random.Random) -> Group:
-        """Plain text, two paragraphs of an article."""
+        """Plain text: paragraphs of an article."""
         return Group(SEPARATOR.join(self.corpus.article(rng)[:3])[: 2 * self.settings.max_chars], context_kind="text")
 
     def make_repeat(self, rng: random.Random) -> Group:
-        """Repeat the passage, word for word."""
+        """Repeat the passage verbatim."""
         passage = self.corpus.paragraph(rng, rng.choice([150, 250, 400]))
         return Group(passage, [Branch(REPEAT, passage, "copy")], context_kind="text")
 
@@ -169,7 +171,7 @@ class GroupMaker:
         return Group("", [Branch(QUESTION.format(question=question), " " + answer)])
 
     def make_refine(self, rng: random.Random) -> Group:
-        """LlamaIndex's refine prompt: a wrong answer with the right passage, or a right answer with another passage."""
+        """LlamaIndex's refine prompt: wrong answer and right passage, or right answer and another passage."""
         asked = self.corpus.human(rng)
         question, answer = rng.choice(asked.pairs)
         if rng.random() < 0.6:
@@ -182,7 +184,7 @@ class GroupMaker:
         return Group("", [Branch(prompt, " " + answer)] if answer in prompt else [])
 
     def _ask(self, passage: str, pairs: list[tuple[str, str]], rng: random.Random, context_kind: str | None) -> Group:
-        """The group of a passage and its questions, some renamed, some unanswerable, in a format drawn at random."""
+        """Group of a passage and its questions: some renamed, some unanswerable, in a random format."""
         settings = self.settings
         texts = [passage, *(text for pair in pairs for text in pair)]
         if pairs and rng.random() < settings.swap:
@@ -198,10 +200,25 @@ class GroupMaker:
         return Group(passage, branches, shape, context_kind)
 
     def _swap(self, texts: list[str], old: str, rng: random.Random) -> list[str]:
-        """Rename `old` to another answer of its kind everywhere, if the new one does not stand there already."""
+        """Renames `old` to another answer of its kind everywhere, if the new one does not occur yet."""
         kind = answer_kind(old)
         for _ in range(6):
             new = rng.choice(self.corpus.answers or [old])
             if answer_kind(new) == kind and new not in texts[0] and len(new.split()) <= 5:
                 return rename(texts, old, new)
         return texts
+
+
+def answer_kind(answer: str) -> str:
+    """`date`, `number` or `name`, as in `find_spans`; `thing` for anything else."""
+    if DATE.fullmatch(answer):
+        return "date"
+    if NUMBER.fullmatch(answer):
+        return "number"
+    return "name" if NAME.fullmatch(answer) and answer not in COMMON else "thing"
+
+
+def rename(texts: Sequence[str], old: str, new: str) -> list[str]:
+    """Replaces `old` by `new` in every text, whole words only."""
+    pattern = re.compile(rf"(?<!\w){re.escape(old)}(?!\w)")
+    return [pattern.sub(lambda _: new, text) for text in texts]

@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from torch.utils.data import Dataset
 
+from ...compressors.fidelity.questions import make_questions
 from ...compressors.objectives.registry import UNREAD, Target, needs_teacher, targets_of
-from ..data.questions import make_questions
 from ..data.records import Material
 from ..data.templates import (
     QUESTION_TEMPLATES,

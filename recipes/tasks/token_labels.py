@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..data.questions import AUX, STOP, sentences, word_set
+from ...compressors.fidelity.questions import AUX, STOP, sentences, word_set
 
 IGNORE = -100  # the label of words that nothing is known of
 _WORD = re.compile(r"\w+(?:['’.\-,]\w+)*|[^\w\s]")

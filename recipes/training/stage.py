@@ -102,10 +102,7 @@ class StageTrainer(Trainer):
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # one process per device; use torchrun or accelerate for several
         super().__init__(
-            model=task.module,
-            args=arguments,
-            train_dataset=task.dataset(stage),
-            data_collator=task.collator(stage),
+            model=task.module, args=arguments, train_dataset=task.dataset(stage), data_collator=task.collator(stage)
         )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
