@@ -64,16 +64,13 @@ class CompressorTask:
         """Training data, read at first use; question files only if a stage uses them."""
         if self._material is None:
             data = self.data
-            human = data.mismatch > 0 or any(
-                stage.mix.get("human") or stage.mix.get("match") for stage in self.recipe.stages
-            )
+            human = any(stage.mix.get("human") or stage.mix.get("match") for stage in self.recipe.stages)
             self._material = Material(
                 load_records(data.questions, data.dir) if human else [],
                 load_articles(data.texts, data.dir, data.documents),
                 data.max_chars,
                 data.max_answer_words,
-                data.verbatim,
-                data.shares,
+                shares=data.shares,
             )
         return self._material
 
