@@ -138,8 +138,7 @@ class CompressorTask:
         if not self.data.dev:
             raise ValueError(f"Stage {stage.name!r} sets eval_every, which needs data.dev: a question file.")
         if self._dev is None:
-            records = load_records([self.data.dev], self.data.dir, self.data.dev_half)
-            self._dev = records[:: max(1, len(records) // self.data.dev_limit)][: self.data.dev_limit]
+            self._dev = self.data.thinned(load_records([self.data.dev], self.data.dir, self.data.dev_half))
         return compressed_scores(self.compressor, self._dev)
 
     def save(self, folder: Path) -> None:

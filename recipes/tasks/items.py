@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch.utils.data import Dataset
@@ -38,10 +38,30 @@ KINDS: dict[str, Target] = {
     "documents": "document",
 }
 NOT_READ = tuple(kind for kind, target in KINDS.items() if target in UNREAD)  # kinds without a prompt
+T = TypeVar("T")
 BLOCK = 16  # batches drawn together and sorted by length, so that items of a batch have similar length
 
 
-class CompressorData(BaseModel):
+class QuestionData(BaseModel):
+    """Fields that the `data` sections of compressor and token recipes share."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dir: str | None = None
+    questions: list[str] = []
+    max_chars: int = Field(default=1600, ge=80)
+    max_answer_words: int = Field(default=12, gt=0)
+    shares: dict[str, float] | None = None
+    dev: str | None = None
+    dev_half: str | None = None
+    dev_limit: int = Field(default=100, gt=0)
+
+    def thinned(self, found: list[T]) -> list[T]:
+        """About `dev_limit` of the dev items, evenly spread."""
+        return found[:: max(1, len(found) // self.dev_limit)][: self.dev_limit]
+
+
+class CompressorData(QuestionData):
     """The `data` section of a compressor recipe.
 
     Attributes:
@@ -56,22 +76,12 @@ class CompressorData(BaseModel):
         dev: question source for `evaluate`, `dev_half` of it, `dev_limit` questions.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
-    dir: str | None = None
     texts: list[str] = []
-    questions: list[str] = []
     documents: int | None = Field(default=None, gt=0)
-    max_chars: int = Field(default=1600, ge=80)
     document_chars: int = Field(default=3000, ge=80)
-    max_answer_words: int = Field(default=12, gt=0)
-    shares: dict[str, float] | None = None
     questions_per_passage: int = Field(default=3, gt=0)
     templates: dict[str, float] = {"plain": 1.0}
     query_aware: bool = False
-    dev: str | None = None
-    dev_half: str | None = None
-    dev_limit: int = Field(default=100, gt=0)
 
 
 @dataclass(frozen=True)

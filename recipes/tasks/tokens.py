@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -23,13 +23,13 @@ from ...shipped import locate
 from ..data.corpus import find_files, open_text
 from ..data.records import Asked, Material, load_records, need_folder
 from ..training.schema import Recipe, Stage, validate
-from .items import CompressorItems
+from .items import CompressorItems, QuestionData
 from .token_labels import IGNORE, Labels, align, answer_labels, question_labels, trusted
 
 KINDS = ("questions", "pairs")
 
 
-class TokenData(BaseModel):
+class TokenData(QuestionData):
     """The `data` section of a token recipe.
 
     Attributes:
@@ -47,23 +47,14 @@ class TokenData(BaseModel):
         dev: question file for `evaluate`, `dev_half` of it, `dev_limit` passages.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
-    dir: str | None = None
-    questions: list[str] = []
-    pairs: list[str] = []
-    max_chars: int = Field(default=1600, ge=80)
-    max_answer_words: int = Field(default=12, gt=0)
+    pairs: list[str] = Field(default=[])
     min_questions: int = Field(default=3, gt=0)
     questions_per_passage: int = Field(default=6, gt=0)
-    shares: dict[str, float] | None = None
     whole: int = Field(default=4, gt=0)
     names: bool = True
     beside: float = Field(default=0.4, ge=0, le=1)
     variation: float = Field(default=0.05, ge=0, lt=1)
     gap: float = Field(default=0.1, ge=0, lt=1)
-    dev: str | None = None
-    dev_half: str | None = None
     dev_limit: int = Field(default=200, gt=0)
 
 
@@ -246,8 +237,7 @@ class TokenTask:
         if self._dev is None:
             held = self._passages([self.data.dev], self.data.dev_half)
             asked = [one for source in held.asked.values() for one in source]
-            asked = asked[:: max(1, len(asked) // self.data.dev_limit)][: self.data.dev_limit]
-            drawn = [(one.passage, *self._labels(one, random.Random(one.passage))) for one in asked]
+            drawn = [(one.passage, *self._labels(one, random.Random(one.passage))) for one in self.data.thinned(asked)]
             self._dev = [TokenItem(passage, labels, passage, question) for passage, labels, question in drawn]
         rarity = self._rarity()
         training = self.compressor.training
