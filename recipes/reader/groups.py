@@ -9,6 +9,9 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from ...compressors.fidelity.questions import COMMON, DATE, NAME, NUMBER, make_questions
 from ..data.templates import LLAMA_INDEX_QA, LLAMA_INDEX_REFINE, QUESTION, REPEAT, SEPARATOR, UNANSWERABLE
@@ -52,9 +55,8 @@ class Group:
     context_kind: str | None = None
 
 
-@dataclass(frozen=True)
-class RowSettings:
-    """Contents of a stage's rows.
+class RowSettings(BaseModel):
+    """The `mix` of a stage: contents of its rows, and weights of the losses.
 
     Attributes:
         row_tokens: tokens in a row.
@@ -65,13 +67,16 @@ class RowSettings:
         text_share: share of a context's tokens with the text loss. max_chars: maximum length of a passage.
         passages: (min, max) passages of a `many` group.
         windows: cut long passages to sentences from a random place instead of the beginning.
-        pooled: share of contexts with pooled passages (`pooled_contexts`). pool_windows: weights of the numbers of tokens
-            per slot (keys may be text, as in a recipe that was written and read again).
+        pooled: share of contexts with pooled passages (`pooled_contexts`). pool_windows: weights of tokens per slot.
+        weights: of the loss kinds, default 1. point: weight of the pointing loss. point_groups: key-value groups with a
+            pointing head.
     """
 
-    row_tokens: int = 384
-    kinds: dict[str, float] = field(default_factory=lambda: {"copy": 1.0})
-    formats: dict[str, float] = field(default_factory=lambda: {"plain": 1.0})
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    row_tokens: int = Field(default=384, ge=32)
+    kinds: dict[str, float] = {"copy": 1.0}
+    formats: dict[str, float] = {"plain": 1.0}
     questions: int = 8
     swap: float = 0.3
     unanswerable: float = 0.04
@@ -82,20 +87,19 @@ class RowSettings:
     passages: tuple[int, int] = (2, 4)
     windows: bool = False
     pooled: float = 0.0
-    pool_windows: dict[int | str, float] = field(default_factory=lambda: {4: 1.0})
+    pool_windows: dict[PositiveInt, float] = {4: 1.0}
+    weights: dict[Literal["answer", "text", "copy", "first"], float] = {}
+    point: float = 0.0
+    point_groups: PositiveInt = 1
 
-    def __post_init__(self) -> None:
-        makers = {name[5:] for name in dir(GroupMaker) if name.startswith("make_")}
-        if unknown := set(self.kinds) - makers:
-            raise ValueError(f"mix.kinds names {sorted(unknown)}; the kinds of rows are {sorted(makers)}.")
-        if unknown := set(self.formats) - set(FORMATS):
-            raise ValueError(f"mix.formats names {sorted(unknown)}; the prompt formats are {sorted(FORMATS)}.")
-        if self.row_tokens < 32:
-            raise ValueError(f"mix.row_tokens is {self.row_tokens}; a row needs at least 32 tokens.")
-        if min(map(int, self.pool_windows), default=0) < 1:
-            raise ValueError(
-                f"mix.pool_windows is {self.pool_windows}; it takes numbers of tokens from 1 with weights."
-            )
+    @model_validator(mode="after")
+    def _known(self) -> RowSettings:
+        makers = [name[5:] for name in dir(GroupMaker) if name.startswith("make_")]
+        if unknown := sorted(set(self.kinds) - set(makers)):
+            raise ValueError(f"kinds names {unknown[0]!r}; the kinds of groups are {', '.join(makers)}")
+        if unknown := sorted(set(self.formats) - set(FORMATS)):
+            raise ValueError(f"formats names {unknown[0]!r}; the prompt formats are {', '.join(FORMATS)}")
+        return self
 
 
 class GroupMaker:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -61,9 +60,9 @@ def token_weights(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
     return np.square(np.log(max(1, total) / (1 + counts)).clip(min=0))
 
 
-def draw_window(windows: Mapping[Any, float], rng: random.Random) -> int:
+def draw_window(windows: Mapping[int, float], rng: random.Random) -> int:
     """Draws a window size in tokens."""
-    return rng.choices([int(size) for size in windows], list(windows.values()))[0]
+    return rng.choices(list(windows), list(windows.values()))[0]
 
 
 def flatten_slots(rows: Sequence[dict[int, Slot]], row_tokens: int) -> dict[str, Tensor]:

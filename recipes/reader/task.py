@@ -34,9 +34,7 @@ class ReaderTask:
 
     Recipe sections: `data` (dir, texts, questions, documents, held_out, dev_texts, dev_questions, dev_limit); `tokenizer`
     (path of a finished one, or vocab_size and characters); `model` (fields of LlamaConfig, `embedder: auto | none`, `copying:
-    bool`; or fields of `BaseSettings` for LoRA on a pretrained model with its tokenizer); each stage's `mix` (fields of
-    `RowSettings`, `weights` of the loss kinds, `point`: weight of the pointing loss, `point_groups`: number of key-value
-    groups with a pointing head).
+    bool`; or fields of `BaseSettings` for LoRA on a pretrained model with its tokenizer); each stage's `mix` (`RowSettings`).
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -101,13 +99,8 @@ class ReaderTask:
         texts = [text for article in self.corpus.articles for text in article[:PARAGRAPHS]]
         return token_weights(self.tokenizer.backend_tokenizer, texts)
 
-    @staticmethod
-    def _rows(stage: Stage) -> RowSettings:
-        settings = {key: value for key, value in stage.mix.items() if key not in ("weights", "point", "point_groups")}
-        try:
-            return RowSettings(**settings)
-        except TypeError as error:
-            raise ValueError(f"Stage {stage.name!r}: mix holds a key that rows do not have ({error}).") from error
+    def _rows(self, stage: Stage) -> RowSettings:
+        return validate(RowSettings, stage.mix, self.recipe.name, f"stages.{stage.name}.mix")
 
     def collator(self, stage: Stage) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
         """Stacks rows into a batch."""
@@ -115,20 +108,14 @@ class ReaderTask:
 
     def begin_stage(self, stage: Stage) -> None:
         """Trains everything (LoRA only on a pretrained base) and sets the weights of the losses."""
-        weights = stage.mix.get("weights", {})
-        if unknown := set(weights) - set(LOSS_KINDS):
-            raise ValueError(
-                f"Stage {stage.name!r}: mix.weights names {sorted(unknown)}; losses are {list(LOSS_KINDS)}."
-            )
-        self.module.weights = {name: float(weights.get(name, 1.0)) for name in LOSS_KINDS}
-        self.module.point_weight = float(stage.mix.get("point", 0.0))
-        groups = int(stage.mix.get("point_groups", 1))
+        mix = self._rows(stage)
+        self.module.weights = dict.fromkeys(LOSS_KINDS, 1.0) | {str(kind): w for kind, w in mix.weights.items()}
+        self.module.point_weight, self.module.point_groups = mix.point, mix.point_groups
         have = int(self.module.model.config.num_key_value_heads or 1)
-        if not 1 <= groups <= have:
+        if mix.point_groups > have:
             raise ValueError(
-                f"Stage {stage.name!r}: mix.point_groups is {groups}; the model has {have} key-value groups."
+                f"Stage {stage.name!r}: mix.point_groups is {mix.point_groups}; the model has {have} key-value groups."
             )
-        self.module.point_groups = groups
         if self.base is None:
             self.module.requires_grad_(True)
             return

@@ -231,13 +231,13 @@ def test_llama_index_format_is_the_default_template():
 
 
 def test_unknown_settings_are_refused(task):
-    with pytest.raises(ValueError, match=r"mix\.kinds names"):
+    with pytest.raises(ValueError, match="kinds names 'poems'"):
         RowSettings(kinds={"poems": 1.0})
     stage = task.recipe.stages[0].model_copy(update={"mix": {"point_groups": 9}})
     with pytest.raises(ValueError, match="point_groups is 9"):
         task.begin_stage(stage)
     stage = task.recipe.stages[0].model_copy(update={"mix": {"row_token": 3}})
-    with pytest.raises(ValueError, match="row_token"):
+    with pytest.raises(ValueError, match=r"unknown key stages\.copy\.mix\.row_token; did you mean 'row_tokens'"):
         task.dataset(stage)
 
 
