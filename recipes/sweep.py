@@ -1,7 +1,7 @@
-"""Sweeps: a recipe trained once for every combination of some settings, and what each of them is worth.
+"""Sweeps: trains and evaluates a recipe once for every combination of settings.
 
-A cell is one combination. It has a folder of its own, named after its settings and the hash of everything that decides its
-weights; a sweep that is run again skips the cells that are measured and goes on with the one that was cut off.
+A cell is one combination. Its folder is named by its settings and the hash of everything that determines its weights; a sweep
+that is run again skips finished cells and resumes the interrupted one.
 
 Example:
     >>> fixed, grid = parse_grid(["data.dir=corpus", "stages.*.lr=1e-3,2e-3", "seed=0,1"])
@@ -37,32 +37,30 @@ _PAIRS = {"[": "]", "{": "}", "(": ")"}
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination of a sweep: what it varies, and the recipe that comes of it."""
+    """One combination of a sweep: its settings and its recipe."""
 
     settings: dict[str, str]
     recipe: Recipe
 
     def key(self, reader: Reader) -> str:
-        """Hash of what decides the weights: the recipe without places and intervals, and the reader."""
+        """Hash of what determines the weights: the recipe without paths and intervals, and the reader."""
         parts = json.dumps([self.recipe.identity(), reader.fingerprint], sort_keys=True)
         return hashlib.sha256(parts.encode()).hexdigest()[:12]
 
     def folder(self, reader: Reader) -> str:
-        """The name of its folder: settings, shortened, and the key."""
+        """Name of its folder: shortened settings, and the key."""
         said = "_".join(f"{key.rpartition('.')[2]}={value}" for key, value in self.settings.items())
         return f"{re.sub(r'[^A-Za-z0-9=._-]+', '-', said)[:80]}-{self.key(reader)}".lstrip(".-")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What every cell is asked: `limit` questions of each file, evenly spread, at each ratio.
+    """Evaluation of every cell: `limit` questions of each file, evenly spread, at each ratio.
 
     Attributes:
-        files: question files, as paths or as names inside the recipe's `data.dir`.
-        half: which half of a file; None: both.
-        limit: questions of each file.
-        ratios: compression ratios; None is the compressor's own.
-        max_new_tokens: length of an answer.
+        files: question files, as paths or as names in the recipe's `data.dir`.
+        half: half of a file; None: both.
+        ratios: compression ratios; None: the compressor's own.
     """
 
     files: tuple[str, ...]
@@ -72,7 +70,7 @@ class Evaluation:
     max_new_tokens: int = 16
 
     def records(self, file: str, folder: str | None) -> list[Record]:
-        """The questions of one file. Raises ``ValueError`` if there are none."""
+        """Questions of one file. Raises ``ValueError`` if there are none."""
         path = Path(file)
         found = load_records([path.name], path.parent, self.half) if path.is_file() else None
         found = load_records([file], folder, self.half) if found is None else found
@@ -82,11 +80,7 @@ class Evaluation:
 
 
 def parse_grid(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Overrides with one value, and those with several, `key=v1,v2`; commas inside brackets or quotes part nothing.
-
-    Raises:
-        ValueError: if an argument is not of that form, has an empty value or stands twice.
-    """
+    """Splits overrides into those with one value and those with several, `key=v1,v2`; ValueError for a malformed one."""
     fixed: list[str] = []
     grid: dict[str, list[str]] = {}
     for argument in arguments:
@@ -106,7 +100,7 @@ def parse_grid(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]
 
 
 def split_values(text: str) -> list[str]:
-    """Parts of `text` between commas that stand outside brackets and quotes: `[1, 2],3` gives `[1, 2]` and `3`."""
+    """Splits at commas outside brackets and quotes: `[1, 2],3` gives `[1, 2]` and `3`."""
     parts, closing, quote = [""], "", ""
     for character in text:
         if character == "," and not closing and not quote:
@@ -125,11 +119,7 @@ def split_values(text: str) -> list[str]:
 
 
 def make_cells(recipe: str | Path, fixed: Sequence[str], grid: Mapping[str, Sequence[str]]) -> list[Cell]:
-    """Every combination of the grid's values, the last key's values changing first.
-
-    Raises:
-        ValueError: if a combination is no valid recipe, or the recipe trains no compressor.
-    """
+    """Every combination of the grid's values; the last key varies fastest. ValueError for an invalid recipe."""
     cells = []
     for values in itertools.product(*grid.values()):
         settings = dict(zip(grid, values))
@@ -152,20 +142,20 @@ def run_sweep(
     max_minutes: float | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Row]:
-    """Train and evaluate each cell in turn.
+    """Trains and evaluates each cell.
 
     Args:
-        out: folder that holds the cells' folders. A finished cell keeps its compressor and its log, not its checkpoints.
-        write: takes the rows of a cell, as soon as it is measured.
-        have: rows of earlier sweeps: what they hold is not measured again, and a cell that lacks nothing is not trained.
-        about: what each row says of its making, from the reader, the seed and the compressor.
-        readers: readers by their names in recipes, in place of loading them.
-        max_minutes: stop cleanly after this many minutes of training and evaluating; the same sweep goes on from there.
-        say: shows a line.
+        out: folder of the cells' folders. A finished cell keeps its compressor and log, not its checkpoints.
+        write: called with the rows of a cell as soon as it is measured.
+        have: rows of earlier sweeps, which are not measured again; a cell with all rows is not trained.
+        about: provenance of a row, from the reader, the seed and the compressor.
+        readers: loaded readers by their names in recipes.
+        max_minutes: stop after this many minutes; the same sweep resumes from there.
+        say: prints a line.
 
     Returns:
-        The rows of all cells that are measured, those of `have` included. F1 lies in [0, 1]. A cell whose loss stopped
-        being a number has one row, with `diverged` in place of scores.
+        Rows of all measured cells, including `have`. F1 lies in [0, 1]. A cell whose loss became NaN or infinite has one row,
+        with `diverged` instead of scores.
     """
     loaded = dict(readers or {})
     deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
@@ -220,7 +210,7 @@ def run_sweep(
 
 
 def _train(cell: Cell, reader: Reader, folder: Path, max_minutes: float | None) -> Path | None:
-    """The folder of the cell's compressor, trained unless it is there; None if something stopped the run."""
+    """Folder of the cell's compressor, trained if missing; None if the run was stopped."""
     final = folder / cell.recipe.output.folder
     if final.is_dir():
         return final
@@ -234,21 +224,15 @@ def _train(cell: Cell, reader: Reader, folder: Path, max_minutes: float | None) 
 
 
 def _head(cell: Cell, key: str) -> Row:
-    """What all rows of a cell begin with."""
-    compressor = cell.recipe.compressor or {}
-    steps = sum(stage.steps for stage in cell.recipe.stages)
-    return {
-        "suite": "sweep",
-        "recipe": cell.recipe.name,
-        "method": compressor.get("method"),
-        "settings": cell.settings,
-        "cell": key,
-        "steps": steps,
-    }
+    """Fields that all rows of a cell share."""
+    recipe, method = cell.recipe, (cell.recipe.compressor or {}).get("method")
+    steps = sum(stage.steps for stage in recipe.stages)
+    about: Row = {"suite": "sweep", "recipe": recipe.name, "method": method}
+    return {**about, "settings": cell.settings, "cell": key, "steps": steps}
 
 
 def _line(cell: Cell, key: str, place: tuple[str, float | None], evaluation: Evaluation) -> Row:
-    """The part of a row that says what is measured."""
+    """The part of a row that identifies the measurement."""
     file, ratio = place
     asked = ratio if ratio is not None else (cell.recipe.compressor or {}).get("ratio")
     named: Row = {"dataset": Path(file).name.split(".")[0], "half": evaluation.half, "limit": evaluation.limit}
@@ -256,27 +240,27 @@ def _line(cell: Cell, key: str, place: tuple[str, float | None], evaluation: Eva
 
 
 def _identity(row: Row) -> tuple[Any, ...]:
-    """What two rows that measure the same thing have alike."""
+    """Key of a measurement."""
     names = ("cell", "dataset", "half", "limit", "ratio_asked", "max_new_tokens")
     return tuple(row.get(name) for name in names)
 
 
 def _figures(scores: Mapping[str, float]) -> Row:
-    """The scores as results files hold them: F1 in [0, 1], and the share of what the passages are worth that is left."""
+    """Scores for results files: F1 in [0, 1], and the recovered share of the gain from passages."""
     found = {name: value / 100 if name.startswith("f1") else value for name, value in scores.items()}
     gained = found["f1_full"] - found["f1_none"]
     return {**found, "recovered_share": (found["f1"] - found["f1_none"]) / gained if gained > 0 else None}
 
 
 def _training(folder: Path) -> Row:
-    """What the run's log ends with."""
+    """Last values of the run's log."""
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     last: Row = next((row for row in reversed(log) if "loss" in row), {})
     return {"train_loss": last.get("loss"), "train_tokens": last.get("tokens"), "train_seconds": last.get("seconds")}
 
 
 def best_first(rows: Collection[Row]) -> list[Row]:
-    """The rows by dataset and ratio, the best F1 first; those that diverged last."""
+    """Rows by dataset and ratio, best F1 first; diverged ones last."""
     return sorted(
         rows, key=lambda row: (str(row.get("dataset", "~")), row.get("ratio_asked") or 0.0, -row.get("f1", 0.0))
     )

@@ -37,14 +37,10 @@ class KLDistillationLoss(ChunkedLoss, Objective):
         - Cheng et al., xRAG, arXiv 2405.13792, eq. 4.
 
     Inputs:
-        +-------------+---------------------+------------------------------------------------------------------+
-        | hidden      | ``[N, d]`` float    | student: hidden states, slots in the prompt                      |
-        | teacher     | ``[N, d]`` float    | hidden states, text in the prompt, without gradient; or stored   |
-        |             |                     | `TeacherLogits`: their `top_k` is used, and their temperature    |
-        |             |                     | must equal this one                                              |
-        | weights     | ``[N]`` float, opt. | weight of each row; default 1                                    |
-        | num_items   | number, opt.        | divisor; default the sum of the weights                          |
-        +-------------+---------------------+------------------------------------------------------------------+
+        hidden: ``[N, d]`` student's hidden states, slots in the prompt.
+        teacher: ``[N, d]`` teacher's hidden states, text in the prompt, used without gradient; or stored `TeacherLogits`,
+            whose `top_k` is used and whose temperature must equal this one.
+        weights, num_items: ``[N]`` weights of the rows, default 1; divisor, default the sum of the weights.
 
     Memory:
         At most ``24 * min(N, chunk) * V`` bytes (float32 logits and log-probabilities of both, the terms, the gradient).

@@ -19,12 +19,9 @@ class TokenLoss(ChunkedLoss, Objective):
         chunk: rows whose logits exist at the same time.
 
     Inputs:
-        +-------------+---------------------+------------------------------------------------------------------+
-        | hidden      | ``[N, d]`` float    | hidden state before each target token, slots in the prompt       |
-        | ids         | ``[N]`` int64       | target tokens                                                    |
-        | weights     | ``[N]`` float, opt. | weight of each row; default 1                                    |
-        | num_items   | number, opt.        | divisor; default the sum of the weights                          |
-        +-------------+---------------------+------------------------------------------------------------------+
+        hidden: ``[N, d]`` hidden state before each target token, slots in the prompt.
+        ids: ``[N]`` target tokens.
+        weights, num_items: ``[N]`` weights of the rows, default 1; divisor, default the sum of the weights.
 
     Memory:
         ``12 * min(N, chunk) * V`` bytes besides the inputs and their gradients (float32 logits, log-probabilities,

@@ -1,4 +1,4 @@
-"""A model's output head as one function of hidden states, so that logits are made only where they are needed."""
+"""A model's output head as a function of hidden states, to compute logits only where needed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def build_head(model: Any) -> Callable[[Tensor], Tensor]:
-    """The function from last hidden states to logits, checked against the model's own logits.
+    """Returns the function from last hidden states to logits, verified against the model's own logits.
 
     Raises:
-        ValueError: if the model does something to its logits that is not known here.
+        ValueError: if the model transforms its logits in an unknown way.
     """
     config = model.config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)
@@ -35,7 +35,7 @@ def build_head(model: Any) -> Callable[[Tensor], Tensor]:
         raise ValueError(f"{type(model).__name__} gives NaN or infinite logits: its weights are damaged.")
     if not torch.allclose(got.float(), wanted.float(), atol=1e-3 * float(wanted.float().abs().max()) + 1e-4):
         raise ValueError(
-            f"{type(model).__name__} changes its logits in a way that is not known here (largest difference "
+            f"{type(model).__name__} transforms its logits in an unknown way (largest difference "
             f"{float((got - wanted).abs().max()):.3g}); please report this architecture."
         )
     return head

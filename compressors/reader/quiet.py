@@ -1,4 +1,4 @@
-"""Quiet loading: no progress bars and load reports, where what they would say is checked and raised instead."""
+"""Context manager that silences transformers' loading output; loaded keys are checked separately."""
 
 from __future__ import annotations
 

@@ -116,8 +116,6 @@ class Reader:
         reader.identity_card.checkpoint = found.checkpoint
         return reader
 
-    # -- facts -----------------------------------------------------------------------------------------------------
-
     @property
     def device(self) -> torch.device:
         """Device of the inputs: that of the embedding table, or its execution device if it is offloaded."""
@@ -176,8 +174,6 @@ class Reader:
         with torch.no_grad():
             return float(self.embed(ids).float().norm(dim=-1).mean())
 
-    # -- text ------------------------------------------------------------------------------------------------------
-
     def tokenize(self, text: str) -> list[int]:
         """Ids of a text inside a prompt: adds no special tokens and recognises none."""
         return self.prompts.encode(text)
@@ -205,15 +201,10 @@ class Reader:
             embeds = self.embed(ids)
         return CompressedPassage("embeds", len(ids), IDENTITY, self.fingerprint, embeds=embeds)
 
-    # -- planning --------------------------------------------------------------------------------------------------
-
     def plan(self, prompts: Sequence[Prompt], *, chat: bool = False, **template: Any) -> list[PromptPlan]:
-        """Lays prompts out.
+        """Lays out prompts: strings, lists of strings and compressed passages, or, with ``chat``, also lists of messages.
 
-        Args:
-            prompts: each a string, a list of strings and compressed passages, or, with ``chat``, also a list of messages.
-            chat: render each prompt through the tokenizer's chat template.
-            template: options of the chat template.
+        ``template`` holds options of the tokenizer's chat template.
 
         Raises:
             ReaderMismatchError: for a passage that was made for another reader.
@@ -267,8 +258,6 @@ class Reader:
                 f"The prompt takes {longest} positions and {more} more are asked for, but {self.name!r} has {limit}; "
                 "use fewer passages, a higher compression ratio or fewer new tokens."
             )
-
-    # -- forward ---------------------------------------------------------------------------------------------------
 
     @functools.cached_property
     def kv_placement(self) -> KVPlacement:
@@ -370,19 +359,12 @@ class Reader:
         return Targets(picked, flat, rows.to(picked.device))
 
     def target_logits(
-        self,
-        prompts: Sequence[Prompt],
-        targets: Sequence[str] | Sequence[Sequence[int]],
-        *,
-        add_eos: bool = False,
-        chat: bool = False,
+        self, prompts: Sequence[Prompt], targets: Sequence[str] | Sequence[Sequence[int]], **options: bool
     ) -> list[Tensor]:
         """Per prompt, the logits ``[target tokens, vocabulary]`` that predict its target; see `target_hidden`."""
-        found = self.target_hidden(prompts, targets, add_eos=add_eos, chat=chat)
+        found = self.target_hidden(prompts, targets, **options)
         counts = torch.bincount(found.rows, minlength=len(prompts)).tolist()
         return [self.head(h) for h in found.hidden.split(counts)]
-
-    # -- generation ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def generate(
@@ -447,22 +429,13 @@ class Reader:
         return stream_text(lambda *out: self._generate(plans, config, stop, generate_kwargs, *out), self.decode, stop)
 
     def _as_plans(self, prompts: Sequence[Prompt], chat: bool, template: dict[str, Any] | None) -> list[PromptPlan]:
-        planned = [prompt for prompt in prompts if isinstance(prompt, PromptPlan)]
-        if planned and len(planned) == len(prompts):
-            return planned
+        if prompts and all(isinstance(prompt, PromptPlan) for prompt in prompts):
+            return list(prompts)
         return self.plan(prompts, chat=chat, **(template or {}))
 
-    def _generate(
-        self,
-        plans: list[PromptPlan],
-        config: GenerationConfig,
-        stop: Sequence[str] | None,
-        kwargs: dict[str, Any],
-        *streaming: Any,
-    ) -> list[list[int]]:
+    def _generate(self, plans: list[PromptPlan], config: GenerationConfig, *options: Any) -> list[list[int]]:
         self.check_room(plans, int(config.max_new_tokens or 0))
-        inputs = self._generation_inputs(plans, config)
-        return generate_ids(self.model, inputs, config, self.tokenizer, stop, kwargs, *streaming)
+        return generate_ids(self.model, self._generation_inputs(plans, config), config, self.tokenizer, *options)
 
     def _generation_inputs(self, plans: list[PromptPlan], config: GenerationConfig) -> dict[str, Any]:
         """Arguments of ``model.generate``."""

@@ -1,7 +1,7 @@
-"""How a reader tokenises prompts: plain runs of text between special tokens and compressed passages.
+"""Tokenises prompts: plain runs of text between special tokens and compressed passages.
 
-What users and documents type is plain text: a special token's string inside it is spelled out in ordinary tokens. Special
-tokens come from the tokenizer's own prefix (BOS) and from the chat template alone.
+Text of users and documents is plain: the string of a special token inside it becomes ordinary tokens. Special tokens come only
+from the tokenizer's prefix (BOS) and the chat template.
 """
 
 from __future__ import annotations
@@ -29,22 +29,16 @@ class Special:
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Literal token ids in a prompt, where a format cannot be spelled in text (special tokens, a tokenisation of its own).
-
-    A prompt that opens with them opens with nothing else: no BOS is put in front, so ``TokenIds(())`` leaves it out.
-    """
+    """Literal token ids in a prompt, for formats that text cannot express. A prompt that starts with them gets no BOS."""
 
     ids: tuple[int, ...]
 
 
 class PromptTokenizer:
-    """Tokenises the strings of a prompt.
-
-    Args:
-        tokenizer: a fast Hugging Face tokenizer. It is not changed.
+    """Tokenises the strings of a prompt with a fast Hugging Face tokenizer, which is not changed.
 
     Raises:
-        TypeError: if the tokenizer has no fast backend, which is needed for exact offsets and plain special strings.
+        TypeError: if the tokenizer has no fast backend, which exact offsets and plain special strings need.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -59,8 +53,8 @@ class PromptTokenizer:
         self._plain.no_padding()
         self._plain.no_truncation()
         self._plain.encode_special_tokens = True
-        # A run that does not open the prompt is encoded behind a sentinel, which keeps SentencePiece-like tokenizers from
-        # giving it a leading space. Nobody can type the sentinel: it is random.
+        # A run inside a prompt is encoded after a sentinel, so that SentencePiece-like tokenizers add no leading space. The
+        # sentinel is random, so that no text contains it.
         self._sentinel = f"<|{secrets.token_hex(16)}|>"
         self._plain.add_tokens([AddedToken(self._sentinel, special=False, normalized=False)])
         added = tokenizer.added_tokens_decoder
@@ -80,17 +74,17 @@ class PromptTokenizer:
         return []
 
     def encode(self, text: str, opens: bool = False) -> list[int]:
-        """Ids of a plain run; ``opens`` says that it is the first thing in its prompt, BOS aside."""
+        """Ids of a plain run; ``opens``: it is first in its prompt, except for BOS."""
         return self.encode_batch([(text, opens)])[0]
 
     def encode_batch(self, runs: Sequence[tuple[str, bool]]) -> list[list[int]]:
-        """Ids of many plain runs, each with its ``opens`` flag."""
+        """Ids of plain runs, each with its ``opens`` flag."""
         marked = [clean(text) if opens else self._sentinel + clean(text) for text, opens in runs]
         encodings = self._plain.encode_batch_fast(marked, add_special_tokens=False)
         return [e.ids if opens else e.ids[1:] for e, (_, opens) in zip(encodings, runs)]
 
     def encode_with_offsets(self, text: str, opens: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of a plain run, and each token's ``(start, end)`` characters in the text; ``opens`` as in `encode`."""
+        """Ids of a plain run, and the ``(start, end)`` characters of each token; ``opens`` as in `encode`."""
         if opens:
             encoding = self._plain.encode(clean(text), add_special_tokens=False)
             return encoding.ids, encoding.offsets
@@ -98,14 +92,12 @@ class PromptTokenizer:
         shift = len(self._sentinel)
         return encoding.ids[1:], [(a - shift, b - shift) for a, b in encoding.offsets[1:]]
 
-    # -- chat templates --------------------------------------------------------------------------------------------
-
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> list[Any]:
-        """The atoms of a chat: `Special`, ``str`` and whatever else the messages' contents hold.
+        """The atoms of a chat: `Special`, ``str`` and the non-text contents of messages.
 
         Args:
             messages: ``{"role": str, "content": str or list of str and compressed passages}`` each.
-            template: passed to the chat template (``enable_thinking``, for instance).
+            template: options of the chat template, such as ``enable_thinking``.
 
         Raises:
             ValueError: if the tokenizer has no chat template or the template drops a message.
@@ -115,7 +107,7 @@ class PromptTokenizer:
                 "This reader's tokenizer has no chat template; set tokenizer.chat_template, or pass a plain prompt."
             )
         marks = [f"x{secrets.token_hex(12)}x" for _ in messages]
-        # The spaces show whether the template trims what it is given.
+        # The spaces show whether the template trims contents.
         marked = [{**m, "content": f" {mark} "} for m, mark in zip(messages, marks)]
         options = {"add_generation_prompt": True, **template}
         rendered = self.tokenizer.apply_chat_template(marked, tokenize=False, **options)
@@ -144,17 +136,15 @@ class PromptTokenizer:
             pieces.append(Special(self._specials[found]) if found in self._specials else piece)
         return pieces
 
-    # -- identity --------------------------------------------------------------------------------------------------
-
     def fingerprint_parts(self) -> list[Any]:
-        """What decides the ids: vocabulary, special tokens, behaviour on a probe text, and the chat template."""
+        """Facts that determine ids: vocabulary, special tokens, ids of a probe text, and the chat template."""
         vocabulary = hash_json(sorted(self.tokenizer.get_vocab().items()))
         template = getattr(self.tokenizer, "chat_template", None)
         return [vocabulary, sorted(self._specials.items()), self.encode(_PROBE, opens=True), self.bos_ids, template]
 
 
 def clean(text: str) -> str:
-    """The text with lone surrogates, which no tokenizer takes, replaced one for one by U+FFFD."""
+    """Replaces lone surrogates, which no tokenizer takes, by U+FFFD, one for one."""
     return _SURROGATES.sub("�", text)
 
 

@@ -1,4 +1,4 @@
-"""SQuAD's scores of an answer, which training and benchmarks share."""
+"""SQuAD's answer scores, for training and benchmarks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalize(answer: str) -> str:
-    """SQuAD's normal form: lower case, no ASCII punctuation, no articles, single spaces.
-
-    After https://arxiv.org/abs/1606.05250, whose figures are taken in this form.
+    """SQuAD's normal form (arXiv 1606.05250): lower case, no ASCII punctuation, no articles, single spaces.
 
     >>> normalize("The  Beatles' best-known song")
     'beatles bestknown song'
@@ -23,21 +21,21 @@ def normalize(answer: str) -> str:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 if the normal form of the prediction is that of any reference answer, else 0.0."""
+    """1.0 if the normal form of the prediction equals that of a reference answer, else 0.0."""
     guess = normalize(prediction)
     return best(answers, lambda answer: float(guess == normalize(answer)))
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
-    """Harmonic mean of precision and recall over the bag of normalised words; the best over the reference answers.
+    """Harmonic mean of precision and recall over the bag of normalised words; maximum over the reference answers.
 
-    Two empty normal forms agree (1.0); an empty and a non-empty one do not (0.0).
+    Two empty normal forms score 1.0, an empty and a non-empty one 0.0.
     """
     return best(answers, lambda answer: _bag_f1(normalize(prediction).split(), normalize(answer).split()))
 
 
 def best(answers: Sequence[str], score: Callable[[str], float]) -> float:
-    """The best score over the reference answers. Raises ``ValueError`` if there is none."""
+    """Maximum score over the reference answers. Raises ``ValueError`` if there are none."""
     if not answers:
         raise ValueError("A prediction is scored against at least one reference answer, got none.")
     return max(score(answer) for answer in answers)

@@ -1,8 +1,7 @@
-"""Reading training files: documents of plain text and question records, compressed or not.
+"""Reads training files: documents of plain text and question records, plain or xz-compressed.
 
-Text files hold documents separated by a line `<|doc|>`; question files are JSON lines with the fields
-`id, question, answers, passages, gold, source`. Both may be xz-compressed. Order is the file's own order,
-so that a seed alone fixes what training sees.
+Text files hold documents separated by a line `<|doc|>`; question files are JSON lines with the fields `id, question, answers,
+passages, gold, source`. Records keep the order of the file, so a seed determines the training data.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ SEPARATOR = "<|doc|>"
 
 
 def open_text(path: str | Path) -> TextIO:
-    """Open `path` as UTF-8 text, unpacking it on the way when its name ends in `.xz`."""
+    """Opens `path` as UTF-8 text; unpacks `.xz`."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
@@ -30,7 +29,7 @@ def open_text(path: str | Path) -> TextIO:
 
 
 def read_documents(path: str | Path) -> Iterator[str]:
-    """Yield the documents of a text file, each stripped, empty ones left out."""
+    """Yields the non-empty documents of a text file, stripped."""
     lines: list[str] = []
     with open_text(path) as file:
         for line in file:
@@ -45,14 +44,14 @@ def read_documents(path: str | Path) -> Iterator[str]:
 
 
 def split_paragraphs(document: str) -> list[str]:
-    """The paragraphs of a document (blank-line separated), without its `# Title` line."""
+    """Paragraphs of a document (separated by blank lines), without its `# Title` line."""
     parts = (part.strip() for part in document.split("\n\n"))
     return [part for part in parts if part and not part.startswith("# ")]
 
 
 @dataclass(frozen=True)
 class Record:
-    """One question. `gold` is the index of the passage that holds the answer, None when none does."""
+    """One question. `gold` is the index of the passage with the answer, or None."""
 
     question: str
     answers: tuple[str, ...]
@@ -65,12 +64,12 @@ class Record:
 
     @property
     def gold_text(self) -> str:
-        """The text of the gold passage, empty when there is none."""
+        """Text of the gold passage, empty if there is none."""
         return "" if self.gold is None else self.passages[self.gold]
 
 
 def parse_record(row: dict[str, Any], where: str = "record") -> Record:
-    """Turn one JSON object into a `Record`; a ValueError names the place and the missing or wrong field."""
+    """Converts a JSON object; ValueError names `where` and the missing or wrong field."""
     missing = [key for key in ("question", "answers", "passages") if key not in row]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}: a question record needs question, answers and passages.")
@@ -92,7 +91,7 @@ def parse_record(row: dict[str, Any], where: str = "record") -> Record:
 
 
 def read_records(path: str | Path, half: str | None = None, limit: int | None = None) -> list[Record]:
-    """Read a JSON-lines question file, only the records of one `half` and at most `limit` of them if asked."""
+    """Reads a question file; optionally one `half`, at most `limit` records."""
     records: list[Record] = []
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
@@ -111,7 +110,7 @@ def read_records(path: str | Path, half: str | None = None, limit: int | None = 
 
 
 def find_files(folder: str | Path, names: Iterable[str]) -> list[Path]:
-    """The paths of `names` (file names or glob patterns) in `folder`, each pattern's matches in sorted order."""
+    """Paths of `names` (file names or glob patterns) in `folder`, each pattern's matches sorted."""
     folder = Path(folder)
     found: list[Path] = []
     for name in names:

@@ -1,7 +1,6 @@
-"""Has anything of the dev files entered training? A check by word n-grams, cheap enough to be part of the recipe.
+"""Finds overlap of training texts with held-out files by word n-grams.
 
-Two texts overlap when they share `n` words in a row (lower case, letters and digits only). Whole questions that are
-shorter than `n` words are compared as wholes.
+Two texts overlap if they share `n` consecutive words (lower case, letters and digits only). Questions are compared whole.
 """
 
 from __future__ import annotations
@@ -18,12 +17,10 @@ PASSAGE_WORDS, QUESTION_WORDS = 20, 6
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, lower case, without punctuation."""
     return WORD.findall(text.lower())
 
 
 def ngrams(text: str, n: int) -> Iterator[int]:
-    """Hashes of the n-grams of a text; a text of fewer than `n` words has none."""
     found = words(text)
     for start in range(len(found) - n + 1):
         yield hash(" ".join(found[start : start + n]))
@@ -31,9 +28,9 @@ def ngrams(text: str, n: int) -> Iterator[int]:
 
 @dataclass
 class HeldOut:
-    """What must not be trained on: n-grams of passages and whole questions.
+    """N-grams of passages, and questions, that must not be trained on.
 
-    Questions of fewer than `QUESTION_WORDS` words (`Who won?`) belong to nobody and are not compared.
+    Questions of fewer than `QUESTION_WORDS` words (`Who won?`) are too general and not compared.
     """
 
     n: int = PASSAGE_WORDS
@@ -42,7 +39,7 @@ class HeldOut:
 
     @classmethod
     def from_files(cls, files: Iterable[Path], n: int = PASSAGE_WORDS) -> HeldOut:
-        """Collect the questions and gold passages of question files (`.jsonl`) and the documents of text files."""
+        """Collects questions and gold passages of question files (`.jsonl`) and documents of text files."""
         held = cls(n)
         for path in files:
             if ".jsonl" not in path.name:
@@ -56,16 +53,14 @@ class HeldOut:
         return held
 
     def add_passage(self, text: str) -> None:
-        """Hold a passage out."""
         self.grams.update(ngrams(text, self.n))
 
     def add_question(self, text: str) -> None:
-        """Hold a question out, if it is long enough to be anybody's."""
         if len(found := words(text)) >= QUESTION_WORDS:
             self.questions.add(tuple(found))
 
     def has_passage(self, text: str) -> bool:
-        """Whether the text shares `n` words in a row with a held-out passage."""
+        """Whether the text shares `n` consecutive words with a held-out passage."""
         return bool(self.grams) and any(gram in self.grams for gram in ngrams(text, self.n))
 
     def has_question(self, text: str) -> bool:

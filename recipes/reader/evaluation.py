@@ -1,4 +1,4 @@
-"""Scores of a reader while it trains: greedy answers with and without the passage, held-out perplexity, copying."""
+"""Scores of a reader during training: greedy answers with and without passages, held-out perplexity, copying."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..data.templates import QUESTION, SEPARATOR
 
 
 def prompt_of(record: Record, context: bool = True) -> str:
-    """The PLAIN prompt of a record, with all of its passages or with none."""
+    """Plain prompt of a record, with all of its passages or none."""
     if not context:
         return QUESTION.format(question=record.question)
     return SEPARATOR.join([*record.passages, QUESTION.format(question=record.question)])
@@ -30,7 +30,7 @@ def answer_prompts(
     max_new_tokens: int = 16,
     batch_size: int = 25,
 ) -> tuple[list[str], float]:
-    """Greedy answers in the order of the prompts, and the share of them that ended by themselves."""
+    """Greedy answers in the order of the prompts, and the share that ended with EOS."""
     model.eval()
     generate: Any = model.generate
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -85,7 +85,7 @@ def heldout_perplexity(
 
 @torch.no_grad()
 def copy_loss(model: PreTrainedModel, vocabulary: int, span: int = 24, rows: int = 32, seed: int = 0) -> float:
-    """Nats per token on the second half of a random segment said twice (the whole vocabulary, first tokens apart)."""
+    """Nats per token on the second copy of a random segment, without its first token."""
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     segment = torch.randint(8, vocabulary, (rows, span), generator=generator)

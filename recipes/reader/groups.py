@@ -6,9 +6,14 @@
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
-from ..data.questions import answer_kind, make_questions, rename
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+from ...compressors.fidelity.questions import COMMON, DATE, NAME, NUMBER, make_questions
 from ..data.templates import LLAMA_INDEX_QA, LLAMA_INDEX_REFINE, QUESTION, REPEAT, SEPARATOR, UNANSWERABLE
 from .corpus import ReaderCorpus, cut, window
 
@@ -50,26 +55,28 @@ class Group:
     context_kind: str | None = None
 
 
-@dataclass(frozen=True)
-class RowSettings:
-    """What a stage's rows are made of.
+class RowSettings(BaseModel):
+    """The `mix` of a stage: contents of its rows, and weights of the losses.
 
     Attributes:
         row_tokens: tokens in a row.
-        kinds: share of the kinds of groups, by count: copy, text, made, human, many (several passages), none, refine, repeat.
-        formats: share of prompt formats. questions: at most so many questions a passage.
+        kinds: shares of the kinds of groups: copy, text, made, human, many (several passages), none, refine, repeat.
+        formats: shares of prompt formats. questions: maximum number of questions per passage.
         swap: share of passages in which answers are renamed. unanswerable: share of questions of another passage.
-        copy_tokens, copy_span: distinct tokens in random copying, and (least, most) tokens of a repeated segment.
-        text_share: share of a context's tokens that carry the text loss. max_chars: longest passage, in characters.
-        passages: (least, most) passages of a `many` group.
-        windows: cut long passages to sentences from anywhere in them, and not to their beginning.
-        pooled: share of contexts with pooled passages (`pooled_contexts`). pool_windows: weights of the numbers of tokens
-            that one slot stands for (keys as text too: so they stand in a recipe that was written and read again).
+        copy_tokens, copy_span: distinct tokens in random copying, and (min, max) tokens of a repeated segment.
+        text_share: share of a context's tokens with the text loss. max_chars: maximum length of a passage.
+        passages: (min, max) passages of a `many` group.
+        windows: cut long passages to sentences from a random place instead of the beginning.
+        pooled: share of contexts with pooled passages (`pooled_contexts`). pool_windows: weights of tokens per slot.
+        weights: of the loss kinds, default 1. point: weight of the pointing loss. point_groups: key-value groups with a
+            pointing head.
     """
 
-    row_tokens: int = 384
-    kinds: dict[str, float] = field(default_factory=lambda: {"copy": 1.0})
-    formats: dict[str, float] = field(default_factory=lambda: {"plain": 1.0})
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    row_tokens: int = Field(default=384, ge=32)
+    kinds: dict[str, float] = {"copy": 1.0}
+    formats: dict[str, float] = {"plain": 1.0}
     questions: int = 8
     swap: float = 0.3
     unanswerable: float = 0.04
@@ -80,42 +87,41 @@ class RowSettings:
     passages: tuple[int, int] = (2, 4)
     windows: bool = False
     pooled: float = 0.0
-    pool_windows: dict[int | str, float] = field(default_factory=lambda: {4: 1.0})
+    pool_windows: dict[PositiveInt, float] = {4: 1.0}
+    weights: dict[Literal["answer", "text", "copy", "first"], float] = {}
+    point: float = 0.0
+    point_groups: PositiveInt = 1
 
-    def __post_init__(self) -> None:
-        makers = {name[5:] for name in dir(GroupMaker) if name.startswith("make_")}
-        if unknown := set(self.kinds) - makers:
-            raise ValueError(f"mix.kinds names {sorted(unknown)}; the kinds of rows are {sorted(makers)}.")
-        if unknown := set(self.formats) - set(FORMATS):
-            raise ValueError(f"mix.formats names {sorted(unknown)}; the prompt formats are {sorted(FORMATS)}.")
-        if self.row_tokens < 32:
-            raise ValueError(f"mix.row_tokens is {self.row_tokens}; a row needs at least 32 tokens.")
-        if min(map(int, self.pool_windows), default=0) < 1:
-            raise ValueError(
-                f"mix.pool_windows is {self.pool_windows}; it takes numbers of tokens from 1 with weights."
-            )
+    @model_validator(mode="after")
+    def _known(self) -> RowSettings:
+        makers = [name[5:] for name in dir(GroupMaker) if name.startswith("make_")]
+        if unknown := sorted(set(self.kinds) - set(makers)):
+            raise ValueError(f"kinds names {unknown[0]!r}; the kinds of groups are {', '.join(makers)}")
+        if unknown := sorted(set(self.formats) - set(FORMATS)):
+            raise ValueError(f"formats names {unknown[0]!r}; the prompt formats are {', '.join(FORMATS)}")
+        return self
 
 
 class GroupMaker:
-    """Draws groups from a corpus; every method `make_KIND(rng)` is one kind of the mix."""
+    """Draws groups from a corpus; the method `make_KIND(rng)` draws the kind of that name in the mix."""
 
     def __init__(self, corpus: ReaderCorpus, settings: RowSettings) -> None:
         self.corpus, self.settings = corpus, settings
 
     def make(self, rng: random.Random) -> Group | None:
-        """A group of a kind drawn from the mix; None asks for a row of random copying instead."""
+        """A group of a kind drawn from the mix; None: a row of random copying."""
         kind = rng.choices(list(self.settings.kinds), list(self.settings.kinds.values()))[0]
         return getattr(self, f"make_{kind}")(rng)
 
     def make_copy(self, rng: random.Random) -> None:
-        """Random copying has no text: `ReaderRows` makes it from token ids."""
+        """Random copying; `ReaderRows` makes it from token ids."""
 
     def make_text(self, rng: random.Random) -> Group:
-        """Plain text, two paragraphs of an article."""
+        """Plain text: paragraphs of an article."""
         return Group(SEPARATOR.join(self.corpus.article(rng)[:3])[: 2 * self.settings.max_chars], context_kind="text")
 
     def make_repeat(self, rng: random.Random) -> Group:
-        """Repeat the passage, word for word."""
+        """Repeat the passage verbatim."""
         passage = self.corpus.paragraph(rng, rng.choice([150, 250, 400]))
         return Group(passage, [Branch(REPEAT, passage, "copy")], context_kind="text")
 
@@ -169,7 +175,7 @@ class GroupMaker:
         return Group("", [Branch(QUESTION.format(question=question), " " + answer)])
 
     def make_refine(self, rng: random.Random) -> Group:
-        """LlamaIndex's refine prompt: a wrong answer with the right passage, or a right answer with another passage."""
+        """LlamaIndex's refine prompt: wrong answer and right passage, or right answer and another passage."""
         asked = self.corpus.human(rng)
         question, answer = rng.choice(asked.pairs)
         if rng.random() < 0.6:
@@ -182,7 +188,7 @@ class GroupMaker:
         return Group("", [Branch(prompt, " " + answer)] if answer in prompt else [])
 
     def _ask(self, passage: str, pairs: list[tuple[str, str]], rng: random.Random, context_kind: str | None) -> Group:
-        """The group of a passage and its questions, some renamed, some unanswerable, in a format drawn at random."""
+        """Group of a passage and its questions: some renamed, some unanswerable, in a random format."""
         settings = self.settings
         texts = [passage, *(text for pair in pairs for text in pair)]
         if pairs and rng.random() < settings.swap:
@@ -198,10 +204,25 @@ class GroupMaker:
         return Group(passage, branches, shape, context_kind)
 
     def _swap(self, texts: list[str], old: str, rng: random.Random) -> list[str]:
-        """Rename `old` to another answer of its kind everywhere, if the new one does not stand there already."""
+        """Renames `old` to another answer of its kind everywhere, if the new one does not occur yet."""
         kind = answer_kind(old)
         for _ in range(6):
             new = rng.choice(self.corpus.answers or [old])
             if answer_kind(new) == kind and new not in texts[0] and len(new.split()) <= 5:
                 return rename(texts, old, new)
         return texts
+
+
+def answer_kind(answer: str) -> str:
+    """`date`, `number` or `name`, as in `find_spans`; `thing` for anything else."""
+    if DATE.fullmatch(answer):
+        return "date"
+    if NUMBER.fullmatch(answer):
+        return "number"
+    return "name" if NAME.fullmatch(answer) and answer not in COMMON else "thing"
+
+
+def rename(texts: Sequence[str], old: str, new: str) -> list[str]:
+    """Replaces `old` by `new` in every text, whole words only."""
+    pattern = re.compile(rf"(?<!\w){re.escape(old)}(?!\w)")
+    return [pattern.sub(lambda _: new, text) for text in texts]

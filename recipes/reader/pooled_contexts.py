@@ -1,8 +1,7 @@
-"""Contexts of which a reader in training sees pooled embeddings and not the tokens.
+"""Pooled contexts: some passages of a reader's training rows become slots.
 
-A compressed passage is a row of vectors, each standing for several tokens. A small reader that has met only tokens makes
-little of such a vector. Here some passages of its training rows become slots: runs of neighbouring tokens, each the
-normed sum of the embeddings of its rarest tokens, as `SlotMatchingLoss` defines it.
+A small reader that was trained only on tokens reads compressed passages poorly. A slot here is the normalised sum of the
+embeddings of the rarest tokens in a run of tokens, as `SlotMatchingLoss` defines it.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +22,11 @@ Slot = list[tuple[int, float]]  # (token, weight)
 
 @dataclass
 class PooledText:
-    """A context in which passages were pooled.
+    """A context with pooled passages.
 
     Attributes:
-        ids: tokens, the padding token where a slot goes. slots: what is summed there, by index in `ids`.
-        place: for each token of the whole context where it can be read in `ids`, -1 if its slot leaves it out.
+        ids: tokens, with the padding token at slots. slots: their tokens and weights, by index in `ids`.
+        place: for each token of the original context its index in `ids`, or -1 if its slot omits it.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -36,12 +34,12 @@ class PooledText:
     place: list[int] = field(default_factory=list)
 
     def add_tokens(self, ids: Sequence[int]) -> None:
-        """Append tokens that stay as they are."""
+        """Appends tokens."""
         self.place += range(len(self.ids), len(self.ids) + len(ids))
         self.ids += ids
 
     def add_pooled(self, ids: Sequence[int], window: int, weights: np.ndarray, pad: int) -> None:
-        """Append `ids` as ceil(n / window) slots of equally many tokens."""
+        """Appends `ids` as ceil(n / window) slots of about equal size."""
         count = -(-len(ids) // window)
         for i in range(count):
             run = ids[len(ids) * i // count : len(ids) * (i + 1) // count]
@@ -54,7 +52,7 @@ class PooledText:
 
 
 def token_weights(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
-    """float64 [vocabulary]: the square of each token's log inverse document frequency in `texts`."""
+    """float64 [vocabulary]: squared inverse document frequency of each token in `texts`."""
     counts, total = np.zeros(tokenizer.get_vocab_size()), 0
     for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False):
         counts[list(set(encoding.ids))] += 1
@@ -62,14 +60,14 @@ def token_weights(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
     return np.square(np.log(max(1, total) / (1 + counts)).clip(min=0))
 
 
-def draw_window(windows: Mapping[Any, float], rng: random.Random) -> int:
-    """A window, in tokens, by the weights of `windows`."""
-    return rng.choices([int(size) for size in windows], list(windows.values()))[0]
+def draw_window(windows: Mapping[int, float], rng: random.Random) -> int:
+    """Draws a window size in tokens."""
+    return rng.choices(list(windows), list(windows.values()))[0]
 
 
 def flatten_slots(rows: Sequence[dict[int, Slot]], row_tokens: int) -> dict[str, Tensor]:
-    """The slots of a batch as flat tensors: `slot_at` [slots] (row x row_tokens + index); `slot_tokens`, `slot_weights`
-    and `slot_of` [summed tokens], the last an index into `slot_at`."""
+    """Slots of a batch as flat tensors: `slot_at` [slots] (row x row_tokens + index); `slot_tokens`, `slot_weights` and
+    `slot_of` (index into `slot_at`) [summed tokens]."""
     slots = [(row * row_tokens + at, slot) for row, found in enumerate(rows) for at, slot in found.items()]
     return {
         "slot_at": torch.tensor([at for at, _ in slots], dtype=torch.long),
@@ -82,7 +80,7 @@ def flatten_slots(rows: Sequence[dict[int, Slot]], row_tokens: int) -> dict[str,
 def put_slots(
     embeds: Tensor, table: Tensor, slot_at: Tensor, slot_tokens: Tensor, slot_weights: Tensor, slot_of: Tensor
 ) -> Tensor:
-    """`embeds` [rows, tokens, width] with the slots in their places, each of the mean norm of `table`'s rows."""
+    """`embeds` [rows, tokens, width] with slots inserted, each with the mean norm of `table`'s rows."""
     summed = table[slot_tokens] * slot_weights[:, None]
     slots = table.new_zeros(len(slot_at), table.shape[1]).index_add(0, slot_of, summed)
     norm = table.detach().norm(dim=-1).mean()

@@ -1,8 +1,7 @@
-"""Training rows of the small reader: groups of (context, questions) packed into rows of one length.
+"""Training rows of the small reader: groups of (context, questions) packed into rows of equal length.
 
-Item i of a stage depends only on (seed, stage name, i). A row holds a few groups; within a group every question sees
-the context and itself only, at the positions it would have alone, so that one pass over a passage pays for many
-answers and each is computed exactly as at inference.
+Item i of a stage depends only on (seed, stage name, i). Within a group every question sees only the context and itself, at
+its own positions, so one pass over a passage trains many answers, each computed exactly as at inference.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ IGNORED = 0  # kind of a position without loss; kinds count from 1 in the order 
 
 @dataclass(frozen=True)
 class _ChatFrame:
-    """What the chat template puts in front of a user's message and between it and the answer.
+    """Tokens of the chat template before a user's message and after it.
 
-    `opens_line`: the answer then begins a line, or stands behind a space, and needs none of its own.
+    `opens_line`: the template ends with white space, so the answer starts without a space.
     """
 
     before: list[int] = field(default_factory=list)
@@ -42,16 +41,15 @@ class _ChatFrame:
 
 
 class ReaderRows(Dataset):
-    """Map-style rows of a stage. `rows[i]` is a dict of int64 arrays of shape [row_tokens]:
+    """Map-style rows of a stage. `rows[i]` is a dict of int64 arrays [row_tokens]:
 
-    ids; positions (restart with every group; branches continue from the context); groups (0 is padding); branches
-    (0 is the context); kinds (0 no loss, else 1 + index in LOSS_KINDS): the loss of predicting this token from the
-    one before it. `pointers` [MAX_POINTERS, 2] are pairs (index of the last token of a prompt, index of a context
-    token with which its answer begins), all places of an answer, -1 where there is no more. `slots` is a dict of the
-    places at which a pooled run of tokens is read (see `pooled_contexts`).
+    ids; positions (restart with every group; branches continue from the context); groups (0: padding); branches (0: context);
+    kinds (0: no loss, else 1 + index in LOSS_KINDS) of the loss on predicting this token. `pointers` [MAX_POINTERS, 2] are
+    pairs (index of a prompt's last token, index of a context token that begins its answer), padded with -1. `slots` are the
+    pooled runs of tokens by index (see `pooled_contexts`).
 
     Args:
-        weights: [vocabulary] of the tokens in a pooled run; needed if `settings.pooled` is not 0.
+        weights: [vocabulary] token weights in a pooled run; needed if `settings.pooled` is not 0.
     """
 
     def __init__(
@@ -101,7 +99,7 @@ class ReaderRows(Dataset):
         return self.core.encode(text, add_special_tokens=False).ids
 
     def _encode(self, group: Group, rng: random.Random) -> tuple[Tokens, list[Tokens]]:
-        """Token ids and loss kinds of a group's context and of each of its branches."""
+        """Token ids and loss kinds of a group's context and branches."""
         head = list(self.chat.before if group.format.chat else self.prompts.bos_ids)
         head += self._ids(group.format.head) if group.context else []
         kind = LOSS_KINDS.index(group.context_kind) + 1 if group.context_kind else IGNORED
@@ -113,7 +111,7 @@ class ReaderRows(Dataset):
         return context, [self._branch(branch, group, context.ids) for branch in group.branches]
 
     def _branch(self, branch: Branch, group: Group, context: list[int]) -> Tokens:
-        """A branch that reads `context`, in which the places of its answer are looked up."""
+        """Tokens of a branch, with the places of its answer in `context`."""
         prompt = self._ids(branch.prompt) + (self.chat.behind if group.format.chat else [])
         text = branch.answer.lstrip() if group.format.chat and self.chat.opens_line else branch.answer
         answer = [*self._ids(text), self.tokenizer.eos_token_id]
@@ -128,8 +126,8 @@ class ReaderRows(Dataset):
         return bool(group.context) and any(branch.kind == "answer" for branch in group.branches)
 
     def _encode_pooled(self, group: Group, head: list[int], rng: random.Random) -> tuple[Tokens, list[Tokens]]:
-        """The group with its passages pooled, one in five times only some of them; without the questions whose answer
-        begins with a token that was left out."""
+        """The group with pooled passages (in one of five groups only some), without questions whose answer begins with an
+        omitted token."""
         pooled, whole = PooledText(), list(head)
         pooled.add_tokens(head)
         window, some = draw_window(self.settings.pool_windows, rng), rng.random() < 0.2
@@ -150,7 +148,7 @@ class ReaderRows(Dataset):
         return Tokens(pooled.ids, [0] * len(pooled.ids), slots=pooled.slots), branches
 
     def _copy_pieces(self, rng: random.Random, left: int) -> tuple[Tokens, list[Tokens]]:
-        """A random segment repeated two to four times; its first time carries no loss."""
+        """A random segment repeated two to four times; no loss on the first copy."""
         settings, first = self.settings, len(SPECIALS)
         alphabet = range(first, first + min(settings.copy_tokens, len(self.tokenizer) - first))
         span = rng.randint(*settings.copy_span)
@@ -161,8 +159,8 @@ class ReaderRows(Dataset):
 
 @dataclass
 class Tokens:
-    """Token ids with the loss kind of each; for a branch, its prompt's last token and the context tokens with which
-    its answer begins; for a context, its slots by index."""
+    """Token ids and their loss kinds; for a branch, its prompt's last token and the context places of its answer; for a
+    context, its slots by index."""
 
     ids: list[int]
     kinds: list[int]
@@ -172,14 +170,14 @@ class Tokens:
 
 
 def find_places(context: list[int], answer: list[int], least: int = 3) -> list[int]:
-    """Indices in `context` at which the answer's tokens stand (its first `least` tokens, if it has more)."""
+    """Indices in `context` where the answer's first `least` tokens occur."""
     wanted = answer[:least]
     size = len(wanted)
     return [i for i, token in enumerate(context) if wanted and token == wanted[0] and context[i : i + size] == wanted]
 
 
 class _Row:
-    """A row that is being filled, group after group."""
+    """A row that is filled group by group."""
 
     def __init__(self, length: int, pad: int) -> None:
         self.ids = np.full(length, pad, dtype=np.int64)
@@ -193,14 +191,14 @@ class _Row:
         return len(self.ids) - self.used
 
     def add(self, context: Tokens, branches: list[Tokens]) -> bool:
-        """Add a group, or as many of its branches as fit; False, and nothing added, when none fits."""
+        """Adds a group with as many branches as fit; returns False if none fits."""
         room = self.left - len(context.ids)
         kept = []
         for branch in branches:
             if len(branch.ids) <= room:
                 kept.append(branch)
                 room -= len(branch.ids)
-        if room < 0 and not branches and any(context.kinds):  # plain text may be cut where the row ends
+        if room < 0 and not branches and any(context.kinds):  # plain text may be cut at the end of the row
             context, room = Tokens(context.ids[: self.left], context.kinds[: self.left]), 0
         if room < 0 or not (kept or any(context.kinds)) or (branches and not kept):
             return False
@@ -239,7 +237,7 @@ class _Row:
 
 
 def collate_rows(items: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Stack rows into int64 tensors with the row as first dimension; slots, if there are any, as `flatten_slots` says."""
+    """Stacks rows into int64 tensors; adds the tensors of `flatten_slots` if there are slots."""
     batch = {key: torch.from_numpy(np.stack([item[key] for item in items])) for key in items[0] if key != "slots"}
     slots = [item.get("slots", {}) for item in items]
     return batch | (flatten_slots(slots, batch["ids"].shape[1]) if any(slots) else {})

@@ -1,8 +1,9 @@
-"""Training a reader, from nothing or from a pretrained model: model, data and scores, for the generic trainer to run."""
+"""Training task of a reader, from scratch or from a pretrained model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +13,28 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ...compressors.encoders.embedder import packaged_minilm
 from ..data.corpus import find_files, read_documents, read_records
 from ..data.overlap import HeldOut
 from ..training.schema import Recipe, Stage, validate
 from .base import BaseSettings, TunedBase
 from .corpus import ReaderCorpus
 from .evaluation import copy_loss, heldout_perplexity, question_scores
-from .init import embedder_folder, start_copying, word_rows
+from .init import start_copying, word_rows
 from .model import PackedReader
 from .pooled_contexts import token_weights
 from .rows import LOSS_KINDS, ReaderRows, RowSettings, collate_rows
-from .tokenizer import load_tokenizer, tokenizer_texts, train_tokenizer
+from .tokenizer import tokenizer_texts, train_tokenizer
 
 PARAGRAPHS = 4  # of an article, in which document frequencies are counted
 
 
 class ReaderTask:
-    """The reader recipe as a training task: `module`, `dataset`, `collator`, `begin_stage`, `evaluate`, `save`.
+    """Task of a reader recipe.
 
-    From the recipe: `data` (dir, texts, questions, documents, dev_texts, dev_questions, dev_limit), `tokenizer`
-    (path of a finished one, or vocab_size), `model` (LlamaConfig's fields, `embedder: auto | none`, `copying: bool`; or
-    `BaseSettings`' fields, for LoRA on a pretrained model, whose tokenizer is then taken) and each stage's `mix`
-    (`RowSettings`' fields, `weights` of the loss kinds `point`, the weight of the pointing loss,
-    and `point_groups`, how many key-value groups have a pointing head).
+    Recipe sections: `data` (dir, texts, questions, documents, held_out, dev_texts, dev_questions, dev_limit); `tokenizer`
+    (path of a finished one, or vocab_size and characters); `model` (fields of LlamaConfig, `embedder: auto | none`, `copying:
+    bool`; or fields of `BaseSettings` for LoRA on a pretrained model with its tokenizer); each stage's `mix` (`RowSettings`).
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -59,7 +59,7 @@ class ReaderTask:
     def _tokenizer(self) -> PreTrainedTokenizerFast:
         settings = dict(self.recipe.tokenizer or {})
         if path := settings.get("path"):
-            return load_tokenizer(path)
+            return PreTrainedTokenizerFast.from_pretrained(str(path))
         texts = tokenizer_texts(
             self.corpus.text_files[:: max(1, len(self.corpus.text_files) // 2)][:2],
             self.corpus.records,
@@ -82,52 +82,40 @@ class ReaderTask:
         config._attn_implementation = "sdpa"
         model = LlamaForCausalLM(config)
         if copying:
-            folder = embedder_folder() if embedder == "auto" else None
+            folder = packaged_minilm() if embedder == "auto" else None
             width = config.hidden_size - 1 - int(config.head_dim or 0)
-            content = word_rows(self.tokenizer, folder, width, self.recipe.seed) if folder else None
+            content = word_rows(self.tokenizer, Path(folder), width, self.recipe.seed) if folder else None
             start_copying(model, content, self.recipe.seed)
         return model
 
     def dataset(self, stage: Stage) -> Dataset:
-        """The rows of a stage: as many as its steps take."""
+        """Rows for the steps of a stage."""
         rows = stage.steps * stage.batch_size * stage.accumulate
         settings, seed = self._rows(stage), f"{self.recipe.seed}/{stage.name}"
         weights = self._token_weights() if settings.pooled else None
         return ReaderRows(self.corpus, self.tokenizer, settings, seed, rows, weights)
 
     def _token_weights(self) -> np.ndarray:
-        """How rare each token is among the paragraphs that are trained on."""
         texts = [text for article in self.corpus.articles for text in article[:PARAGRAPHS]]
         return token_weights(self.tokenizer.backend_tokenizer, texts)
 
-    @staticmethod
-    def _rows(stage: Stage) -> RowSettings:
-        settings = {key: value for key, value in stage.mix.items() if key not in ("weights", "point", "point_groups")}
-        try:
-            return RowSettings(**settings)
-        except TypeError as error:
-            raise ValueError(f"Stage {stage.name!r}: mix holds a key that rows do not have ({error}).") from error
+    def _rows(self, stage: Stage) -> RowSettings:
+        return validate(RowSettings, stage.mix, self.recipe.name, f"stages.{stage.name}.mix")
 
     def collator(self, stage: Stage) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
         """Stacks rows into a batch."""
         return collate_rows
 
     def begin_stage(self, stage: Stage) -> None:
-        """Everything trains; the stage's weights of the loss kinds are set."""
-        weights = stage.mix.get("weights", {})
-        if unknown := set(weights) - set(LOSS_KINDS):
-            raise ValueError(
-                f"Stage {stage.name!r}: mix.weights names {sorted(unknown)}; losses are {list(LOSS_KINDS)}."
-            )
-        self.module.weights = {name: float(weights.get(name, 1.0)) for name in LOSS_KINDS}
-        self.module.point_weight = float(stage.mix.get("point", 0.0))
-        groups = int(stage.mix.get("point_groups", 1))
+        """Trains everything (LoRA only on a pretrained base) and sets the weights of the losses."""
+        mix = self._rows(stage)
+        self.module.weights = dict.fromkeys(LOSS_KINDS, 1.0) | {str(kind): w for kind, w in mix.weights.items()}
+        self.module.point_weight, self.module.point_groups = mix.point, mix.point_groups
         have = int(self.module.model.config.num_key_value_heads or 1)
-        if not 1 <= groups <= have:
+        if mix.point_groups > have:
             raise ValueError(
-                f"Stage {stage.name!r}: mix.point_groups is {groups}; the model has {have} key-value groups."
+                f"Stage {stage.name!r}: mix.point_groups is {mix.point_groups}; the model has {have} key-value groups."
             )
-        self.module.point_groups = groups
         if self.base is None:
             self.module.requires_grad_(True)
             return
@@ -138,7 +126,7 @@ class ReaderTask:
         self.base.freeze()
 
     def evaluate(self, stage: Stage) -> dict[str, float]:
-        """Greedy scores on the tuning half of the dev questions, perplexity of held-out text, loss of copying."""
+        """Scores on the tuning half of the dev questions, perplexity of held-out text, copying loss."""
         model, data, limit = self.module.model, self.recipe.data, self.recipe.data.get("dev_limit", 100)
         training, scores = model.training, {"copy_loss": copy_loss(model, len(self.tokenizer))}
         for path in find_files(self.folder, data.get("dev_texts", [])):
@@ -155,20 +143,17 @@ class ReaderTask:
         return scores
 
     def save(self, folder: Path) -> None:
-        """Write the reader into an empty folder that `Reader.from_pretrained` loads: with its tokenizer, or as an adapter."""
+        """Writes the reader, or the adapter on its base, for `Reader.from_pretrained`."""
         dtype = self.recipe.output.torch_dtype or torch.float32
         if self.base is not None:
             self.base.save(folder, dtype)
         else:
             self._save_whole(folder, dtype)
-        for file in folder.iterdir():  # safetensors makes files that nobody else can read
+        for file in folder.iterdir():  # safetensors creates files that only their owner can read
             file.chmod(0o644)
 
     def _save_whole(self, folder: Path, dtype: torch.dtype) -> None:
-        state = {name: value.detach().to("cpu", dtype) for name, value in self.module.model.state_dict().items()}
-        copy: Any = LlamaForCausalLM(self.module.model.config)
-        copy = copy.to(dtype)
-        copy.load_state_dict(state)
+        copy: Any = deepcopy(self.module.model).to("cpu", dtype)
         copy.generation_config = GenerationConfig(
             bos_token_id=self.tokenizer.bos_token_id,
             eos_token_id=self.tokenizer.eos_token_id,
@@ -177,6 +162,6 @@ class ReaderTask:
             max_new_tokens=32,
         )
         copy.save_pretrained(folder)
-        self.tokenizer.backend_tokenizer.no_truncation()  # scoring leaves its own truncation and padding behind
+        self.tokenizer.backend_tokenizer.no_truncation()  # scoring has set truncation and padding
         self.tokenizer.backend_tokenizer.no_padding()
         self.tokenizer.save_pretrained(folder)

@@ -1,9 +1,8 @@
 """The small reader's tokenizer: byte-level BPE with a chat template.
 
-Design: any byte string round-trips; line ends are tokens of their own, so that prompts put together from pieces
-split at the same places as whole ones; numbers are cut into groups of at most two digits from the left
-(` 1963` is ` 19` `63`), so that a year is two copied tokens and no rare one. Text encoded with special tokens
-starts with `<|begin|>`; every answer ends with `<|end|>`.
+Any byte string round-trips. Line ends are tokens of their own, so prompts joined from pieces split like whole ones. Numbers
+are split into groups of at most two digits from the left (` 1963` is ` 19` `63`), so a year is two frequent tokens. Text
+encoded with special tokens starts with `<|begin|>`; every answer ends with `<|end|>`.
 """
 
 from __future__ import annotations
@@ -39,10 +38,9 @@ CHAT_TEMPLATE = """\
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192, max_length: int = 4096) -> PreTrainedTokenizerFast:
-    """Train the tokenizer on `texts`.
+    """Trains the tokenizer; ValueError if the vocabulary cannot hold the bytes.
 
-    `vocab_size` counts the special tokens and the 256 bytes in; `max_length` is the reader's context window.
-    Raises ValueError when the vocabulary cannot even hold the bytes.
+    `vocab_size` includes the special tokens and the 256 bytes; `max_length` is the reader's context window.
     """
     if vocab_size < 256 + len(SPECIALS):
         raise ValueError(
@@ -65,9 +63,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192, max_length: in
     )
     core.train_from_iterator(texts, trainer=trainer)
     core.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A",
-        pair=f"{BOS} $A $B",
-        special_tokens=[(BOS, core.token_to_id(BOS))],
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, core.token_to_id(BOS))]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -83,16 +79,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192, max_length: in
     )
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """Load a tokenizer that `train_tokenizer` made and `save_pretrained` wrote."""
-    return PreTrainedTokenizerFast.from_pretrained(str(folder))
-
-
 def tokenizer_texts(files: Iterable[Path], records: Iterable[Record], characters: int = 20_000_000) -> Iterator[str]:
-    """What the tokenizer is trained on: `characters` of each text file, and every question in its prompt format.
+    """Training texts of the tokenizer: `characters` of each text file, and every question in its prompt format.
 
-    Questions are few beside the text, so they are repeated; words such as `Question`, `Answer` and `Who` become
-    single tokens this way.
+    Questions are repeated, so that words such as `Question`, `Answer` and `Who` become single tokens.
     """
     for path in files:
         left = characters

@@ -64,16 +64,13 @@ class CompressorTask:
         """Training data, read at first use; question files only if a stage uses them."""
         if self._material is None:
             data = self.data
-            human = data.mismatch > 0 or any(
-                stage.mix.get("human") or stage.mix.get("match") for stage in self.recipe.stages
-            )
+            human = any(stage.mix.get("human") or stage.mix.get("match") for stage in self.recipe.stages)
             self._material = Material(
                 load_records(data.questions, data.dir) if human else [],
                 load_articles(data.texts, data.dir, data.documents),
                 data.max_chars,
                 data.max_answer_words,
-                data.verbatim,
-                data.shares,
+                shares=data.shares,
             )
         return self._material
 
@@ -141,8 +138,7 @@ class CompressorTask:
         if not self.data.dev:
             raise ValueError(f"Stage {stage.name!r} sets eval_every, which needs data.dev: a question file.")
         if self._dev is None:
-            records = load_records([self.data.dev], self.data.dir, self.data.dev_half)
-            self._dev = records[:: max(1, len(records) // self.data.dev_limit)][: self.data.dev_limit]
+            self._dev = self.data.thinned(load_records([self.data.dev], self.data.dir, self.data.dev_half))
         return compressed_scores(self.compressor, self._dev)
 
     def save(self, folder: Path) -> None:

@@ -1,9 +1,9 @@
-"""How well a reader answers from compressed passages while they are being trained: quick scores, not a benchmark."""
+"""Quick scores of a compressor during training; `nutgraf bench` measures properly."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
 
 from ...compressors import Compressor, Reader
 from ..data.answer_scores import f1
@@ -12,12 +12,13 @@ from ..data.templates import question_prompt
 
 
 def fixed_scores(reader: Reader, records: Sequence[Record], max_new_tokens: int = 16) -> dict[str, float]:
-    """F1 (percent) of the two lines that no compressor moves: `f1_full`, the passages as text, and `f1_none`, without any."""
+    """F1 (percent) that no compressor changes: `f1_full`, passages as text, and `f1_none`, no passages."""
     prompts = {
         "f1_full": [question_prompt(r.passages, r.question) for r in records],
         "f1_none": [question_prompt([], r.question) for r in records],
     }
-    return {name: _mean(_f1(reader.generate(p, max_new_tokens, batch_size=32), records)) for name, p in prompts.items()}
+    found = {name: _f1(reader.generate(p, max_new_tokens, batch_size=32), records) for name, p in prompts.items()}
+    return {name: fmean(each) if each else 0.0 for name, each in found.items()}
 
 
 def compressed_scores(
@@ -30,15 +31,15 @@ def compressed_scores(
     """F1 (percent) of greedy answers in the plain format.
 
     Args:
-        compressor: gets each passage, and its question if it is query-aware.
+        compressor: compresses each passage, with its question if it is query-aware.
         records: the questions.
         ratio: compression ratio; default: the compressor's own.
         max_new_tokens: length of an answer.
-        fixed: `fixed_scores` of the untuned reader, where they are known already.
+        fixed: `fixed_scores` of the untuned reader, if already known.
 
     Returns:
-        `f1` with the passages compressed and `f1_se` its standard error, `f1_shuffled` with those of other questions in
-        their place, `f1_full` and `f1_none` (see `fixed_scores`), and `ratio`, source tokens per slot.
+        `f1` with compressed passages and its standard error `f1_se`, `f1_shuffled` with the passages of other questions,
+        `f1_full` and `f1_none` (see `fixed_scores`), and `ratio`, source tokens per slot.
     """
     texts = [text for record in records for text in record.passages]
     queries = [record.question for record in records for _ in record.passages] if compressor.query_aware else None
@@ -50,9 +51,9 @@ def compressed_scores(
     for name, pieces in (("f1", contexts), ("f1_shuffled", contexts[away:] + contexts[:away])):
         prompts = [question_prompt(c, r.question) for c, r in zip(pieces, records)]
         each = _f1(compressor.reader.generate(prompts, max_new_tokens, batch_size=32), records)
-        scores[name] = _mean(each)
+        scores[name] = fmean(each) if each else 0.0
         if name == "f1":
-            scores["f1_se"] = _standard_error(each)
+            scores["f1_se"] = stdev(each) / len(each) ** 0.5 if len(each) > 1 else 0.0
     slots = sum(passage.slots for passage in found)
     scores |= fixed_scores(compressor.base_reader, records, max_new_tokens) if fixed is None else fixed
     return {**scores, "ratio": sum(passage.source_tokens for passage in found) / max(1, slots)}
@@ -60,12 +61,3 @@ def compressed_scores(
 
 def _f1(answers: Sequence[str], records: Sequence[Record]) -> list[float]:
     return [100 * f1(answer.strip(), record.answers) for answer, record in zip(answers, records)]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / max(1, len(values))
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    mean, n = _mean(values), len(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, n - 1) / max(1, n))

@@ -8,18 +8,17 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch.utils.data import Dataset
 
+from ...compressors.fidelity.questions import make_questions
 from ...compressors.objectives.registry import UNREAD, Target, needs_teacher, targets_of
-from ..data.questions import make_questions
 from ..data.records import Material
 from ..data.templates import (
     QUESTION_TEMPLATES,
     SEPARATOR,
-    UNANSWERABLE,
     Piece,
     Prompt,
     autoencoding_prompt,
@@ -39,43 +38,50 @@ KINDS: dict[str, Target] = {
     "documents": "document",
 }
 NOT_READ = tuple(kind for kind, target in KINDS.items() if target in UNREAD)  # kinds without a prompt
+T = TypeVar("T")
 BLOCK = 16  # batches drawn together and sorted by length, so that items of a batch have similar length
 
 
-class CompressorData(BaseModel):
+class QuestionData(BaseModel):
+    """Fields that the `data` sections of compressor and token recipes share."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dir: str | None = None
+    questions: list[str] = []
+    max_chars: int = Field(default=1600, ge=80)
+    max_answer_words: int = Field(default=12, gt=0)
+    shares: dict[str, float] | None = None
+    dev: str | None = None
+    dev_half: str | None = None
+    dev_limit: int = Field(default=100, gt=0)
+
+    def thinned(self, found: list[T]) -> list[T]:
+        """About `dev_limit` of the dev items, evenly spread."""
+        return found[:: max(1, len(found) // self.dev_limit)][: self.dev_limit]
+
+
+class CompressorData(QuestionData):
     """The `data` section of a compressor recipe.
 
     Attributes:
         dir: folder of the files.
         texts, questions: sources (see `records`); `documents` articles of each text source are used.
         max_chars: maximum length of a passage, in characters; `document_chars` that of a document (`documents` in `mix`).
-        max_answer_words, verbatim: which answers are used (see `Material`).
+        max_answer_words: longer answers are not used.
         shares: weight of each question source, by the start of its name.
         questions_per_passage: questions per compressed passage, which is encoded once for all of them.
-        mismatch: share of questions that are asked of another passage, with the answer `unanswerable`.
         templates: weights of the question formats (`plain`, `llama_index`).
         query_aware: one question per passage, which the compressor reads too; set by `compressor.query_aware`.
         dev: question source for `evaluate`, `dev_half` of it, `dev_limit` questions.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
-    dir: str | None = None
     texts: list[str] = []
-    questions: list[str] = []
     documents: int | None = Field(default=None, gt=0)
-    max_chars: int = Field(default=1600, ge=80)
     document_chars: int = Field(default=3000, ge=80)
-    max_answer_words: int = Field(default=12, gt=0)
-    verbatim: bool = True
-    shares: dict[str, float] | None = None
     questions_per_passage: int = Field(default=3, gt=0)
-    mismatch: float = Field(default=0.0, ge=0, lt=1)
     templates: dict[str, float] = {"plain": 1.0}
     query_aware: bool = False
-    dev: str | None = None
-    dev_half: str | None = None
-    dev_limit: int = Field(default=100, gt=0)
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,7 @@ class Item:
 
     @property
     def size(self) -> int:
-        """Characters of the passages, or of the document if there are none; batches are sorted by it."""
+        """Characters; batches are sorted by it."""
         return sum(map(len, self.passages or (reading.target for reading in self.readings)))
 
 
@@ -220,10 +226,9 @@ class ItemMaker:
         formats, weights = list(self.data.templates), list(self.data.templates.values())
         readings = []
         for question, answer in pairs[: 1 if self.data.query_aware else self.data.questions_per_passage]:
-            answer = " " + answer
-            if self.data.mismatch and rng.random() < self.data.mismatch:
-                question, answer = rng.choice(self.material.human(rng).pairs)[0], UNANSWERABLE
-            readings.append(Reading(rng.choices(formats, weights)[0], answer, self.objectives["answer"], question))
+            readings.append(
+                Reading(rng.choices(formats, weights)[0], " " + answer, self.objectives["answer"], question)
+            )
         return passages, readings
 
     def _count(self, rng: random.Random) -> int:

@@ -168,15 +168,12 @@ class CompressorModule(nn.Module):
         prompts = ["".join(map(str, self._teacher_prompt(batch, i))) for i in chosen]
         keys = [cache.key(prompt, batch.targets[i], str(dtype)) for prompt, i in zip(prompts, chosen)]
         found = cache.get(keys)
-        missing = [n for n, entry in enumerate(found) if entry is None]
-        if missing:
+        if missing := [n for n, entry in enumerate(found) if entry is None]:
             hidden = self._teacher_hidden(batch, [chosen[n] for n in missing])
             made = TeacherLogits.of(torch.cat(hidden), reader.head, cache.top_k, self.temperature)
-            start = 0
-            for n, states in zip(missing, hidden):
-                found[n] = made[start : start + len(states)]
-                start += len(states)
-                cache.put(keys[n], made[start - len(states) : start])
+            for n, end in zip(missing, torch.tensor([len(states) for states in hidden]).cumsum(0).tolist()):
+                found[n] = entry = made[end - len(batch.targets[chosen[n]]) : end]
+                cache.put(keys[n], entry)
         return TeacherLogits.join([entry.to(reader.device) for entry in found if entry is not None])
 
     def _teacher_prompt(self, batch: CompressorBatch, index: int) -> Any:

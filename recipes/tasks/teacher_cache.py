@@ -1,7 +1,7 @@
-"""Teacher logits on disk: what the teacher predicts for a prompt and its target, reused whenever both come again.
+"""Cache of teacher logits on disk, by prompt and target.
 
-A folder holds `about.json` (whose logits they are) and files of many entries, each written whole or not at all. What a
-process has not written when it is killed is made again. Several processes may write to one folder.
+A folder holds `about.json`, which identifies the teacher, and files of many entries, each written atomically. Entries that a
+killed process has not written are recomputed. Several processes may write to one folder.
 """
 
 from __future__ import annotations
@@ -26,18 +26,16 @@ FORMAT = 1
 
 
 class TeacherCache:
-    """The k likeliest tokens of a teacher and the rest's probability (`TeacherLogits`), by prompt and target.
-
-    An entry takes ``8 k + 4`` bytes a target token.
+    """Stores `TeacherLogits` by prompt and target, in ``8 k + 4`` bytes per target token.
 
     Args:
-        folder: where it lies; made if it is not there.
-        teacher: fingerprint of the reader whose logits these are.
+        folder: its folder, created if needed.
+        teacher: fingerprint of the teacher.
         top_k, temperature: of the distillation; see `KLDistillationLoss`.
-        rows: target tokens that are held in memory before they are written.
+        rows: target tokens that are buffered before they are written.
 
     Attributes:
-        hits, misses: entries found and not found since this object was made.
+        hits, misses: entries found and not found by this object.
 
     Raises:
         ValueError: if the folder holds the logits of another teacher, top_k or temperature, or a damaged file.
@@ -61,19 +59,19 @@ class TeacherCache:
 
     @staticmethod
     def key(prompt: str, target: Sequence[int], dtype: str) -> bytes:
-        """What an entry is found by: the teacher's prompt, the target's ids and the dtype that the teacher ran in."""
+        """Key of an entry: the teacher's prompt, the target's ids and the teacher's dtype."""
         content = json.dumps([prompt, list(target), dtype], ensure_ascii=True)
         return hashlib.blake2b(content.encode(), digest_size=16).digest()
 
     def get(self, keys: Sequence[bytes]) -> list[TeacherLogits | None]:
-        """The entries of keys, on the CPU; None where there is none."""
+        """Entries of keys, on the CPU; None for missing ones."""
         found = [self._read(key) for key in keys]
         self.misses += (missing := sum(entry is None for entry in found))
         self.hits += len(found) - missing
         return found
 
     def put(self, key: bytes, entry: TeacherLogits) -> None:
-        """Keep an entry, and write what is held if it is much; an entry that is there stays as it is."""
+        """Adds an entry unless its key exists; writes the buffer when it is full."""
         if entry.ids.shape[1] != self.top_k:
             raise ValueError(f"This cache keeps {self.top_k} tokens a position, got {entry.ids.shape[1]}.")
         if key in self._pending or key in self._places:
@@ -84,7 +82,7 @@ class TeacherCache:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is held in memory, as one file."""
+        """Writes the buffer as one file."""
         if not self._pending:
             return
         entries = list(self._pending.values())
@@ -97,10 +95,8 @@ class TeacherCache:
         self._pending, self._held = {}, 0
         self._index(path)
 
-    # -- on disk ---------------------------------------------------------------------------------------------------
-
     def _claim(self, about: dict[str, Any]) -> None:
-        """Say whose logits these are, or refuse if they are another's."""
+        """Writes `about.json`, or refuses a folder of another teacher."""
         path = self.folder / ABOUT
         if not path.exists():
             if next(self.folder.glob("*.safetensors"), None) is not None:

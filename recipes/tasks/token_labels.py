@@ -1,12 +1,12 @@
-"""Which words of a passage are worth keeping: labels for a token classifier, from what people wrote about the passage.
+"""Word labels (keep or drop) for training a token classifier.
 
 Two sources:
 
-- **Pairs** of a text and its compressed form. Words of the compressed form are looked up in the text, near where the last
-  one was found (LLMLingua-2, arXiv 2403.12968, algorithm 1). Pairs whose compressed form invents words (variation rate) or
-  whose words could not all be placed (alignment gap) can be filtered out, as the paper does.
-- **Questions** with their answers, all those of one passage united: words of answers, the questions' content words where
-  they stand in the passage, and names and numbers beside them are worth keeping.
+- **Pairs** of a text and its compressed form. Words of the compressed form are aligned to the text (LLMLingua-2, arXiv
+  2403.12968, algorithm 1). As in the paper, pairs with many invented words (variation rate) or unaligned words (alignment
+  gap) can be filtered out.
+- **Questions** with answers, those of one passage together: words of answers, content words of questions where they occur in
+  the passage, and names and numbers near them are kept.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..data.questions import AUX, STOP, sentences, word_set
+from ...compressors.fidelity.questions import AUX, STOP, sentences, word_set
 
-IGNORE = -100  # the label of words that nothing is known of
+IGNORE = -100  # label of words with unknown value
 _WORD = re.compile(r"\w+(?:['’.\-,]\w+)*|[^\w\s]")
 _ENDINGS = ("'s", "’s", "ing", "ed", "ies", "es", "s", "ly")
 _ASKING = word_set(
@@ -41,7 +41,7 @@ class Labels:
     values: tuple[int, ...]
 
     def of_tokens(self, offsets: Sequence[tuple[int, int]]) -> list[int]:
-        """Labels of tokens with these characters: that of the word which a token begins in (or, with its space, before)."""
+        """Labels of tokens, by their character offsets: the label of the word in which a token begins."""
         out, word = [], 0
         for start, end in offsets:
             while word < len(self.spans) and self.spans[word][1] <= start:
@@ -53,12 +53,12 @@ class Labels:
 
 @dataclass(frozen=True)
 class Aligned:
-    """A pair's labels, and how far they can be trusted.
+    """Labels of a pair, and measures of their quality.
 
     Attributes:
         labels: of the original's words, 0 or 1.
         variation: share of the compressed form's words that the original lacks.
-        gap: share of the original's words that occur in the compressed form, minus the share that was labelled.
+        gap: share of the original's words that occur in the compressed form, minus the share labelled 1.
     """
 
     labels: Labels
@@ -67,12 +67,12 @@ class Aligned:
 
 
 def words_of(text: str) -> list[tuple[int, int]]:
-    """Characters of words and marks, numbers such as 1,000.5 being one word."""
+    """Character spans of words and punctuation; 1,000.5 is one word."""
     return [match.span() for match in _WORD.finditer(text)]
 
 
 def stem(word: str) -> str:
-    """A word without case and common English endings: what words are compared by."""
+    """A word without case and common English endings."""
     word = word.casefold()
     for ending in _ENDINGS:
         if word.endswith(ending) and len(word) - len(ending) >= _LEAST_STEM:
@@ -81,7 +81,7 @@ def stem(word: str) -> str:
 
 
 def alike(one: str, other: str) -> bool:
-    """Whether two stems are the same word: equal, or one begins the other and is at least two thirds of it."""
+    """Whether two stems are equal, or one is a prefix of at least two thirds of the other."""
     if one == other:
         return True
     short, long = sorted((one, other), key=len)
@@ -91,12 +91,8 @@ def alike(one: str, other: str) -> bool:
 def align(original: str, compressed: str, window: int = 150) -> Aligned:
     """Labels the words of a text that its compressed form keeps.
 
-    For each word of the compressed form the nearest like word is looked for within half a window on either side of where
-    the last one was found, to the right first.
-
-    Args:
-        original, compressed: the pair.
-        window: words that are searched.
+    For each word of the compressed form, finds the nearest matching word within half a `window` of the last match, first to
+    the right.
     """
     spans = words_of(original)
     source = [stem(original[a:b]) for a, b in spans]
@@ -121,11 +117,8 @@ def _known(word: str, among: set[str]) -> bool:
 
 
 def trusted(pairs: Sequence[Aligned], variation: float = 0.05, gap: float = 0.1) -> list[int]:
-    """Indices of the pairs that stay: without the share with the highest variation rates, then without that of gaps.
-
-    Args:
-        variation, gap: shares to leave out; the paper's are 5 and 10 per cent.
-    """
+    """Indices of the pairs that remain after dropping the shares with the highest variation rates, then gaps (the paper's
+    shares are 5 and 10 percent)."""
     stay = sorted(range(len(pairs)), key=lambda i: (pairs[i].variation, i))
     stay = stay[: len(stay) - int(variation * len(stay))]
     stay.sort(key=lambda i: (pairs[i].gap, i))
@@ -133,20 +126,12 @@ def trusted(pairs: Sequence[Aligned], variation: float = 0.05, gap: float = 0.1)
 
 
 def question_labels(passage: str, pairs: Iterable[tuple[str, str]], *, whole: int = 4, names: bool = True) -> Labels:
-    """Labels of a passage's words from the questions that were asked about it.
+    """Labels of a passage's words from questions and answers about it.
 
-    A question touches the sentence in which its answer stands (the one that shares most words with the question, where the
-    answer stands in several; the answer's content words count where it does not stand there literally) and the sentence
-    that shares most content words with it. In touched sentences the answers' words, the questions' content words and
-    (``names``) names and numbers are kept and the rest is dropped. Nothing is known of a sentence that no question
-    touched, unless at least ``whole`` questions were asked: then all of it is dropped but for names and numbers of which
-    nothing is known still.
-
-    Args:
-        passage: the passage.
-        pairs: questions and answers.
-        whole: questions from which on a passage counts as asked out.
-        names: names and numbers in touched sentences are kept.
+    A question touches the sentence that contains its answer (the one that shares most words with the question if several do)
+    and the sentence that shares most content words with it. In touched sentences, words of answers, content words of
+    questions and, with ``names``, names and numbers are kept; the rest is dropped. Other sentences are ignored; with at least
+    ``whole`` questions they are dropped, except names and numbers, which are ignored.
     """
     pairs = list(pairs)
     found = _look_up(passage, pairs)
@@ -163,17 +148,11 @@ def question_labels(passage: str, pairs: Iterable[tuple[str, str]], *, whole: in
 
 
 def answer_labels(passage: str, question: str, answer: str, rng: random.Random, *, beside: float = 0.4) -> Labels:
-    """Labels of a passage's words for one question: what a classifier that reads the question should keep.
+    """Labels of a passage's words for one question, for a query-aware classifier.
 
-    Words of the answer and, in the sentences that the question touches (see `question_labels`), its content words are kept. The
-    other words of these sentences are kept with a probability that falls with their distance from the answer: a reader wants
-    some of the sentence around it, the nearest first. All else is dropped.
-
-    Args:
-        passage: the passage.
-        question, answer: what was asked of it.
-        rng: draws what else of the touched sentences is kept.
-        beside: the probability right beside the answer; it halves every eight words. Marks and function words have half of it.
+    Keeps the words of the answer and the question's content words in the sentences that it touches (see `question_labels`).
+    Other words of these sentences are kept with a probability that starts at `beside` next to the answer and halves every
+    eight words; half of that for punctuation and function words. All else is dropped.
     """
     found = _look_up(passage, [(question, answer)])
     places = sorted(found.answers)
@@ -189,13 +168,13 @@ def answer_labels(passage: str, question: str, answer: str, rng: random.Random, 
 
 @dataclass(frozen=True)
 class _Asked:
-    """Where in a passage its questions and their answers are.
+    """Places of questions and answers in a passage.
 
     Attributes:
-        spans, content, inside: characters of each word, whether it is a content word, and its sentence.
-        kept: words of answers, and content words of questions in the sentences that they touch.
-        answers: words of answers alone.
-        touched: these sentences.
+        spans, content, inside: of each word the characters, whether it is a content word, and its sentence.
+        kept: words of answers, and content words of questions in touched sentences.
+        answers: words of answers.
+        touched: sentences that the questions touch.
     """
 
     spans: list[tuple[int, int]]
@@ -237,7 +216,6 @@ def _look_up(passage: str, pairs: Sequence[tuple[str, str]]) -> _Asked:
 
 
 def _sentence_of(spans: Sequence[tuple[int, int]], starts: Sequence[int]) -> list[int]:
-    """The sentence of each word."""
     out, sentence = [], 0
     for a, _ in spans:
         while sentence + 1 < len(starts) and starts[sentence + 1] <= a:
@@ -249,7 +227,7 @@ def _sentence_of(spans: Sequence[tuple[int, int]], starts: Sequence[int]) -> lis
 def _find(
     passage: str, answer: str, spans: Sequence[tuple[int, int]], inside: Sequence[int], overlap: dict[int, int]
 ) -> list[int] | None:
-    """The words of an answer where it stands in the passage, in the sentence that shares most with the question."""
+    """Words of an answer in the passage, in the sentence that shares most with the question."""
     if not answer.strip():
         return None
     best: tuple[int, list[int]] | None = None

@@ -1,4 +1,4 @@
-"""The training task of a token classifier (LLMLingua-2): cross-entropy of keep and drop over the tokens of passages."""
+"""Training task of a token classifier (LLMLingua-2): cross-entropy of keep and drop over the tokens of passages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -21,57 +21,46 @@ from ...compressors.core.batching import pad_rows
 from ...compressors.text.llmlingua2 import LLMLingua2Compressor
 from ...shipped import locate
 from ..data.corpus import find_files, open_text
-from ..data.records import Asked, Material, load_records
+from ..data.records import Asked, Material, load_records, need_folder
 from ..training.schema import Recipe, Stage, validate
-from .items import CompressorItems
+from .items import CompressorItems, QuestionData
 from .token_labels import IGNORE, Labels, align, answer_labels, question_labels, trusted
 
 KINDS = ("questions", "pairs")
 
 
-class TokenData(BaseModel):
+class TokenData(QuestionData):
     """The `data` section of a token recipe.
 
     Attributes:
         dir: folder of the files.
         questions: question files (see `records`), labelled by `question_labels`.
         pairs: files of JSON lines `{"original": ..., "compressed": ...}`, labelled by `align`.
-        max_chars: the longest passage; longer ones are left out.
-        max_answer_words: longer answers do not count.
+        max_chars, max_answer_words: longer passages and answers are left out.
         min_questions: passages with fewer questions are left out.
-        questions_per_passage: at most so many questions, drawn anew each time, label a passage: where a sentence was asked
-            dozens of questions, all of them together would keep nearly every word.
-        shares: weight of each question source, by the start of its name; sources that are not named are left out.
-        whole: questions from which on a passage counts as asked out (see `question_labels`).
-        names: names and numbers beside what was asked are kept.
-        beside: with a classifier that reads the question: how likely a word right beside the answer is kept (`answer_labels`).
-        variation, gap: shares of pairs that are left out for their variation rate and alignment gap.
+        questions_per_passage: maximum number of questions that label a passage, drawn anew each time; dozens of questions
+            together would keep nearly every word.
+        shares: weight of each question source, by the start of its name; other sources are left out.
+        whole, names: see `question_labels`.
+        beside: for a query-aware classifier, see `answer_labels`.
+        variation, gap: shares of pairs to leave out for their variation rate and alignment gap.
         dev: question file for `evaluate`, `dev_half` of it, `dev_limit` passages.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
-    dir: str | None = None
-    questions: list[str] = []
-    pairs: list[str] = []
-    max_chars: int = Field(default=1600, ge=80)
-    max_answer_words: int = Field(default=12, gt=0)
+    pairs: list[str] = Field(default=[])
     min_questions: int = Field(default=3, gt=0)
     questions_per_passage: int = Field(default=6, gt=0)
-    shares: dict[str, float] | None = None
     whole: int = Field(default=4, gt=0)
     names: bool = True
     beside: float = Field(default=0.4, ge=0, le=1)
     variation: float = Field(default=0.05, ge=0, lt=1)
     gap: float = Field(default=0.1, ge=0, lt=1)
-    dev: str | None = None
-    dev_half: str | None = None
     dev_limit: int = Field(default=200, gt=0)
 
 
 @dataclass(frozen=True)
 class TokenItem:
-    """A passage and the labels of its words, for its question if the classifier reads questions. `key` names the item."""
+    """A passage and the labels of its words, for its question if the classifier is query-aware."""
 
     passage: str
     labels: Labels
@@ -80,15 +69,12 @@ class TokenItem:
 
     @property
     def size(self) -> int:
-        """Characters: what batches are sorted by."""
+        """Characters; batches are sorted by it."""
         return len(self.passage)
 
 
 class TokenModule(nn.Module):
-    """A classifier's rows with labels: `forward` gives the mean cross-entropy over the labelled tokens.
-
-    Its parameters are LoRA and head alone; the encoder is frozen.
-    """
+    """Mean cross-entropy over the labelled tokens. Its parameters are LoRA and head; the encoder is frozen."""
 
     accepts_loss_kwargs = True
 
@@ -99,14 +85,11 @@ class TokenModule(nn.Module):
     def forward(
         self, ids: Tensor, mask: Tensor, labels: Tensor, num_items_in_batch: int | None = None
     ) -> dict[str, Any]:
-        """The loss of a batch.
+        """Loss, accuracy and keep rates of a batch.
 
         Args:
             ids, mask, labels: ``[rows, time]``; a label is 0, 1 or `IGNORE`.
-            num_items_in_batch: labelled tokens over all that is accumulated; default: this batch's.
-
-        Returns:
-            `loss`, `accuracy`, `keep_rate` (asked for and given) and `tokens`.
+            num_items_in_batch: labelled tokens over all accumulated batches; default: this batch's.
         """
         logits = self.compressor.words.logits(ids, mask).float()
         known = labels != IGNORE
@@ -124,11 +107,11 @@ class TokenModule(nn.Module):
 
 
 class TokenTask:
-    """A recipe of kind `tokens` as a task for `run_recipe`.
+    """Task of a recipe of kind `tokens`, for `run_recipe`.
 
     Args:
-        recipe: of kind `tokens`; its compressor is `llmlingua2` without a classifier of its own.
-        reader: the reader, in place of the recipe's own; nothing of it is trained or read with.
+        recipe: of kind `tokens`; its compressor is `llmlingua2` without a finished classifier.
+        reader: the reader; default: the recipe's own. It is neither trained nor run.
 
     Raises:
         ValueError: if the recipe's reader, data, method or settings cannot be used.
@@ -152,11 +135,9 @@ class TokenTask:
         self._pairs: list[tuple[str, Labels]] | None = None
         self._dev: list[TokenItem] | None = None
 
-    # -- data ------------------------------------------------------------------------------------------------------
-
     @property
     def material(self) -> Material:
-        """Passages with their questions, read at first use."""
+        """Passages with questions, read at first use."""
         if self._material is None:
             self._material = self._passages(self.data.questions, shares=self.data.shares)
             if not self._material.asked:
@@ -177,7 +158,7 @@ class TokenTask:
 
     @property
     def pairs(self) -> list[tuple[str, Labels]]:
-        """Texts with the labels of their compressed forms, read at first use."""
+        """Texts with the labels from their compressed forms, read at first use."""
         if self._pairs is None:
             rows = [row for source in self.data.pairs for row in _read_pairs(self.data.dir, source)]
             aligned = [align(original, compressed) for original, compressed in rows]
@@ -195,7 +176,7 @@ class TokenTask:
         return question_labels(asked.passage, pairs, whole=self.data.whole, names=self.data.names), None
 
     def make(self, key: str, mix: dict[str, float]) -> TokenItem:
-        """The item of a key: always the same one."""
+        """The item of a key; equal keys give equal items."""
         rng = random.Random(key)
         if rng.choices(list(mix), list(mix.values()))[0] == "pairs":
             return TokenItem(*rng.choice(self.pairs), key)
@@ -204,7 +185,7 @@ class TokenTask:
         return TokenItem(asked.passage, labels, key, question)
 
     def dataset(self, stage: Stage) -> CompressorItems:
-        """The stage's items; `mix` weighs `questions` and `pairs` (default: questions alone)."""
+        """Items of a stage; `mix` weighs `questions` and `pairs` (default: questions only)."""
         mix = dict(stage.mix) or {"questions": 1.0}
         if unknown := sorted(set(mix) - set(KINDS)):
             raise ValueError(f"Stage {stage.name!r}: mix names {unknown[0]!r}; the kinds are {', '.join(KINDS)}.")
@@ -213,14 +194,14 @@ class TokenTask:
         return CompressorItems(lambda key: self.make(key, mix), self.recipe.seed, stage)  # type: ignore[arg-type,return-value]
 
     def rows(self, item: TokenItem) -> Iterator[tuple[list[int], list[int]]]:
-        """The classifier's rows of an item, with the labels of their tokens."""
+        """The classifier's input rows of an item, with token labels."""
         pieces, ranges, head = self.compressor.words.rows(item.passage, item.question)
         of, after = item.labels.of_tokens(pieces.offsets), self.compressor.words.pieces.after
         for a, b in ranges:
             yield [*head, *pieces.ids[a:b], *after], [*[IGNORE] * len(head), *of[a:b], *[IGNORE] * len(after)]
 
     def collator(self, stage: Stage) -> Callable[[list[TokenItem]], dict[str, Any]]:
-        """Puts items into ids, mask and labels, and counts the labelled tokens."""
+        """Collates items into ids, mask and labels, and counts the labelled tokens."""
 
         def collate(items: list[TokenItem]) -> dict[str, Any]:
             rows = [row for item in items for row in self.rows(item)]
@@ -230,10 +211,8 @@ class TokenTask:
 
         return collate
 
-    # -- training --------------------------------------------------------------------------------------------------
-
     def begin_stage(self, stage: Stage) -> None:
-        """Train what `trainable` names: `all`, `lora` or `head`."""
+        """Trains the parts in `trainable`: `all`, `lora` or `head`."""
         wanted = [stage.trainable] if isinstance(stage.trainable, str) else stage.trainable
         if unknown := sorted(set(wanted) - {"all", "lora", "head"}):
             raise ValueError(
@@ -243,27 +222,22 @@ class TokenTask:
             parameter.requires_grad_(any(w == "all" or w in name.split(".") for w in wanted))
 
     def save(self, folder: Path) -> None:
-        """Write the compressor."""
+        """Writes the compressor."""
         self.compressor.save_pretrained(folder, dtype=self.recipe.output.torch_dtype)
 
-    # -- evaluation ------------------------------------------------------------------------------------------------
-
     def evaluate(self, stage: Stage) -> dict[str, float]:
-        """Token F1 (per cent) on the passages of `data.dev`, whose tokens are kept at the labels' own rate.
-
-        Of each passage as many labelled tokens are taken as its labels keep, those with the highest scores.
+        """Token F1 (percent) on `data.dev`, keeping as many tokens per passage as its labels do.
 
         Returns:
-            `f1` of the classifier, `f1_idf` of the rarest tokens (by the passages of `data.questions` that hold them),
-            `f1_random` (expected), `keep_rate` of the labels, and `accuracy` at probability 1/2.
+            `f1` of the classifier, `f1_idf` of the rarest tokens (document frequencies from `data.questions`), `f1_random`
+            (expected), `keep_rate` of the labels, and `accuracy` at probability 1/2.
         """
         if not self.data.dev:
             raise ValueError(f"Stage {stage.name!r} sets eval_every, which needs data.dev: a question file.")
         if self._dev is None:
             held = self._passages([self.data.dev], self.data.dev_half)
             asked = [one for source in held.asked.values() for one in source]
-            asked = asked[:: max(1, len(asked) // self.data.dev_limit)][: self.data.dev_limit]
-            drawn = [(one.passage, *self._labels(one, random.Random(one.passage))) for one in asked]
+            drawn = [(one.passage, *self._labels(one, random.Random(one.passage))) for one in self.data.thinned(asked)]
             self._dev = [TokenItem(passage, labels, passage, question) for passage, labels, question in drawn]
         rarity = self._rarity()
         training = self.compressor.training
@@ -286,22 +260,19 @@ class TokenTask:
             hits["f1_random"] += k * k / len(known)
             right += int(((values > 0.5) == wanted.bool()).sum())
             kept, tokens = kept + k, tokens + len(known)
-        # As many are taken as are right, so that precision, recall and F1 are one number.
+        # As many tokens are taken as labelled, so precision, recall and F1 are equal.
         scores = {name: 100 * value / max(1, kept) for name, value in hits.items()}
         return {**scores, "keep_rate": kept / max(1, tokens), "accuracy": 100 * right / max(1, tokens)}
 
     def _rarity(self) -> dict[int, float]:
-        """Inverse document frequency of tokens over the training passages."""
         passages = [one.passage for source in self.material.asked.values() for one in source]
         seen = Counter(i for passage in passages for i in set(self.compressor.words.pieces(passage).ids))
         return {i: math.log(len(passages) / n) for i, n in seen.items()}
 
 
 def _read_pairs(folder: str | None, source: str) -> Iterator[tuple[str, str]]:
-    """Pairs of a file of JSON lines. ValueError for a row that is none, with its place."""
-    if folder is None:
-        raise ValueError(f"The data file {source!r} needs data.dir, the folder that holds it: data.dir=FOLDER.")
-    for path in find_files(folder, [source]):
+    """Pairs of a file of JSON lines."""
+    for path in find_files(need_folder(folder, source), [source]):
         with open_text(path) as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():

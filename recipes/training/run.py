@@ -34,7 +34,7 @@ class TrainingTask(Protocol):
         """The module that trains."""
 
     def dataset(self, stage: Stage) -> Dataset[Any]:
-        """Map-style dataset; item i depends only on the recipe's seed, the stage and i. See `Items`."""
+        """Map-style dataset; item i depends only on the recipe's seed, the stage and i."""
 
     def collator(self, stage: Stage) -> Callable[[list[Any]], dict[str, Any]]:
         """Turns items into a batch; random draws are seeded by the items."""
@@ -59,11 +59,7 @@ class Run:
         self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self.minutes = max_minutes
         self.stopped: str | None = None
-
-    @property
-    def final(self) -> Path:
-        """Folder of the finished artefact."""
-        return self.out / self.recipe.output.folder
+        self.final = self.out / recipe.output.folder
 
     def steps_before(self, index: int) -> int:
         """Optimiser steps of the stages before stage `index`."""

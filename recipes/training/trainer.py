@@ -11,30 +11,14 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from torch import nn
-from torch.utils.data import Dataset
 
 from .checkpoints import Progress, replacing_folder
 from .run import Run, TrainingTask
 from .schema import Recipe, Stage
 from .stage import StageTrainer, load_trained
-
-
-class Items(Dataset[Any]):
-    """An endless dataset: item i is `make(i)`."""
-
-    def __init__(self, make: Callable[[int], Any], length: int = 2**40) -> None:
-        self.make, self.length = make, length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Any:
-        return self.make(index)
 
 
 def run_recipe(

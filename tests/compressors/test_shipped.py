@@ -10,9 +10,9 @@ import pytest
 import torch
 from nutgraf import Reader, load_compressor, pretrained
 from nutgraf.benchmarks.quality.scoring import likelihoods
+from nutgraf.compressors.fidelity.questions import sentences
 from nutgraf.compressors.reader import packaged as packaged_lm
 from nutgraf.recipes.data.answer_scores import f1
-from nutgraf.recipes.data.questions import sentences
 from nutgraf.recipes.data.templates import question_prompt
 
 SAMPLE = Path(nutgraf.__file__).parent / "benchmarks" / "sample"

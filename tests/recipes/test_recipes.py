@@ -10,8 +10,8 @@ import torch
 import yaml
 from nutgraf.recipes.data.records import Material, cut_at_sentence, load_articles, load_records, record_from_row
 from nutgraf.recipes.tasks.items import CompressorData, ItemMaker
-from nutgraf.recipes.training.schedules import learning_rate, uses_bfloat16
 from nutgraf.recipes.training.schema import Span, dump_recipe, load_recipe, parse_recipe, recipe_names, validate
+from nutgraf.recipes.training.stage import learning_rate, uses_bfloat16
 from typer.testing import CliRunner
 
 RAW = {

@@ -15,7 +15,7 @@ from nutgraf.recipes.tasks.compressor import CompressorTask
 from nutgraf.recipes.tasks.items import CompressorData, CompressorItems, ItemMaker, draw_ratio
 from nutgraf.recipes.training.schema import Span, parse_recipe
 from nutgraf.recipes.training.stage import PRIVATE, StageTrainer, check_trainer
-from nutgraf.recipes.training.trainer import Items, run_recipe
+from nutgraf.recipes.training.trainer import run_recipe
 from torch import nn
 
 CITIES = ["Bergen", "Oslo", "Lima", "Cairo", "Kyoto", "Quito", "Turin", "Perth"]
@@ -201,7 +201,7 @@ class _Toy:
         self.module, self.value = _Quadratic(), value
 
     def dataset(self, stage):
-        return Items(lambda i: torch.full((3,), self.value))
+        return [torch.full((3,), self.value)] * 1000
 
     def collator(self, stage):
         return lambda items: {"x": torch.stack(items)}

@@ -10,12 +10,12 @@ import pytest
 import torch
 from llama_index.core.prompts.default_prompts import DEFAULT_REFINE_PROMPT_TMPL, DEFAULT_TEXT_QA_PROMPT_TMPL
 from nutgraf import Reader
+from nutgraf.compressors.fidelity.questions import find_spans, make_questions
 from nutgraf.recipes.data.answer_scores import exact_match, f1
 from nutgraf.recipes.data.corpus import parse_record, read_documents, read_records
 from nutgraf.recipes.data.overlap import HeldOut
-from nutgraf.recipes.data.questions import find_spans, make_questions, rename
 from nutgraf.recipes.data.templates import LLAMA_INDEX_QA, LLAMA_INDEX_REFINE
-from nutgraf.recipes.reader.groups import FORMATS
+from nutgraf.recipes.reader.groups import FORMATS, rename
 from nutgraf.recipes.reader.init import start_copying
 from nutgraf.recipes.reader.model import PackedReader, block_mask
 from nutgraf.recipes.reader.pooled_contexts import draw_window, token_weights
@@ -231,13 +231,13 @@ def test_llama_index_format_is_the_default_template():
 
 
 def test_unknown_settings_are_refused(task):
-    with pytest.raises(ValueError, match=r"mix\.kinds names"):
+    with pytest.raises(ValueError, match="kinds names 'poems'"):
         RowSettings(kinds={"poems": 1.0})
     stage = task.recipe.stages[0].model_copy(update={"mix": {"point_groups": 9}})
     with pytest.raises(ValueError, match="point_groups is 9"):
         task.begin_stage(stage)
     stage = task.recipe.stages[0].model_copy(update={"mix": {"row_token": 3}})
-    with pytest.raises(ValueError, match="row_token"):
+    with pytest.raises(ValueError, match=r"unknown key stages\.copy\.mix\.row_token; did you mean 'row_tokens'"):
         task.dataset(stage)
 
 
