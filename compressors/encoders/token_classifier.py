@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoModelForTokenClassification, AutoTokeniz
 from ..core.batching import pack, pad_rows, pass_positions
 from ..core.config import check_choices, check_counts
 from ..core.fingerprint import hash_json, hash_tensors
+from ..core.hidden import hide
 from ..core.units import Span, split_units
 from ..reader.tokenization import clean
 from .embedder import MINILM, packaged_minilm
@@ -139,6 +140,7 @@ class TokenClassifier(nn.Module):
             for RAG do (Provence, arXiv 2501.16214).
 
     Attributes:
+        frozen: the frozen model or encoder.
         tagger: the trained `LoRATagger`; ``None`` with a whole model.
         pieces: the classifier's tokenizer.
         limit: the longest row, special tokens included.
@@ -148,6 +150,8 @@ class TokenClassifier(nn.Module):
     Raises:
         ValueError: if the model cannot be loaded, or its hash is not ``settings.frozen_hash``.
     """
+
+    frozen: Any
 
     def __init__(
         self,
@@ -167,7 +171,7 @@ class TokenClassifier(nn.Module):
         else:
             frozen, tokenizer = load_encoder(settings.encoder, str(device))
             self.tagger = LoRATagger(frozen, **settings.lora)
-        self._frozen = (frozen,)  # a tuple: its weights are no parameters of this module
+        hide(self, "frozen", frozen)
         self.pieces = ClassifierTokenizer(tokenizer)
         self.limit = min(settings.window, position_limit(frozen, tokenizer))
         self.merge, self.query_aware = settings.merge, query_aware
@@ -179,11 +183,6 @@ class TokenClassifier(nn.Module):
                 "given so."
             )
         self.settings = replace(settings, frozen_hash=self.frozen_hash)
-
-    @property
-    def frozen(self) -> Any:
-        """The frozen classifier or encoder."""
-        return self._frozen[0]
 
     @property
     def device(self) -> torch.device:

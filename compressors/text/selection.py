@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..base import TextCompressor
 from ..core.config import CompressorConfig, ConfigT, check_choices, check_counts, check_ratio
+from ..core.hidden import hide
 from ..core.passage import CompressedPassage
 from ..core.units import LEVELS, Span, carve, keep_spans, split_units, tokens_in, unit_scores
 from ..reader.reader import Reader
@@ -22,7 +23,7 @@ from .budget import Search, join, run_searches, search
 from .scoring import TokenScores
 
 MODES = ("fast", "published")
-_STORED_MODES = {"published": "faithful"}  # spelling in config files: fingerprints stay what they were
+_OLD_NAME = "faithful"  # of mode "published" in older configs, and in fingerprints
 
 
 @dataclass
@@ -50,7 +51,7 @@ class SelectionConfig(CompressorConfig):
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio, "source tokens per kept token")
-        if self.mode in _STORED_MODES.values():
+        if self.mode == _OLD_NAME:
             self.mode = "published"
         check_choices(self, {"unit": LEVELS, "mode": MODES})
         for name in ("keep", "keep_patterns"):
@@ -65,13 +66,14 @@ class SelectionConfig(CompressorConfig):
                 raise ValueError(f"keep_patterns holds {pattern!r}, no valid regular expression: {error}.") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """A flat JSON-able dict that `from_dict` takes back."""
+        """A flat JSON-able dict for `from_dict`."""
         found = super().to_dict()
-        options = getattr(self, "published", None)
-        if options is not None:
-            del found["published"]
-            found |= options.to_dict()
-        return found | {"mode": _STORED_MODES.get(self.mode, self.mode)}
+        options = found.pop("published", None)
+        return found if options is None else found | self.published.to_dict()  # type: ignore[attr-defined]
+
+    def identity(self) -> dict[str, Any]:
+        """What the fingerprint hashes."""
+        return super().identity() | ({"mode": _OLD_NAME} if self.mode == "published" else {})
 
     @classmethod
     def from_dict(cls: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
@@ -267,20 +269,19 @@ class LMSelectingCompressor(SelectingCompressor):
         config: the settings.
         reader: the reader; the budget counts its tokens.
         scorer: the causal LM that scores, instead of loading ``config.scorer``.
+
+    Attributes:
+        scorer: the causal LM that scores.
     """
 
     config: LMSelectionConfig
+    scorer: Reader
 
     def __init__(self, config: LMSelectionConfig, reader: Reader, *, scorer: Reader | None = None) -> None:
         super().__init__(config, reader)
         if scorer is None:
             scorer = reader if config.scorer is None else Reader.from_pretrained(config.scorer, device=reader.device)
-        self._scorer = (scorer,)  # a tuple: its weights are no parameters of this module
-
-    @property
-    def scorer(self) -> Reader:
-        """The causal LM that scores."""
-        return self._scorer[0]
+        hide(self, "scorer", scorer)
 
     def identity_parts(self) -> list[Any]:
         """Reader and scorer."""
