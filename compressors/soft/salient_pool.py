@@ -128,7 +128,7 @@ class SalientPoolCompressor(SoftCompressor, WindowProjector):
             )
             logits = tagger.head(states.to(tagger.head.weight.dtype)).float()
             odds = logits[:, 1] - logits[:, 0]
-            worth = spread_over_words(odds.detach().sigmoid().cpu(), pieces.words, self.config.merge).to(odds.device)
+            worth = spread_over_words(odds.detach().sigmoid().cpu(), pieces.word_ids, self.config.merge).to(odds.device)
             columns = torch.cat([states.float(), odds[:, None], worth[:, None]], dim=1).to(self.reader.device, dtype)
             wanted = self.reader.tokenize_with_offsets(text)[1]
             found, seen = averaged(columns, pieces.offsets, wanted, len(text))

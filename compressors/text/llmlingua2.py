@@ -111,7 +111,7 @@ class LLMLingua2Compressor(SelectingCompressor):
             queries: one question per passage, read with ``query_aware`` alone.
         """
         return [
-            TokenScores(pieces.ids, pieces.offsets, spread_over_words(values, pieces.words, self.config.merge))
+            TokenScores(pieces.ids, pieces.offsets, spread_over_words(values, pieces.word_ids, self.config.merge))
             for pieces, values in self.words.probabilities(texts, queries)
         ]
 
@@ -136,17 +136,6 @@ class LLMLingua2Compressor(SelectingCompressor):
         if target_tokens is not None:
             rate = min(target_tokens / max(published.count(text), 1), 1.0)
         return published.compress(text, rate), ()
-
-    def keep_contexts(self, texts: Sequence[str], ratio: float | None = None) -> list[bool]:
-        """Chooses contexts as the release does: ``(1 + 1 / ratio) / 2`` of them, by mean probability.
-
-        Args:
-            texts: the contexts.
-            ratio: of the whole prompt; default: the config's.
-        """
-        share = (kept_share(ratio or self.config.ratio) + 1) / 2
-        with self._lock:
-            return self.published.keep_contexts(self._check_texts(texts), share)
 
     def compress_contexts(
         self, texts: Sequence[str], ratio: float | None = None, *, target_tokens: int | None = None

@@ -25,7 +25,7 @@ class LongLLMLinguaConfig(LLMLinguaConfig):
 
     method: ClassVar[str] = "longllmlingua"
     options_class: ClassVar[type[CompressorConfig] | None] = LongLLMLinguaOptions
-    retired: ClassVar[dict[str, Any]] = {"statement": STATEMENT}
+    retired: ClassVar[dict[str, Any]] = {**LLMLinguaConfig.retired, "statement": STATEMENT}
 
     question: str | None = field(default=None, metadata={"help": "question for calls without one: a fixed task, say"})
     published: LongLLMLinguaOptions = field(
@@ -108,8 +108,8 @@ class LongLLMLinguaCompressor(LLMLinguaCompressor):
 
     @property
     def pools_budget(self) -> bool:
-        """Dynamic ratios and ``share="scores"`` divide the budget of a call."""
-        return self.config.dynamic_ratio > 0 or super().pools_budget
+        """Dynamic ratios divide the budget of a call."""
+        return self.config.dynamic_ratio > 0
 
     def share_budget(
         self,
@@ -119,8 +119,6 @@ class LongLLMLinguaCompressor(LLMLinguaCompressor):
         found: Mapping[int, TokenScores],
     ) -> tuple[list[int], list[dict[str, Any]]]:
         """Targets by rank among the passages with the same question: the published ramp, scaled to the same total."""
-        if not self.config.dynamic_ratio:
-            return super().share_budget(queries, lengths, targets, found)
         groups: dict[str, list[int]] = defaultdict(list)
         for i, query in enumerate(queries):
             groups[self._question(query)].append(i)

@@ -156,20 +156,12 @@ class SelectingCompressor(TextCompressor):
         *,
         vectors: Any,
         target_tokens: int | None = None,
-        with_scores: bool = False,
         **options: Any,
     ) -> list[CompressedPassage]:
-        """Options of `compress`.
-
-        Args:
-            target_tokens: the reader's tokens of each result, instead of a ratio; 0 keeps nothing.
-            with_scores: put token scores and offsets into ``info["scores"]`` and ``info["offsets"]`` (fast).
-        """
+        """``target_tokens``, an option of `compress`: the reader's tokens of each result, instead of a ratio."""
         published = self.config.mode == "published"
-        if published and with_scores:
-            options["with_scores"] = True
         if options:
-            raise TypeError(f"{type(self).__name__} in mode={self.config.mode!r} has no options {sorted(options)}.")
+            raise TypeError(f"{type(self).__name__}.compress has no options {sorted(options)}.")
         if ratio is not None and target_tokens is not None:
             raise ValueError(f"Give ratio or target_tokens, not both (got {ratio} and {target_tokens}).")
         if target_tokens is not None and (not isinstance(target_tokens, int) or target_tokens < 0):
@@ -184,7 +176,7 @@ class SelectingCompressor(TextCompressor):
             made = [self.as_published(t, q, asked, target_tokens) if t else ("", ()) for t, q in zip(texts, queries)]
             results = [(kept, spans, n) for (kept, spans), n in zip(made, self._counts([kept for kept, _ in made]))]
         else:
-            results, notes = self._fit(texts, queries, asked, target_tokens, lengths, with_scores)
+            results, notes = self._fit(texts, queries, asked, target_tokens, lengths)
         return [
             CompressedPassage("text", length, self.fingerprint, text=kept, spans=spans, n_tokens=n, info=info | note)
             for length, (kept, spans, n), note in zip(lengths, results, notes)
@@ -197,13 +189,12 @@ class SelectingCompressor(TextCompressor):
         asked: float,
         target_tokens: int | None,
         lengths: list[int],
-        with_scores: bool,
     ) -> tuple[list[tuple[str, tuple[Span, ...], int]], list[dict[str, Any]]]:
         """Text, spans and tokens of each passage within its exact budget, and its entries for ``info``."""
         # The small term keeps 30 / 1.2 at 25 despite floating point.
         targets = [math.floor(n / asked + 1e-9) if target_tokens is None else target_tokens for n in lengths]
         pooled = self.pools_budget and len(texts) > 1
-        todo = [i for i, n in enumerate(lengths) if with_scores or (pooled and n) or 0 < targets[i] < n]
+        todo = [i for i, n in enumerate(lengths) if (pooled and n) or 0 < targets[i] < n]
         found = dict(zip(todo, self.score([texts[i] for i in todo], [queries[i] for i in todo])))
         notes: list[dict[str, Any]] = [{} for _ in texts]
         if pooled:
@@ -216,10 +207,6 @@ class SelectingCompressor(TextCompressor):
         searches = [self._search(texts[i], found[i], targets[i], lengths[i]) for i in cut]
         for i, kept in zip(cut, run_searches(searches, self._counts)):
             chosen[i] = kept
-        if with_scores:
-            notes = [
-                note | {"scores": found[i].nll.tolist(), "offsets": found[i].offsets} for i, note in enumerate(notes)
-            ]
         return [(join(t, spans, self.config.joiner), spans, n) for t, (spans, n) in zip(texts, chosen)], notes
 
     def _counts(self, texts: Sequence[str]) -> list[int]:
