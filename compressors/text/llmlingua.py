@@ -14,7 +14,7 @@ from ..core.units import Span
 from ..registry import register_compressor
 from .budget import kept_share
 from .published.llmlingua import LLMLinguaOptions, PublishedPrompt, compress_prompt
-from .scoring import TokenScores, self_information
+from .scoring import TokenScores
 from .selection import LMSelectingCompressor, LMSelectionConfig
 
 
@@ -60,10 +60,6 @@ class LLMLinguaCompressor(LMSelectingCompressor):
 
     config_class: ClassVar[type[CompressorConfig]] = LLMLinguaConfig
     config: LLMLinguaConfig
-
-    def score(self, texts: Sequence[str], queries: Sequence[str | None] | None = None) -> list[TokenScores]:
-        """The loss in nats of each token (of the scorer); ``queries`` are ignored."""
-        return self_information(self.scorer, texts, window=self.config.window)
 
     @property
     def level(self) -> str:

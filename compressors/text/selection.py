@@ -20,7 +20,7 @@ from ..core.passage import CompressedPassage
 from ..core.units import LEVELS, Span, carve, keep_spans, split_units, tokens_in, unit_scores
 from ..reader.reader import Reader
 from .budget import Search, join, run_searches, search
-from .scoring import TokenScores
+from .scoring import TokenScores, self_information
 
 MODES = ("fast", "published")
 _OLD_NAME = "faithful"  # of mode "published" in older configs, and in fingerprints
@@ -269,6 +269,10 @@ class LMSelectingCompressor(SelectingCompressor):
         if scorer is None:
             scorer = reader if config.scorer is None else Reader.from_pretrained(config.scorer, device=reader.device)
         hide(self, "scorer", scorer)
+
+    def score(self, texts: Sequence[str], queries: Sequence[str | None] | None = None) -> list[TokenScores]:
+        """The loss in nats of each token (of the scorer); ``queries`` are ignored."""
+        return self_information(self.scorer, texts, window=self.config.window)
 
     def identity_parts(self) -> list[Any]:
         """Reader and scorer."""

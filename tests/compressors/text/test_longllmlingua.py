@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,19 +18,8 @@ from nutgraf.compressors.text.published.llmlingua import (
     context_losses,
     rank_contexts,
 )
+from oracles.selection import FACTS, ODD, Forwarded, by_hand, losses_of, passage
 
-
-def _sibling(name: str):
-    spec = importlib.util.spec_from_file_location(f"nutgraf_{name}", Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-_plain = _sibling("test_llmlingua")  # the plain loop stands there
-FACTS, ODD, Forwarded, by_hand, losses_of, passage = (
-    getattr(_plain, name) for name in ("FACTS", "ODD", "Forwarded", "by_hand", "losses_of", "passage")
-)
 QUESTION = "Who signed the treaty of Westphalia?"
 
 
