@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForTokenClassification, AutoTokenizer
 
 from ..core.batching import pack, pad_rows, pass_positions
 from ..core.config import check_choices, check_counts
 from ..core.fingerprint import hash_json, hash_tensors
+from ..core.hidden import hide
 from ..core.units import Span, split_units
 from ..reader.tokenization import clean
 from .embedder import MINILM, packaged_minilm
@@ -48,22 +49,6 @@ class TokenClassifierSettings(LoRASettings):
         self.check_lora()
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """A text in the classifier's tokens.
-
-    Attributes:
-        ids, tokens: ids and strings.
-        offsets: ``(start, end)`` characters of each token.
-        words: the word number of each token, or ``None``.
-    """
-
-    ids: list[int]
-    tokens: list[str]
-    offsets: list[Span]
-    words: list[int | None]
-
-
 class ClassifierTokenizer:
     """Tokenises without truncation; special-token strings in a text are plain text.
 
@@ -92,10 +77,9 @@ class ClassifierTokenizer:
         pad = getattr(tokenizer, "pad_token_id", None)
         self.pad = 0 if pad is None else int(pad)
 
-    def __call__(self, text: str) -> Pieces:
+    def __call__(self, text: str) -> Encoding:
         """Tokenises a text, without special tokens."""
-        found = self._plain.encode(clean(text), add_special_tokens=False)
-        return Pieces(found.ids, found.tokens, found.offsets, found.word_ids)
+        return self._plain.encode(clean(text), add_special_tokens=False)
 
     def fingerprint_parts(self) -> list[Any]:
         """What decides the ids."""
@@ -139,6 +123,7 @@ class TokenClassifier(nn.Module):
             for RAG do (Provence, arXiv 2501.16214).
 
     Attributes:
+        frozen: the frozen model or encoder.
         tagger: the trained `LoRATagger`; ``None`` with a whole model.
         pieces: the classifier's tokenizer.
         limit: the longest row, special tokens included.
@@ -148,6 +133,8 @@ class TokenClassifier(nn.Module):
     Raises:
         ValueError: if the model cannot be loaded, or its hash is not ``settings.frozen_hash``.
     """
+
+    frozen: Any
 
     def __init__(
         self,
@@ -167,7 +154,7 @@ class TokenClassifier(nn.Module):
         else:
             frozen, tokenizer = load_encoder(settings.encoder, str(device))
             self.tagger = LoRATagger(frozen, **settings.lora)
-        self._frozen = (frozen,)  # a tuple: its weights are no parameters of this module
+        hide(self, "frozen", frozen)
         self.pieces = ClassifierTokenizer(tokenizer)
         self.limit = min(settings.window, position_limit(frozen, tokenizer))
         self.merge, self.query_aware = settings.merge, query_aware
@@ -179,11 +166,6 @@ class TokenClassifier(nn.Module):
                 "given so."
             )
         self.settings = replace(settings, frozen_hash=self.frozen_hash)
-
-    @property
-    def frozen(self) -> Any:
-        """The frozen classifier or encoder."""
-        return self._frozen[0]
 
     @property
     def device(self) -> torch.device:
@@ -212,7 +194,7 @@ class TokenClassifier(nn.Module):
             raise ValueError(f"The question has {len(asked)} of the classifier's tokens, there is room for {room}.")
         return [*before, *asked, *after]
 
-    def rows(self, text: str, query: str | None = None) -> tuple[Pieces, list[Span], list[int]]:
+    def rows(self, text: str, query: str | None = None) -> tuple[Encoding, list[Span], list[int]]:
         """A text's tokens, the token ranges that are read together, and the tokens before each range."""
         pieces, head = self.pieces(text), self.head(query)
         return pieces, cut(text, pieces, self.limit - len(head) - len(self.pieces.after)), head
@@ -222,7 +204,7 @@ class TokenClassifier(nn.Module):
         texts: Sequence[str],
         queries: Sequence[str | None] | None,
         run: Callable[[list[list[int]]], Sequence[Tensor]],
-    ) -> Iterator[tuple[Pieces, list[Tensor]]]:
+    ) -> Iterator[tuple[Encoding, list[Tensor]]]:
         """Runs a function on the rows of all texts; yields each text's tokens and its part of the results.
 
         Args:
@@ -254,7 +236,7 @@ class TokenClassifier(nn.Module):
 
     def probabilities(
         self, texts: Sequence[str], queries: Sequence[str | None] | None = None
-    ) -> list[tuple[Pieces, Tensor]]:
+    ) -> list[tuple[Encoding, Tensor]]:
         """The tokens of each text and their probabilities ``[tokens]`` of "keep"."""
         return [
             (pieces, torch.cat(parts) if parts else torch.zeros(0))
@@ -322,7 +304,7 @@ def position_limit(model: Any, tokenizer: Any) -> int:
     return int(min((limit for limit in limits if limit), default=512))
 
 
-def cut(text: str, pieces: Pieces, room: int) -> list[Span]:
+def cut(text: str, pieces: Encoding, room: int) -> list[Span]:
     """Cuts the text into token ranges of at most ``room`` tokens: at a sentence's end, else a word's, else anywhere.
 
     The cut lies in the second half of each range, so that there are few ranges.
@@ -342,7 +324,7 @@ def cut(text: str, pieces: Pieces, room: int) -> list[Span]:
             if last >= 0 and sentences[last] >= least:
                 end = sentences[last]
             else:
-                words = pieces.words
+                words = pieces.word_ids
                 borders = (i for i in range(end, least - 1, -1) if words[i] is None or words[i] != words[i - 1])
                 end = next(borders, end)
         ranges.append((start, end))

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..base import Query, SoftCompressor
+from ..base import Passages, SoftCompressor
 from ..core.config import CompressorConfig, check_counts, check_ratio
-from ..core.passage import CompressedPassage, Interface
+from ..core.passage import Interface
 from ..encoders.token_classifier import LoRATagger, TokenClassifier, TokenClassifierSettings, spread_over_words
 from ..reader.reader import Reader
 from ..registry import register_compressor
 from ..slots.pooling import averaged
+from ..slots.projector import WindowProjector
 from ..slots.segments import slots_for
 
 _SHARPNESS = 4.0  # initial: a token with half the odds has a sixteenth of the weight
@@ -42,22 +41,20 @@ class SalientPoolConfig(CompressorConfig, TokenClassifierSettings):
 
 
 @register_compressor
-class SalientPoolCompressor(SoftCompressor):
+class SalientPoolCompressor(SoftCompressor, WindowProjector):
     r"""Windows around the tokens most worth keeping: LLMLingua-2's choice, with soft slots instead of a shorter text.
 
     A passage of L tokens has ``n = ceil(L / ratio)`` slots. A token classifier (arXiv 2403.12968) gives each token a
     probability p of being worth keeping. The n tokens of the most probable words are the anchors. Window k reaches from
-    after anchor k - 1 to anchor k, the last one to the end. With the reader's embeddings e, the classifier's last states h
-    and log-odds :math:`z = \log p / (1 - p)`,
+    after anchor k - 1 to anchor k, the last one to the end. A `WindowProjector` pools the windows, with log-odds
+    :math:`z = \log p / (1 - p)`, the classifier's last states and the weights
 
-    .. math:: slot_k = A \frac{\sum_t w_t e_t}{\sqrt{\sum_t w_t^2}}
-              + s \cdot \mathrm{MLP}\big(\mathrm{RMSNorm}(\sum_t w_t h_t)\big),
-              \quad w = \mathrm{softmax}_{t \in window}(\beta z_t),\ w_t \le w_{anchor}.
+    .. math:: w = \mathrm{softmax}_{t \in window}(\beta z_t),\ w_t \le w_{anchor}.
 
-    A starts as the identity, the MLP's last layer at zero and :math:`\beta` at 4. Before training with the reader a slot is
-    its anchor's embedding plus a little of its neighbours, read like LLMLingua-2's text of as many tokens. Training adds
-    the rest of the window. Slots go where the content is, as in arXiv 2502.11493 (which assigns them to chunks by
-    perplexity and attention). With ``query_aware`` they go where the answer may be. The method is this package's own.
+    :math:`\beta` starts at 4: before training with the reader a slot is its anchor's embedding plus a little of its
+    neighbours, read like LLMLingua-2's text of as many tokens. Training adds the rest of the window. Slots go where the
+    content is, as in arXiv 2502.11493 (which assigns them to chunks by perplexity and attention). With ``query_aware`` they
+    go where the answer may be. The method is this package's own.
 
     Args:
         config: the settings; those of the classifier come from ``tagger`` if it is given.
@@ -67,8 +64,7 @@ class SalientPoolCompressor(SoftCompressor):
 
     Attributes:
         words: the `TokenClassifier`; its LoRA and head are trained and saved with this module.
-        linear: A, ``[width, width]``. norm, mlp: from the classifier's states to the reader's width.
-        log_scale: logarithm of s. sharpness: beta.
+        sharpness: beta.
 
     Raises:
         ValueError: if the tagger cannot be trained, or the frozen encoder is not the one of training.
@@ -86,96 +82,55 @@ class SalientPoolCompressor(SoftCompressor):
                     "tagger must be a loaded LLMLingua-2 with its own LoRA and head (load_compressor), not "
                     f"{type(tagger).__name__} or a whole classifier."
                 )
-            settings = given.settings
-            shared = {f.name: getattr(settings, f.name) for f in fields(TokenClassifierSettings)}
+            shared = {f.name: getattr(given.settings, f.name) for f in fields(TokenClassifierSettings)}
             config = replace(config, **shared, query_aware=given.query_aware)
         super().__init__(config, reader)
         self.words = TokenClassifier(config, reader.device, query_aware=config.query_aware)
         if given is not None:
             self.words.load_state_dict(given.state_dict())
         self.config = replace(config, frozen_hash=self.words.frozen_hash)
-        size = self.words.frozen.config.hidden_size
-        hidden = config.hidden_size or 2 * reader.width
-        self.norm = nn.RMSNorm(size, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(size, hidden), nn.GELU(), nn.Linear(hidden, reader.width))
-        self.linear = nn.Linear(reader.width, reader.width, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(reader.embedding_norm / math.sqrt(reader.width))))
+        self.add_projector(reader, self.words.frozen.config.hidden_size, config.hidden_size)
         self.sharpness = nn.Parameter(torch.tensor(_SHARPNESS))
-        nn.init.eye_(self.linear.weight)
-        nn.init.zeros_(self.mlp[2].weight)  # type: ignore[arg-type]
-        nn.init.zeros_(self.mlp[2].bias)  # type: ignore[arg-type]
         self.to(reader.device)
 
-    def identity_parts(self) -> list[str]:
-        """The slots depend on the reader's weights too."""
-        return [self.reader.fingerprint]
-
-    def encode(
-        self,
-        texts: Sequence[str],
-        query: Query = None,
-        ratio: float | None = None,
-        vectors: object = None,
-    ) -> list[CompressedPassage]:
-        """Compresses passages, differentiably in all but the choice of anchors.
-
-        Args:
-            texts: the passages.
-            query: one question for all or one each; read with ``query_aware`` alone, and needed there.
-            ratio: tokens a slot, any real number of at least 1; ``None``: the config's.
-            vectors: ignored.
-        """
-        texts = self._check_texts(texts)
-        queries = self._check_query(query, len(texts))
-        ratio = self.config.ratio if ratio is None else float(ratio)
-        tokens = [self.reader.tokenize_with_offsets(text) for text in texts]
-        ids = [found for found, _ in tokens]
-        read = [i for i, passage in enumerate(ids) if passage]
-        scored = self._scored([texts[i] for i in read], [queries[i] for i in read], [tokens[i][1] for i in read])
-        slots: dict[int, Tensor] = {}
-        for i, (states, odds, worth) in zip(read, scored):
-            slots[i] = self._slots(torch.tensor(ids[i], device=states.device), states, odds, worth, ratio)
-        empty = torch.zeros(0, self.reader.width, device=self.reader.device, dtype=self.reader.dtype)
-        info = {"method": "salient-pool", "ratio_asked": ratio, **self.reader.identity_card.runs_as}
-        origin, made_for = self.origin, self.reader.fingerprint
-        return [
-            CompressedPassage("embeds", len(p), origin, made_for, embeds=slots.get(i, empty), info=dict(info))
-            for i, p in enumerate(ids)
-        ]
+    def encode_passages(self, passages: Passages, ratio: float | None) -> list[Tensor]:
+        """``[slots, width]`` per passage, differentiable except for the choice of anchors."""
+        reader = self.reader
+        read = [i for i, ids in enumerate(passages.ids) if ids]
+        texts, queries = [passages.texts[i] for i in read], [passages.queries[i] for i in read]
+        slots = [torch.zeros(0, reader.width, device=reader.device, dtype=reader.dtype)] * len(passages.ids)
+        for i, (states, odds, worth) in zip(read, self._scored(texts, queries)):
+            ids = torch.tensor(passages.ids[i], device=states.device)
+            slots[i] = self._slots(ids, states, odds, worth, ratio or self.config.ratio)
+        return slots
 
     def _slots(self, ids: Tensor, states: Tensor, odds: Tensor, worth: Tensor, ratio: float) -> Tensor:
         """``[slots, width]`` of one passage from its tokens' ids, states, log-odds and (words') probabilities."""
-        reader, dtype = self.reader, self.linear.weight.dtype
         n = slots_for(len(ids), ratio, len(ids))
         anchors = worth.argsort(descending=True, stable=True)[:n].sort().values
         where = torch.searchsorted(anchors, torch.arange(len(ids), device=ids.device)).clamp(max=n - 1)
         with torch.no_grad():
-            embeds = reader.embed(ids).to(dtype)
+            embeds = self.reader.embed(ids).to(self.linear.weight.dtype)
         # No neighbour outweighs its anchor, whose word was chosen as a whole.
         score = self.sharpness * torch.minimum(odds, odds[anchors][where])
         power = (score - score[anchors].detach()[where]).exp()
         weights = power / power.new_zeros(n).index_add(0, where, power)[where]
-        pooled = embeds.new_zeros(n, embeds.shape[1]).index_add(0, where, embeds * weights[:, None])
-        length = weights.new_zeros(n).index_add(0, where, weights.square()).sqrt()
-        means = states.new_zeros(n, states.shape[1]).index_add(0, where, states * weights[:, None])
-        out = self.linear(pooled / length[:, None]) + self.mlp(self.norm(means)) * self.log_scale.exp()
-        return out.to(reader.dtype)
+        return self.pool_windows(embeds, states, weights, where, n).to(self.reader.dtype)
 
-    def _scored(
-        self, texts: list[str], queries: list[str | None], offsets: list[list[tuple[int, int]]]
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """For each passage, at the reader's tokens: states ``[tokens, size]``, log-odds and probabilities of words."""
+    def _scored(self, texts: list[str], queries: list[str | None]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Per passage, at the reader's tokens: states ``[tokens, size]``, log-odds and probabilities of words."""
         tagger, dtype = cast(LoRATagger, self.words.tagger), self.linear.weight.dtype
         out = []
         read = self.words.read(texts, queries, lambda rows: self.words.run_rows(rows, tagger.states))
-        for text, wanted, (pieces, parts) in zip(texts, offsets, read):
+        for text, (pieces, parts) in zip(texts, read):
             states = (
                 torch.cat(parts) if parts else torch.zeros(0, *self.norm.normalized_shape, device=self.words.device)
             )
             logits = tagger.head(states.to(tagger.head.weight.dtype)).float()
             odds = logits[:, 1] - logits[:, 0]
-            worth = spread_over_words(odds.detach().sigmoid().cpu(), pieces.words, self.config.merge).to(odds.device)
+            worth = spread_over_words(odds.detach().sigmoid().cpu(), pieces.word_ids, self.config.merge).to(odds.device)
             columns = torch.cat([states.float(), odds[:, None], worth[:, None]], dim=1).to(self.reader.device, dtype)
+            wanted = self.reader.tokenize_with_offsets(text)[1]
             found, seen = averaged(columns, pieces.offsets, wanted, len(text))
             odds = torch.where(seen, found[:, -2], _UNSEEN)
             out.append((found[:, :-2], odds, torch.where(seen, found[:, -1], -1.0).detach()))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..core.config import CompressorConfig, check_choices
+from ..core.config import CompressorConfig
 from ..core.units import Span
 from ..registry import register_compressor
-from .budget import kept_share, share_out
+from .budget import kept_share
 from .published.llmlingua import LLMLinguaOptions, PublishedPrompt, compress_prompt
-from .scoring import TokenScores, self_information
+from .scoring import TokenScores
 from .selection import LMSelectingCompressor, LMSelectionConfig
 
 
@@ -24,17 +24,11 @@ class LLMLinguaConfig(LMSelectionConfig):
 
     method: ClassVar[str] = "llmlingua"
     options_class: ClassVar[type[CompressorConfig] | None] = LLMLinguaOptions
+    retired: ClassVar[dict[str, Any]] = {"share": "equal"}
 
     unit: str = field(default="token", metadata={"help": "kept or dropped as a whole"})
     complete_words: bool = field(
         default=True, metadata={"help": "unit 'token': a token brings the rest of its word (fast)"}
-    )
-    share: Literal["equal", "scores"] = field(
-        default="equal",
-        metadata={
-            "help": "'equal': each passage of a call gets the ratio; 'scores': budget moves to passages with higher mean "
-            "scores, with the same total (fast)"
-        },
     )
     dynamic_ratio: float = field(
         default=0.0, metadata={"help": "keep ratios run from +r to -r around the common one, by the passage's rank"}
@@ -45,7 +39,6 @@ class LLMLinguaConfig(LMSelectionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choices(self, {"share": ("equal", "scores")})
         if not 0 <= self.dynamic_ratio < 1:
             raise ValueError(f"dynamic_ratio must lie in [0, 1), got {self.dynamic_ratio!r}.")
 
@@ -55,9 +48,8 @@ class LLMLinguaCompressor(LMSelectingCompressor):
     """Keeps the tokens with the highest loss ``-log p(token | before)`` (LLMLingua, arXiv 2310.05736).
 
     ``mode="fast"``: each token is read once, and each passage has an exact budget in the reader's tokens. Whole words are
-    kept (``complete_words``). With ``share="scores"`` the passages of a call (or batch) share one budget, in proportion
-    to their own budgets times their mean losses. Unlike the paper no context is dropped, and losses are not conditioned
-    on the *compressed* prefix, which would cost 2.0 to 2.4 times the forwarded tokens.
+    kept (``complete_words``). Unlike the paper no context is dropped, and losses are not conditioned on the *compressed*
+    prefix, which would cost 2.0 to 2.4 times the forwarded tokens.
 
     ``mode="published"``: the released algorithm, passage by passage. A passage shorter than ``iterative_size`` stays
     almost whole, a result may exceed its budget, and a character may be broken. `compress_prompt` runs it on several
@@ -68,10 +60,6 @@ class LLMLinguaCompressor(LMSelectingCompressor):
 
     config_class: ClassVar[type[CompressorConfig]] = LLMLinguaConfig
     config: LLMLinguaConfig
-
-    def score(self, texts: Sequence[str], queries: Sequence[str | None] | None = None) -> list[TokenScores]:
-        """The loss in nats of each token (of the scorer); ``queries`` are ignored."""
-        return self_information(self.scorer, texts, window=self.config.window)
 
     @property
     def level(self) -> str:
@@ -91,25 +79,6 @@ class LLMLinguaCompressor(LMSelectingCompressor):
         unit = torch.searchsorted(starts, first, right=True) - 1
         floor = float(scores.nll.min())  # for a word in which no token begins
         return torch.full((len(units),), floor).scatter_reduce(0, unit, scores.nll.float(), "amax")
-
-    @property
-    def pools_budget(self) -> bool:
-        """``share="scores"`` divides the budget of a call."""
-        return self.config.share == "scores"
-
-    def share_budget(
-        self,
-        queries: Sequence[str | None],
-        lengths: Sequence[int],
-        targets: Sequence[int],
-        found: Mapping[int, TokenScores],
-    ) -> tuple[list[int], list[dict[str, Any]]]:
-        """Targets in proportion to themselves times the passages' mean scores."""
-        means = [float(found[i].nll.mean()) if i in found and len(found[i].nll) else 0.0 for i in range(len(lengths))]
-        # Budget that a short passage cannot use itself is not given to others.
-        total = sum(min(target, n) for target, n in zip(targets, lengths))
-        weights = [target * max(mean, 0.0) for target, mean in zip(targets, means)]
-        return share_out(total, weights, lengths), [{"mean_score": mean} for mean in means]
 
     def compress_prompt(
         self,

@@ -67,7 +67,7 @@ class LLMLingua2Compressor(SelectingCompressor):
     words are kept for a question, and each question needs a new compression; otherwise questions are ignored.
 
     ``mode="published"``: the released threshold per chunk. A result may exceed its budget, and its spaces are those of the
-    classifier's tokenizer. `compress_contexts` runs it on a list of contexts and drops some.
+    classifier's tokenizer. ``published.compress_contexts`` runs it on a list of contexts and drops some.
 
     Args:
         config: the settings.
@@ -111,13 +111,13 @@ class LLMLingua2Compressor(SelectingCompressor):
             queries: one question per passage, read with ``query_aware`` alone.
         """
         return [
-            TokenScores(pieces.ids, pieces.offsets, spread_over_words(values, pieces.words, self.config.merge))
+            TokenScores(pieces.ids, pieces.offsets, spread_over_words(values, pieces.word_ids, self.config.merge))
             for pieces, values in self.words.probabilities(texts, queries)
         ]
 
     @cached_property
     def published(self) -> PublishedWords:
-        """The released computation with this compressor's classifier and settings."""
+        """The released algorithm with this compressor's classifier; ``compress_contexts`` runs it on a list of contexts."""
         config = self.config
         return PublishedWords(
             self.words,
@@ -136,35 +136,3 @@ class LLMLingua2Compressor(SelectingCompressor):
         if target_tokens is not None:
             rate = min(target_tokens / max(published.count(text), 1), 1.0)
         return published.compress(text, rate), ()
-
-    def keep_contexts(self, texts: Sequence[str], ratio: float | None = None) -> list[bool]:
-        """Chooses contexts as the release does: ``(1 + 1 / ratio) / 2`` of them, by mean probability.
-
-        Args:
-            texts: the contexts.
-            ratio: of the whole prompt; default: the config's.
-        """
-        share = (kept_share(ratio or self.config.ratio) + 1) / 2
-        with self._lock:
-            return self.published.keep_contexts(self._check_texts(texts), share)
-
-    def compress_contexts(
-        self, texts: Sequence[str], ratio: float | None = None, *, target_tokens: int | None = None
-    ) -> list[str | None]:
-        """Runs the released pipeline on a list of contexts: each is compressed, or dropped (``None``).
-
-        Args:
-            texts: the contexts.
-            ratio: of the whole prompt; default: the config's.
-            target_tokens: the reader's tokens of the whole prompt, instead of a ratio.
-
-        Raises:
-            ValueError: if both are given, or the target is not an integer of at least 1.
-        """
-        if ratio is not None and target_tokens is not None:
-            raise ValueError(f"Give ratio or target_tokens, not both (got {ratio} and {target_tokens}).")
-        if target_tokens is not None and (not isinstance(target_tokens, int) or target_tokens < 1):
-            raise ValueError(f"target_tokens must be an integer of at least 1, got {target_tokens!r}.")
-        rate = kept_share(ratio or self.config.ratio)
-        with self._lock:
-            return self.published.compress_contexts(self._check_texts(texts), rate, target_tokens)

@@ -25,11 +25,9 @@ class LongLLMLinguaConfig(LLMLinguaConfig):
 
     method: ClassVar[str] = "longllmlingua"
     options_class: ClassVar[type[CompressorConfig] | None] = LongLLMLinguaOptions
+    retired: ClassVar[dict[str, Any]] = {**LLMLinguaConfig.retired, "statement": STATEMENT}
 
     question: str | None = field(default=None, metadata={"help": "question for calls without one: a fixed task, say"})
-    statement: str = field(
-        default=STATEMENT, metadata={"help": "text after the question when passages are ranked (fast)"}
-    )
     published: LongLLMLinguaOptions = field(
         default_factory=LongLLMLinguaOptions, kw_only=True, metadata={"help": "options of mode 'published' alone"}
     )
@@ -87,7 +85,7 @@ class LongLLMLinguaCompressor(LLMLinguaCompressor):
 
     def _alone(self, texts: Sequence[str], questions: Sequence[str] | None) -> list[TokenScores]:
         """Losses without a question; given questions, also the loss of each question after its text, in the same pass."""
-        endings = None if questions is None else [question + self.config.statement for question in questions]
+        endings = None if questions is None else [question + STATEMENT for question in questions]
         return self_information(self.scorer, texts, endings=endings, window=self.config.window)
 
     def rank(self, texts: Sequence[str], query: str | None = None) -> list[int]:
@@ -110,8 +108,8 @@ class LongLLMLinguaCompressor(LLMLinguaCompressor):
 
     @property
     def pools_budget(self) -> bool:
-        """Dynamic ratios and ``share="scores"`` divide the budget of a call."""
-        return self.config.dynamic_ratio > 0 or super().pools_budget
+        """Dynamic ratios divide the budget of a call."""
+        return self.config.dynamic_ratio > 0
 
     def share_budget(
         self,
@@ -121,8 +119,6 @@ class LongLLMLinguaCompressor(LLMLinguaCompressor):
         found: Mapping[int, TokenScores],
     ) -> tuple[list[int], list[dict[str, Any]]]:
         """Targets by rank among the passages with the same question: the published ramp, scaled to the same total."""
-        if not self.config.dynamic_ratio:
-            return super().share_budget(queries, lengths, targets, found)
         groups: dict[str, list[int]] = defaultdict(list)
         for i, query in enumerate(queries):
             groups[self._question(query)].append(i)

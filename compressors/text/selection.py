@@ -15,14 +15,15 @@ from torch import Tensor
 
 from ..base import TextCompressor
 from ..core.config import CompressorConfig, ConfigT, check_choices, check_counts, check_ratio
+from ..core.hidden import hide
 from ..core.passage import CompressedPassage
 from ..core.units import LEVELS, Span, carve, keep_spans, split_units, tokens_in, unit_scores
 from ..reader.reader import Reader
 from .budget import Search, join, run_searches, search
-from .scoring import TokenScores
+from .scoring import TokenScores, self_information
 
 MODES = ("fast", "published")
-_STORED_MODES = {"published": "faithful"}  # spelling in config files: fingerprints stay what they were
+_OLD_NAME = "faithful"  # of mode "published" in older configs, and in fingerprints
 
 
 @dataclass
@@ -50,7 +51,7 @@ class SelectionConfig(CompressorConfig):
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio, "source tokens per kept token")
-        if self.mode in _STORED_MODES.values():
+        if self.mode == _OLD_NAME:
             self.mode = "published"
         check_choices(self, {"unit": LEVELS, "mode": MODES})
         for name in ("keep", "keep_patterns"):
@@ -65,13 +66,14 @@ class SelectionConfig(CompressorConfig):
                 raise ValueError(f"keep_patterns holds {pattern!r}, no valid regular expression: {error}.") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """A flat JSON-able dict that `from_dict` takes back."""
+        """A flat JSON-able dict for `from_dict`."""
         found = super().to_dict()
-        options = getattr(self, "published", None)
-        if options is not None:
-            del found["published"]
-            found |= options.to_dict()
-        return found | {"mode": _STORED_MODES.get(self.mode, self.mode)}
+        options = found.pop("published", None)
+        return found if options is None else found | self.published.to_dict()  # type: ignore[attr-defined]
+
+    def identity(self) -> dict[str, Any]:
+        """What the fingerprint hashes."""
+        return super().identity() | ({"mode": _OLD_NAME} if self.mode == "published" else {})
 
     @classmethod
     def from_dict(cls: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
@@ -154,20 +156,12 @@ class SelectingCompressor(TextCompressor):
         *,
         vectors: Any,
         target_tokens: int | None = None,
-        with_scores: bool = False,
         **options: Any,
     ) -> list[CompressedPassage]:
-        """Options of `compress`.
-
-        Args:
-            target_tokens: the reader's tokens of each result, instead of a ratio; 0 keeps nothing.
-            with_scores: put token scores and offsets into ``info["scores"]`` and ``info["offsets"]`` (fast).
-        """
+        """``target_tokens``, an option of `compress`: the reader's tokens of each result, instead of a ratio."""
         published = self.config.mode == "published"
-        if published and with_scores:
-            options["with_scores"] = True
         if options:
-            raise TypeError(f"{type(self).__name__} in mode={self.config.mode!r} has no options {sorted(options)}.")
+            raise TypeError(f"{type(self).__name__}.compress has no options {sorted(options)}.")
         if ratio is not None and target_tokens is not None:
             raise ValueError(f"Give ratio or target_tokens, not both (got {ratio} and {target_tokens}).")
         if target_tokens is not None and (not isinstance(target_tokens, int) or target_tokens < 0):
@@ -182,7 +176,7 @@ class SelectingCompressor(TextCompressor):
             made = [self.as_published(t, q, asked, target_tokens) if t else ("", ()) for t, q in zip(texts, queries)]
             results = [(kept, spans, n) for (kept, spans), n in zip(made, self._counts([kept for kept, _ in made]))]
         else:
-            results, notes = self._fit(texts, queries, asked, target_tokens, lengths, with_scores)
+            results, notes = self._fit(texts, queries, asked, target_tokens, lengths)
         return [
             CompressedPassage("text", length, self.fingerprint, text=kept, spans=spans, n_tokens=n, info=info | note)
             for length, (kept, spans, n), note in zip(lengths, results, notes)
@@ -195,13 +189,12 @@ class SelectingCompressor(TextCompressor):
         asked: float,
         target_tokens: int | None,
         lengths: list[int],
-        with_scores: bool,
     ) -> tuple[list[tuple[str, tuple[Span, ...], int]], list[dict[str, Any]]]:
         """Text, spans and tokens of each passage within its exact budget, and its entries for ``info``."""
         # The small term keeps 30 / 1.2 at 25 despite floating point.
         targets = [math.floor(n / asked + 1e-9) if target_tokens is None else target_tokens for n in lengths]
         pooled = self.pools_budget and len(texts) > 1
-        todo = [i for i, n in enumerate(lengths) if with_scores or (pooled and n) or 0 < targets[i] < n]
+        todo = [i for i, n in enumerate(lengths) if (pooled and n) or 0 < targets[i] < n]
         found = dict(zip(todo, self.score([texts[i] for i in todo], [queries[i] for i in todo])))
         notes: list[dict[str, Any]] = [{} for _ in texts]
         if pooled:
@@ -214,10 +207,6 @@ class SelectingCompressor(TextCompressor):
         searches = [self._search(texts[i], found[i], targets[i], lengths[i]) for i in cut]
         for i, kept in zip(cut, run_searches(searches, self._counts)):
             chosen[i] = kept
-        if with_scores:
-            notes = [
-                note | {"scores": found[i].nll.tolist(), "offsets": found[i].offsets} for i, note in enumerate(notes)
-            ]
         return [(join(t, spans, self.config.joiner), spans, n) for t, (spans, n) in zip(texts, chosen)], notes
 
     def _counts(self, texts: Sequence[str]) -> list[int]:
@@ -267,20 +256,23 @@ class LMSelectingCompressor(SelectingCompressor):
         config: the settings.
         reader: the reader; the budget counts its tokens.
         scorer: the causal LM that scores, instead of loading ``config.scorer``.
+
+    Attributes:
+        scorer: the causal LM that scores.
     """
 
     config: LMSelectionConfig
+    scorer: Reader
 
     def __init__(self, config: LMSelectionConfig, reader: Reader, *, scorer: Reader | None = None) -> None:
         super().__init__(config, reader)
         if scorer is None:
             scorer = reader if config.scorer is None else Reader.from_pretrained(config.scorer, device=reader.device)
-        self._scorer = (scorer,)  # a tuple: its weights are no parameters of this module
+        hide(self, "scorer", scorer)
 
-    @property
-    def scorer(self) -> Reader:
-        """The causal LM that scores."""
-        return self._scorer[0]
+    def score(self, texts: Sequence[str], queries: Sequence[str | None] | None = None) -> list[TokenScores]:
+        """The loss in nats of each token (of the scorer); ``queries`` are ignored."""
+        return self_information(self.scorer, texts, window=self.config.window)
 
     def identity_parts(self) -> list[Any]:
         """Reader and scorer."""

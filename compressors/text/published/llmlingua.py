@@ -129,16 +129,8 @@ def compress_prompt(
     With `LongLLMLinguaOptions` contexts are ranked by the question, and tokens are kept by how much the question before
     them lowers their loss. Otherwise contexts and tokens with the highest losses stay.
 
-    Args:
-        scorer: the causal LM.
-        contexts: at least one.
-        options: see the classes.
-        rate: kept tokens over all tokens, in (0, 1].
-        target: tokens of the compressed contexts, instead of a rate.
-        instruction, question: before and after the contexts, not compressed.
-        shift: keep ratios run from ``+shift`` to ``-shift`` around the common one, by rank.
-        forced: indices of contexts that are always chosen.
-        append_question: end the prompt with the question, and count it in the budget.
+    ``rate`` (kept tokens over all tokens) lies in (0, 1]; a ``target`` in tokens replaces it. Keep ratios run from ``+shift``
+    to ``-shift`` around the common one, by rank. See `LLMLinguaCompressor.compress_prompt` for the other arguments.
 
     Raises:
         ValueError: if an argument is invalid, a question is missing, a ranked context is longer than the scorer's

@@ -136,21 +136,28 @@ class PublishedWords:
         limit = np.percentile(means, int(100 * (1 - share)))
         return [bool(mean >= limit) for mean in means]
 
-    def compress_contexts(self, texts: Sequence[str], rate: float, target: int | None = None) -> list[str | None]:
+    def compress_contexts(
+        self, texts: Sequence[str], rate: float = 0.5, *, target_tokens: int | None = None
+    ) -> list[str | None]:
         """Compresses each context; ``None`` for a context that is dropped.
 
         Args:
             texts: the contexts.
             rate: of the tokens; ``(rate + 1) / 2`` of the contexts stay.
-            target: tokens to keep, instead of a rate; contexts are chosen for twice as many.
+            target_tokens: the reader's tokens to keep, instead of a rate; contexts are chosen for twice as many.
+
+        Raises:
+            ValueError: if the target is not an integer of at least 1.
         """
+        if target_tokens is not None and (not isinstance(target_tokens, int) or target_tokens < 1):
+            raise ValueError(f"target_tokens must be an integer of at least 1, got {target_tokens!r}.")
         share = (rate + 1) / 2
-        if target is not None:
-            share = min(2 * target / max(sum(map(self.count, texts)), 1), 1.0)
+        if target_tokens is not None:
+            share = min(2 * target_tokens / max(sum(map(self.count, texts)), 1), 1.0)
         kept = self.keep_contexts(texts, share)
-        if target is not None:
+        if target_tokens is not None:
             left = sum(self.count(chunk) for text, keep in zip(texts, kept) if keep for chunk in self.chunks(text))
-            rate = min(target / max(left, 1), 1.0)
+            rate = min(target_tokens / max(left, 1), 1.0)
         return [self.compress(text, rate) if keep else None for text, keep in zip(texts, kept)]
 
 

@@ -1,13 +1,11 @@
-"""LLMLingua: exact budgets in one pass, budgets shared by a call, and the published algorithm against a plain loop."""
+"""LLMLingua: exact budgets in one pass, shares, and the released algorithm against a plain loop."""
 
 from __future__ import annotations
 
 import math
-import random
 import re
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nutgraf.compressors import Reader
@@ -26,24 +24,7 @@ from nutgraf.compressors.text.published.llmlingua import (
     widened,
 )
 from nutgraf.compressors.text.published.windows import window_plan
-
-FACTS = [
-    "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911).",
-    "The treaty was signed in 1648 in Westphalia, ending thirty years of war among the great powers of Europe.",
-    "Rivers carry sediment to the sea; the Amazon, the Nile and the Yangtze are among the longest on Earth.",
-]
-ODD = [
-    "我爱北京天安门。你好吗？" * 6,
-    "👩‍👩‍👧 🦊🏽 🇫🇷🇩🇪 é́ ok " * 12,
-    "a\ud800b lone \udfff halves. " * 5,
-    "x" * 500,
-    " \n\t " * 30,
-]
-
-
-def passage(words: int, seed: int = 0) -> str:
-    rng = random.Random(seed)
-    return " ".join(rng.choice(" ".join(FACTS).split()) for _ in range(words))
+from oracles.selection import FACTS, ODD, Forwarded, by_hand, losses_of, passage
 
 
 @pytest.fixture(scope="module")
@@ -53,26 +34,6 @@ def reader(zoo) -> Reader:
 
 def build(reader: Reader, **settings) -> LLMLinguaCompressor:
     return LLMLinguaCompressor(LLMLinguaConfig.from_dict(settings), reader)
-
-
-class Forwarded:
-    """Counts the positions that a model's body reads, padding apart and included."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.positions = self.padded = 0
-        self.handle = module.register_forward_pre_hook(self._count, with_kwargs=True)
-
-    def _count(self, module, args, kwargs):
-        mask = kwargs.get("attention_mask")
-        mask = torch.ones_like(kwargs["input_ids"]) if mask is None else mask
-        self.positions += int(mask.sum())
-        self.padded += mask.numel()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.handle.remove()
 
 
 # -- fast ----------------------------------------------------------------------------------------------------------------
@@ -89,12 +50,6 @@ def test_exact_budgets_spans_and_whole_characters(reader, ratio, complete):
         assert set(p.text) <= set(text) | {" "}
         if text.isascii() and text.strip() and len(text) < 900 and " " in text:
             assert p.n_tokens >= p.source_tokens / ratio - 4
-
-
-def test_a_short_passage_is_compressed(reader):
-    text = next(t for n in range(10, 90) if len(reader.tokenize(t := passage(n))) >= 50)
-    (found,) = build(reader).compress([text], ratio=2)
-    assert 20 <= found.n_tokens <= len(reader.tokenize(text)) // 2
 
 
 def test_tokens_bring_the_rest_of_their_words(reader):
@@ -115,41 +70,6 @@ def test_a_word_is_worth_its_best_token(reader):
     for (a, b), value in zip(units, values.tolist()):
         own = [s for (x, _), s in zip(scores.offsets, scores.nll.tolist()) if a <= x < b]
         assert value == pytest.approx(max(own))
-
-
-def test_every_token_is_read_about_once(reader):
-    rng = random.Random(1)
-    texts = [passage(rng.randint(8, 490), seed) for seed in range(40)]
-    lengths = [len(reader.tokenize(text)) for text in texts]
-    assert min(lengths) <= 20
-    assert max(lengths) >= 550
-    with Forwarded(reader.model.get_decoder()) as seen:
-        build(reader).compress(texts)
-    assert sum(lengths) * 0.9 < seen.positions <= seen.padded <= 1.05 * sum(lengths)
-
-
-def test_budget_moves_to_the_passages_with_higher_losses(reader):
-    texts = [passage(40), "the the the " * 30, "", "a", passage(60, 5)]
-    equal = build(reader)
-    shared = build(reader, share="scores")
-    even, moved = (c.compress(texts, ratio=2.5) for c in (equal, shared))
-    scores = equal.score(texts)
-    lengths = [len(reader.tokenize(t)) for t in texts]
-    targets = [math.floor(n / 2.5 + 1e-9) for n in lengths]
-    assert [p.n_tokens <= t for p, t in zip(even, targets)] == [True] * 5
-    assert sum(p.n_tokens for p in moved) <= sum(targets)
-    means = [float(s.nll.mean()) if len(s.nll) else 0.0 for s in scores]
-    want = share_out(sum(targets), [t * m for t, m in zip(targets, means)], lengths)
-    assert sum(want) == sum(targets)
-    for p, text, target in zip(moved, texts, want):
-        assert p.n_tokens <= target
-        assert p.n_tokens >= target - 3 or not text
-    ups = [w > t for w, t in zip(want, targets)]
-    assert True in ups
-    assert ups != [True] * 5
-    assert [p.info["mean_score"] for p in moved] == pytest.approx(means, rel=1e-4)
-    # alone, a passage has nobody to share with
-    assert [p.text for p in shared.compress(texts, ratio=2.5, batch_size=1)] == [p.text for p in even]
 
 
 @settings(max_examples=200, deadline=None)
@@ -181,37 +101,6 @@ def test_bad_shares_are_refused():
 
 
 # -- published -----------------------------------------------------------------------------------------------------------
-
-
-def losses_of(reader: Reader, ids: list[int]) -> list[float]:
-    """Entry i: the loss of the token after token i."""
-    with torch.no_grad():
-        logits = reader.model(input_ids=torch.tensor([ids])).logits[0, :-1].float()
-    return (-logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]).tolist()
-
-
-def by_hand(reader: Reader, ids: list[int], ratio: float, size: int, start: int = 0) -> list[int]:
-    """The published loop over one text behind a prefix of ``start`` tokens: windows of ``size``, the first one shorter."""
-    alive = list(range(len(ids)))
-    behind: dict[int, float] = {}
-    alone: dict[int, float] = {}
-    begin, measured, first = start, 0, True
-    while begin + size <= len(alive):
-        upto = len(alive) if first else begin + size
-        found = losses_of(reader, [ids[i] for i in alive[:upto]])
-        behind.update({alive[k]: found[k] for k in range(measured, upto - 1)})
-        if start:
-            found = losses_of(reader, [ids[i] for i in alive[start:upto]])
-            alone.update({alive[start + k]: found[k] for k in range(max(measured - start, 0), upto - start - 1)})
-        measured = 0 if first and start else begin
-        score = {i: (alone[i] - behind[i] if start else behind[i]) for i in alive[start:-1]}
-        ranked = sorted(score.values(), reverse=True)
-        limit = ranked[max(0, min(len(ranked) - 1, int(len(ranked) * ratio) - 1))] if ratio < 1 else -math.inf
-        window = alive[begin : begin + (size - 1 if first else size)]
-        kept = [i for i in window if score.get(i, math.inf) > limit]
-        alive[begin : begin + len(window)] = kept
-        begin, first = begin + len(kept), False
-    return alive[start:]
 
 
 @pytest.mark.parametrize("ratio", [1.25, 2, 6])
@@ -396,7 +285,7 @@ def test_published_refuses_what_it_cannot_do(reader, zoo):
     with pytest.raises(ValueError, match="64 positions"):
         build(small, mode="published").compress([passage(200)])
     with pytest.raises(TypeError, match="no options"):
-        build(reader, mode="published").compress(FACTS, with_scores=True)
+        build(reader, mode="published").compress(FACTS, answers=True)
     with pytest.raises(ValueError, match="at least one context"):
         compress_prompt(reader, [], LLMLinguaOptions())
     with pytest.raises(ValueError, match="by a question"):
@@ -423,7 +312,7 @@ def test_options_are_stored_flat_and_under_their_first_names(reader):
     "settings",
     [
         {"mode": "slow"},
-        {"share": "most"},
+        {"share": "scores"},
         {"iterative_size": 1},
         {"reorder": "best"},
         {"dynamic_ratio": 1.0},

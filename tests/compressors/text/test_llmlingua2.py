@@ -157,12 +157,6 @@ def test_budgets_spans_and_forced_strings(reader, classifier):
     assert "sediment" in three.text
 
 
-def test_a_short_passage_is_compressed(reader, classifier):
-    text = next(t for n in range(1, 60) if len(reader.tokenize(t := " ".join(passage(4).split()[:n]))) >= 50)
-    (found,) = build(reader, classifier).compress([text], ratio=2)
-    assert 20 <= found.n_tokens <= len(reader.tokenize(text)) // 2
-
-
 def test_special_strings_in_a_text_are_plain_text():
     tokenizer = ClassifierTokenizer(bert_tokenizer())
     pieces = tokenizer("a [SEP] b </s> <s> c [CLS]")
@@ -373,16 +367,18 @@ def test_contexts_are_filtered_by_their_mean_probability(reader, classifier):
         first = [v for token, v in zip(tokens, values.tolist()) if token != "<unk>" and opens(token, ())]
         assert len(first) < len(tokens)
         means.append(float(np.mean(first)))
-    kept = compressor.keep_contexts(texts, ratio=2)
+    kept = compressor.published.keep_contexts(texts, 0.75)
     limit = np.percentile(means, 25)
     assert kept == [mean >= limit - 1e-7 for mean in means]
     assert sum(kept) in (4, 5)
-    assert compressor.keep_contexts(texts[:1]) == [True]
+    assert compressor.published.keep_contexts(texts[:1], 0.75) == [True]
     # the whole pipeline
     alone = compressor.compress(texts, ratio=2)
-    assert compressor.compress_contexts(texts, 2) == [p.text if keep else None for p, keep in zip(alone, kept)]
+    assert compressor.published.compress_contexts(texts, 0.5) == [
+        p.text if keep else None for p, keep in zip(alone, kept)
+    ]
     total = sum(p.source_tokens for p in alone)
-    found = compressor.compress_contexts(texts, target_tokens=total // 4)
+    found = compressor.published.compress_contexts(texts, target_tokens=total // 4)
     kept = [mean >= np.percentile(means, int(100 * (1 - 2 * (total // 4) / total))) - 1e-7 for mean in means]
     assert [text is not None for text in found] == kept
     left = sum(
@@ -390,10 +386,8 @@ def test_contexts_are_filtered_by_their_mean_probability(reader, classifier):
     )
     rate = total // 4 / left
     assert found == [compressor.published.compress(text, rate) if keep else None for text, keep in zip(texts, kept)]
-    with pytest.raises(ValueError, match="not both"):
-        compressor.compress_contexts(texts, 2, target_tokens=9)
     with pytest.raises(ValueError, match="at least 1"):
-        compressor.compress_contexts(texts, target_tokens=0)
+        compressor.published.compress_contexts(texts, target_tokens=0)
 
 
 def test_percentiles_ties_and_repeated_forced_tokens():
@@ -434,7 +428,7 @@ def test_published_refuses_what_it_cannot_do(reader, zoo):
     with pytest.raises(ValueError, match="is none"):
         build(reader, classifier, mode="published", keep=["two words"]).compress(CORPUS)
     with pytest.raises(TypeError, match="no options"):
-        build(reader, classifier, mode="published").compress(CORPUS, with_scores=True)
+        build(reader, classifier, mode="published").compress(CORPUS, answers=True)
     with pytest.raises(ValueError, match="in neither way"):
         WordPieces(zoo.tokenizer())
 

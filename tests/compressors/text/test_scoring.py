@@ -14,6 +14,8 @@ from nutgraf.compressors.core.units import LEVELS, carve, keep_spans, split_unit
 from nutgraf.compressors.reader.tokenization import PromptTokenizer
 from nutgraf.compressors.text.scoring import self_information
 
+from oracles.selection import losses_of
+
 TEXTS = [
     "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911).",
     "",
@@ -25,11 +27,7 @@ TEXTS = [
 
 def by_hand(reader: Reader, text: str, prefix: str = "") -> torch.Tensor:
     head = [*reader.bos_ids, *reader.tokenize(prefix)]
-    ids = head + reader.tokenize(text)
-    with torch.no_grad():
-        logits = reader.model(input_ids=torch.tensor([ids])).logits[0].double()
-    nll = -logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-    return nll[len(head) - 1 :]
+    return torch.tensor(losses_of(reader, head + reader.tokenize(text)))[len(head) - 1 :].double()
 
 
 class Forwarded:
@@ -98,17 +96,12 @@ def test_long_texts_are_read_in_windows_and_every_token_about_once(zoo):
     assert seen.positions <= 1.05 * tokens
     assert seen.padded <= 1.10 * tokens
     for text, scores in zip(texts, found):
-        first = by_hand_window(reader, text, 0, 256)
+        ids = reader.tokenize(text)
+        first, second = (
+            torch.tensor(losses_of(reader, reader.bos_ids + ids[a:b])).double() for a, b in ((0, 256), (248, 504))
+        )
         assert torch.allclose(scores.nll[:256].double(), first, atol=1e-4)
-        second = by_hand_window(reader, text, 248, 504)
         assert torch.allclose(scores.nll[256:504].double(), second[8:], atol=1e-4)
-
-
-def by_hand_window(reader: Reader, text: str, start: int, end: int) -> torch.Tensor:
-    ids = reader.bos_ids + reader.tokenize(text)[start:end]
-    with torch.no_grad():
-        logits = reader.model(input_ids=torch.tensor([ids])).logits[0].double()
-    return -logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
 def test_passages_of_many_lengths_are_forwarded_about_once(zoo):
@@ -144,15 +137,10 @@ def test_no_opening_token_at_all(zoo, monkeypatch):
     monkeypatch.setattr("nutgraf.compressors.text.scoring._opening", lambda scorer: [])
     found = self_information(reader, [TEXTS[0], "a", ""])
     assert float(found[0].nll[0]) == pytest.approx(math.log(reader.vocab_size))
-    assert torch.allclose(found[0].nll[1:].double(), by_hand_window_without_bos(reader, TEXTS[0]), atol=1e-4)
+    assert torch.allclose(
+        found[0].nll[1:].double(), torch.tensor(losses_of(reader, reader.tokenize(TEXTS[0]))).double(), atol=1e-4
+    )
     assert found[1].nll.shape == (1,)
-
-
-def by_hand_window_without_bos(reader: Reader, text: str) -> torch.Tensor:
-    ids = torch.tensor(reader.tokenize(text))
-    with torch.no_grad():
-        logits = reader.model(input_ids=ids[None]).logits[0].double()
-    return -logits.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
 
 
 # -- units ---------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from nutgraf.compressors.core.units import LEVELS, split_units, unit_scores
 from nutgraf.compressors.text.budget import join, merge, run_searches, search
 from nutgraf.compressors.text.published.selective_context import _phrase_values
 from nutgraf.compressors.text.selective_context import SelectiveContextCompressor, SelectiveContextConfig
+from oracles.selection import losses_of
 
 PASSAGE = (
     "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911). The treaty was "
@@ -85,20 +86,6 @@ def test_odd_texts(reader, unit, name):
     assert "\ufffd" not in passage.text
 
 
-@pytest.mark.parametrize("context", ["passage", "sentence"])
-def test_every_token_is_read_about_once(reader, context):
-    words = PASSAGE.split()
-    texts = [" ".join((words * 8)[n : n + 6 + 8 * n]) for n in range(30)]
-    tokens = sum(len(reader.tokenize(text)) for text in texts)
-    seen = [0]
-    handle = reader.model.get_decoder().register_forward_pre_hook(
-        lambda m, args, kwargs: seen.__setitem__(0, seen[0] + kwargs["attention_mask"].numel()), with_kwargs=True
-    )
-    build(reader, context=context).compress(texts)
-    handle.remove()
-    assert 0.9 * tokens < seen[0] <= 1.05 * tokens
-
-
 def test_a_hundred_thousand_characters(zoo):
     reader = zoo.reader("llama", num_hidden_layers=1)
     text = "The treaty was signed in Westphalia in 1648. " * 2300
@@ -160,15 +147,6 @@ def test_a_kept_match_that_can_never_fit_does_not_block_the_rest(reader):
     check(reader, PASSAGE, passage, passage.source_tokens // 4)
 
 
-def test_scores_come_with_the_passage_when_asked_for(reader):
-    compressor = build(reader)
-    (passage,) = compressor.compress([PASSAGE], with_scores=True)
-    (scores,) = compressor.score([PASSAGE])
-    assert passage.info["scores"] == pytest.approx(scores.nll.tolist(), abs=1e-5)
-    assert [tuple(pair) for pair in passage.info["offsets"]] == scores.offsets
-    assert "scores" not in compressor.compress([PASSAGE])[0].info
-
-
 def test_another_model_may_score(reader, zoo, tmp_path):
     scorer = zoo.reader("gpt2", seed=3)
     compressor = SelectiveContextCompressor(SelectiveContextConfig(), reader, scorer=scorer)
@@ -181,17 +159,6 @@ def test_another_model_may_score(reader, zoo, tmp_path):
     assert named.compress([PASSAGE])[0].text == passage.text
     named.save_pretrained(tmp_path / "saved")
     assert load_compressor(tmp_path / "saved", reader).compress([PASSAGE])[0].text == passage.text
-
-
-def test_sentence_context_scores_each_sentence_on_its_own(reader):
-    (found,) = build(reader, context="sentence").score([PASSAGE])
-    (a, b), *_ = split_units(PASSAGE, "sentence")[1:]
-    (alone,) = build(reader).score([PASSAGE[a:b]])
-    at = [i for i, (start, _) in enumerate(found.offsets) if a <= start < b]
-    assert torch.allclose(found.nll[at], alone.nll, atol=1e-5)
-    assert "".join(PASSAGE[x:y] for x, y in found.offsets).replace(" ", "") == PASSAGE.replace(" ", "")
-    (passage,) = build(reader, context="sentence").compress([PASSAGE])
-    check(reader, PASSAGE, passage, passage.source_tokens // 2)
 
 
 def test_scores_that_are_no_numbers_are_refused(zoo):
@@ -253,14 +220,6 @@ def test_config_is_validated(settings):
 # -- as published --------------------------------------------------------------------------------------------------------
 
 
-def published_losses(reader: Reader, sentence: str) -> list[float]:
-    """The loss of each token of a sentence that stands alone behind the end-of-text token."""
-    ids = [reader.eos_id, *reader.prompts.encode(sentence, opens=True)]
-    with torch.no_grad():
-        logits = reader.model(input_ids=torch.tensor([ids])).logits[0, :-1].float()
-    return (-logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]).tolist()
-
-
 SENTENCES = [
     "Marie Curie was born in Warsaw, e.g. in Poland.",
     "Was the treaty signed in 1648?",
@@ -277,7 +236,7 @@ def test_published_drops_what_lies_below_the_percentile(reader, unit, ratio):
     )
     pieces, values = [], []
     for number, sentence in enumerate(SENTENCES):
-        losses = published_losses(reader, sentence)
+        losses = losses_of(reader, [reader.eos_id, *reader.prompts.encode(sentence, opens=True)])
         if unit == "sentence":
             pieces, values = [*pieces, sentence], [*values, sum(losses) / len(losses)]
         elif unit == "token":
