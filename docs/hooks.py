@@ -136,7 +136,7 @@ def default(field: Any) -> str:
     if value is MISSING:
         value = field.default_factory() if field.default_factory is not MISSING else "required"
     if value is None or isinstance(value, bool):
-        return {None: "none", True: "true", False: "false"}[value]
+        return {None: "null", True: "true", False: "false"}[value]
     return str(list(value) if isinstance(value, tuple) else value)
 
 

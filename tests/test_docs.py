@@ -31,7 +31,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def commands() -> list[str]:
     """Every `nutgraf ...` line of the pages' blocks, and those inline in text."""
-    fenced = [line for page in PAGES for block in blocks(page, "") for line in block.splitlines()]
+    fenced = [line for page in PAGES for block in blocks(page, "") for line in block.replace("\\\n", " ").splitlines()]
     return sorted({line for line in fenced if line.startswith("nutgraf ")})
 
 
