@@ -31,12 +31,18 @@ POOLED = ROOT / "benchmarks" / "results" / "smollm2_pooled.jsonl"
 
 
 def on_config(config: Any) -> Any:
-    """Make the repository importable as `nutgraf`, for this process and for mkdocstrings."""
-    types = ROOT / "build" / "types"
-    types.mkdir(parents=True, exist_ok=True)
-    if not (link := types / "nutgraf").exists():
-        link.symlink_to("../..")
-    sys.path.insert(0, str(types))
+    """Make the repository importable as `nutgraf`, for this process and for mkdocstrings.
+
+    The folder holds links to the package's own files only: mkdocstrings searches it whole, and a link to the root would lead
+    it into virtual environments.
+    """
+    package = ROOT / "build" / "docs" / "nutgraf"
+    package.mkdir(parents=True, exist_ok=True)
+    folders = [ROOT / name for name in ("adapters", "benchmarks", "compressors", "recipes")]
+    for path in [*folders, *ROOT.glob("*.py")]:
+        if not (link := package / path.name).is_symlink():
+            link.symlink_to(f"../../../{path.name}")
+    sys.path.insert(0, str(package.parent))
     return config
 
 

@@ -80,7 +80,6 @@ def test_every_method_has_a_page_with_its_settings():
 
 
 def test_the_method_in_contributing_works(monkeypatch):
-    pytest.importorskip("nutgraf.compressors.slots.memory_tokens")
     name = "nutgraf.compressors.soft.example"
     module = types.ModuleType(name)
     module.__package__ = "nutgraf.compressors.soft"
