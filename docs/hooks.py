@@ -1,0 +1,173 @@
+"""mkdocs hooks: render equations as MathML and fill generated tables, so that pages never go stale.
+
+Markers in a page:
+
+- ``<!-- settings: METHOD -->``: the settings of a method, from its config dataclass.
+- ``<!-- shared settings -->``: the groups of settings that several methods share.
+- ``<!-- results: LINE, LINE -->``: recovered share on the pretrained reader, from benchmarks/results.
+- ``<!-- commands -->``: the help of every command.
+- ``<!-- include: FILE -->``: a Markdown file of the repository's root, its links to docs/ made relative.
+
+Equations are fenced blocks of ``math`` and inline ``$`...`$``, as on GitHub.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "docs"))
+
+import commands  # noqa: E402
+
+POOLED = ROOT / "benchmarks" / "results" / "smollm2_pooled.jsonl"
+
+
+def on_config(config: Any) -> Any:
+    """Make the repository importable as `nutgraf`, for this process and for mkdocstrings.
+
+    The folder holds links to the package's own files only: mkdocstrings searches it whole, and a link to the root would lead
+    it into virtual environments.
+    """
+    package = ROOT / "build" / "docs" / "nutgraf"
+    package.mkdir(parents=True, exist_ok=True)
+    folders = [ROOT / name for name in ("adapters", "benchmarks", "compressors", "recipes")]
+    for path in [*folders, *ROOT.glob("*.py")]:
+        if not (link := package / path.name).is_symlink():
+            link.symlink_to(f"../../../{path.name}")
+    sys.path.insert(0, str(package.parent))
+    return config
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Replace markers, each on a line of its own, and equations."""
+    fill = {
+        "include": lambda name: (ROOT / name).read_text().replace("](docs/", "]("),
+        "settings": settings_table,
+        "shared settings": shared_tables,
+        "results": lambda names: results_table(names.split(", ")),
+        "commands": commands.markdown,
+    }
+    for kind, function in fill.items():
+        markdown = re.sub(
+            rf"^<!-- {kind}(?:: (.+?))? -->$",
+            lambda m, function=function: function(m[1]) if m[1] else function(),
+            markdown,
+            flags=re.M,
+        )
+    return equations(markdown)
+
+
+def equations(markdown: str) -> str:
+    """Equations as MathML, which browsers render without scripts."""
+    markdown = re.sub(
+        r"```math\n(.*?)```", lambda m: f'<div class="math">{mathml(m[1], "block")}</div>', markdown, flags=re.S
+    )
+    return re.sub(r"\$`(.+?)`\$", lambda m: f"<span>{mathml(m[1], 'inline')}</span>", markdown)
+
+
+def mathml(latex: str, display: str) -> str:
+    """One equation on one line."""
+    return convert(" ".join(latex.split()), display=display).replace("\n", "")
+
+
+def config_class(method: str) -> Any:
+    """The config dataclass of a method."""
+    from nutgraf.compressors.registry import compressor_class
+
+    return compressor_class(method).config_class
+
+
+def groups(cls: Any) -> list[Any]:
+    """The shared groups of settings that a config has: its mixins, which are dataclasses and no configs of methods."""
+    from nutgraf.compressors.core.config import CompressorConfig
+
+    return [
+        base for base in cls.__mro__ if "__dataclass_fields__" in vars(base) and not issubclass(base, CompressorConfig)
+    ]
+
+
+def settings_table(method: str) -> str:
+    """A method's own settings, and links to the shared groups."""
+    cls = config_class(method)
+    shared = groups(cls)
+    names = {name for group in shared for name in group.__dataclass_fields__}
+    own = [f for f in fields(cls) if f.name not in names]
+    links = ", ".join(f"[{group_title(group)}](index.md#{anchor(group)})" for group in shared)
+    table = rows_of(own) if own else "No settings of its own.\n"
+    changed = [f for f in fields(cls) if f.name in names and default(f) != default(inherited(shared, f.name))]
+    if changed:
+        links += "; " + ", ".join(f"`{f.name}` is {default(f)} here" for f in changed)
+    return table + (f"\nShared settings: {links}.\n" if links else "")
+
+
+def inherited(shared: list[Any], name: str) -> Any:
+    """A setting as its group declares it."""
+    return next(group.__dataclass_fields__[name] for group in shared if name in group.__dataclass_fields__)
+
+
+def shared_tables() -> str:
+    """Every group of shared settings under a heading of its own."""
+    from nutgraf.compressors.registry import COMPRESSORS
+
+    found: dict[str, Any] = {}
+    for cls in COMPRESSORS.values():
+        found |= {group.__name__: group for group in groups(cls.config_class)}
+    return "\n".join(
+        f"### {group_title(group)} {{#{anchor(group)}}}\n\n{rows_of(fields(group))}" for group in found.values()
+    )
+
+
+def group_title(group: Any) -> str:
+    """ "QuerySettings" -> "Query"; the class name says what the group is for."""
+    name = group.__name__.removesuffix("Settings").removesuffix("Config")
+    return re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", " ", name)
+
+
+def anchor(group: Any) -> str:
+    """The heading's id."""
+    return group_title(group).lower().replace(" ", "-") + "-settings"
+
+
+def default(field: Any) -> str:
+    """A setting's default as a reader would type it in YAML."""
+    value = field.default
+    if value is MISSING:
+        value = field.default_factory() if field.default_factory is not MISSING else "required"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(list(value) if isinstance(value, tuple) else value)
+
+
+def rows_of(settings: Any) -> str:
+    """A table of settings."""
+    lines = ["| setting | default | meaning |", "|---|---|---|"]
+    for field in settings:
+        meaning = commands.cell(field.metadata.get("help", ""))
+        lines.append(f"| `{field.name}` | `{default(field)}` | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def results_table(names: list[str]) -> str:
+    """Recovered share and speed of some lines of the pooled rows, by compression ratio."""
+    rows = [json.loads(line) for line in POOLED.read_text().splitlines()]
+    lines = [
+        "| | ratio | recovered share of full text's F1 | time to first token |",
+        "|---|---|---|---|",
+    ]
+    for name in names:
+        found = sorted((r for r in rows if r["method"] == name), key=lambda r: r["ratio"])
+        if not found:
+            raise ValueError(f"{POOLED.name} has no rows of {name!r}.")
+        for row in found:
+            share, low, high = (f"{round(100 * row[key])}" for key in ("recovered_share", "ci_low", "ci_high"))
+            speed = f"{row['ttft_speedup']:.2f}x as fast as full text" if "ttft_speedup" in row else ""
+            lines.append(f"| `{name}` | {row['ratio']:.3g}x | {share} % ({low} to {high}) | {speed} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,120 @@
+"""The documentation names what exists: imports, commands, recipes and methods; its Python runs and the site builds."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zoo
+from nutgraf.compressors import COMPRESSORS, make_compressor
+from nutgraf.recipes.training.schema import load_recipe
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES_BY_NAME = {str(page.relative_to(ROOT)): page for page in PAGES}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a page in one language ("": none), indentation removed."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```$", page.read_text(), re.S | re.M)
+    return [re.sub(rf"^{indent}", "", text, flags=re.M) for indent, text in found]
+
+
+def commands() -> list[str]:
+    """Every `nutgraf ...` line of the pages' blocks, and those inline in text."""
+    fenced = [line for page in PAGES for block in blocks(page, "") for line in block.replace("\\\n", " ").splitlines()]
+    return sorted({line for line in fenced if line.startswith("nutgraf ")})
+
+
+@pytest.mark.parametrize("name", PAGES_BY_NAME)
+def test_imports_exist(name):
+    for block in blocks(PAGES_BY_NAME[name], "py(?:thon)?"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").split(".")[0] == "nutgraf":
+                module = importlib.import_module(node.module or "")
+                for alias in node.names:
+                    assert hasattr(module, alias.name), f"{name}: from {node.module} import {alias.name}"
+
+
+@pytest.fixture(scope="module")
+def command_line() -> dict[str, Any]:
+    """Every command by its path."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        return dict(importlib.import_module("commands").walk())
+    finally:
+        sys.path.remove(str(ROOT / "docs"))
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_and_their_options_exist(line, command_line):
+    words = shlex.split(line, comments=True)
+    path = words.pop(0)
+    while hasattr(command_line[path], "commands"):
+        path = f"{path} {words.pop(0)}"
+        assert path in command_line, f"there is no command {path!r}"
+    command = command_line[path]
+    known = {flag for option in command.params for flag in [*option.opts, *option.secondary_opts]}
+    assert {word for word in words if word.startswith("-")} - known <= {"--help"}
+
+
+@pytest.mark.parametrize("line", [line for line in commands() if line.startswith("nutgraf train ")])
+def test_recipes_and_their_overrides_exist(line):
+    words = shlex.split(line, comments=True)[2:]
+    load_recipe(words[0], [word for word in words if "=" in word])
+
+
+def test_every_method_has_a_page_with_its_settings():
+    named = [m for page in PAGES for m in re.findall(r"^<!-- settings: (\S+) -->$", page.read_text(), re.M)]
+    folders = ("soft", "kv", "text")  # subclasses for published checkpoints live in importers
+    assert sorted(named) == sorted(m for m, cls in COMPRESSORS.items() if cls.__module__.split(".")[2] in folders)
+
+
+def test_the_method_in_contributing_works(monkeypatch):
+    name = "nutgraf.compressors.soft.example"
+    module = types.ModuleType(name)
+    module.__package__ = "nutgraf.compressors.soft"
+    monkeypatch.setitem(sys.modules, name, module)
+    exec(compile(blocks(ROOT / "CONTRIBUTING.md", "py")[0], name, "exec"), module.__dict__)
+    try:
+        compressor = make_compressor("example", zoo.reader("llama"), memory_tokens=4)
+    finally:
+        COMPRESSORS.pop("example", None)
+    passages = compressor.compress(["A passage of several words. " * 10, "", "Short."], ratio=4)
+    assert [p.slots for p in passages] == [-(-p.source_tokens // 4) for p in passages]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [n for n in PAGES_BY_NAME if n.startswith("docs") and blocks(PAGES_BY_NAME[n], "python")]
+)
+def test_python_runs(name):
+    exec(compile("\n".join(blocks(PAGES_BY_NAME[name], "python")), name, "exec"), {})
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocstrings", reason="needs the extra docs")
+    pytest.importorskip("material", reason="needs the extra docs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    outside = {
+        url
+        for path in (tmp_path / "site").rglob("*.html")
+        for url in re.findall(
+            r'(?:<script[^>]*src|<link[^>]*rel="stylesheet"[^>]*href)="(https?://[^"]+)', path.read_text()
+        )
+    }
+    assert not outside, "pages must need no network"
