@@ -13,7 +13,6 @@ from nutgraf.compressors import Reader
 from nutgraf.compressors.core.units import LEVELS, carve, keep_spans, split_units, unit_scores
 from nutgraf.compressors.reader.tokenization import PromptTokenizer
 from nutgraf.compressors.text.scoring import self_information
-
 from oracles.selection import losses_of
 
 TEXTS = [
