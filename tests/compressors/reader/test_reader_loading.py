@@ -159,7 +159,7 @@ def test_all_of_it_may_be_offloaded(whole, tmp_path):
 
 @pytest.mark.parametrize("name", ["mean-pool-small", "icae-small", "gist-small", "pisco-small"])
 def test_methods_that_run_the_readers_weights_say_that_they_cannot(offloaded, name):
-    with pytest.raises(ValueError, match=r"the reader's are offloaded.*reader loaded whole, into a store"):
+    with pytest.raises(ValueError, match=r"they are offloaded.*into a store with the reader loaded whole"):
         load_compressor(pretrained(name), reader=offloaded)
 
 
