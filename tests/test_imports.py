@@ -40,18 +40,8 @@ FRAMEWORKS = {"llama_index": "llama_index", "langchain": "langchain_core", "hays
 # Text methods may extend one another: LongLLMLingua is LLMLingua with a question.
 FAMILIES = {"text"}
 
-# Known violations, each to be removed with the change that mends it.
-KNOWN = {
-    ("adapters.llama_index.policy", "adapters.llama_index.score_budget"),
-    ("compressors.base", "compressors.encoders.lora_twin"),
-    ("compressors.base", "compressors.encoders.tuned_reader"),
-    ("compressors.core.passage", "compressors.slots.nested"),
-    ("compressors.slots.pisco_plan", "compressors.soft.pisco"),
-    ("compressors.slots.segment_plan", "compressors.soft.autocompressor_config"),
-    ("compressors.soft.segment_training", "compressors.soft.autocompressor"),
-    ("compressors.soft.salient_pool", "compressors.loading"),
-    ("compressors.soft.salient_pool", "compressors.text.llmlingua2"),
-}
+# Known violations: (importer, imported), each to be removed with the change that mends it.
+KNOWN: set[tuple[str, str]] = set()
 
 
 def modules() -> list[str]:
