@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pkgutil
+from types import ModuleType
 from typing import Any, TypeVar
 
 from .base import Compressor
@@ -19,6 +22,13 @@ def register_compressor(cls: T) -> T:
         raise ValueError(f"The method name {name!r} is already taken by {COMPRESSORS[name].__name__}.")
     COMPRESSORS[name] = cls
     return cls
+
+
+def import_methods(*packages: ModuleType) -> None:
+    """Imports every module of some packages, so that their methods register themselves."""
+    for package in packages:
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{module.name}")
 
 
 def compressor_class(method: str) -> type[Compressor]:

@@ -139,11 +139,6 @@ class EmbeddingTable:
                 "A passage compressed to keys and values cannot be sent to a serving engine, which takes text and prompt "
                 "embeddings; use a compressor to embeds or to text, or read it with a local Reader."
             )
-        if passage.info.get("takes_positions") is False:
-            raise ValueError(
-                "The slots of this passage take no positions (AutoCompressor on OPT), but a serving engine numbers "
-                "everything that it reads; read it with a local Reader."
-            )
         if passage.embeds is not None and passage.embeds.shape[1] != self.width:
             raise ValueError(f"Slots must be {self.width} wide for this reader, got {passage.embeds.shape[1]}.")
         passage.check()

@@ -1,4 +1,4 @@
-"""What an encoder reads: token ids with embeddings in some of their places, laid out in batches of like length."""
+"""Batches of sequences of similar length, and sequences that mix token ids and embeddings."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 @dataclass
 class SoftSequence:
-    """Token ids, and embeddings that are read in the places of some of them.
+    """Token ids, with embeddings instead of some of them.
 
     Attributes:
-        ids: token ids, BOS included; the ids at ``places`` are not read.
+        ids: token ids, including BOS; those at ``places`` are ignored.
         places: indices into ``ids``.
-        rows: ``[places, width]`` embeddings, of any dtype and on any device.
+        rows: ``[places, width]`` embeddings, any dtype and device.
         positions: ``[len(ids)]`` position ids; default: 0, 1, 2, ...
     """
 
@@ -34,7 +34,7 @@ class SoftSequence:
         Args:
             text: token ids, at positions 0, 1, 2, ...
             memory: ``[slots, width]`` embeddings of the memory tokens.
-            positions: ``[slots]`` their position ids; default: they count on after the text.
+            positions: ``[slots]`` their position ids; default: count on after the text.
         """
         slots, length = len(memory), len(text)
         if positions is not None:
@@ -44,13 +44,13 @@ class SoftSequence:
 
 @dataclass
 class SoftBatch:
-    """Some of many sequences, padded on the right.
+    """A batch of sequences, padded on the right.
 
     Attributes:
         which: the index of each row's sequence.
-        lengths: the length of each row, padding left out.
+        lengths: the length of each row, without padding.
         embeds: ``[batch, time, width]``, differentiable in the sequences' embeddings.
-        mask: ``[batch, time]``, ones: nothing of a causal model looks at padding on the right, and without a mask
+        mask: ``[batch, time]``, ones: a causal model never attends to padding on the right, and without a mask
             attention is faster.
         positions: ``[batch, time]``.
     """
@@ -62,7 +62,7 @@ class SoftBatch:
     positions: Tensor
 
     def unpadded(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Each sequence's index and its own part ``[length, hidden]`` of hidden states ``[batch, time, hidden]``."""
+        """Each sequence's index and its part ``[length, hidden]`` of hidden states ``[batch, time, hidden]``."""
         for i, n, row in zip(self.which, self.lengths, hidden):
             yield i, row[:n]
 
@@ -70,13 +70,13 @@ class SoftBatch:
 def soft_batches(
     sequences: Sequence[SoftSequence], embed: Callable[[Tensor], Tensor], device: torch.device, *, budget: int
 ) -> Iterator[SoftBatch]:
-    """Every sequence once, the longest first.
+    """Batches of all sequences, the longest first.
 
     Args:
-        sequences: what is to be read.
+        sequences: the sequences.
         embed: ``[batch, time]`` token ids to embeddings.
         device: where ``embed`` takes its ids.
-        budget: positions that a batch may take, padding counted (or of one sequence).
+        budget: positions per batch, including padding (a single sequence may have more).
     """
     lengths = [len(sequence.ids) for sequence in sequences]
     for which in pack(lengths, budget, pass_positions(device)):
@@ -98,6 +98,25 @@ def soft_batches(
         yield SoftBatch(
             which, [lengths[i] for i in which], embeds, torch.ones_like(ids, device=device), positions.to(device)
         )
+
+
+def run_sequences(
+    encoder: Callable[[Tensor, Tensor, Tensor], Tensor],
+    sequences: Sequence[SoftSequence],
+    embed: Callable[[Tensor], Tensor],
+    device: torch.device,
+    budget: int,
+) -> list[Tensor]:
+    """Hidden states ``[length, hidden]`` of each sequence, in batches of similar length.
+
+    Args:
+        encoder: embeddings, mask and positions of a batch to hidden states ``[batch, time, hidden]``.
+        sequences, embed, device, budget: as in `soft_batches`.
+    """
+    out: dict[int, Tensor] = {}
+    for batch in soft_batches(sequences, embed, device, budget=budget):
+        out.update(batch.unpadded(encoder(batch.embeds, batch.mask, batch.positions)))
+    return [out[i] for i in range(len(sequences))]
 
 
 _watched: ContextVar[list[int] | None] = ContextVar("watched", default=None)

@@ -152,34 +152,46 @@ class Embedder:
             out.update(zip(group, vectors.to("cpu", torch.float32, copy=True).clone()))
         return [out[i] for i in range(len(texts))]
 
-    @torch.no_grad()
-    def token_states(self, texts: Sequence[str], batch_size: int = 32) -> list[tuple[list[Span], Tensor]]:
-        """Last hidden states of the tokens of texts that `shard` found short enough, without special tokens.
+    def embed_shards(
+        self, texts: Sequence[str], max_tokens: int, at_least: Sequence[int], prompt: str = ""
+    ) -> list[Tensor]:
+        """Vectors ``[shards, dim]`` per text, of shards of at most ``max_tokens`` tokens, each after a prompt.
 
-        Returns:
-            Per text the ``(start, end)`` characters of its tokens, and their states ``[tokens, hidden]`` (float32, on the CPU).
+        Raises:
+            ValueError: if the prompt leaves no room for a text.
         """
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))  # texts of similar length share a batch
-        out: dict[int, tuple[list[Span], Tensor]] = {}
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            with self._lock:
-                found = self._tokenizer(
-                    [clean(texts[i]) for i in batch],
-                    padding=True,
-                    truncation=False,
-                    return_offsets_mapping=True,
-                    return_special_tokens_mask=True,
-                    return_tensors="pt",
-                    verbose=False,
-                )
-            offsets, special = found.pop("offset_mapping").tolist(), found.pop("special_tokens_mask")
-            states = self.model[0](dict(found.to(self.model.device)))["token_embeddings"].to("cpu", torch.float32)
-            for row, i in enumerate(batch):
-                kept = (special[row] == 0) & (found["attention_mask"][row].cpu() == 1)
-                spans = [(a, b) for (a, b), k in zip(offsets[row], kept.tolist()) if k]
-                out[i] = (spans, states[row][kept])
-        return [out[i] for i in range(len(texts))]
+        limit = self.max_tokens - (self.count(prompt) if prompt else 0)
+        if limit < 1:
+            raise ValueError(f"The embedder's prompt {prompt!r} leaves no room in its {self.max_tokens} tokens.")
+        shards = []
+        for text, least in zip(texts, at_least):
+            spans = self.shard(text, min(max_tokens, limit), least)
+            shards.append([prompt + text[a:b] for a, b in spans])
+        flat = self.embed([shard for parts in shards for shard in parts])
+        return list(flat.split([len(parts) for parts in shards]))
+
+
+def checked_vectors(vectors: Any, size: int, owner: str, embedder: str) -> Tensor:
+    """``[n, size]`` float32 on the CPU, from one or more vectors. Raises ``ValueError`` for other shapes, NaN, infinity."""
+    try:
+        tensor = torch.as_tensor(vectors).detach().to("cpu", torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"The vectors of {owner} are not numbers: {error}") from error
+    if tensor.dim() not in (1, 2) or tensor.shape[-1] != size:
+        raise ValueError(
+            f"The vectors of {owner} must be [{size}] or [shards, {size}], as {embedder!r} makes them, got "
+            f"{list(tensor.shape)}; index with that embedder, or leave vectors out to embed here."
+        )
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"The vectors of {owner} hold NaN or infinite numbers; embed the passage again.")
+    return tensor.reshape(-1, size)
+
+
+def mean_runs(vectors: Tensor, n: int) -> Tensor:
+    """The vectors, or the means of ``n`` runs of neighbours if there are more."""
+    if len(vectors) <= n:
+        return vectors
+    return torch.stack([part.mean(dim=0) for part in vectors.tensor_split(n)]) if n else vectors[:0]
 
 
 def load_embedder(name: str | SentenceTransformer | Embedder, device: str | torch.device | None = None) -> Embedder:

@@ -69,7 +69,7 @@ class SmallLMEncoder(Twin):
         return self.body
 
     @property
-    def vocabulary(self) -> int:
+    def vocab_size(self) -> int:
         """Number of its embeddings."""
         return self.body.get_input_embeddings().weight.shape[0]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
+from ..core.batching import pad_rows
 from ..encoders.embedder import Embedder
 
 
@@ -39,23 +40,12 @@ class LastTokenModel(nn.Module):
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], batch_size: int = 32, **_: Any) -> Tensor:
         """Vectors ``[texts, dim]``; includes the tokenizer's special tokens."""
-        return self.read([self.tokenizer(text)["input_ids"] for text in texts], batch_size)
-
-    @torch.inference_mode()
-    def read(self, texts: Sequence[Sequence[int]], batch_size: int = 32) -> Tensor:
-        """`encode` for texts given as token ids, including special tokens."""
-        rows = []
-        device = self.device
-        for start in range(0, len(texts), batch_size):
-            ids = texts[start : start + batch_size]
-            longest = max(map(len, ids))
-            padded = torch.zeros(len(ids), longest, dtype=torch.long)
-            mask = torch.zeros(len(ids), longest, dtype=torch.long)
-            for row, found in enumerate(ids):
-                padded[row, : len(found)] = torch.tensor(list(found))
-                mask[row, : len(found)] = 1
+        rows, device = [], self.device
+        ids = [self.tokenizer(text)["input_ids"] for text in texts]
+        for start in range(0, len(ids), batch_size):
+            padded, mask = pad_rows(ids[start : start + batch_size], 0)
             hidden = self.body(input_ids=padded.to(device), attention_mask=mask.to(device)).last_hidden_state
-            rows.append(hidden[torch.arange(len(ids)), mask.sum(-1) - 1])
+            rows.append(hidden[torch.arange(len(padded)), mask.sum(-1) - 1])
         return torch.cat(rows)
 
 

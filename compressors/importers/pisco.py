@@ -196,9 +196,9 @@ def _encoder(source: Source, path: Path) -> tuple[SmallLMEncoder, Tensor]:
     tokenizer = load_tokenizer(path / "compressor_tokenizer", source)
     encoder = SmallLMEncoder(body.to(source.device), tokenizer)
     index = tokenizer.get_vocab().get(MEM)
-    if index is None or index >= encoder.vocabulary:
+    if index is None or index >= encoder.vocab_size:
         raise CheckpointError(
-            f"{path}/compressor_tokenizer gives {MEM} the id {index}, but the compressor has {encoder.vocabulary} embeddings."
+            f"{path}/compressor_tokenizer gives {MEM} the id {index}, but the compressor has {encoder.vocab_size} embeddings."
         )
     return encoder, encoder.embed(torch.tensor([index], device=source.device)).detach().clone()
 

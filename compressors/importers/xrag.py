@@ -20,7 +20,7 @@ from ..soft.xrag import UNKNOWN, XRAGCompressor, XRAGConfig
 from .last_token import load_last_token_embedder
 from .layout import PICKLES, Keys, Source, load_model_state, load_tensors, peek_json, weight_files
 from .models import build_model, graft_rows, load_tokenizer, make_reader, model_config
-from .prompts import TOKEN
+from .prompts import XRAG_TOKEN as TOKEN
 
 EMBEDDER = "Salesforce/SFR-Embedding-Mistral"
 _PROJECTOR = "projector.projector."

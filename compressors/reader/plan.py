@@ -25,15 +25,12 @@ class PromptPlan:
         kinds: ``TOKEN``, ``SOFT`` or ``KV`` per logical position.
         soft: ``(first position, embeds [slots, width])`` of each soft passage, in order.
         kv: ``(first position, passage)`` of each KV passage, in order.
-        placeless: ``(first position, slots)`` of soft passages that take no position ids (``takes_positions`` in their info
-            is False): their slots stand at -1, and what follows counts on as if they were not there.
     """
 
     ids: list[int] = field(default_factory=list)
     kinds: list[int] = field(default_factory=list)
     soft: list[tuple[int, Tensor]] = field(default_factory=list)
     kv: list[tuple[int, CompressedPassage]] = field(default_factory=list)
-    placeless: list[tuple[int, int]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -46,10 +43,10 @@ class PromptPlan:
 
     def add_passage(self, passage: CompressedPassage) -> None:
         """Appends the slots of a soft or KV passage."""
+        if passage.info.get("takes_positions") is False:
+            raise ValueError("Slots without positions (AutoCompressor on OPT) are no longer supported; compress again.")
         if passage.interface == "embeds":
             self.soft.append((len(self.ids), passage.embeds))  # type: ignore[arg-type]
-            if passage.info.get("takes_positions") is False:
-                self.placeless.append((len(self.ids), passage.slots))
         else:
             self.kv.append((len(self.ids), passage))
         self.ids.extend([0] * passage.slots)
@@ -141,7 +138,7 @@ class Layout:
             begin = 0 if pad_right else time - n
             ids[row, begin : begin + n] = torch.tensor(plan.ids)[where]
             valid[row, begin : begin + n] = True
-            positions[row, begin : begin + n] = _without_place(where, plan) if plan.placeless else where
+            positions[row, begin : begin + n] = where
             column = {p: c for c, p in enumerate(at)} if at is not None else None
             for start, embeds in plan.soft:
                 first = begin + (start if column is None else column[start])
@@ -162,13 +159,3 @@ class Layout:
             return embeds
         flat = embeds.flatten(0, 1).index_put((self.soft_index,), self.soft)
         return flat.view_as(embeds)
-
-
-def _without_place(where: Tensor, plan: PromptPlan) -> Tensor:
-    """Position ids where some slots take none."""
-    if plan.kv:
-        raise ValueError("Slots that take no positions (AutoCompressor on OPT) cannot stand beside KV passages.")
-    takes = torch.ones(len(where), dtype=torch.bool)
-    for start, slots in plan.placeless:
-        takes[start : start + slots] = False
-    return torch.where(takes, takes.cumsum(0) - 1, -1)

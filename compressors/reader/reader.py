@@ -446,10 +446,7 @@ class Reader:
         if layout.soft is None:
             ids = layout.ids.masked_fill(~layout.valid, int(config.pad_token_id))  # type: ignore[arg-type]
             return {"input_ids": ids, "attention_mask": mask}
-        inputs = {"inputs_embeds": layout.splice(self.embed), "attention_mask": mask}
-        if any(plan.placeless for plan in plans):
-            inputs["position_ids"] = layout.positions
-        return inputs
+        return {"inputs_embeds": layout.splice(self.embed), "attention_mask": mask}
 
     def _kv_generation_inputs(self, plans: list[PromptPlan], config: GenerationConfig) -> dict[str, Any]:
         for plan in plans:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..core.batching import SoftSequence, soft_batches
+from ..core.batching import SoftSequence, run_sequences
 from ..encoders.lora_twin import Twin
 from ..reader.reader import Reader
-from .segments import Segment, spread
+from .segments import Segment, SegmentCompressor, spread
 
 PROBE_TOKENS = 32
 
@@ -50,31 +50,23 @@ def memory_sequences(segments: Sequence[Segment], rows: Sequence[Tensor], positi
     return sequences
 
 
-def states_at_memory(
-    encoder: Twin,
-    segments: Sequence[Segment],
-    rows: Sequence[Tensor],
-    embed: Callable[[Tensor], Tensor],
-    device: torch.device,
-    *,
-    positions: str = "append",
-    budget: int = 16384,
-) -> list[Tensor]:
-    """Last hidden states ``[slots, hidden]`` at each segment's memory tokens, in batches of similar length.
+class MemoryTokenCompressor(SegmentCompressor):
+    """Base class of methods whose slots come from the last hidden states at appended memory tokens.
 
-    Args:
-        encoder: the model that reads.
-        segments, rows, positions: as in `memory_sequences`.
-        embed: token ids to embeddings.
-        device: where ``embed`` takes its ids.
-        budget: positions per forward pass.
+    Attributes:
+        encoder: the model that reads ``[front][segment][memory tokens]``.
+        memory: ``[most slots or 1, encoder width]`` memory embeddings.
     """
-    out: dict[int, Tensor] = {}
-    sequences = memory_sequences(segments, rows, positions)
-    for batch in soft_batches(sequences, embed, device, budget=budget):
-        hidden = encoder(batch.embeds, batch.mask, batch.positions)
-        out.update((i, states[len(states) - segments[i].slots :]) for i, states in batch.unpadded(hidden))
-    return [out[i] for i in range(len(segments))]
+
+    encoder: Twin
+    memory: nn.Parameter
+
+    def states_at_memory(self, segments: Sequence[Segment], positions: str = "append") -> Tensor:
+        """Last hidden states ``[all slots, hidden]`` at the memory tokens; ``positions`` as in `memory_sequences`."""
+        sequences = memory_sequences(segments, memory_rows(self.memory, segments), positions)
+        device, budget = self.base_reader.device, self.batch_positions
+        states = run_sequences(self.encoder, sequences, self.source.embed, device, budget)
+        return torch.cat([found[len(found) - segment.slots :] for found, segment in zip(states, segments)])
 
 
 def probe(vocabulary: int, longest: int | None, slots: int, front: list[int]) -> Segment:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..core.batching import SoftSequence, soft_batches
+from ..core.batching import SoftSequence, run_sequences
 from ..core.hidden import hide
 from ..encoders.lora_twin import Twin
 from ..reader.reader import Reader
@@ -80,11 +80,8 @@ def token_states(
     """
     nothing = torch.zeros(0, embed(torch.zeros(1, dtype=torch.long, device=device)).shape[-1])
     sequences = [SoftSequence([*s.front, *s.ids], [], nothing) for s in segments]
-    out: dict[int, Tensor] = {}
-    for batch in soft_batches(sequences, embed, device, budget=budget):
-        hidden = encoder(batch.embeds, batch.mask, batch.positions)
-        out.update((i, states[len(segments[i].front) :]) for i, states in batch.unpadded(hidden))
-    return [out[i] for i in range(len(segments))]
+    states = run_sequences(encoder, sequences, embed, device, budget)
+    return [found[len(segment.front) :] for found, segment in zip(states, segments)]
 
 
 def averaged(

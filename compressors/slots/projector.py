@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,6 +36,14 @@ def scaled_identity(factor: float, reader: Reader) -> nn.Linear:
     with torch.no_grad():
         linear.weight.copy_(factor * torch.eye(reader.width))
     return linear
+
+
+def mlp(widths: Sequence[int], activation: type[nn.Module]) -> nn.Sequential:
+    """Linear layers between these widths, with an activation between them."""
+    layers: list[nn.Module] = []
+    for a, b in zip(widths, widths[1:]):
+        layers += [*([activation()] if layers else []), nn.Linear(a, b)]
+    return nn.Sequential(*layers)
 
 
 def check_width(hidden: Tensor, reader: Reader, advice: str = "use another method with this reader") -> None:
@@ -77,14 +86,13 @@ class WindowProjector(nn.Module):
             hidden_size: width of the MLP's hidden layer; default: twice the reader's.
         """
         hidden = hidden_size or 2 * reader.width
-        last = nn.Linear(hidden, reader.width)
         self.norm = nn.RMSNorm(size, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(size, hidden), nn.GELU(), last)
+        self.mlp = mlp((size, hidden, reader.width), nn.GELU)
         self.linear = nn.Linear(reader.width, reader.width, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(math.log(reader.embedding_norm / math.sqrt(reader.width))))
         nn.init.eye_(self.linear.weight)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        for parameter in self.mlp[2].parameters():
+            nn.init.zeros_(parameter)
 
     def pool_windows(self, embeds: Tensor, states: Tensor, weights: Tensor, where: Tensor, n: int) -> Tensor:
         """``[n, width]`` slots.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..base import Passages, SoftCompressor
 from ..core.config import CompressorConfig, check_counts, check_ratio
 from ..core.passage import CompressedPassage
+from ..encoders.small_lm import SmallLMEncoder
 from ..reader.reader import Reader
 from ..reader.tokenization import PromptTokenizer
 from .question import question_ids
@@ -86,26 +88,31 @@ class SegmentCompressor(SoftCompressor):
     def most_slots(self) -> int:
         """The most slots of one segment. Positions are reserved for them in every pass."""
 
-    # -- what an encoder with its own tokenizer or positions overrides -----------------------------------------------
+    @property
+    def source(self) -> Reader | SmallLMEncoder:
+        """Tokenizer, embeddings and positions of the encoder; default: the reader's."""
+        return self.base_reader
 
     @property
     def tokenizer(self) -> PromptTokenizer:
         """Tokenizer of passages and questions."""
-        return self.base_reader.prompts
+        return self.source.prompts
 
     @property
     def opening(self) -> list[int]:
-        """Token ids before every segment, before the question; default: BOS, if the tokenizer has one."""
+        """Token ids before every segment and question; default: BOS, if the tokenizer has one."""
         return list(self.tokenizer.bos_ids)
 
     @property
     def max_positions(self) -> int | None:
         """Positions that one pass can take; ``None``: no limit."""
-        return self.base_reader.max_positions
+        return self.source.max_positions
 
     def token_ids(self, passages: Passages) -> list[list[int]]:
         """Token ids of the passages as the encoder reads them, without special tokens."""
-        return passages.ids
+        if self.source is self.base_reader:
+            return passages.ids
+        return self.tokenizer.encode_batch([(text, False) for text in passages.texts])
 
     # -- cutting ---------------------------------------------------------------------------------------------------
 
@@ -256,3 +263,15 @@ def window_lengths(n_tokens: int, ratio: float) -> list[int]:
     count = max(math.ceil(n_tokens / ratio - 1e-6), 1)
     borders = [min(math.floor(k * ratio + 1e-6), n_tokens) for k in range(count)] + [n_tokens]
     return [b - a for a, b in zip(borders, borders[1:])]
+
+
+def in_turn(segments: Sequence[Segment]) -> list[list[Segment]]:
+    """All first segments of passages, then all second ones, and so on."""
+    seen: Counter[int] = Counter()
+    groups: list[list[Segment]] = []
+    for segment in segments:
+        if seen[segment.passage] == len(groups):
+            groups.append([])
+        groups[seen[segment.passage]].append(segment)
+        seen[segment.passage] += 1
+    return groups

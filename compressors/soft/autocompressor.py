@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -11,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..core.batching import SoftSequence, soft_batches
+from ..core.batching import SoftSequence, run_sequences
 from ..core.config import CompressorConfig, check_choices, check_counts
 from ..core.passage import Interface
 from ..encoders.lora import LoRASettings, lora_alpha, lora_rank
@@ -22,7 +20,7 @@ from ..reader.reader import Reader
 from ..registry import register_compressor
 from ..slots.memory_tokens import probe
 from ..slots.projector import check_width, learned_scale, matching_factor, scaled
-from ..slots.segments import Segment, SegmentCompressor, SegmentSettings
+from ..slots.segments import Segment, SegmentCompressor, SegmentSettings, in_turn
 
 
 @dataclass
@@ -115,13 +113,7 @@ class AutoCompressor(SegmentCompressor):
     @classmethod
     def own_objectives(cls) -> dict[str, Callable[..., tuple[Tensor, int]]]:
         """``segments``: language modelling over the segments of documents."""
-        return {"segments": cls.segment_losses}
-
-    def segment_losses(
-        self, texts: Sequence[str], rng: random.Random, ratio: float | None = None
-    ) -> tuple[Tensor, int]:
-        """Sum of the token losses over all segments of documents, and the number of tokens."""
-        return document_segment_losses(self, self._check_texts(texts), rng, ratio)
+        return {"segments": document_segment_losses}
 
     def cut(
         self, n_tokens: int, ratio: float | None, question_tokens: int, source_tokens: int
@@ -147,17 +139,13 @@ class AutoCompressor(SegmentCompressor):
     def encode_segments(self, segments: list[Segment]) -> list[Tensor]:
         """Summary vectors: all first segments are read in one pass, then all second ones, and so on."""
         soft: dict[int, Tensor] = {}
-        made: list[Tensor] = [self.no_slots()] * len(segments)
         for group in in_turn(segments):
-            prompts = [soft.get(segments[i].passage, self.no_slots()) for i in group]
-            rows = self.read(self.encoder, prompts, [segments[i] for i in group])
-            for i, prompt, row in zip(group, prompts, rows):
-                made[i] = self.summary_vectors(row, segments[i].slots)
-                soft[segments[i].passage] = self.extend(prompt, made[i])
-        if self.config.accumulate_summary:
-            return made
+            prompts = [soft.get(segment.passage, self.no_slots()) for segment in group]
+            for segment, prompt, row in zip(group, prompts, self.read(self.encoder, prompts, group)):
+                soft[segment.passage] = self.extend(prompt, self.summary_vectors(row, segment.slots))
+        # What is left after a passage's last segment stands for the whole passage.
         last = {segment.passage: i for i, segment in enumerate(segments)}
-        return [vectors if last[s.passage] == i else vectors[:0] for i, (s, vectors) in enumerate(zip(segments, made))]
+        return [soft[s.passage] if last[s.passage] == i else self.no_slots() for i, s in enumerate(segments)]
 
     def no_slots(self) -> Tensor:
         """The soft prompt of the first segment, ``[0, width]``."""
@@ -183,22 +171,6 @@ class AutoCompressor(SegmentCompressor):
             places = [*range(len(segment.front), first), *range(last, len(ids))]
             rows = torch.cat([prompt, self.summary[: segment.slots].to(prompt.device)])
             sequences.append(SoftSequence(ids, places, rows))
-        out: dict[int, Tensor] = {}
-        embed = model.lm.get_input_embeddings()
-        for batch in soft_batches(sequences, embed, reader.device, budget=self.batch_positions):
-            hidden = model(batch.embeds, batch.mask, batch.positions)
-            check_width(hidden, reader, "AutoCompressor needs both alike")
-            out.update(batch.unpadded(hidden))
-        return [out[i] for i in range(len(segments))]
-
-
-def in_turn(segments: Sequence[Segment]) -> list[list[int]]:
-    """Indices of all first segments of passages, of all second ones, and so on."""
-    seen: Counter[int] = Counter()
-    groups: list[list[int]] = []
-    for i, segment in enumerate(segments):
-        if seen[segment.passage] == len(groups):
-            groups.append([])
-        groups[seen[segment.passage]].append(i)
-        seen[segment.passage] += 1
-    return groups
+        states = run_sequences(model, sequences, model.lm.get_input_embeddings(), reader.device, self.batch_positions)
+        check_width(states[0], reader, "AutoCompressor needs both alike")
+        return states

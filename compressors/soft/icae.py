@@ -15,11 +15,11 @@ from ..encoders.lora import LoRASettings, ReaderTuningSettings, tuned_reader
 from ..encoders.lora_twin import LoRATwin
 from ..reader.reader import Reader
 from ..registry import register_compressor
-from ..slots.memory_tokens import memory_rows, probe, random_token_rows, states_at_memory
+from ..slots.memory_tokens import MemoryTokenCompressor, probe, random_token_rows
 from ..slots.pooling import GatedPool
 from ..slots.projector import check_width, learned_scale, matching_factor, scaled, scaled_identity
 from ..slots.question import QuerySettings
-from ..slots.segments import Segment, SegmentCompressor, SegmentSettings
+from ..slots.segments import Segment, SegmentSettings
 
 _RESIDUAL_START = 0.1  # initial share of the encoder beside the pooled embeddings
 
@@ -61,7 +61,7 @@ class ICAEConfig(SegmentSettings, LoRASettings, QuerySettings, ReaderTuningSetti
 
 
 @register_compressor
-class ICAECompressor(SegmentCompressor):
+class ICAECompressor(MemoryTokenCompressor):
     """In-context autoencoder (ICAE, arXiv 2307.06945).
 
     The reader plus LoRA reads ``[BOS][segment][memory tokens]``. Its last hidden states (after the final norm) at the memory
@@ -91,6 +91,7 @@ class ICAECompressor(SegmentCompressor):
     config_class = ICAEConfig
     interface: ClassVar[Interface] = "embeds"
     config: ICAEConfig
+    encoder: LoRATwin
 
     def __init__(self, config: ICAEConfig, reader: Reader) -> None:
         super().__init__(config, reader)
@@ -99,8 +100,10 @@ class ICAECompressor(SegmentCompressor):
         self.memory = nn.Parameter(random_token_rows(reader, config.mem_size))
         self.pool = GatedPool(reader) if config.residual else None
         with torch.no_grad():
-            sample = self._states([probe(reader.vocab_size, longest, config.mem_size, self.opening)])
-        factor = matching_factor(sample[0], reader) * (_RESIDUAL_START if config.residual else 1.0)
+            sample = probe(reader.vocab_size, longest, config.mem_size, self.opening)
+            found = self.states_at_memory([sample], config.positions)
+        check_width(found, reader, "ICAE needs both alike")
+        factor = matching_factor(found, reader) * (_RESIDUAL_START if config.residual else 1.0)
         self.log_scale = learned_scale(factor, reader) if config.projector == "scale" else None
         self.linear = scaled_identity(factor, reader) if config.projector == "linear" else None
         self.reader_twin = tuned_reader(self)
@@ -112,16 +115,9 @@ class ICAECompressor(SegmentCompressor):
 
     def encode_segments(self, segments: list[Segment]) -> Sequence[Tensor]:
         """Projected states at the memory tokens, plus the pooled embeddings."""
-        found = scaled(torch.cat(self._states(segments)), self.log_scale)
+        found = scaled(self.states_at_memory(segments, self.config.positions), self.log_scale)
         if self.linear is not None:
             found = self.linear(found.to(self.linear.weight.device, self.linear.weight.dtype))
         if self.pool is not None:
             found = found + self.pool(segments).to(found.device)
         return found.split([segment.slots for segment in segments])
-
-    def _states(self, segments: list[Segment]) -> list[Tensor]:
-        reader, rows = self.base_reader, memory_rows(self.memory, segments)
-        options: dict[str, Any] = {"positions": self.config.positions, "budget": self.batch_positions}
-        found = states_at_memory(self.encoder, segments, rows, reader.embed, reader.device, **options)
-        check_width(found[0], reader, "ICAE needs both alike")
-        return found

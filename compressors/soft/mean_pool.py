@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from ..base import Passages, SoftCompressor
 from ..core.config import CompressorConfig, check_choices, check_counts, check_ratio
 from ..core.passage import Interface
-from ..encoders.embedder import MINILM, Embedder, load_embedder
 from ..encoders.lora import LoRASettings, ReaderTuningSettings, lora_rank, tuned_reader
 from ..encoders.lora_twin import LoRATwin
 from ..reader.reader import Reader
 from ..registry import register_compressor
-from ..slots.pooling import averaged, token_states
+from ..slots.pooling import token_states
 from ..slots.projector import WindowProjector
 from ..slots.question import QuerySettings, question_ids
 from ..slots.segments import Segment, equal_lengths, room_for_tokens, window_lengths
@@ -29,15 +28,15 @@ class MeanPoolConfig(LoRASettings, QuerySettings, ReaderTuningSettings, Compress
     """Settings of mean-pooled windows."""
 
     method: ClassVar[str] = "mean-pool"
-    retired: ClassVar[Mapping[str, Any]] = {"bos": True}
+    retired: ClassVar[Mapping[str, Any]] = {
+        **{"bos": True, "embedder": "all-MiniLM-L6-v2"},
+        **{"state_size": None, "embedder_hash": None},
+    }
     retired_unhashed: ClassVar[Mapping[str, Any]] = {"segment_overlap": 0}
 
-    encoder: Literal["reader", "embeddings", "minilm"] = field(
+    encoder: Literal["reader", "embeddings"] = field(
         default="reader",
-        metadata={
-            "help": "token states to pool: 'reader': of the reader plus LoRA; 'embeddings': the reader's token embeddings; "
-            "'minilm': of a frozen small sentence-transformers model, which is bidirectional"
-        },
+        metadata={"help": "token states to pool: of the reader plus LoRA, or the reader's token embeddings"},
     )
     ratio: float = field(default=4.0, metadata={"help": "tokens per window, if no ratio is asked for"})
     weighting: Literal["uniform", "learned"] = field(
@@ -52,17 +51,11 @@ class MeanPoolConfig(LoRASettings, QuerySettings, ReaderTuningSettings, Compress
     )
     chunk_tokens: int = field(default=1024, metadata={"help": "longest stretch that encoder 'reader' reads at once"})
     r: int = lora_rank(32, " (encoder 'reader')")
-    embedder: str = field(
-        default=MINILM, metadata={"help": "sentence-transformers id or folder of the frozen encoder ('minilm')"}
-    )
-    state_size: int | None = field(default=None, metadata={"help": "width of its token states; filled in"})
-    embedder_hash: str | None = field(default=None, metadata={"help": "its fingerprint; filled in"})
 
     def __post_init__(self) -> None:
-        optional = ("hidden_size", "state_size")
-        check_counts(self, {"chunk_tokens": 1, "hidden_size": 1, "state_size": 1}, optional)
+        check_counts(self, {"chunk_tokens": 1, "hidden_size": 1}, optional=("hidden_size",))
         check_ratio(self.ratio, "tokens per window")
-        check_choices(self, {"encoder": ("reader", "embeddings", "minilm"), "weighting": ("uniform", "learned")})
+        check_choices(self, {"encoder": ("reader", "embeddings"), "weighting": ("uniform", "learned")})
         self.check_lora()
         self.check_query()
         self.check_reader_tuning()
@@ -81,14 +74,11 @@ class MeanPoolCompressor(WindowProjector, SoftCompressor):
     Nothing depends on the ratio, so one checkpoint serves every ratio: train it on random ones.
 
     The papers' encoders are bidirectional. A causal reader is not: with ``encoder="reader"`` a token's state depends only on
-    what comes before it in its stretch of ``chunk_tokens`` tokens. ``"minilm"`` is bidirectional; its tokens are aligned with
-    the reader's by characters. Windows cross the borders of stretches.
+    what comes before it in its stretch of ``chunk_tokens`` tokens. Windows cross the borders of stretches.
 
     Args:
         config: the settings.
         reader: the reader.
-        embedder: for ``encoder="minilm"`` an embedder or a SentenceTransformer, instead of loading ``config.embedder``. It must
-            be the one of training.
 
     Attributes:
         encoder: the reader's `LoRATwin` (``encoder="reader"`` only).
@@ -97,29 +87,22 @@ class MeanPoolCompressor(WindowProjector, SoftCompressor):
         batch_positions: positions per forward pass of the encoder (memory vs. speed; the result does not change).
 
     Raises:
-        ValueError: if the embedder is not the one of training, or the reader has too few positions.
+        ValueError: if the reader has too few positions.
     """
 
     config_class = MeanPoolConfig
     interface: ClassVar[Interface] = "embeds"
     config: MeanPoolConfig
 
-    def __init__(self, config: MeanPoolConfig, reader: Reader, *, embedder: Any = None) -> None:
+    def __init__(self, config: MeanPoolConfig, reader: Reader) -> None:
         super().__init__(config, reader)
         self.batch_positions = 16384
-        self._embedder: Embedder | None = None
-        if embedder is not None and config.encoder != "minilm":
-            raise ValueError(
-                f"encoder={config.encoder!r} uses no embedder; leave embedder out, or set encoder='minilm'."
-            )
         self.encoder: LoRATwin | None = None
         size = reader.width
         if config.encoder == "reader":
             self.encoder = LoRATwin(reader.model, **config.lora)
             with torch.no_grad():  # hidden states and embeddings may differ in width
                 size = self.states_of(self._stretches([[0]], [[]]))[0].shape[1]
-        elif config.encoder == "minilm":
-            size = self._use_embedder(embedder)
         self.add_projector(reader, size, config.hidden_size)
         self.token_score = self.state_score = None
         if config.weighting == "learned":
@@ -130,22 +113,8 @@ class MeanPoolCompressor(WindowProjector, SoftCompressor):
         self.reader_twin = tuned_reader(self)
 
     def identity_parts(self) -> list[Any]:
-        """The base reader and the embedder."""
-        return [self.base_reader.fingerprint, self.config.embedder_hash]
-
-    def _use_embedder(self, given: Any) -> int:
-        """Loads the frozen encoder, or checks the given one, and returns the width of its states."""
-        config = self.config
-        self._embedder = load_embedder(given if given is not None else config.embedder, self.reader.device)
-        found, size = self._embedder.fingerprint, self._embedder.token_states(["a"])[0][1].shape[1]
-        if config.embedder_hash not in (None, found):
-            raise ValueError(
-                f"The embedder {self._embedder.name!r} ({found}) is not the one this compressor was made with "
-                f"({config.embedder!r}, {config.embedder_hash}); pass that one as embedder=..., or train a compressor for "
-                "this one."
-            )
-        self.config = replace(config, embedder_hash=found, state_size=size)
-        return size
+        """The base reader, and no embedder."""
+        return [self.base_reader.fingerprint, None]
 
     def encode_passages(self, passages: Passages, ratio: float | None) -> Sequence[Tensor]:
         """One slot per window."""
@@ -157,7 +126,10 @@ class MeanPoolCompressor(WindowProjector, SoftCompressor):
         flat = torch.tensor([i for passage in ids for i in passage], device=reader.device)
         with torch.no_grad():
             embeds = reader.embed(flat).to(dtype)
-        states = embeds if self.config.encoder == "embeddings" else self._states(passages).to(reader.device, dtype)
+        states = embeds
+        if self.encoder is not None:
+            questions = question_ids(self.config, reader.prompts, passages.queries)
+            states = torch.cat(self.states_of(self._stretches(ids, questions))).to(dtype)
         n = len(windows)
         where = torch.repeat_interleave(torch.arange(n), torch.tensor(windows)).to(reader.device)
         slots = self.pool_windows(embeds, states, self._weights(flat, states, where, n), where, n)
@@ -172,13 +144,6 @@ class MeanPoolCompressor(WindowProjector, SoftCompressor):
         highest = scores.detach().new_full((n,), -math.inf).scatter_reduce(0, where, scores.detach(), "amax")
         powers = (scores - highest[where]).exp()
         return powers / powers.new_zeros(n).index_add(0, where, powers)[where]
-
-    def _states(self, passages: Passages) -> Tensor:
-        """``[tokens, state width]`` at every reader token of every passage."""
-        if self.encoder is None:
-            return torch.cat([self._aligned(text) for text, ids in zip(passages.texts, passages.ids) if ids])
-        questions = question_ids(self.config, self.base_reader.prompts, passages.queries)
-        return torch.cat(self.states_of(self._stretches(passages.ids, questions)))
 
     def _stretches(self, ids: Sequence[list[int]], questions: Sequence[list[int]]) -> list[Segment]:
         reader, found = self.base_reader, []
@@ -195,17 +160,3 @@ class MeanPoolCompressor(WindowProjector, SoftCompressor):
         reader, encoder = self.base_reader, self.encoder
         assert encoder is not None
         return token_states(encoder, stretches, reader.embed, reader.device, self.batch_positions)
-
-    def _aligned(self, text: str) -> Tensor:
-        """``[reader tokens, state width]``: mean of the embedder's states over each reader token's characters.
-
-        A reader token without embedder tokens (white space, for example) gets zeros.
-        """
-        embedder: Any = self._embedder
-        spans = embedder.shard(text, embedder.max_tokens)
-        found: list[Tensor] = [torch.zeros(0, self.config.state_size or 0)]
-        places: list[tuple[int, int]] = []
-        for (start, _), (offsets, states) in zip(spans, embedder.token_states([text[a:b] for a, b in spans])):
-            places += [(start + a, start + b) for a, b in offsets]
-            found.append(states)
-        return averaged(torch.cat(found), places, self.reader.tokenize_with_offsets(text)[1], len(text))[0]

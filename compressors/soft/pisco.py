@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..base import Passages
 from ..core.config import CompressorConfig, check_choices, check_counts
 from ..core.passage import Interface
 from ..encoders.lora import LoRASettings, lora_rank
@@ -19,12 +18,11 @@ from ..encoders.lora_twin import LoRATwin, Twin
 from ..encoders.small_lm import ENCODER_FOLDER, SmallLMEncoder
 from ..encoders.tuned_reader import AdaptedReader
 from ..reader.reader import Reader
-from ..reader.tokenization import PromptTokenizer
 from ..registry import register_compressor
-from ..slots.memory_tokens import memory_rows, probe, states_at_memory
-from ..slots.projector import check_width, learned_scale, matching_factor, scaled
+from ..slots.memory_tokens import MemoryTokenCompressor, probe
+from ..slots.projector import check_width, learned_scale, matching_factor, mlp, scaled
 from ..slots.question import QuerySettings
-from ..slots.segments import Segment, SegmentCompressor, SegmentSettings, even_shares
+from ..slots.segments import Segment, SegmentSettings, even_shares
 
 
 @dataclass
@@ -66,7 +64,7 @@ class PISCOConfig(SegmentSettings, LoRASettings, QuerySettings, CompressorConfig
 
 
 @register_compressor
-class PISCOCompressor(SegmentCompressor):
+class PISCOCompressor(MemoryTokenCompressor):
     """PISCO (arXiv 2501.16075) and its predecessor COCOM (arXiv 2407.09252).
 
     The encoder reads ``[BOS][segment][<MEM> ...]``. Its last hidden states (after the final norm) at the <MEM> tokens, passed
@@ -107,19 +105,18 @@ class PISCOCompressor(SegmentCompressor):
             self.encoder = LoRATwin(reader.model, **config.lora)
         else:
             self.encoder = (encoder_model or SmallLMEncoder.from_pretrained(config.encoder)).to(reader.device)
-        longest, vocabulary = self.longest_segment(None), self._own.vocabulary if self._own else reader.vocab_size
+        longest, vocabulary = self.longest_segment(None), self.source.vocab_size
         with torch.no_grad():
-            rows = self._embed(torch.randperm(vocabulary)[: config.memory_tokens].to(reader.device)).float()
+            rows = self.source.embed(torch.randperm(vocabulary)[: config.memory_tokens].to(reader.device)).float()
             rows = rows[torch.arange(config.memory_tokens) % len(rows)]
         self.memory = nn.Parameter(rows.clone())
         self.connector: nn.Sequential | None = None
         if (config.connector or ("none" if config.encoder == "lora" else "mlp")) == "mlp":
-            first = nn.Linear(rows.shape[-1], config.connector_width)
-            last = nn.Linear(config.connector_width, reader.width)
-            self.connector = nn.Sequential(first, nn.ReLU(), last).to(reader.device)
+            widths = (rows.shape[-1], config.connector_width, reader.width)
+            self.connector = mlp(widths, nn.ReLU).to(reader.device)
         self.log_scale: nn.Parameter | None = None
         with torch.no_grad():
-            found = self._project(torch.cat(self._states([probe(vocabulary, longest, 1, [])])))
+            found = self._project(self.states_at_memory([probe(vocabulary, longest, 1, [])]))
         self.log_scale = learned_scale(matching_factor(found, reader), reader)
         self.decoder: Twin | None = None
         if config.decoder == "lora":
@@ -127,21 +124,9 @@ class PISCOCompressor(SegmentCompressor):
             self.adapt_reader(AdaptedReader(reader, self.decoder))
 
     @property
-    def _own(self) -> SmallLMEncoder | None:
-        return self.encoder if isinstance(self.encoder, SmallLMEncoder) else None
-
-    def _embed(self, ids: Tensor) -> Tensor:
-        return self._own.embed(ids) if self._own else self.base_reader.embed(ids)
-
-    @property
-    def tokenizer(self) -> PromptTokenizer:
-        """The encoder's tokenizer."""
-        return self._own.prompts if self._own else self.base_reader.prompts
-
-    @property
-    def max_positions(self) -> int | None:
-        """The encoder's positions."""
-        return self._own.max_positions if self._own else self.base_reader.max_positions
+    def source(self) -> Reader | SmallLMEncoder:
+        """The smaller LM, or the reader."""
+        return self.encoder if isinstance(self.encoder, SmallLMEncoder) else self.base_reader
 
     @property
     def most_slots(self) -> int:
@@ -149,13 +134,10 @@ class PISCOCompressor(SegmentCompressor):
         config = self.config
         return config.memory_tokens if config.memory_tokens > 1 else math.ceil(config.segment_tokens / config.ratio) + 1
 
-    def token_ids(self, passages: Passages) -> list[list[int]]:
-        """The encoder's token ids."""
-        return self._own.prompts.encode_batch([(t, False) for t in passages.texts]) if self._own else passages.ids
-
     def identity_parts(self) -> list[Any]:
-        """The base reader, and the tokenizer of an encoder of its own."""
-        return [self.base_reader.fingerprint, self._own.prompts.fingerprint_parts() if self._own else None]
+        """The base reader, and the tokenizer of a smaller LM."""
+        own = self.source is not self.base_reader
+        return [self.base_reader.fingerprint, self.tokenizer.fingerprint_parts() if own else None]
 
     def cut(
         self, n_tokens: int, ratio: float | None, question_tokens: int, source_tokens: int
@@ -172,12 +154,8 @@ class PISCOCompressor(SegmentCompressor):
 
     def encode_segments(self, segments: list[Segment]) -> Sequence[Tensor]:
         """Projected states at the <MEM> tokens."""
-        found = self._project(torch.cat(self._states(segments)))
+        found = self._project(self.states_at_memory(segments))
         return found.split([segment.slots for segment in segments])
-
-    def _states(self, segments: list[Segment]) -> list[Tensor]:
-        rows, device = memory_rows(self.memory, segments), self.base_reader.device
-        return states_at_memory(self.encoder, segments, rows, self._embed, device, budget=self.batch_positions)
 
     def _project(self, hidden: Tensor) -> Tensor:
         if self.connector is not None:
@@ -187,9 +165,9 @@ class PISCOCompressor(SegmentCompressor):
         return scaled(hidden, self.log_scale)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Saves the compressor; config and tokenizer of an encoder of its own go to the folder ``encoder``."""
-        if self._own is not None:
-            self._own.save_description(Path(folder) / ENCODER_FOLDER)
+        """Saves the compressor; config and tokenizer of a smaller LM go to the folder ``encoder``."""
+        if isinstance(self.encoder, SmallLMEncoder):
+            self.encoder.save_description(Path(folder) / ENCODER_FOLDER)
         super().save_pretrained(folder, dtype=dtype)
 
     @classmethod

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from ..base import Passages, SoftCompressor
 from ..core.config import CompressorConfig, check_counts
 from ..core.passage import Interface
-from ..encoders.embedder import MINILM, Embedder, load_embedder
+from ..encoders.embedder import MINILM, Embedder, checked_vectors, load_embedder, mean_runs
 from ..encoders.lora import ReaderTuningSettings, tuned_reader
 from ..reader.reader import Reader
 from ..registry import register_compressor
-from ..slots.projector import learned_scale, matching_factor, scaled
+from ..slots.projector import learned_scale, matching_factor, mlp, scaled
 
 UNKNOWN = "unknown"
 _PROBES = 256  # random inputs on which the output scale is matched
@@ -91,10 +91,7 @@ class XRAGCompressor(SoftCompressor):
             self._check_embedder(self._embedder)
         self.vector_size = int(self.config.vector_size or 0)
         widths = [self.vector_size, *[config.hidden or reader.width] * (config.layers - 1), reader.width]
-        layers: list[nn.Module] = []
-        for i, (a, b) in enumerate(zip(widths, widths[1:])):
-            layers += [*([nn.GELU()] if i else []), nn.Linear(a, b)]
-        self.projector = nn.Sequential(*layers)
+        self.projector = mlp(widths, nn.GELU)
         self.to(reader.device)
         self.log_scale: nn.Parameter | None = None
         with torch.no_grad():
@@ -147,14 +144,21 @@ class XRAGCompressor(SoftCompressor):
             ValueError: if a vector has another shape, or holds NaN or infinity.
         """
         texts, lengths = passages.texts, [len(ids) for ids in passages.ids]
-        given = [None] * len(texts) if passages.vectors is None else list(passages.vectors)
-        found: list[Tensor | None] = [None if v is None else self._check_vectors(v, i) for i, v in enumerate(given)]
-        todo = [i for i, v in enumerate(found) if v is None and texts[i].strip()]
-        for i, embedded in zip(todo, self._embed([texts[i] for i in todo], [lengths[i] for i in todo], ratio)):
-            found[i] = embedded
-        empty = torch.zeros(0, self.vector_size)
-        rows = [empty if v is None or not texts[i].strip() else _at_most(v, lengths[i]) for i, v in enumerate(found)]
-        return self.project(torch.cat(rows)).split([len(r) for r in rows])
+        found: list[Tensor] = [torch.zeros(0, self.vector_size)] * len(texts)
+        todo = []
+        for i, (text, n) in enumerate(zip(texts, lengths)):
+            if passages.vectors is not None and passages.vectors[i] is not None:
+                vectors = checked_vectors(passages.vectors[i], self.vector_size, f"passage {i}", self.config.embedder)
+                found[i] = mean_runs(vectors, n if text.strip() else 0)
+            elif text.strip():
+                todo.append(i)
+        if todo:
+            least = [1 if ratio is None else min(math.ceil(lengths[i] / ratio), lengths[i]) for i in todo]
+            most, prompt = self.config.shard_tokens, self.config.prompt
+            made = self.embedder.embed_shards([texts[i] for i in todo], most, least, prompt)
+            for i, vectors in zip(todo, made):
+                found[i] = mean_runs(vectors, lengths[i])
+        return self.project(torch.cat(found)).split([len(vectors) for vectors in found])
 
     def project(self, vectors: Tensor) -> Tensor:
         """Slots ``[n, width]`` of vectors ``[n, vector_size]``."""
@@ -164,44 +168,3 @@ class XRAGCompressor(SoftCompressor):
     def standardise(self, vectors: Tensor) -> Tensor:
         """Brings vectors to root mean square 1."""
         return nn.functional.normalize(vectors, dim=-1) * math.sqrt(vectors.shape[-1])
-
-    def _embed(self, texts: list[str], lengths: list[int], ratio: float | None) -> list[Tensor]:
-        """Vectors ``[shards, dim]`` per text."""
-        if not texts:
-            return []
-        prompt = self.config.prompt
-        limit = self.embedder.max_tokens - (self.embedder.count(prompt) if prompt else 0)
-        if limit < 1:
-            raise ValueError(
-                f"The embedder's prompt {prompt!r} leaves no room in its {self.embedder.max_tokens} tokens."
-            )
-        longest = min(self.config.shard_tokens, limit)
-        shards: list[list[str]] = []
-        for text, n in zip(texts, lengths):
-            wanted = 1 if ratio is None else min(math.ceil(n / ratio), n)
-            spans = self.embedder.shard(text, longest, at_least=wanted)
-            shards.append([prompt + text[a:b] for a, b in spans])
-        flat = self.embedder.embed([shard for parts in shards for shard in parts])
-        return list(flat.split([len(parts) for parts in shards]))
-
-    def _check_vectors(self, vectors: Any, index: int) -> Tensor:
-        try:
-            tensor = torch.as_tensor(vectors).detach().to("cpu", torch.float32)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"The vectors of passage {index} are not numbers: {error}") from error
-        size = self.vector_size
-        if tensor.dim() not in (1, 2) or tensor.shape[-1] != size:
-            raise ValueError(
-                f"The vectors of passage {index} must be [{size}] or [shards, {size}], as {self.config.embedder!r} makes "
-                f"them, got {list(tensor.shape)}; index with that embedder, or leave vectors out to embed here."
-            )
-        if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"The vectors of passage {index} hold NaN or infinite numbers; embed the passage again.")
-        return tensor.reshape(-1, size)
-
-
-def _at_most(vectors: Tensor, n: int) -> Tensor:
-    """The vectors, or the means of ``n`` runs of neighbours if there are more, so that a passage never grows."""
-    if len(vectors) <= n:
-        return vectors
-    return torch.stack([part.mean(dim=0) for part in vectors.tensor_split(n)]) if n else vectors[:0]

@@ -352,11 +352,6 @@ def test_passages_that_would_be_misread_are_refused(engine, reader, passage, kin
     nan = CompressedPassage("embeds", 9, "test", reader.fingerprint, embeds=torch.full((2, width), float("nan")))
     with pytest.raises(ValueError, match="NaN"):
         remote.generate([[nan, QUESTION]])
-    free = CompressedPassage(
-        "embeds", 9, "test", reader.fingerprint, embeds=torch.zeros(2, width), info={"takes_positions": False}
-    )
-    with pytest.raises(ValueError, match="take no positions"):
-        remote.generate([[free, QUESTION]])
     assert not engine.requests
 
 

@@ -11,7 +11,7 @@ from nutgraf import Reader, load_compressor
 from nutgraf.compressors import CheckpointError
 from nutgraf.compressors.importers import MissingOption, import_checkpoint, import_to, recognise
 from nutgraf.compressors.importers.pisco import PublishedPISCO, PublishedPISCOConfig
-from nutgraf.compressors.importers.prompts import SYSTEM, pisco_prompt
+from nutgraf.compressors.importers.prompts import PISCO_SYSTEM, pisco_prompt
 from safetensors.torch import save_file
 from torch.nn.functional import linear, relu
 
@@ -67,7 +67,7 @@ def logits_by_hand(model, tokenizer, text, marks, slots, target):
 
 
 def chat(tokenizer, content):
-    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+    messages = [{"role": "system", "content": PISCO_SYSTEM}, {"role": "user", "content": content}]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 

@@ -236,7 +236,7 @@ def test_gist_tokens_can_be_read_without_the_white_space_around_them(zoo, tmp_pa
     prompt = gist_prompt(passage, given, stripped=True, reader=compressor.reader)
     (found,) = compressor.reader.target_logits([prompt], [[9, 8]])
     assert torch.allclose(found, gist_logits(model, spaced, ids, [9, 8]), atol=1e-4)
-    with pytest.raises(ValueError, match=r"give reader=compressor\.reader"):
+    with pytest.raises(ValueError, match=r"pass reader=compressor\.reader"):
         gist_prompt(passage, given, stripped=True)
 
 

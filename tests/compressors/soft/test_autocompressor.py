@@ -10,7 +10,7 @@ import pytest
 import torch
 from nutgraf.compressors import Reader, ReaderMismatchError, load_compressor
 from nutgraf.compressors.importers.autocompressor import PublishedAutoCompressor, PublishedAutoCompressorConfig
-from nutgraf.compressors.objectives.document_segments import random_segments
+from nutgraf.compressors.objectives.document_segments import document_segment_losses, random_segments
 from nutgraf.compressors.slots.segments import Segment
 from nutgraf.compressors.soft.autocompressor import AutoCompressor, AutoCompressorConfig
 from nutgraf.recipes.tasks.compressor import CompressorTask
@@ -104,7 +104,7 @@ def test_summaries_and_losses_are_the_papers_equations(zoo, architecture, case):
         assert torch.allclose(passage.embeds, soft, atol=1e-4)
     # the same losses, and the same gradients, which stop between substeps of two segments
     compressor.train()
-    total, count = compressor.segment_losses(TEXTS, random.Random(7))
+    total, count = document_segment_losses(compressor, TEXTS, random.Random(7))
     total.backward()
     got = {name: p.grad.clone() for name, p in compressor.named_parameters() if p.grad is not None}
     compressor.zero_grad()
@@ -131,12 +131,12 @@ def test_summaries_and_losses_are_the_papers_equations(zoo, architecture, case):
 
 def test_gradients_stop_between_substeps(reader):
     compressor = build(reader, tuning="none", segments_per_substep=2, train_segments=2)
-    compressor.segment_losses([OTHER], random.Random(0))[0].backward()
+    document_segment_losses(compressor, [OTHER], random.Random(0))[0].backward()
     assert compressor.summary.grad.abs().max() > 0  # the second segment is read after the first one's summary
     before = compressor.summary.grad.clone()
     compressor.zero_grad()
     compressor.config.segments_per_substep = 1
-    compressor.segment_losses([OTHER], random.Random(0))[0].backward()
+    document_segment_losses(compressor, [OTHER], random.Random(0))[0].backward()
     assert compressor.summary.grad is None or compressor.summary.grad.abs().max() == 0 < before.abs().max()
 
 
@@ -148,12 +148,12 @@ def test_losses_in_batches_equal_one_by_one(reader, adapt_reader):
         def randint(self, low, high):
             return (low + high) // 2
 
-    whole, count = compressor.segment_losses(TEXTS, Same())
+    whole, count = document_segment_losses(compressor, TEXTS, Same())
     compressor.batch_positions = 1
-    alone = [compressor.segment_losses([text], Same()) for text in TEXTS]
+    alone = [document_segment_losses(compressor, [text], Same()) for text in TEXTS]
     assert count == sum(n for _, n in alone) == sum(len(reader.tokenize(text)) for text in TEXTS)
     assert float(whole.detach()) == pytest.approx(sum(float(loss.detach()) for loss, _ in alone), rel=1e-5)
-    assert compressor.segment_losses([], Same())[1] == 0
+    assert document_segment_losses(compressor, [], Same())[1] == 0
 
 
 def test_a_reader_that_stays_as_it_is_reads_the_segments(zoo, reader):
@@ -170,7 +170,7 @@ def test_a_reader_that_stays_as_it_is_reads_the_segments(zoo, reader):
         first = model(input_ids=torch.tensor([[*reader.bos_ids, *ids[:a]]])).logits[0]
         logits = torch.cat([first, model(inputs_embeds=second).logits[0, len(bos) + n :]])
         wanted = cross_entropy(logits[:-1], torch.tensor(ids), reduction="sum")
-        total, count = compressor.segment_losses([OTHER], random.Random(1))
+        total, count = document_segment_losses(compressor, [OTHER], random.Random(1))
     assert (count, a + b) == (len(ids), len(ids))
     assert float(total) == pytest.approx(float(wanted), rel=1e-5)
 
@@ -254,7 +254,7 @@ def test_gradients_reach_what_trains_and_leave_the_reader(reader, tuning):
     passages = compressor.encode([TEXTS[0], TEXTS[1]])
     found = compressor.reader.target_hidden([[p, "\n"] for p in passages], [PASSAGE, PASSAGE])
     loss = cross_entropy(compressor.reader.head(found.hidden), found.ids)
-    (loss + compressor.segment_losses([OTHER], random.Random(0))[0]).backward()
+    (loss + document_segment_losses(compressor, [OTHER], random.Random(0))[0]).backward()
     for name, parameter in compressor.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
@@ -355,7 +355,9 @@ def test_documents_mix_with_what_is_read(tmp_path, reader):
     parts = 0.5 * out["loss/segments"] + out["loss/lm"] + 0.5 * out["loss/kl"]
     assert float(out["loss"].detach()) == pytest.approx(float(parts), rel=1e-5)
     assert batch.count("segments") == sum(len(reader.tokenize(d)) for d in documents)
-    total, count = task.compressor.segment_losses(documents, random.Random(f"{batch.key}/segments"), batch.ratio)
+    total, count = document_segment_losses(
+        task.compressor, documents, random.Random(f"{batch.key}/segments"), batch.ratio
+    )
     assert float(out["loss/segments"]) == pytest.approx(float(total.detach()) / count, rel=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Mean-pooled windows, with the reader, its embeddings and the real MiniLM as encoders."""
+"""Mean-pooled windows, with the reader and its embeddings as encoders."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from nutgraf.compressors import Reader, load_compressor
-from nutgraf.compressors.encoders.embedder import Embedder, load_embedder
 from nutgraf.compressors.slots.segments import window_lengths
 from nutgraf.compressors.soft.mean_pool import MeanPoolCompressor, MeanPoolConfig
 from torch import nn
@@ -16,12 +15,7 @@ from torch.nn.functional import cross_entropy, gelu
 PASSAGE = "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911)."
 OTHER = "Rivers carry sediment to the sea; the Amazon, the Nile and the Yangtze are among the longest on Earth. "
 TEXTS = [OTHER * 3, PASSAGE, "a", "", " \n\t ", "日本語 🦊👩‍👩‍👧 עברית é\ud800 </s>", PASSAGE + OTHER]
-ENCODERS = ["reader", "embeddings", "minilm"]
-
-
-@pytest.fixture(scope="module")
-def embedder() -> Embedder:
-    return load_embedder("all-MiniLM-L6-v2", "cpu")
+ENCODERS = ["reader", "embeddings"]
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +23,9 @@ def reader(zoo) -> Reader:
     return zoo.reader("llama")
 
 
-def build(reader: Reader, embedder: Embedder | None = None, trained: bool = True, **settings) -> MeanPoolCompressor:
+def build(reader: Reader, trained: bool = True, **settings) -> MeanPoolCompressor:
     torch.manual_seed(0)
-    given = {"embedder": embedder} if settings.get("encoder") == "minilm" else {}
-    compressor = MeanPoolCompressor(MeanPoolConfig(**{"r": 4, **settings}), reader, **given).eval()
+    compressor = MeanPoolCompressor(MeanPoolConfig(**{"r": 4, **settings}), reader).eval()
     with torch.no_grad():
         for p in compressor.parameters() if trained else ():
             p.add_(0.05 * torch.randn_like(p))
@@ -54,8 +47,8 @@ def test_windows_are_ratio_tokens_and_the_last_one_shorter(ratio):
 
 @pytest.mark.parametrize("weighting", ["uniform", "learned"])
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_training_starts_at_the_windows_own_embeddings(reader, embedder, encoder, weighting):
-    compressor = build(reader, embedder, trained=False, encoder=encoder, weighting=weighting)
+def test_training_starts_at_the_windows_own_embeddings(reader, encoder, weighting):
+    compressor = build(reader, trained=False, encoder=encoder, weighting=weighting)
     for passage, text in zip(compressor.compress(TEXTS, ratio=1), TEXTS):
         assert torch.allclose(
             passage.embeds, reader.embed(torch.tensor(reader.tokenize(text), dtype=torch.long)), atol=1e-5
@@ -120,35 +113,10 @@ def test_a_readers_state_knows_what_comes_before_and_not_after(reader):
     assert not torch.allclose(behind, compressor.compress([PASSAGE], ratio=1)[0].embeds[-20:], atol=1e-3)
 
 
-def test_minilm_states_are_aligned_by_characters(reader, embedder):
-    compressor = build(reader, embedder, encoder="minilm")
-    model = embedder.model
-    tokens = model.encode([PASSAGE], output_value="token_embeddings")[0][1:-1].cpu()
-    spans = model.tokenizer(PASSAGE, return_offsets_mapping=True)["offset_mapping"][1:-1]
-    assert len(spans) == len(tokens)
-    aligned = compressor._aligned(PASSAGE)
-    offsets = reader.tokenize_with_offsets(PASSAGE)[1]
-    assert aligned.shape == (len(offsets), 384)
-    for (a, b), state in zip(offsets, aligned):
-        owners = [j for c in range(a, b) for j, (x, y) in enumerate(spans) if x <= c < y]
-        want = tokens[owners].mean(0) if owners else torch.zeros(384)
-        assert torch.allclose(state, want, atol=1e-5)
-    assert compressor._aligned(" \n ").abs().max() == 0
-
-
-def test_minilm_reads_long_passages_in_shards(reader, embedder):
-    compressor = build(reader, embedder, encoder="minilm")
-    text = OTHER * 20
-    assert embedder.count(text) > embedder.max_tokens
-    (passage,) = compressor.compress([text], ratio=4)
-    assert passage.slots == math.ceil(len(reader.tokenize(text)) / 4)
-    assert (compressor._aligned(text).norm(dim=1) > 0).float().mean() > 0.9
-
-
 @pytest.mark.parametrize("weighting", ["uniform", "learned"])
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_batches_equal_one_by_one_and_save_and_load(reader, embedder, encoder, weighting, tmp_path):
-    compressor = build(reader, embedder, encoder=encoder, weighting=weighting, chunk_tokens=40)
+def test_batches_equal_one_by_one_and_save_and_load(reader, encoder, weighting, tmp_path):
+    compressor = build(reader, encoder=encoder, weighting=weighting, chunk_tokens=40)
     whole = compressor.compress(TEXTS, ratio=2.5)
     compressor.batch_positions = 1
     for text, passage in zip(TEXTS, whole):
@@ -165,8 +133,8 @@ def test_batches_equal_one_by_one_and_save_and_load(reader, embedder, encoder, w
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_gradients_reach_what_trains_and_the_reader_stays(reader, embedder, encoder):
-    compressor = build(reader, embedder, encoder=encoder, weighting="learned").train()
+def test_gradients_reach_what_trains_and_the_reader_stays(reader, encoder):
+    compressor = build(reader, encoder=encoder, weighting="learned").train()
     before = {name: p.clone() for name, p in reader.model.state_dict().items()}
     passages = compressor.encode([TEXTS[0], PASSAGE], ratio=4)
     found = reader.target_hidden([[p, "\n"] for p in passages], [PASSAGE, OTHER])
@@ -177,8 +145,6 @@ def test_gradients_reach_what_trains_and_the_reader_stays(reader, embedder, enco
     assert ("encoder" in {name.split(".")[0] for name, _ in compressor.named_parameters()}) == (encoder == "reader")
     torch.optim.SGD(compressor.parameters(), lr=0.1).step()
     assert all(torch.equal(p, before[name]) for name, p in reader.model.state_dict().items())
-    if encoder == "minilm":
-        assert all(not p.requires_grad for p in embedder.model.parameters())
 
 
 def test_a_few_steps_teach_it_to_repeat(reader):
@@ -195,18 +161,6 @@ def test_a_few_steps_teach_it_to_repeat(reader):
     assert losses[-1] < 0.8 * losses[0]
     assert compressor.state_score.weight.abs().max() > 0
     assert compressor.token_score.abs().max() > 0
-
-
-def test_another_embedder_is_refused(reader, embedder, tmp_path):
-    compressor = build(reader, embedder, encoder="minilm")
-    compressor.save_pretrained(tmp_path)
-    other = load_embedder("all-MiniLM-L6-v2", "cpu")
-    with torch.no_grad():
-        next(other.model.parameters()).add_(0.1)
-    with pytest.raises(ValueError, match="is not the one this compressor was made with"):
-        load_compressor(tmp_path, reader, embedder=other)
-    with pytest.raises(ValueError, match="uses no embedder"):
-        MeanPoolCompressor(MeanPoolConfig(encoder="embeddings"), reader, embedder=embedder)
 
 
 def test_projector_parts(reader):
