@@ -327,7 +327,8 @@ def test_gradients_reach_what_trains_and_nothing_else(method, architecture):
     cross_entropy(compressor.reader.head(targets.hidden), targets.ids).backward()
     for name, parameter in compressor.named_parameters():
         assert parameter.grad is not None, name
-        assert parameter.grad.abs().max() > 0, name
+        # A head's bias shifts all log-odds alike, which a softmax over them does not see.
+        assert parameter.grad.abs().max() > 0 or name == "words.tagger.head.bias", name
     assert set(compressor.trainable_state()) == {name for name, _ in compressor.named_parameters()}
     optimizer.step()
     assert all(p.grad is None and not p.requires_grad for p in reader.model.parameters())
