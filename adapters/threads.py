@@ -1,4 +1,4 @@
-"""An iterator that blocks, read from an event loop."""
+"""Read a blocking iterator from an event loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _END = object()
 
 
 async def from_thread(make: Callable[[], Iterator[ItemT]]) -> AsyncIterator[ItemT]:
-    """The items of an iterator that is made and run in a thread of its own, which ends soon after this generator does."""
+    """Yield the items of an iterator that runs in its own thread; the thread ends soon after this generator."""
     loop = asyncio.get_running_loop()
     items: asyncio.Queue[Any] = asyncio.Queue()
     stopped = threading.Event()
@@ -22,7 +22,7 @@ async def from_thread(make: Callable[[], Iterator[ItemT]]) -> AsyncIterator[Item
     def put(item: Any) -> None:
         try:
             loop.call_soon_threadsafe(items.put_nowait, item)
-        except RuntimeError:  # the loop is closed: nobody waits any more
+        except RuntimeError:  # the loop is closed
             stopped.set()
 
     def work() -> None:

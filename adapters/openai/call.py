@@ -1,4 +1,4 @@
-"""One call of a served reader: a prompt, how it is answered, and the texts that may stand in for its passages."""
+"""One call of a served reader."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Texts = Sequence[str]
 
 @dataclass(frozen=True)
 class Call:
-    """What is asked of a server.
+    """A prompt with its options.
 
     Attributes:
         prompt: a string, a list of strings and compressed passages, a list of messages, or a planned prompt.
-        chat: whether the chat template is applied.
+        chat: whether to apply the chat template.
         template: options of the chat template.
         settings: length and sampling of the answer.
-        texts: the original texts of the prompt's compressed passages, in order, where they are known.
+        texts: the original texts of the compressed passages, in order, if known.
     """
 
     prompt: Prompt
@@ -33,25 +33,25 @@ class Call:
 
     @property
     def passages(self) -> list[CompressedPassage]:
-        """The compressed passages of the prompt that are not text themselves; a plan no longer tells them apart."""
+        """The prompt's passages of embeds or kv; none for a planned prompt."""
         return [passage for passage in _passages(self.prompt) if passage.interface != "text"]
 
     @property
     def has_slots(self) -> bool:
-        """Whether there is more to send than text."""
+        """Whether the prompt has slots besides text."""
         return bool(self.passages) or (isinstance(self.prompt, PromptPlan) and bool(self.prompt.soft))
 
     def as_text(self) -> Call:
-        """The call with its compressed passages replaced by their original texts.
+        """Replace the compressed passages by their original texts.
 
         Raises:
-            ValueError: if there are not as many texts as compressed passages.
+            ValueError: if the numbers of texts and compressed passages differ.
         """
         left = list(self.texts or ())
         held = self.passages
         if len(left) != len(held):
             raise ValueError(
-                f"texts must hold one text a compressed passage: got {len(left)} for {len(held)} passages."
+                f"texts must have one text per compressed passage: got {len(left)} for {len(held)} passages."
             )
 
         def swap(atom: Any) -> Any:

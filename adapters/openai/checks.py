@@ -1,17 +1,17 @@
-"""Whether a server is set up in a way in which it is known to misread prompt embeddings.
+"""Check a server's settings for known bugs with prompt embeddings.
 
-What is looked for, and where it can be seen:
+Checked settings and where they are visible:
 
 * vLLM with prefix caching (``/metrics``) and chat parts: requests that mix tokens and embeddings may share cached keys and
-  values wrongly, so that an answer is silently made from another request's passage (vLLM issue 56655). Whole prompts as
-  embeddings (``engine="vllm"``) are not mixed.
-* vLLM with LoRA adapters (``/v1/models``): prompt embeddings together with ``--enable-lora`` crash some models (issue
-  51122). Merge the adapter into the weights before serving.
-* SGLang with its radix cache (``/get_server_info``): ``input_embeds`` are refused; and with chunked prefill, a prompt longer
-  than a chunk is not supported.
+  values, so an answer may silently use another request's passage (vLLM issue 56655). Whole prompts as embeddings
+  (``engine="vllm"``) are safe.
+* vLLM with LoRA adapters (``/v1/models``): prompt embeddings with ``--enable-lora`` crash some models (issue 51122).
+  Merge the adapter into the weights before serving.
+* SGLang with its radix cache (``/get_server_info``): ``input_embeds`` are refused. With chunked prefill, prompts longer than a
+  chunk are not supported.
 
-What cannot be seen from outside: a vLLM that crashes on embeddings of a wrong shape (they are checked here before they are
-sent), and a server that runs other weights than the local reader's.
+Not visible from outside: a vLLM that crashes on embeddings of a wrong shape (shapes are checked before sending), and a server
+with other weights than the local reader's.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _PREFIX_CACHING = re.compile(r'vllm:cache_config_info\{[^}]*enable_prefix_cachin
 
 
 def find_known_bugs(transport: Transport, engine: str, model: str | None) -> list[str]:
-    """A sentence for each known bug that the server's settings invite; pages that it does not show are passed over.
+    """Return one sentence per known bug that the server's settings trigger; unavailable pages are skipped.
 
     Raises:
-        KnownBugError: if it cannot take embeddings at all.
+        KnownBugError: if the server cannot take embeddings at all.
     """
     if engine == "sglang":
         return _sglang(transport)

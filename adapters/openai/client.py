@@ -1,4 +1,4 @@
-"""`ServedReader`: prompts of text and compressed passages, read by a serving engine."""
+"""`ServedReader`: a reader behind an HTTP server."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .call import Call, Texts
 from .checks import find_known_bugs
 from .embeddings import EmbeddingTable
 from .errors import KnownBugError, KnownBugWarning, ServingError, StreamCutError
-from .payload import FORMS, Form, Settings
+from .payload import FORMATS, EngineFormat, Settings
 from .transport import Transport
 
 _log = logging.getLogger(__name__)
@@ -27,27 +27,26 @@ READER_HEADER = "X-Nutgraf-Reader"
 
 
 class ServedReader:
-    """Reads prompts of strings and compressed passages with a model that vLLM, SGLang or ``nutgraf serve`` runs.
+    """Reads prompts of strings and compressed passages with a model behind vLLM, SGLang or ``nutgraf serve``. Thread-safe.
 
-    The prompt is laid out and embedded here, as the local `Reader` does it; the server must run the same weights (for a
-    compressor that tunes its reader: the tuned weights, merged). Passages compressed to ``embeds`` and ``text`` can be read;
-    keys and values cannot be sent. Safe to share by threads.
+    Prompts are laid out and embedded in this process, as by the local `Reader`. The server must run the same weights (for a
+    compressor that tunes its reader: the merged tuned weights). It can read passages of ``embeds`` and ``text``, not ``kv``.
 
     Args:
-        base_url: the server's address, as in ``http://localhost:8000/v1``.
-        model: the name under which the server knows the model; SGLang needs none.
-        reader: the local `Reader`, or its `EmbeddingTable`, which takes little memory.
+        base_url: the server's address, such as ``http://localhost:8000/v1``.
+        model: the model's name on the server; not needed for SGLang.
+        reader: the local `Reader`, or its `EmbeddingTable`, which needs little memory.
         engine: ``"vllm"`` (completions, whole prompts as embeddings; also for ``nutgraf serve``), ``"vllm-chat"`` (chat
             completions with embeddings between text parts) or ``"sglang"``.
         api_key: sent as a bearer token.
         timeout: seconds to wait for a whole answer, or for the next piece of a stream.
-        retries: further tries when a connection fails, or the server answers 429 or 5xx.
-        backoff: seconds before the first of them, then twice as long each time.
-        concurrency: requests of one `generate` at a time; the server batches them.
-        dtype: of the embeddings that are sent; default: the embedding table's. vLLM wants the dtype that it runs in.
-        fallback: ``"text"``: when the server does not answer a prompt with compressed passages, ask once more with the
-            passages' own texts, which the call then has to give.
-        known_bugs: ``"warn"``, ``"raise"`` or ``"ignore"`` what `find_known_bugs` finds when passages are first sent.
+        retries: retries after a failed connection, 429 or 5xx.
+        backoff: seconds before the first retry; doubled each time.
+        concurrency: parallel requests of one `generate`; the server batches them.
+        dtype: dtype of the embeddings sent; default: the embedding table's. vLLM needs its own dtype.
+        fallback: ``"text"``: if the server does not answer a prompt with compressed passages, ask once more with their
+            original texts, which each call must then give.
+        known_bugs: ``"warn"``, ``"raise"`` or ``"ignore"`` the findings of `find_known_bugs` when passages are first sent.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -74,8 +73,8 @@ class ServedReader:
         fallback: Literal["text"] | None = None,
         known_bugs: Literal["warn", "raise", "ignore"] = "warn",
     ) -> None:
-        if engine not in FORMS:
-            raise ValueError(f"engine must be one of {sorted(FORMS)}, got {engine!r}.")
+        if engine not in FORMATS:
+            raise ValueError(f"engine must be one of {sorted(FORMATS)}, got {engine!r}.")
         if fallback not in (None, "text") or known_bugs not in ("warn", "raise", "ignore"):
             raise ValueError(
                 f"fallback is None or 'text' and known_bugs 'warn', 'raise' or 'ignore', got {fallback=}, {known_bugs=}."
@@ -94,15 +93,13 @@ class ServedReader:
         self.concurrency = concurrency
         self.fallback = fallback
         self.known_bugs = known_bugs
-        self._form: Form = FORMS[engine](self.table, dtype or self.table.dtype)
+        self._format: EngineFormat = FORMATS[engine](self.table, dtype or self.table.dtype)
         headers = {READER_HEADER: self.table.fingerprint}
         if api_key is not None:
             headers["Authorization"] = f"Bearer {api_key}"
         self._transport = Transport(base_url.rstrip("/").removesuffix("/v1"), headers, timeout, retries, backoff)
         self._checking = threading.Lock()
         self._checked = False
-
-    # -- facts, as a `Reader` has them -------------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
@@ -111,29 +108,29 @@ class ServedReader:
 
     @property
     def fingerprint(self) -> str:
-        """The local reader's."""
+        """As of the local reader."""
         return self.table.fingerprint
 
     @property
     def tokenizer(self) -> Any:
-        """The local reader's."""
+        """As of the local reader."""
         return self.table.tokenizer
 
     @property
     def max_positions(self) -> int | None:
-        """The longest prompt, answer included, that the model's positions allow; the server may allow less."""
+        """Positions of the model for prompt and answer; the server may allow less."""
         return self.table.max_positions
 
     def tokenize(self, text: str) -> list[int]:
-        """Ids of a text as it stands inside a prompt."""
+        """Return the ids of a text inside a prompt."""
         return self.table.prompts.encode(text)
 
     def plan(self, prompts: Sequence[Prompt], *, chat: bool = False, **template: Any) -> list[PromptPlan]:
-        """Lays prompts out, see `EmbeddingTable.plan`; `generate` and `stream` take the plans (not with ``vllm-chat``)."""
+        """Lay prompts out (see `EmbeddingTable.plan`) for `generate` and `stream`; not for ``vllm-chat``."""
         return self.table.plan(prompts, chat=chat, **template)
 
     def close(self) -> None:
-        """Closes the connections."""
+        """Close the connections."""
         self._transport.close()
 
     def __enter__(self) -> ServedReader:
@@ -141,8 +138,6 @@ class ServedReader:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    # -- answers -----------------------------------------------------------------------------------------------------
 
     def generate(
         self,
@@ -155,19 +150,19 @@ class ServedReader:
         texts: Sequence[Texts] | None = None,
         **options: Any,
     ) -> list[str]:
-        """Answers, one a prompt, in order; greedy unless told otherwise.
+        """Return one answer per prompt, in order; greedy by default.
 
         Args:
             prompts: each a string, a list of strings and compressed passages or, with ``chat``, a list of messages.
-            max_new_tokens: the longest answer, in tokens.
+            max_new_tokens: longest answer in tokens.
             chat: apply the chat template (``vllm-chat`` always does, on the server).
-            stop: strings that end an answer; they are no part of it.
+            stop: strings that end an answer; not part of it.
             template: options of the chat template.
-            texts: for each prompt the original texts of its compressed passages, in order; for ``fallback="text"``.
+            texts: for each prompt, the original texts of its compressed passages; for ``fallback="text"``.
             options: ``do_sample``, ``temperature``, ``top_p``, ``top_k``, ``min_p``, ``seed`` and penalties.
 
         Raises:
-            ServingError: if the server gives no answer; its subclasses say why.
+            ServingError: if the server gives no answer; the subclass says why.
             ValueError: if a passage cannot be sent, or an option is unknown.
         """
         if isinstance(prompts, str):
@@ -175,7 +170,7 @@ class ServedReader:
         settings = Settings.of(max_new_tokens, stop, options)
         given = [None] * len(prompts) if texts is None else list(texts)
         if len(given) != len(prompts):
-            raise ValueError(f"texts must hold one list a prompt: got {len(given)} for {len(prompts)} prompts.")
+            raise ValueError(f"texts must have one list per prompt: got {len(given)} for {len(prompts)} prompts.")
         calls = [Call(prompt, chat, template or {}, settings, own) for prompt, own in zip(prompts, given)]
         if len(calls) <= 1:
             return [self._answer(call) for call in calls]
@@ -198,11 +193,11 @@ class ServedReader:
         texts: Texts | None = None,
         **options: Any,
     ) -> Iterator[str]:
-        """Pieces of one answer as they come; arguments as for `generate`, ``texts`` for this prompt.
+        """Stream one answer; arguments as for `generate`, with ``texts`` of this prompt.
 
         Raises:
-            StreamCutError: if the server ends the stream early; its ``text`` is what had come.
-            ServingError, ValueError: as `generate` does.
+            StreamCutError: if the server ends the stream early; its ``text`` is the answer so far.
+            ServingError, ValueError: as `generate`.
         """
         call = Call(prompt, chat, template or {}, Settings.of(max_new_tokens, stop, options), texts)
         return self._stream(self._request(call), call)
@@ -215,23 +210,21 @@ class ServedReader:
         """`stream` in a worker thread."""
         return from_thread(lambda: self.stream(prompt, max_new_tokens, **options))
 
-    # -- requests ----------------------------------------------------------------------------------------------------
-
     def _answer(self, call: Call) -> str:
         request = self._request(call)
         try:
             if request is not None:
-                return self._form.answer(self._transport.post(self._form.path, request))
+                return self._format.answer(self._transport.post(self._format.path, request))
         except ServingError as error:
             if not self._falls_back(call, error):
                 raise
-        return self._form.answer(self._transport.post(self._form.path, self._body(call.as_text()), retries=0))
+        return self._format.answer(self._transport.post(self._format.path, self._body(call.as_text()), retries=0))
 
     def _stream(self, request: dict[str, Any] | None, call: Call) -> Iterator[str]:
         text = ""
         try:
             if request is not None:
-                for piece in self._form.pieces(self._transport.stream(self._form.path, request)):
+                for piece in self._format.pieces(self._transport.stream(self._format.path, request)):
                     text += piece
                     if piece:
                         yield piece
@@ -240,15 +233,15 @@ class ServedReader:
             if text or not self._falls_back(call, error):
                 raise StreamCutError(str(error), text) from error
         except ServingError as error:
-            if text or not self._falls_back(call, error):  # what was given cannot be taken back
+            if text or not self._falls_back(call, error):  # pieces already given cannot be taken back
                 raise
         plain = self._body(call.as_text())
-        for piece in self._form.pieces(self._transport.stream(self._form.path, plain, retries=0)):
+        for piece in self._format.pieces(self._transport.stream(self._format.path, plain, retries=0)):
             if piece:
                 yield piece
 
     def _request(self, call: Call) -> dict[str, Any] | None:
-        """The request's body; ``None`` where the prompt can only be read as text and may be."""
+        """Make the request's body; ``None`` if only the fallback to text is possible."""
         held = call.passages
         if self.fallback and held and call.texts is None:
             raise ValueError(
@@ -268,7 +261,7 @@ class ServedReader:
         return request
 
     def _body(self, call: Call) -> dict[str, Any]:
-        body = self._form.body(call.prompt, call.chat, call.template, call.settings)
+        body = self._format.body(call.prompt, call.chat, call.template, call.settings)
         return body if self.engine == "sglang" else {"model": self.model, **body}
 
     def _falls_back(self, call: Call, error: ServingError) -> bool:

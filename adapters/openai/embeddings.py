@@ -1,4 +1,4 @@
-"""The part of a reader that a client of a serving engine needs: its tokenizer and its token embeddings."""
+"""A reader's tokenizer and token embeddings, for clients of a serving engine."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class EmbeddingTable:
-    """A reader's tokenizer and token embeddings, with which prompts become the tensors that a serving engine takes.
+    """Turns prompts into the embeddings that a serving engine takes.
 
     Args:
         tokenizer: the reader's (fast) tokenizer.
-        embedding: the reader's embedding module; its output is on the scale on which the model reads ``inputs_embeds``.
-        fingerprint: the reader's fingerprint; passages made for another reader are refused.
-        name: what error messages call the reader.
-        max_positions: the longest prompt, answer included; ``None``: not known.
+        embedding: the reader's embedding module, whose output has the scale of ``inputs_embeds``.
+        fingerprint: the reader's fingerprint; passages for other readers are refused.
+        name: the reader's name in error messages.
+        max_positions: positions for prompt and answer; ``None``: unknown.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class EmbeddingTable:
 
     @classmethod
     def of(cls, reader: Reader) -> EmbeddingTable:
-        """That of a reader in this process; nothing is copied."""
+        """Make the table of a local reader without copying weights."""
         return cls(
             reader.tokenizer,
             reader.model.get_input_embeddings(),
@@ -61,16 +61,16 @@ class EmbeddingTable:
 
     @classmethod
     def from_pretrained(cls, checkpoint: str | Path, *, fingerprint: str, tokenizer: Any = None) -> EmbeddingTable:
-        """Reads the tokenizer and the embedding weights of a checkpoint in safetensors, and no other weights.
+        """Read only the tokenizer and the embedding weights of a safetensors checkpoint.
 
         Args:
-            checkpoint: a local folder or a hub id; of the latter, only the file that holds the embeddings is fetched.
-            fingerprint: the reader's fingerprint, which takes all weights to compute: ``reader.fingerprint`` where the
-                passages are compressed, or the ``reader`` of a passage that was made for this checkpoint.
-            tokenizer: in place of the checkpoint's own.
+            checkpoint: a local folder or a hub id; only the file with the embeddings is downloaded.
+            fingerprint: the reader's fingerprint, which depends on all weights: ``reader.fingerprint`` where passages are
+                compressed, or the ``reader`` of a passage made for this checkpoint.
+            tokenizer: default: the checkpoint's own.
 
         Raises:
-            ValueError: if the checkpoint has no safetensors files, or they hold no embedding weights of the right shape.
+            ValueError: if there are no safetensors files, or no embedding weights of the right shape in them.
         """
         name = str(checkpoint)
         config = AutoConfig.from_pretrained(name)
@@ -91,20 +91,20 @@ class EmbeddingTable:
 
     @property
     def width(self) -> int:
-        """The width of a slot."""
+        """Width of a slot."""
         return self.embedding.weight.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the embeddings."""
+        """Dtype of the embeddings."""
         return self.embedding.weight.dtype
 
     def plan(self, prompts: Sequence[Prompt], *, chat: bool = False, **template: Any) -> list[PromptPlan]:
-        """Lays prompts out as `Reader.plan` does.
+        """Lay prompts out as `Reader.plan` does.
 
         Raises:
-            ReaderMismatchError: for a passage that was made for another reader.
-            ValueError: for an empty prompt, or a passage that embeddings cannot carry: keys and values, slots without
+            ReaderMismatchError: for a passage made for another reader.
+            ValueError: for an empty prompt, or a passage that cannot be sent as embeddings: keys and values, slots without
                 positions, slots of the wrong width.
         """
         if isinstance(prompts, str):
@@ -126,7 +126,7 @@ class EmbeddingTable:
         return plans
 
     def check(self, passage: CompressedPassage) -> None:
-        """Raises ``ValueError`` if a serving engine with this reader cannot read a passage as embeddings."""
+        """Raise ``ValueError`` if a serving engine with this reader cannot read a passage."""
         if passage.interface == "text":
             return
         if passage.reader != self.fingerprint:
@@ -145,13 +145,13 @@ class EmbeddingTable:
 
     @torch.no_grad()
     def embed(self, plan: PromptPlan) -> Tensor:
-        """``[positions, width]``: the prompt's token embeddings with the passages' slots in place."""
+        """Return ``[positions, width]``: the prompt's token embeddings and the passages' slots."""
         layout = Layout.of([plan], self.embedding.weight.device, self.dtype)
         return layout.splice(self.embedding)[0]
 
 
 def _read_weight(checkpoint: str, key: str, shape: tuple[int, ...]) -> Tensor:
-    """One tensor of a checkpoint, which may spell its name without the model's prefix."""
+    """Read one tensor of a checkpoint, with or without the model's prefix in its name."""
     index = cached_file(checkpoint, _INDEX, _raise_exceptions_for_missing_entries=False)
     if index is not None:
         files: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]

@@ -1,19 +1,15 @@
-"""What can go wrong between a client and a serving engine.
+"""Errors of a client of a serving engine.
 
-None of these is a ``ValueError`` on purpose: LlamaIndex's refine and compact modes swallow those and answer "Empty Response".
+None is a ``ValueError``, because LlamaIndex's refine and compact modes swallow those and answer "Empty Response".
 """
 
 from __future__ import annotations
 
 
 class ServingError(RuntimeError):
-    """A server did not give an answer.
+    """A server gave no answer."""
 
-    Attributes:
-        transient: whether trying again may help.
-    """
-
-    transient = False
+    transient = False  # whether a retry may help
 
 
 class ServerUnavailableError(ServingError):
@@ -29,11 +25,11 @@ class ServerTimeoutError(ServingError):
 
 
 class ServerFaultError(ServingError):
-    """The server answered with an error of its own (429 or 5xx, or an error inside a stream).
+    """The server failed (429, 5xx, or an error inside a stream).
 
     Attributes:
-        status: the HTTP status; 200 for an error inside a stream.
-        retry_after: seconds that the server asks to wait, if it does.
+        status: HTTP status; 200 for an error inside a stream.
+        retry_after: seconds that the server asks to wait, if any.
     """
 
     transient = True
@@ -45,11 +41,7 @@ class ServerFaultError(ServingError):
 
 
 class RequestRefusedError(ServingError):
-    """The server refused the request (4xx): sending it again would not help.
-
-    Attributes:
-        status: the HTTP status.
-    """
+    """The server refused the request (4xx, in ``status``); a retry would not help."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -57,11 +49,7 @@ class RequestRefusedError(ServingError):
 
 
 class StreamCutError(ServingError):
-    """A stream ended before its answer did.
-
-    Attributes:
-        text: the answer up to there.
-    """
+    """A stream ended before the answer was complete; ``text`` is the answer so far."""
 
     transient = True
 
@@ -71,12 +59,12 @@ class StreamCutError(ServingError):
 
 
 class UnexpectedAnswerError(ServingError):
-    """The server's answer is not of the documented form."""
+    """The server's answer does not have the documented form."""
 
 
 class KnownBugError(ServingError):
-    """The server is set up in a way in which it is known to crash, to refuse prompt embeddings or to misread them."""
+    """The server's settings are known to crash, refuse or misread prompt embeddings."""
 
 
 class KnownBugWarning(UserWarning):
-    """The server is set up in a way in which it is known to crash or to misread prompt embeddings."""
+    """The server's settings are known to crash or misread prompt embeddings."""

@@ -1,11 +1,11 @@
-"""What is sent to a serving engine and what comes back, in the three forms that take prompt embeddings.
+"""Request and response formats of the three APIs that take prompt embeddings.
 
-* vLLM, ``/v1/completions``: ``prompt_embeds`` is the base64 of what ``torch.save`` writes of a ``[tokens, width]`` tensor.
+* vLLM, ``/v1/completions``: ``prompt_embeds`` is the base64 of a ``torch.save`` file with a ``[tokens, width]`` tensor.
 * vLLM, ``/v1/chat/completions``: content parts ``{"type": "prompt_embeds", "data": <base64>}`` between text parts; the
   server applies the chat template.
 * SGLang, ``/generate``: ``input_embeds``, the rows as lists of numbers.
 
-A prompt without slots is sent as token ids where the form has them, so that it is tokenised as the local reader does it.
+Prompts without slots are sent as token ids if the format allows, so that they are tokenised as by the local reader.
 """
 
 from __future__ import annotations
@@ -38,21 +38,15 @@ SAMPLING = (
 
 
 def encode_tensor(embeds: Tensor) -> str:
-    """The base64 of a ``torch.save`` file that holds one dense CPU tensor and nothing else."""
+    """Encode one dense CPU tensor as the base64 of a ``torch.save`` file."""
     file = io.BytesIO()
-    torch.save(embeds.detach().cpu().contiguous().clone(), file)  # a view would be saved with all that it views
+    torch.save(embeds.detach().cpu().contiguous().clone(), file)  # a view would be saved with its whole storage
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How an answer is made.
-
-    Attributes:
-        max_new_tokens: the longest answer, in tokens.
-        stop: strings that end an answer.
-        sampling: temperature and the like, 0 for greedy.
-    """
+    """Options of an answer: longest length in tokens, stop strings, and sampling options (temperature 0: greedy)."""
 
     max_new_tokens: int
     stop: tuple[str, ...]
@@ -60,7 +54,7 @@ class Settings:
 
     @classmethod
     def of(cls, max_new_tokens: int, stop: Sequence[str] | None, options: Mapping[str, Any]) -> Settings:
-        """Checks a call's options. Raises ``ValueError`` for those that a serving engine does not have."""
+        """Check the options of a call. Raises ``ValueError`` for options that serving engines do not have."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
         given = {name: value for name, value in options.items() if value is not None}
@@ -71,35 +65,36 @@ class Settings:
         return cls(max_new_tokens, (stop,) if isinstance(stop, str) else tuple(stop or ()), sampling)
 
 
-class Form(Protocol):
-    """One engine's way of asking and answering."""
+class EngineFormat(Protocol):
+    """Request and response format of one engine."""
 
     path: str
 
     def body(self, prompt: Any, chat: bool, template: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-        """The JSON body of a request, but for the model and whether it is streamed."""
+        """Make the JSON body of a request, without model and stream flag."""
         ...
 
     def answer(self, reply: Any) -> str:
-        """The text of a reply."""
+        """Return the text of a reply."""
         ...
 
     def pieces(self, events: Iterable[Any]) -> Iterator[str]:
-        """The pieces of text in the events of a stream."""
+        """Yield the pieces of text in the events of a stream."""
         ...
 
 
-class VLLMCompletions:
-    """vLLM's completions with ``prompt_embeds``; what other servers of that form take as well (``nutgraf serve``)."""
-
-    path = "/v1/completions"
-
+class _Format:
     def __init__(self, table: EmbeddingTable, dtype: torch.dtype) -> None:
         self.table = table
         self.dtype = dtype
 
+
+class VLLMCompletions(_Format):
+    """vLLM's completions with ``prompt_embeds``, also understood by ``nutgraf serve``."""
+
+    path = "/v1/completions"
+
     def body(self, prompt: Any, chat: bool, template: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-        """Token ids, or (``prompt`` is empty then) prompt embeddings."""
         plan = _plan(self.table, prompt, chat, template)
         body = _openai_options(settings)
         if not plan.soft:
@@ -107,34 +102,27 @@ class VLLMCompletions:
         return {"prompt": "", "prompt_embeds": encode_tensor(self.table.embed(plan).to(self.dtype)), **body}
 
     def answer(self, reply: Any) -> str:
-        """The first choice's text."""
         return _text(_choice(reply).get("text"))
 
     def pieces(self, events: Iterable[Any]) -> Iterator[str]:
-        """The choices' texts."""
         for event in events:
             if event.get("choices"):
                 yield self.answer(event)
 
 
-class VLLMChat:
+class VLLMChat(_Format):
     """vLLM's chat completions with ``prompt_embeds`` parts.
 
-    vLLM tokenises each text part itself and, for models whose template takes strings, joins parts by newlines; special
-    tokens in a text are recognised. Where that matters, use completions with ``chat=True``: the template is then applied
-    here.
+    vLLM tokenises each text part, recognises special tokens in texts and, for models whose template takes strings, joins
+    parts by newlines. If that matters, use completions with ``chat=True``, which apply the template here.
     """
 
     path = "/v1/chat/completions"
 
-    def __init__(self, table: EmbeddingTable, dtype: torch.dtype) -> None:
-        self.table = table
-        self.dtype = dtype
-
     def body(self, prompt: Any, chat: bool, template: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-        """Messages of text and embeddings; a prompt that is none is one message of the user's."""
+        """Make messages of text and embeddings; any other prompt becomes one user message."""
         if isinstance(prompt, PromptPlan):
-            raise ValueError("The chat form takes messages, not a prompt that is laid out; use engine='vllm'.")
+            raise ValueError("engine='vllm-chat' takes messages, not a planned prompt; use engine='vllm'.")
         atoms: list[Any] = [prompt] if isinstance(prompt, str | CompressedPassage) else list(prompt)
         messages: list[Any] = atoms if atoms and isinstance(atoms[0], dict) else [{"role": "user", "content": atoms}]
         body: dict[str, Any] = {"messages": [{**m, "content": self._content(m["content"])} for m in messages]}
@@ -157,27 +145,20 @@ class VLLMChat:
         return parts
 
     def answer(self, reply: Any) -> str:
-        """The first choice's message."""
         return _text((_choice(reply).get("message") or {}).get("content") or "")
 
     def pieces(self, events: Iterable[Any]) -> Iterator[str]:
-        """The choices' deltas."""
         for event in events:
             if event.get("choices"):
                 yield _text((_choice(event).get("delta") or {}).get("content") or "")
 
 
-class SGLangGenerate:
+class SGLangGenerate(_Format):
     """SGLang's ``/generate`` with ``input_embeds``; the server must run with ``--disable-radix-cache``."""
 
     path = "/generate"
 
-    def __init__(self, table: EmbeddingTable, dtype: torch.dtype) -> None:
-        self.table = table
-        self.dtype = dtype
-
     def body(self, prompt: Any, chat: bool, template: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-        """Token ids or embeddings."""
         plan = _plan(self.table, prompt, chat, template)
         sampling = dict(settings.sampling)
         if "seed" in sampling:
@@ -190,11 +171,10 @@ class SGLangGenerate:
         return {"input_embeds": self.table.embed(plan).to(self.dtype).float().tolist(), "sampling_params": params}
 
     def answer(self, reply: Any) -> str:
-        """The reply's text."""
         return _text(reply.get("text") if isinstance(reply, dict) else None)
 
     def pieces(self, events: Iterable[Any]) -> Iterator[str]:
-        """What each event's text has more than the one before: SGLang sends the whole text with each."""
+        """Yield what each event's text adds: SGLang repeats the whole text in each event."""
         sent = ""
         for event in events:
             text = self.answer(event)
@@ -207,7 +187,7 @@ class SGLangGenerate:
             sent = text
 
 
-FORMS: dict[str, type[VLLMCompletions] | type[VLLMChat] | type[SGLangGenerate]] = {
+FORMATS: dict[str, type[VLLMCompletions] | type[VLLMChat] | type[SGLangGenerate]] = {
     "vllm": VLLMCompletions,
     "vllm-chat": VLLMChat,
     "sglang": SGLangGenerate,

@@ -1,4 +1,4 @@
-"""Requests to a serving engine over HTTP: bounded retries, deadlines, server-sent events, clear errors."""
+"""HTTP requests to a serving engine: retries, deadlines, server-sent events, errors."""
 
 from __future__ import annotations
 
@@ -21,20 +21,15 @@ from .errors import (
 )
 
 AnswerT = TypeVar("AnswerT")
-_MAX_ANSWER = 2**26  # bytes of an answer that is not streamed
-_MAX_WAIT = 30.0  # seconds between two tries
-_QUOTED = 500  # characters of a server's message that are repeated
+_MAX_ANSWER = 2**26  # bytes of an unstreamed answer
+_MAX_WAIT = 30.0  # seconds between two attempts
+_QUOTED = 500  # characters quoted from a server's message
 
 
 class Transport:
-    """A connection pool to one server; safe to share by threads.
+    """A connection pool to one server, with the arguments of `ServedReader`. Thread-safe.
 
-    Args:
-        root: the server's address, without ``/v1``.
-        headers: sent with every request.
-        timeout: seconds to wait for a whole answer, or for the next piece of a stream.
-        retries: tries after the first one, when a connection fails or the server answers 429 or 5xx.
-        backoff: seconds before the first retry; each further one waits twice as long, and a little less by chance.
+    ``root`` is the server's address without ``/v1``; each backoff is shortened a little at random.
     """
 
     def __init__(self, root: str, headers: Mapping[str, str], timeout: float, retries: int, backoff: float) -> None:
@@ -45,11 +40,11 @@ class Transport:
         self._client = httpx.Client(base_url=root, headers=dict(headers), timeout=timeout)
 
     def close(self) -> None:
-        """Closes the connections."""
+        """Close the connections."""
         self._client.close()
 
     def get(self, path: str) -> httpx.Response | None:
-        """A page of the server's, or ``None`` if it has none; tried once."""
+        """Fetch a page without retries; ``None`` if there is none."""
         try:
             response = self._client.get(path, timeout=min(self.timeout, 10.0))
         except httpx.HTTPError:
@@ -57,19 +52,19 @@ class Transport:
         return response if response.is_success else None
 
     def post(self, path: str, body: Mapping[str, Any], *, retries: int | None = None) -> Any:
-        """The server's answer to a JSON request.
+        """Return the server's answer to a JSON request.
 
         Raises:
-            ServingError: when the last try fails, or at once when another would not help.
+            ServingError: when the last attempt fails, or at once if a retry would not help.
         """
         return self._retry(lambda: self._post(path, body), self.retries if retries is None else retries)
 
     def stream(self, path: str, body: Mapping[str, Any], *, retries: int | None = None) -> Iterator[Any]:
-        """The events of a streamed answer. Tried again only until the first of them has come.
+        """Yield the events of a streamed answer; retried only before the first event.
 
         Raises:
-            StreamCutError: if the stream ends before the server says so.
-            ServingError: for everything else.
+            StreamCutError: if the stream ends early.
+            ServingError: for other failures.
         """
         left = self.retries if retries is None else retries
         delays = self._delays()
@@ -110,7 +105,7 @@ class Transport:
             self._check(response)
             for chunk in response.iter_bytes():
                 data += chunk
-                if time.monotonic() > deadline:  # httpx counts the seconds between chunks alone
+                if time.monotonic() > deadline:  # httpx limits only the time between chunks
                     raise ServerTimeoutError(f"{self.root} had not answered in full after {self.timeout:g} s.")
                 if len(data) > _MAX_ANSWER:
                     raise UnexpectedAnswerError(f"{self.root} answered with more than {_MAX_ANSWER:,} bytes.")
@@ -118,7 +113,7 @@ class Transport:
             return json.loads(data)
         except ValueError as error:
             raise UnexpectedAnswerError(
-                f"{self.root} answered with what is not JSON: {bytes(data[:80])!r}; is it the engine that was named?"
+                f"{self.root} answered with something other than JSON: {bytes(data[:80])!r}; is engine= right?"
             ) from error
 
     def _events(self, path: str, body: Mapping[str, Any]) -> Iterator[Any]:
@@ -133,9 +128,13 @@ class Transport:
                 try:
                     event = json.loads(data)
                 except ValueError as error:
-                    raise UnexpectedAnswerError(f"{self.root} streams what is not JSON: {data!r:.200}.") from error
+                    raise UnexpectedAnswerError(
+                        f"{self.root} streams something other than JSON: {data!r:.200}."
+                    ) from error
                 if not isinstance(event, dict):
-                    raise UnexpectedAnswerError(f"{self.root} streams what is no JSON object: {data!r:.200}.")
+                    raise UnexpectedAnswerError(
+                        f"{self.root} streams something other than a JSON object: {data!r:.200}."
+                    )
                 if "error" in event:
                     raise ServerFaultError(f"{self.root} gave up: {_message(event)}", response.status_code)
                 yield event
@@ -157,7 +156,7 @@ class Transport:
 
 
 class _translated:
-    """Turns httpx's errors into ours."""
+    """Converts httpx's errors."""
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
@@ -188,7 +187,7 @@ def _seconds(response: httpx.Response) -> float | None:
 
 
 def _message(answer: Any) -> str:
-    """The message in an error of OpenAI's form, of vLLM's older one or of FastAPI's."""
+    """The message of an error in OpenAI's, older vLLM's or FastAPI's format."""
     if isinstance(answer, dict):
         inner = answer.get("error", answer)
         if isinstance(inner, dict):

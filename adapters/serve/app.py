@@ -1,4 +1,4 @@
-"""A small OpenAI-compatible server for a reader, which takes prompt embeddings as vLLM does."""
+"""OpenAI-compatible server for a reader, with prompt embeddings as in vLLM."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ except ImportError as error:  # an extra of the package
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ...compressors import Reader
+from ...compressors.reader.checks import check_reads_slots
 from ...compressors.reader.plan import PromptPlan
 from ..threads import from_thread
-from .batching import Answered, Batcher, Settings
+from .batching import Answered, AnswerOptions, Batcher
 from .errors import RequestError
 from .limits import Limits
 from .replies import ChatReply, CompletionReply, Reply, Usage
@@ -38,27 +39,23 @@ _FAILED = "The reader failed; the server's log says why."
 def create_app(
     reader: Reader, *, name: str | None = None, limits: Limits | None = None, api_key: str | None = None
 ) -> FastAPI:
-    """An application with ``/v1/completions``, ``/v1/chat/completions``, ``/v1/models`` and ``/health``.
+    """Make an application with ``/v1/completions``, ``/v1/chat/completions``, ``/v1/models`` and ``/health``.
 
-    Prompts that come at about the same time are read in one batch; a streamed answer is read on its own. Special tokens in
-    texts are plain text.
+    Concurrent prompts are read in one batch; a streamed answer is read alone. Special tokens in texts are plain text.
 
     Args:
-        reader: answers.
-        name: what clients call the model; default: the reader's name.
-        limits: what clients may ask for.
-        api_key: what clients must send as a bearer token; default: nothing.
+        reader: answers the prompts.
+        name: the model's name for clients; default: the reader's name.
+        limits: limits of requests.
+        api_key: bearer token that clients must send; default: none.
 
     Raises:
-        TypeError: if ``reader`` is none.
-        ValueError: if it is a state-space model that would misread embeddings.
+        TypeError: if ``reader`` is not a `Reader`.
+        ValueError: if the reader is a state-space model that would misread embeddings.
     """
     if not isinstance(reader, Reader):
         raise TypeError(f"reader must be a nutgraf Reader, got {type(reader).__name__}; see Reader.from_pretrained.")
-    if getattr(reader.model, "_is_stateful", False):
-        from ...compressors.reader.checks import check_reads_slots
-
-        check_reads_slots(reader)
+    check_reads_slots(reader)
     server = _Server(reader, name or reader.name, limits or Limits(), api_key)
 
     @asynccontextmanager
@@ -106,7 +103,7 @@ def create_app(
 
 
 class _Server:
-    """What the pages of an application share."""
+    """State shared by the routes of an application."""
 
     def __init__(self, reader: Reader, name: str, limits: Limits, api_key: str | None) -> None:
         self.reader = reader
@@ -134,53 +131,53 @@ class _Server:
     async def answer(
         self, http: Request, kind: type[Any], reply: type[Reply], make: Callable[[Any], list[PromptPlan]]
     ) -> Response:
-        """One request's answer, whole or streamed."""
+        """Answer one request, whole or streamed."""
         self.check_key(http)
         request = parse(kind, await self._json(http))
         self._check_who(request, http)
         plans = await asyncio.to_thread(make, request)
-        settings = self.prompts.settings(request, plans)
+        options = self.prompts.options(request, plans)
         form = reply(self.name, f"{reply.prefix}-{uuid.uuid4().hex}", int(time.time()))
         if request.stream:
             if len(plans) != 1:
                 raise RequestError("One prompt at a time can be streamed.", 400, "stream")
-            events = self._events(plans[0], settings, form, request.wants_usage())
-            first = await anext(events)  # so that an early refusal has its status
+            events = self._events(plans[0], options, form, request.wants_usage())
+            first = await anext(events)  # an early refusal keeps its status
             return StreamingResponse(_prepend(first, events), media_type="text/event-stream")
-        answers = await self._read(plans, settings)
+        answers = await self._read(plans, options)
         usage = Usage(sum(map(len, plans)), sum(answer.tokens for answer in answers))
         return JSONResponse(form.whole(answers, usage))
 
-    async def _read(self, plans: list[PromptPlan], settings: Settings) -> list[Answered]:
-        futures = [asyncio.wrap_future(future) for future in self.batcher.submit(plans, settings)]
+    async def _read(self, plans: list[PromptPlan], options: AnswerOptions) -> list[Answered]:
+        futures = [asyncio.wrap_future(future) for future in self.batcher.submit(plans, options)]
         try:
             return list(await asyncio.wait_for(asyncio.gather(*futures), self.limits.timeout_s))
         except TimeoutError as error:
             raise RequestError(f"There was no answer after {self.limits.timeout_s:g} s.", 504) from error
         except RequestError:
             raise
-        except Exception as error:  # past here, the connection would be closed with the answer still in it
+        except Exception as error:  # beyond this point the connection would be closed without an answer
             _log.error("A batch failed", exc_info=error)
             raise RequestError(_FAILED, 500) from error
 
-    async def _events(self, plan: PromptPlan, settings: Settings, form: Reply, usage: bool) -> AsyncIterator[bytes]:
+    async def _events(self, plan: PromptPlan, options: AnswerOptions, form: Reply, usage: bool) -> AsyncIterator[bytes]:
         try:
             await asyncio.wait_for(self.streams.acquire(), self.limits.timeout_s)
         except TimeoutError as error:
             raise RequestError("Too many answers are being streamed; try again later.", 429) from error
         try:
             steps = _Steps()
-            options: dict[str, Any] = {**settings.options(), "logits_processor": LogitsProcessorList([steps])}
+            kwargs: dict[str, Any] = {**options.to_kwargs(), "logits_processor": LogitsProcessorList([steps])}
             try:
                 for event in form.opening():
                     yield _sse(event)
-                async for piece in from_thread(lambda: self.reader.stream(plan, **options)):
+                async for piece in from_thread(lambda: self.reader.stream(plan, **kwargs)):
                     yield _sse(form.piece(piece))
             except Exception as error:
                 _log.error("A stream failed", exc_info=error)
                 yield _sse(RequestError(_FAILED, 500).body())
                 return  # without [DONE]: the answer is not complete
-            yield _sse(form.closing("length" if steps.taken >= settings.max_new_tokens else "stop"))
+            yield _sse(form.closing("length" if steps.taken >= options.max_new_tokens else "stop"))
             if usage:
                 yield _sse(form.usage(Usage(len(plan), steps.taken)))
             yield b"data: [DONE]\n\n"
@@ -212,7 +209,7 @@ class _Server:
 
 
 class _Steps(LogitsProcessor):
-    """Changes nothing; counts the tokens made."""
+    """Counts generated tokens; changes nothing."""
 
     def __init__(self) -> None:
         self.taken = 0

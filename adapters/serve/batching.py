@@ -1,4 +1,4 @@
-"""Dynamic batching: prompts that come at about the same time are read together."""
+"""Dynamic batching of concurrent prompts."""
 
 from __future__ import annotations
 
@@ -25,33 +25,27 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How an answer is made; prompts with equal settings can be read together.
+class AnswerOptions:
+    """Options of an answer; prompts with equal options can be read together.
 
     Attributes:
-        max_new_tokens: the longest answer, in tokens.
+        max_new_tokens: longest answer in tokens.
         stop: strings that end an answer.
-        sampling: what else the reader's ``generate`` takes, as sorted pairs; empty for greedy.
+        sampling: further options of the reader's ``generate``, as sorted pairs; empty for greedy.
     """
 
     max_new_tokens: int
     stop: tuple[str, ...] = ()
     sampling: tuple[tuple[str, Any], ...] = ()
 
-    def options(self) -> dict[str, Any]:
-        """Arguments for the reader's ``generate`` and ``stream``."""
+    def to_kwargs(self) -> dict[str, Any]:
+        """Return arguments of the reader's ``generate`` and ``stream``."""
         return {"max_new_tokens": self.max_new_tokens, "stop": list(self.stop) or None, **dict(self.sampling)}
 
 
 @dataclass(frozen=True)
 class Answered:
-    """An answer.
-
-    Attributes:
-        text: the answer.
-        tokens: how many were made for it.
-        finish: ``"stop"`` where the model or a stop string ended it, ``"length"`` where its room did.
-    """
+    """An answer, its number of tokens, and ``"stop"`` (ended by model or stop string) or ``"length"`` (cut)."""
 
     text: str
     tokens: int
@@ -61,21 +55,15 @@ class Answered:
 @dataclass
 class _Job:
     plan: PromptPlan
-    settings: Settings
+    options: AnswerOptions
     future: Future[Answered] = field(default_factory=Future)
 
 
 class Batcher:
-    """One thread that drains a queue of prompts into calls of the reader; safe to share by threads.
+    """A thread that reads queued prompts in batches. Thread-safe.
 
-    The oldest prompt is always in the next batch, and those behind it that have the same settings join it.
-
-    Args:
-        reader: reads the prompts.
-        limits: ``max_batch``, ``max_batch_positions``, ``max_wait_ms`` and ``max_queue`` are heeded here.
-
-    Attributes:
-        batches: sizes of the latest batches.
+    The oldest prompt is always in the next batch; later ones with equal options join it, within ``limits``. The attribute
+    ``batches`` has the sizes of recent batches.
     """
 
     def __init__(self, reader: Reader, limits: Limits) -> None:
@@ -90,17 +78,17 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Prompts in the queue."""
+        """Number of queued prompts."""
         return len(self._jobs)
 
     @property
     def alive(self) -> bool:
-        """Whether prompts are being read."""
+        """Whether the thread accepts prompts."""
         return self._thread.is_alive() and not self._closed
 
-    def submit(self, plans: Sequence[PromptPlan], settings: Settings) -> list[Future[Answered]]:
-        """Queues prompts. Raises ``RequestError`` (429) if too many wait, (503) if the server is going down."""
-        jobs = [_Job(plan, settings) for plan in plans]
+    def submit(self, plans: Sequence[PromptPlan], options: AnswerOptions) -> list[Future[Answered]]:
+        """Queue prompts. Raises ``RequestError``: 429 if too many wait, 503 if the server is shutting down."""
+        jobs = [_Job(plan, options) for plan in plans]
         with self._changed:
             if not self.alive:
                 raise RequestError("The server is shutting down.", 503)
@@ -111,7 +99,7 @@ class Batcher:
         return [job.future for job in jobs]
 
     def close(self) -> None:
-        """Lets the running batch finish and refuses the rest."""
+        """Finish the running batch and refuse the others."""
         with self._changed:
             self._closed = True
             left = list(self._jobs)
@@ -126,7 +114,7 @@ class Batcher:
         while batch := self._next():
             self.batches.append(len(batch))
             try:
-                answers = generate(self.reader, [job.plan for job in batch], batch[0].settings)
+                answers = generate(self.reader, [job.plan for job in batch], batch[0].options)
             except BaseException as error:
                 if len(batch) == 1:
                     batch[0].future.set_exception(error)
@@ -137,18 +125,18 @@ class Batcher:
                 job.future.set_result(answer)
 
     def _one_by_one(self, batch: Sequence[_Job], error: BaseException) -> None:
-        """After a batch failed, so that one bad prompt, or too little memory for all, spoils no other's answer."""
+        """Retry a failed batch prompt by prompt: one bad prompt, or too little memory, must not affect the others."""
         _log.warning("A batch of %d prompts failed (%s); they are read one by one.", len(batch), error)
         for job in batch:
             try:
-                job.future.set_result(generate(self.reader, [job.plan], job.settings)[0])
+                job.future.set_result(generate(self.reader, [job.plan], job.options)[0])
             except BaseException as own:
                 job.future.set_exception(own)
 
     def _next(self) -> list[_Job]:
-        """The next batch, or nothing when it is time to go; blocks."""
+        """Wait for the next batch; empty when closed."""
         while not (batch := self._take()) and not self._closed:
-            pass  # all that waited had been cancelled
+            pass  # all waiting prompts were cancelled
         return batch
 
     def _take(self) -> list[_Job]:
@@ -165,10 +153,10 @@ class Batcher:
             longest = 0
             while self._jobs:
                 job = self._jobs.popleft()
-                widest = max(longest, len(job.plan) + job.settings.max_new_tokens)
+                widest = max(longest, len(job.plan) + job.options.max_new_tokens)
                 fits = len(batch) < self.limits.max_batch
                 fits = fits and (not batch or widest * (len(batch) + 1) <= self.limits.max_batch_positions)
-                if not fits or (batch and job.settings != batch[0].settings):
+                if not fits or (batch and job.options != batch[0].options):
                     later.append(job)
                 elif job.future.set_running_or_notify_cancel():
                     batch.append(job)
@@ -177,25 +165,25 @@ class Batcher:
             return batch
 
 
-def generate(reader: Reader, plans: Sequence[PromptPlan], settings: Settings) -> list[Answered]:
-    """Answers to prompts of equal settings, read together, each with its number of tokens and why it ended."""
-    order = sorted(range(len(plans)), key=lambda i: len(plans[i]))  # as the reader orders them
+def generate(reader: Reader, plans: Sequence[PromptPlan], options: AnswerOptions) -> list[Answered]:
+    """Answer prompts of equal options in one batch."""
+    order = sorted(range(len(plans)), key=lambda i: len(plans[i]))  # the reader's own order
     seen = _Seen()
     texts = reader.generate(
-        [plans[i] for i in order], **settings.options(), stopping_criteria=StoppingCriteriaList([seen])
+        [plans[i] for i in order], **options.to_kwargs(), stopping_criteria=StoppingCriteriaList([seen])
     )
     answers: list[Answered | None] = [None] * len(plans)
     for i, text, row in zip(order, texts, seen.rows()):
         ids = cut_at_end(row, reader.eos_ids)
-        stopped = cut_at_stop(reader.decode(ids), settings.stop)[1]
+        stopped = cut_at_stop(reader.decode(ids), options.stop)[1]
         made = len(ids) if not stopped else len(reader.tokenize(text))
-        ended = stopped or len(ids) < settings.max_new_tokens
+        ended = stopped or len(ids) < options.max_new_tokens
         answers[i] = Answered(text, made, "stop" if ended else "length")
     return answers  # type: ignore[return-value]
 
 
 class _Seen(StoppingCriteria):
-    """Stops nothing; keeps the ids that generate has made."""
+    """Records the generated ids; never stops."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -207,5 +195,5 @@ class _Seen(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     def rows(self) -> list[list[int]]:
-        """The new ids of each prompt."""
+        """Return the new ids of each prompt."""
         return [] if self.ids is None else self.ids[:, -self.steps :].tolist()

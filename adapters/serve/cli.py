@@ -12,28 +12,28 @@ from ...shipped import locate
 
 def serve(
     reader: Annotated[str, typer.Option("--reader", "-r", help="A shipped reader, a folder or a hub id.")],
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
-    name: Annotated[str | None, typer.Option(help="What clients call the model; default: the reader's name.")] = None,
+    name: Annotated[str | None, typer.Option(help="The model's name for clients; default: the reader's name.")] = None,
     api_key: Annotated[
-        str | None, typer.Option(envvar="NUTGRAF_API_KEY", help="What clients must send as a bearer token.")
+        str | None, typer.Option(envvar="NUTGRAF_API_KEY", help="Bearer token that clients must send.")
     ] = None,
     device: Annotated[str, typer.Option(help="Where the reader runs: auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     max_batch: Annotated[int, typer.Option(min=1, help="Prompts read together.")] = 16,
-    max_wait_ms: Annotated[float, typer.Option(min=0, help="How long a prompt waits for others to be read with.")] = 5,
-    max_queue: Annotated[int, typer.Option(min=1, help="Prompts that may wait; more are refused.")] = 256,
-    max_streams: Annotated[int, typer.Option(min=1, help="Streamed answers at a time.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 2048,
+    max_wait_ms: Annotated[float, typer.Option(min=0, help="Time a prompt waits for others to join its batch.")] = 5,
+    max_queue: Annotated[int, typer.Option(min=1, help="Waiting prompts; more are refused.")] = 256,
+    max_streams: Annotated[int, typer.Option(min=1, help="Concurrent streams.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 2048,
     max_positions: Annotated[
-        int | None, typer.Option(min=2, help="The longest prompt and answer; default: the reader's.")
+        int | None, typer.Option(min=2, help="Positions of a prompt and its answer; default: the reader's.")
     ] = None,
-    max_body_mib: Annotated[int, typer.Option(min=1, help="The largest request.")] = 64,
+    max_body_mib: Annotated[int, typer.Option(min=1, help="Largest request.")] = 64,
     timeout_s: Annotated[float, typer.Option(min=0.1, help="Seconds until a request gives up.")] = 300,
 ) -> None:
     """Serve a reader to OpenAI clients: text, token ids and prompt embeddings; batched, streamed, bounded."""
     with friendly_errors():
-        folder = locate(reader)  # a wrong name is told before anything large is imported
+        folder = locate(reader)  # report a wrong name before the large imports
         from ...compressors import Reader
         from .limits import Limits
 
@@ -52,7 +52,7 @@ def serve(
 
             from .app import create_app
         except ImportError as error:
-            raise ValueError("Serving needs FastAPI and uvicorn: pip install 'nutgraf[serve]'.") from error
+            raise ImportError("Serving needs FastAPI and uvicorn: pip install 'nutgraf[serve]'.") from error
         loaded = Reader.from_pretrained(folder, device=device, dtype=dtype)
         app = create_app(loaded, name=name, limits=limits, api_key=api_key)
         typer.echo(f"{name or loaded.name} ({loaded.fingerprint}) on http://{host}:{port}/v1", err=True)

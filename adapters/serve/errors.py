@@ -1,4 +1,4 @@
-"""Errors that a client is told about, in OpenAI's form."""
+"""Errors in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -6,12 +6,7 @@ from typing import Any
 
 
 class RequestError(Exception):
-    """A request that gets an error for an answer.
-
-    Attributes:
-        status: the HTTP status.
-        param: the field of the request that is at fault, if one is.
-    """
+    """A request is answered with an error: HTTP ``status`` and, if one is at fault, the request's field ``param``."""
 
     def __init__(self, message: str, status: int = 400, param: str | None = None) -> None:
         super().__init__(message)
@@ -19,7 +14,7 @@ class RequestError(Exception):
         self.param = param
 
     def body(self) -> dict[str, Any]:
-        """The answer's JSON."""
+        """Return the answer's JSON."""
         kind = "invalid_request_error" if self.status < 429 else "server_error"
         if self.status == 429:
             kind = "rate_limit_error"

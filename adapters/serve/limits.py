@@ -1,4 +1,4 @@
-"""What the server lets its clients ask for."""
+"""Limits of a server."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ class Limits:
     """Bounds on the size, shape and number of requests.
 
     Attributes:
-        max_body_bytes: of a request.
-        max_prompts: prompts in one completion request.
+        max_body_bytes: bytes of a request.
+        max_prompts: prompts of a completion request.
         max_new_tokens: tokens of an answer.
-        max_positions: positions of a prompt and its answer; ``None``: as many as the reader has, or 32,768.
-        max_batch: prompts that the reader reads together.
-        max_batch_positions: positions of such a batch, padding included (one prompt alone may be longer).
-        max_wait_ms: how long a prompt waits for others to be read with.
-        max_queue: prompts that may wait; more are refused with 429.
-        max_streams: streamed answers at a time; others wait for their turn.
-        timeout_s: seconds until a request that has no answer gets 504; and, for a stream, until it has its turn.
+        max_positions: positions of a prompt and its answer; ``None``: the reader's, or 32,768.
+        max_batch: prompts read together.
+        max_batch_positions: positions of a batch with padding (a single prompt may be longer).
+        max_wait_ms: time a prompt waits for others to join its batch.
+        max_queue: waiting prompts; more are refused with 429.
+        max_streams: concurrent streams; others wait.
+        timeout_s: seconds until an unanswered request gets 504, or a waiting stream 429.
     """
 
     max_body_bytes: int = 64 * 2**20

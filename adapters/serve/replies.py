@@ -1,4 +1,4 @@
-"""Answers in OpenAI's form, whole and in pieces."""
+"""Answers in OpenAI's format, whole and streamed."""
 
 from __future__ import annotations
 
@@ -11,18 +11,13 @@ from .batching import Answered
 
 @dataclass(frozen=True)
 class Usage:
-    """Counts of a request.
-
-    Attributes:
-        prompt: positions that the prompts take, slots included.
-        completion: tokens that were made.
-    """
+    """Positions of the prompts, including slots, and generated tokens."""
 
     prompt: int
     completion: int
 
     def to_dict(self) -> dict[str, int]:
-        """As OpenAI names them."""
+        """Return the counts under OpenAI's names."""
         return {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,
@@ -32,13 +27,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a kind of request is answered with.
-
-    Attributes:
-        model: the model's name.
-        id: the request's.
-        created: seconds since 1970.
-    """
+    """Format of the answers to one kind of request; ``created`` is in seconds since 1970."""
 
     model: str
     id: str
@@ -48,7 +37,7 @@ class Reply:
     chunk: ClassVar[str]
 
     def whole(self, answers: Sequence[Answered], usage: Usage) -> dict[str, Any]:
-        """The answer at once."""
+        """Return the whole answer."""
         choices = [
             {"index": i, **self._content(answer.text), "logprobs": None, "finish_reason": answer.finish}
             for i, answer in enumerate(answers)
@@ -56,19 +45,19 @@ class Reply:
         return {**self._head(self.object), "choices": choices, "usage": usage.to_dict()}
 
     def opening(self) -> list[dict[str, Any]]:
-        """Events before the first piece."""
+        """Return the events before the first piece."""
         return []
 
     def piece(self, text: str) -> dict[str, Any]:
-        """The event of a piece."""
+        """Return the event of a piece."""
         return self._event(self._delta(text), None)
 
     def closing(self, finish: str) -> dict[str, Any]:
-        """The event that says why the answer ended."""
+        """Return the event with the reason why the answer ended."""
         return self._event(self._delta(""), finish)
 
     def usage(self, usage: Usage) -> dict[str, Any]:
-        """The event with the counts."""
+        """Return the event with the counts."""
         return {**self._head(self.chunk), "choices": [], "usage": usage.to_dict()}
 
     def _event(self, delta: dict[str, Any], finish: str | None) -> dict[str, Any]:
@@ -106,7 +95,6 @@ class ChatReply(Reply):
     chunk = "chat.completion.chunk"
 
     def opening(self) -> list[dict[str, Any]]:
-        """The role."""
         return [self._event({"delta": {"role": "assistant", "content": ""}}, None)]
 
     def _content(self, text: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Requests in OpenAI's form, checked and turned into prompts for the reader."""
+"""Requests in OpenAI's format, validated and turned into prompts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ...compressors import CompressedPassage, Reader
 from ...compressors.reader.plan import PromptPlan
 from ...compressors.reader.tokenization import TokenIds
-from .batching import Settings
+from .batching import AnswerOptions
 from .errors import RequestError
 from .limits import Limits
 from .tensors import decode_embeds
@@ -46,7 +46,7 @@ class _Request(BaseModel):
     stream_options: dict[str, Any] | None = None
 
     def wants_usage(self) -> bool:
-        """Whether a stream is to end with the counts of its tokens."""
+        """Whether a stream should end with token counts."""
         return bool((self.stream_options or {}).get("include_usage"))
 
 
@@ -66,7 +66,7 @@ class ChatRequest(_Request):
 
 
 def parse(kind: type[Any], data: Any) -> Any:
-    """A request of a kind. Raises ``RequestError`` that names the field which is wrong, or is not served."""
+    """Validate a request. Raises ``RequestError`` with the field that is wrong or not supported."""
     if not isinstance(data, dict):
         raise RequestError(f"A request must be a JSON object, got {type(data).__name__}.")
     try:
@@ -83,12 +83,7 @@ def parse(kind: type[Any], data: Any) -> Any:
 
 
 class Prompts:
-    """Makes prompts out of requests.
-
-    Args:
-        reader: is to read them.
-        limits: what they may ask for.
-    """
+    """Turns requests into planned prompts for a reader, within limits."""
 
     def __init__(self, reader: Reader, limits: Limits) -> None:
         self.reader = reader
@@ -97,12 +92,12 @@ class Prompts:
         self.max_positions = min(known, default=32_768)
 
     def of_completion(self, request: CompletionRequest) -> list[PromptPlan]:
-        """The prompts of a completion: those given as embeddings first, as vLLM orders them."""
+        """Plan the prompts of a completion; embeddings come first, as in vLLM."""
         embeds = request.prompt_embeds if isinstance(request.prompt_embeds, list) else [request.prompt_embeds]
         given: list[Any] = [self._embeds(data, "prompt_embeds") for data in embeds if data is not None]
         prompt = request.prompt
         if isinstance(prompt, str):
-            texts: list[Any] = [prompt] if prompt or not given else []  # OpenAI's client insists on a prompt
+            texts: list[Any] = [prompt] if prompt or not given else []  # OpenAI's client always sends a prompt
         elif prompt and isinstance(prompt[0], int):
             texts = [prompt]
         else:
@@ -118,7 +113,7 @@ class Prompts:
         return self._plan(prompts, request.max_tokens, "prompt")
 
     def of_chat(self, request: ChatRequest) -> list[PromptPlan]:
-        """The one prompt of a chat."""
+        """Plan the prompt of a chat."""
         messages = []
         for i, message in enumerate(request.messages):
             if not isinstance(message.get("role"), str):
@@ -129,8 +124,8 @@ class Prompts:
             raise RequestError(f"chat_template_kwargs must not set {reserved}.", 400, "chat_template_kwargs")
         return self._plan([messages], request.max_completion_tokens or request.max_tokens, "messages", options)
 
-    def settings(self, request: _Request, plans: list[PromptPlan]) -> Settings:
-        """How the answers are made."""
+    def options(self, request: _Request, plans: list[PromptPlan]) -> AnswerOptions:
+        """Return the options of the answers."""
         asked = getattr(request, "max_completion_tokens", None) or request.max_tokens
         most = max(1, min(self.limits.max_new_tokens, self.max_positions - max(map(len, plans))))
         default = 16 if isinstance(request, CompletionRequest) else most  # OpenAI's
@@ -160,7 +155,7 @@ class Prompts:
         stop = [request.stop] if isinstance(request.stop, str) else list(request.stop or [])
         if len(stop) > 16 or any(not s or len(s) > 256 for s in stop):
             raise RequestError("stop takes up to 16 strings of 1 to 256 characters.", 400, "stop")
-        return Settings(min(asked or default, most), tuple(stop), tuple(sorted(sampled.items())))
+        return AnswerOptions(min(asked or default, most), tuple(stop), tuple(sorted(sampled.items())))
 
     def _content(self, content: Any, where: str) -> list[Any]:
         if content is None or isinstance(content, str):
@@ -195,7 +190,7 @@ class Prompts:
             plans = self.reader.plan(prompts, chat=param == "messages", **(template or {}))
         except (ValueError, TypeError) as error:
             raise RequestError(str(error), 400, param) from error
-        except Exception as error:  # chat templates raise what they like
+        except Exception as error:  # chat templates may raise anything
             raise RequestError(f"The chat template refuses the messages: {error}", 400, param) from error
         longest = max(map(len, plans))
         if longest + (asked or 1) > self.max_positions:

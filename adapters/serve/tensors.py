@@ -1,7 +1,7 @@
-"""Tensors that clients send: read without running what they hold, and checked before they cost anything.
+"""Decode tensors from clients safely.
 
-Two forms are taken, both in base64: what ``torch.save`` writes of one dense tensor (vLLM's form; loaded by PyTorch's
-restricted unpickler, ``weights_only=True``) and a safetensors file with one tensor.
+Two formats in base64: a ``torch.save`` file with one dense tensor (vLLM's format; loaded by PyTorch's restricted unpickler,
+``weights_only=True``) and a safetensors file with one tensor. Sizes are checked first.
 """
 
 from __future__ import annotations
@@ -25,19 +25,10 @@ _ZIP, _WIDEST = b"PK\x03\x04", 4
 
 
 def decode_embeds(data: Any, width: int, max_rows: int, *, param: str = "prompt_embeds") -> Tensor:
-    """The tensor in a request.
-
-    Args:
-        data: base64 of a ``torch.save`` file or of a safetensors file.
-        width: the reader's width.
-        max_rows: the most rows.
-        param: the field it came in, for error messages.
-
-    Returns:
-        ``[rows, width]`` on the CPU; float32, float16 or bfloat16, dense and finite.
+    """Decode base64 into a dense, finite CPU tensor ``[1 to max_rows, width]`` of float32, float16 or bfloat16.
 
     Raises:
-        RequestError: for everything else.
+        RequestError: for anything else; the message names the request's field ``param``.
     """
 
     def refuse(what: str) -> RequestError:
@@ -65,7 +56,7 @@ def decode_embeds(data: Any, width: int, max_rows: int, *, param: str = "prompt_
         tensor = tensor[0]
     if tensor.dim() != 2 or tensor.shape[1] != width or not 1 <= tensor.shape[0] <= max_rows:
         raise refuse(f"must have the shape [1 to {max_rows}, {width}], got {list(shape)}.")
-    # Only now: a view can claim many more numbers than it brings.
+    # After the checks: a view can claim many more numbers than the file has.
     tensor = tensor.detach().contiguous()
     if not bool(torch.isfinite(tensor).all()):
         raise refuse("holds NaN or infinite numbers.")
@@ -83,7 +74,7 @@ def _from_torch(raw: bytes, room: int, refuse: Any) -> Any:
         return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except RequestError:
         raise
-    except Exception as error:  # a hostile file can make the reader fail in any way
+    except Exception as error:  # a hostile file can fail in any way
         raise refuse(f"is not a tensor that torch.save wrote: {_short(error)}") from error
 
 
@@ -100,6 +91,6 @@ def _from_safetensors(raw: bytes, refuse: Any) -> Any:
 
 
 def _short(error: Exception) -> str:
-    """The first sentence of an error: PyTorch's goes on to advise against safe loading."""
+    """The first sentence of an error; PyTorch then advises against safe loading."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].split(". ")[0][:200] + ("" if lines[0].endswith(".") else ".")

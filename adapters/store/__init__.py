@@ -1,8 +1,8 @@
-"""The store of compressed passages: made once, when a passage is indexed, and read as often as it is retrieved.
+"""Stores of compressed passages: written once, at indexing time, and read at every retrieval.
 
-A `MemoryStore` lasts as long as its script; a `LanceStore` (``pip install nutgraf[store]``) is a folder, shared by threads
-and processes. Both have one interface, `PassageStore`. A passage is found by its text and by who made it for whom: a
-changed compressor or reader has other keys, so that what they make is never mixed.
+A `MemoryStore` lasts as long as its process. A `LanceStore` (``pip install nutgraf[store]``) is a folder or a bucket, shared
+by threads and processes. Both implement `PassageStore`. The key of a passage includes the fingerprints of its compressor and
+reader, so passages of a changed compressor or reader are never mixed.
 
 Example::
 

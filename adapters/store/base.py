@@ -1,4 +1,4 @@
-"""What every store of compressed passages is: keys, entries, and the interface."""
+"""Keys, entries and the interface of all stores of compressed passages."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ...compressors import CompressedPassage, Compressor
 
+ItemT = TypeVar("ItemT")
+
 
 class StoreError(RuntimeError):
-    """A store cannot be read or written: a full or read-only disk, a missing or damaged file.
+    """A store cannot be read or written: full or read-only disk, missing or damaged file.
 
-    It is no ``ValueError`` on purpose: LlamaIndex's refine and compact modes swallow those and answer "Empty Response".
+    Not a ``ValueError``, because LlamaIndex's refine and compact modes swallow those and answer "Empty Response".
     """
 
 
 class Maker(NamedTuple):
-    """Who made a passage and for whom: fingerprints of compressor and reader, and the ratio that was asked for."""
+    """Fingerprints of a passage's compressor and reader, and the requested ratio."""
 
     compressor: str
     reader: str | None
@@ -36,14 +38,14 @@ class Maker(NamedTuple):
 
 @dataclass(frozen=True)
 class PassageKey:
-    """Everything that decides what a passage's compressed form is.
+    """Identity of a compressed passage, for stores and caches: everything that its content depends on.
 
     Attributes:
         text: SHA-256 of the text, 64 hexadecimal digits.
         compressor: the compressor's fingerprint.
-        reader: the fingerprint of the reader it compresses for; ``None``: any reader.
-        ratio: the compression ratio L / l that was asked for; ``None``: the compressor's own.
-        query: SHA-256 of the question, for a compressor that reads it.
+        reader: the fingerprint of the reader it is for; ``None``: any reader.
+        ratio: the requested compression ratio L / l; ``None``: the compressor's own.
+        query: SHA-256 of the question, for a query-aware compressor.
     """
 
     text: str
@@ -56,32 +58,32 @@ class PassageKey:
     def of(
         cls, text: str, *, compressor: str, reader: str | None, ratio: float | None = None, query: str | None = None
     ) -> PassageKey:
-        """The key of a text (and a question), given as they are."""
+        """Make the key of a text and, if any, a question."""
         ratio = None if ratio is None else float(ratio)
         return cls(sha256(text), compressor, reader, ratio, None if query is None else sha256(query))
 
     @property
     def maker(self) -> Maker:
-        """Who made it and for whom."""
+        """The maker of the passage."""
         return Maker(self.compressor, self.reader, self.ratio)
 
     @cached_property
     def id(self) -> str:
-        """32 hexadecimal digits that stand for the key in a table; the same on every machine."""
+        """Hash of the key, 32 hexadecimal digits; the same on every machine."""
         parts = json.dumps([self.text, self.compressor, self.reader, self.ratio, self.query])
         return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A passage on its way into a store, or out of it.
+    """A stored passage.
 
     Attributes:
-        key: under which it is found.
+        key: its key.
         passage: the compressed passage.
-        text: the original text, which retrieval, citations and a later compressor need; ``None``: not kept.
+        text: the original text, for retrieval, citations and recompression; ``None``: not kept.
         vector: its retrieval vector.
-        about: JSON-able facts of the caller's own (a document's name, an id).
+        about: JSON-able facts from the caller (document name, id).
     """
 
     key: PassageKey
@@ -91,10 +93,10 @@ class Entry:
     about: Mapping[str, Any] | None = None
 
     def check(self) -> Entry:
-        """Returns itself.
+        """Return itself.
 
         Raises:
-            ValueError: if key, passage and text do not belong together, or a number is NaN or infinite.
+            ValueError: if key, passage and text do not match, or a number is NaN or infinite.
         """
         key, passage = self.key, self.passage
         if passage.compressor != key.compressor:
@@ -121,7 +123,7 @@ class Hit(NamedTuple):
 
 @dataclass(frozen=True)
 class MakerStats:
-    """What a store holds of one `Maker`: passages, their slots (reader positions), source tokens and stored bytes."""
+    """Totals of one `Maker` in a store: passages, slots, source tokens and stored bytes."""
 
     maker: Maker
     interface: str
@@ -132,7 +134,7 @@ class MakerStats:
 
     @property
     def ratio(self) -> float:
-        """Compression ratio L / l over all its passages; infinite when something became nothing."""
+        """Compression ratio L / l over all passages; infinite if no slot is left."""
         if self.slots:
             return self.source_tokens / self.slots
         return math.inf if self.source_tokens else 1.0
@@ -140,12 +142,12 @@ class MakerStats:
 
 @dataclass(frozen=True)
 class StoreStats:
-    """What a store holds.
+    """Totals of a store.
 
     Attributes:
-        passages: how many, over all makers.
+        passages: number of passages.
         nbytes: bytes of their slots as stored.
-        makers: the same by who made them for whom.
+        makers: totals per maker, the largest first.
         info: further facts of the kind of store.
     """
 
@@ -156,11 +158,11 @@ class StoreStats:
 
 
 class PassageStore(ABC):
-    """Compressed passages under their keys. Safe to share by threads.
+    """Compressed passages by key. Thread-safe.
 
     Attributes:
         read_only: whether `put_many` is refused.
-        name: says which store this is; another content under the same path has another name.
+        name: identifies the store and its content: a new store in the same place has another name.
     """
 
     read_only: bool = False
@@ -168,9 +170,9 @@ class PassageStore(ABC):
 
     @abstractmethod
     def get_many(self, keys: Sequence[PassageKey]) -> list[CompressedPassage | None]:
-        """The passages under the keys, in order; ``None`` where there is none.
+        """Return the passages under the keys, in order; ``None`` for missing ones.
 
-        Tensors are on the CPU and may be views of the store's own memory: do not write into them.
+        Tensors are on the CPU and may be views of the store's memory: do not write into them.
 
         Raises:
             StoreError: if a stored passage is damaged, or the store cannot be read.
@@ -178,28 +180,28 @@ class PassageStore(ABC):
 
     @abstractmethod
     def put_many(self, entries: Sequence[Entry]) -> None:
-        """Keeps entries; those whose key is stored already are left as they are. When it returns, they are safe.
+        """Store entries whose key is new. When it returns, they are durable.
 
         Raises:
-            ValueError: if an entry does not fit its key (see `Entry.check`); then none was stored.
-            StoreError: if they cannot be written; then the store is as it was before.
+            ValueError: if an entry does not match its key (see `Entry.check`); then none was stored.
+            StoreError: if they cannot be written; then the store is unchanged.
         """
 
     @abstractmethod
     def missing(self, keys: Iterable[PassageKey]) -> list[PassageKey]:
-        """The distinct keys under which nothing is stored, in order."""
+        """Return the distinct keys that are not stored, in order."""
 
     @abstractmethod
     def entries(self, maker: Maker | None = None) -> Iterator[Entry]:
-        """All entries (of one maker), one at a time, in no particular order."""
+        """Yield all entries (of one maker), in no particular order."""
 
     @property
     @abstractmethod
     def stats(self) -> StoreStats:
-        """What the store holds, counted now."""
+        """Totals, counted now."""
 
-    def close(self) -> None:  # noqa: B027 (a store may have nothing to let go of)
-        """Lets go of files and memory; what was put stays safe."""
+    def close(self) -> None:  # noqa: B027 (a store may have nothing to release)
+        """Release files and memory."""
 
     def __contains__(self, key: PassageKey) -> bool:
         return not self.missing([key])
@@ -212,16 +214,19 @@ class PassageStore(ABC):
 
 
 def sha256(text: str) -> str:
-    """SHA-256 of a text's UTF-8, lone surrogates included, as 64 hexadecimal digits."""
+    """SHA-256 of a text in UTF-8 (lone surrogates pass), 64 hexadecimal digits."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def count_makers(rows: Iterable[tuple[Maker, str, int, int, int]]) -> tuple[MakerStats, ...]:
-    """Sums (maker, interface, slots, source tokens, bytes) up, the largest maker first."""
-    sums: dict[tuple[Maker, str], list[int]] = {}
-    for maker, interface, *numbers in rows:
-        total = sums.setdefault((maker, interface), [0, 0, 0, 0])
-        for i, number in enumerate((1, *numbers)):
-            total[i] += number
-    found = (MakerStats(maker, interface, *total) for (maker, interface), total in sums.items())
-    return tuple(sorted(found, key=lambda made: -made.passages))
+def batched(items: Iterable[ItemT], size: int, weigh: Callable[[ItemT], int] = lambda item: 1) -> Iterator[list[ItemT]]:
+    """Yield lists of items in order, each complete when its weights sum to ``size``."""
+    batch: list[ItemT] = []
+    total = 0
+    for item in items:
+        batch.append(item)
+        total += weigh(item)
+        if total >= size:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch

@@ -1,4 +1,4 @@
-"""`nutgraf compress` and `nutgraf store`: filling a store of compressed passages and looking after it."""
+"""`nutgraf compress` and `nutgraf store`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ...console import friendly_errors
 from ...shipped import locate
 from .base import MakerStats, StoreError
 
-store_app = typer.Typer(no_args_is_help=True, help="Look after a store of compressed passages.")
+store_app = typer.Typer(no_args_is_help=True, help="Maintain a store of compressed passages.")
 
-Folder = Annotated[str, typer.Argument(help="The store: a folder, or a URI that LanceDB takes.")]
+Folder = Annotated[str, typer.Argument(help="The store: a folder or a URI for LanceDB.")]
 CompressorName = Annotated[str, typer.Option("--compressor", "-c", help="A shipped compressor, a folder or a hub id.")]
 ReaderName = Annotated[str, typer.Option("--reader", "-r", help="A shipped reader, a folder or a hub id.")]
 Ratio = Annotated[float | None, typer.Option(help="Compression ratio; default: the compressor's own.")]
 Batch = Annotated[int, typer.Option(min=1, help="Passages compressed and stored at a time.")]
 Device = Annotated[str, typer.Option(help="Where the models run: auto, cpu, cuda, ...")]
-Dtype = Annotated[str | None, typer.Option(help="Slots of a new store as float16, bfloat16 or float32.")]
-Quantize = Annotated[str | None, typer.Option(help="Slots of a new store in int8 or int4.")]
-Group = Annotated[int | None, typer.Option(help="Dimensions that share a scale when quantised; default 64.")]
+Dtype = Annotated[str | None, typer.Option(help="Store slots as float16, bfloat16 or float32.")]
+Quantize = Annotated[str | None, typer.Option(help="Store slots as int8 or int4.")]
+Group = Annotated[int | None, typer.Option(help="Dimensions per quantisation scale; default 64.")]
 
 
 _errors = functools.partial(
@@ -33,42 +33,36 @@ _errors = functools.partial(
 
 
 def compress(
-    corpus: Annotated[
-        Path, typer.Argument(help="JSON lines or text files (.jsonl, .txt, .md; packed or not), or a folder.")
-    ],
-    store: Annotated[str, typer.Option("--store", "-s", help="The store, made if there is none.")],
+    corpus: Annotated[Path, typer.Argument(help="JSON lines or text (.jsonl, .txt, .md; also .xz, .gz), or a folder.")],
+    store: Annotated[str, typer.Option("--store", "-s", help="The store; created if missing.")],
     compressor: CompressorName,
     reader: ReaderName = "reader-small",
-    field: Annotated[str, typer.Option(help="The field of JSON lines that holds the text.")] = "text",
+    field: Annotated[str, typer.Option(help="Field of the text in JSON lines.")] = "text",
     ratio: Ratio = None,
     batch_size: Batch = 64,
     dtype: Dtype = None,
     quantize: Quantize = None,
     group: Group = None,
     device: Device = "auto",
-    engine: Annotated[
-        str, typer.Option(help="local: this process; ray: Ray Data, on this machine or a cluster.")
-    ] = "local",
-    workers: Annotated[int, typer.Option(min=1, help="Processes of the engine ray.")] = 2,
-    gpus: Annotated[float, typer.Option(min=0, help="GPUs of each process of the engine ray.")] = 0.0,
+    engine: Annotated[str, typer.Option(help="local: this process; ray: Ray Data.")] = "local",
+    workers: Annotated[int, typer.Option(min=1, help="Ray actors.")] = 2,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs per Ray actor.")] = 0.0,
     gate: Annotated[
         str | None,
-        typer.Option(help="A fidelity gate's folder: measure what survives of each passage, and store that too."),
+        typer.Option(help="Folder of a fidelity gate: measure each passage and store the result."),
     ] = None,
 ) -> None:
-    """Compress a corpus into a store. What is stored is skipped: stop it at any time and run it again to go on."""
+    """Compress a corpus into a store. Stored passages are skipped: stop it at any time, run it again to continue."""
     with _errors():
         if engine not in ("local", "ray"):
             raise ValueError(f"engine must be local or ray, got {engine!r}.")
         if gate is not None and engine == "ray":
-            raise ValueError(
-                "A gate measures in this process: leave --engine out, or leave the measuring to query time."
-            )
+            raise ValueError("A gate needs --engine local; or leave the gate out and measure at query time.")
         from ...compressors import FidelityGate
         from . import LanceStore
         from .corpus import compress_corpus, compress_corpus_with_ray, read_corpus
 
-        total = sum(1 for _ in read_corpus(corpus, field))  # a bad line is told before a model is loaded
+        total = sum(1 for _ in read_corpus(corpus, field))  # reports a bad line before loading a model
         with LanceStore(store, dtype=dtype, quantize=quantize, group=group) as opened, _progress(total) as done:  # type: ignore[arg-type]
             passages = read_corpus(corpus, field)
             if engine == "ray":
@@ -98,7 +92,7 @@ def compress(
 
 @store_app.command()
 def show(folder: Folder) -> None:
-    """What a store holds, by compressor, reader and ratio."""
+    """Show the contents of a store by compressor, reader and ratio."""
     with _errors(), _open(folder) as store:
         from rich.console import Console
         from rich.table import Table
@@ -113,7 +107,7 @@ def show(folder: Folder) -> None:
             "passages",
             "slots",
             "ratio",
-            "bytes a passage",
+            "bytes per passage",
         ):
             table.add_column(name, justify="left" if name in ("compressor", "reader", "interface") else "right")
         for made in stats.makers:
@@ -126,9 +120,9 @@ def show(folder: Folder) -> None:
 @store_app.command()
 def verify(
     folder: Folder,
-    drop: Annotated[bool, typer.Option("--drop", help="Delete damaged passages, to be compressed again.")] = False,
+    drop: Annotated[bool, typer.Option("--drop", help="Delete damaged passages.")] = False,
 ) -> None:
-    """Read every passage and compare it with its checksum; exit status 1 if one is damaged."""
+    """Check every passage against its checksum; exit status 1 if one is damaged."""
     with _errors(), _open(folder) as store:
         from .upkeep import verify as run
 
@@ -144,9 +138,11 @@ def verify(
 @store_app.command()
 def compact(
     folder: Folder,
-    keep_hours: Annotated[float, typer.Option(min=0, help="Keep versions that readers may still hold on to.")] = 24.0,
+    keep_hours: Annotated[
+        float, typer.Option(min=0, help="Keep versions younger than this for active readers.")
+    ] = 24.0,
 ) -> None:
-    """Free what nobody points at, join small files, bring the index up to date. Others may go on using the store."""
+    """Free unreferenced bytes, join small files, update the index. The store stays usable meanwhile."""
     with _errors(), _open(folder) as store:
         from .upkeep import compact as run
 
@@ -160,21 +156,21 @@ def compact(
 @store_app.command()
 def migrate(
     folder: Folder,
-    to: Annotated[str | None, typer.Option(help="Copy to a new store, in the encoding given.")] = None,
+    to: Annotated[str | None, typer.Option(help="Copy to a new store, in the given encoding.")] = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
     group: Group = None,
-    layout: Annotated[str | None, typer.Option(help="slabs or table; default: what suits the new place.")] = None,
-    compressor: Annotated[
-        str | None, typer.Option("--compressor", "-c", help="Compress the texts anew with it.")
-    ] = None,
+    layout: Annotated[str | None, typer.Option(help="slabs or table; default: by the kind of place.")] = None,
+    compressor: Annotated[str | None, typer.Option("--compressor", "-c", help="Recompress the texts with it.")] = None,
     reader: ReaderName = "reader-small",
     ratio: Ratio = None,
     batch_size: Batch = 64,
     device: Device = "auto",
-    drop_old: Annotated[bool, typer.Option("--drop-old", help="Then delete what other makers made.")] = False,
+    drop_old: Annotated[
+        bool, typer.Option("--drop-old", help="Then delete the passages of other compressors.")
+    ] = False,
 ) -> None:
-    """Copy a store in another encoding (--to), or bring its texts to a new compressor or reader (--compressor)."""
+    """Copy a store in another encoding (--to), or recompress its texts for a new compressor or reader (--compressor)."""
     with _errors(), _open(folder) as store:
         if (to is None) == (compressor is None):
             raise ValueError("Give either --to NEW_STORE or --compressor NAME.")
@@ -247,7 +243,7 @@ def _bytes(number: float) -> str:
 
 @contextlib.contextmanager
 def _progress(total: int | None) -> Iterator[Callable[[int], None]]:
-    """A progress bar of passages, on standard error."""
+    """Progress bar of passages on standard error."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 

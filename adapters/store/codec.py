@@ -1,10 +1,11 @@
-"""A compressed passage as a JSON header and one run of bytes that tensors can be views of."""
+"""Encode a compressed passage as a JSON header and one run of bytes for its tensors."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,15 +22,15 @@ _FLOATS = ("float16", "bfloat16", "float32")
 
 @dataclass(frozen=True)
 class Encoding:
-    """How slots are stored.
+    """Storage format of slots.
 
     Attributes:
         dtype: ``"float16"``, ``"bfloat16"`` or ``"float32"``; ``None``: as the compressor made them.
-        quantize: ``"int8"`` or ``"int4"``; they come back in the dtype in which they were made.
+        quantize: ``"int8"`` or ``"int4"``; read back in the original dtype.
         group: neighbouring dimensions that share a scale (see `nutgraf.adapters.store.quantize`).
 
     Raises:
-        ValueError: for anything else, or if both are given.
+        ValueError: for other values, or if both dtype and quantize are given.
     """
 
     dtype: str | None = None
@@ -48,19 +49,15 @@ class Encoding:
         if not 2 <= self.group <= 4096:
             raise ValueError(f"A group holds 2 to 4096 dimensions, got {self.group}.")
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict."""
-        return asdict(self)
-
     def __str__(self) -> str:
         return f"{self.quantize}, groups of {self.group}" if self.quantize else self.dtype or "as made"
 
 
 def encode(passage: CompressedPassage, encoding: Encoding) -> tuple[str, bytes]:
-    """The passage's JSON header and its tensors' bytes.
+    """Return a passage's JSON header and its tensors' bytes.
 
     Raises:
-        ValueError: if its numbers do not fit the encoding (too large for float16, say).
+        ValueError: if its numbers do not fit the encoding (for instance too large for float16).
     """
     run = bytearray()
     specs = [_write(run, name, tensor, encoding) for name, tensor in passage._tensors().items()]
@@ -79,14 +76,10 @@ def encode(passage: CompressedPassage, encoding: Encoding) -> tuple[str, bytes]:
 
 
 def decode(header: Mapping[str, Any], data: Any) -> CompressedPassage:
-    """The passage of a header (parsed) and its bytes; its tensors are views of ``data`` unless they were quantised.
-
-    Args:
-        header: what `encode` made, parsed.
-        data: a writable buffer of at least the passage's bytes.
+    """Return the passage of a parsed header and its bytes; unquantised tensors are views of ``data``, a writable buffer.
 
     Raises:
-        StoreError: if the two do not fit.
+        StoreError: if header and bytes do not match.
     """
     try:
         tensors = {spec["name"]: _read(data, spec) for spec in header["tensors"]}
@@ -111,7 +104,7 @@ def decode(header: Mapping[str, Any], data: Any) -> CompressedPassage:
 
 
 def round_trip(passage: CompressedPassage, encoding: Encoding) -> tuple[CompressedPassage, int]:
-    """The passage as a store with this encoding gives it back, and the bytes that its tensors take there.
+    """Return the passage as a store with this encoding returns it, and its stored bytes.
 
     Raises:
         ValueError: if its numbers do not fit the encoding.
@@ -121,7 +114,7 @@ def round_trip(passage: CompressedPassage, encoding: Encoding) -> tuple[Compress
 
 
 def _write(run: bytearray, name: str, tensor: Tensor, encoding: Encoding) -> dict[str, Any]:
-    """Appends a tensor to the run of bytes, and says how it is to be read."""
+    """Append a tensor to the run of bytes and return its description."""
     made = str(tensor.dtype).removeprefix("torch.")
     if made not in _DTYPES:
         raise ValueError(f"A store holds {', '.join(_DTYPES)}, but the passage's {name} are {made}.")
@@ -167,9 +160,7 @@ def _read(data: Any, spec: Mapping[str, Any]) -> Tensor:
 
 
 def _view(data: Any, start: int, dtype: torch.dtype, shape: list[int]) -> Tensor:
-    count = 1
-    for size in shape:
-        count *= size
+    count = math.prod(shape)
     if not count:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(data, dtype=dtype, count=count, offset=start).view(shape)

@@ -1,4 +1,4 @@
-"""Compressing a corpus into a store: files in, passages out, on one process or on many with Ray Data."""
+"""Compress a corpus of files into a store, in one process or in many with Ray Data."""
 
 from __future__ import annotations
 
@@ -6,42 +6,39 @@ import gzip
 import json
 import lzma
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from ...compressors import Compressor, FidelityGate, Reader, load_compressor
 from . import Filled, LanceStore, PassageStore, fill, keys_for
+from .base import batched
 from .fill import BATCH
 
 LINES = (".jsonl", ".ndjson")
 TEXTS = (".txt", ".md")
 _PACKED: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
-_AHEAD = 8  # batches of passages read before it is asked which of them are stored
+_AHEAD = 8  # batches of passages looked up in the store at a time
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A passage of a corpus, and where it stands: its file, and its line or its number there."""
+    """A passage of a corpus, its file, and its line or number there."""
 
     text: str
     about: Mapping[str, Any]
 
 
 def read_corpus(path: str | Path, field: str = "text") -> Iterator[Passage]:
-    """The passages of a file or of all files in a folder, in sorted order; files may be packed (``.xz``, ``.gz``).
+    """Yield the passages of a file, or of all files in a folder in sorted order. Files may be compressed (``.xz``, ``.gz``).
 
-    JSON lines (``.jsonl``, ``.ndjson``) hold a passage each in ``field``, or several in a list ``passages`` of strings or
-    objects with that field. Text files (``.txt``, ``.md``) hold passages with blank lines between them.
-
-    Args:
-        path: the file or folder.
-        field: the name of the field that holds the text.
+    A JSON line (``.jsonl``, ``.ndjson``) has a passage in ``field``, or a list ``passages`` of strings or objects with that
+    field. Text files (``.txt``, ``.md``) have blank lines between passages.
 
     Raises:
-        FileNotFoundError: if there is no such file, or a folder without any.
-        ValueError: if a file is of another kind, is not UTF-8, or a line is not as above; file and line are named.
+        FileNotFoundError: if there is no such file, or no file in the folder.
+        ValueError: if a file is of another kind, is not UTF-8, or a line has no text; file and line are named.
     """
     path = Path(path)
     for file in _files(path):
@@ -70,8 +67,7 @@ def _kind(file: Path) -> str:
 
 
 def _open(file: Path) -> TextIO:
-    opened = _PACKED.get(file.suffix, open)(file, "rt", encoding="utf-8")
-    return opened  # type: ignore[no-any-return]
+    return _PACKED.get(file.suffix, open)(file, "rt", encoding="utf-8")  # type: ignore[no-any-return]
 
 
 def _read_lines(file: Path, name: str, field: str) -> Iterator[Passage]:
@@ -120,19 +116,12 @@ def compress_corpus(
     batch_size: int = BATCH,
     done: Callable[[int], None] | None = None,
 ) -> Filled:
-    """Compresses a corpus into a store on this process, in the order of its files; run again, it goes on.
+    """Compress a corpus into a store in this process, in order. After a stop, run it again to continue.
 
-    Args:
-        passages: what `read_corpus` yields; no more than some batches of it are held at a time.
-        store: where they go.
-        compressor: compresses them.
-        ratio: compression ratio L / l in place of the compressor's own.
-        gate: measures what survived of each passage; stored with it.
-        batch_size: passages compressed and stored at a time.
-        done: is told the number of passages dealt with, after each batch.
+    Args as for `fill`; ``passages`` come from `read_corpus` and are read a few batches at a time.
     """
     total = Filled()
-    for some in batches(passages, batch_size * _AHEAD):
+    for some in batched(passages, batch_size * _AHEAD):
         texts, abouts = [p.text for p in some], [p.about for p in some]
         total += fill(store, compressor, texts, ratio=ratio, abouts=abouts, gate=gate, batch_size=batch_size, done=done)
     return total
@@ -151,16 +140,16 @@ def compress_corpus_with_ray(
     reader_options: Mapping[str, Any] | None = None,
     done: Callable[[int], None] | None = None,
 ) -> Filled:
-    """The same with Ray Data: ``workers`` actors hold a compressor each and write into the store.
+    """Compress a corpus with Ray Data: each of ``workers`` actors holds a compressor and writes into the store.
 
-    What is stored already is not sent; a worker that dies is started again, and its batch with it, which puts nothing
-    twice. On a cluster (``ray.init(address=...)`` before, or ``RAY_ADDRESS``), the store, the compressor and the reader must
-    be where every machine finds them: shared folders, or a URI and hub ids.
+    Stored passages are not sent. A worker that dies is restarted with its batch; nothing is stored twice. On a cluster
+    (``ray.init(address=...)`` before, or ``RAY_ADDRESS``), store, compressor and reader must be reachable from every machine:
+    shared folders, or a URI and hub ids.
 
     Args:
-        compressor, reader: folders or hub ids, which each worker loads.
-        workers: actors.
-        gpus: of each actor.
+        compressor, reader: folders or hub ids, loaded by each worker.
+        workers: number of actors.
+        gpus: GPUs per actor.
         reader_options: further arguments of ``Reader.from_pretrained``.
 
     Raises:
@@ -171,19 +160,19 @@ def compress_corpus_with_ray(
     except ImportError as error:
         raise ImportError("The engine ray needs Ray Data: pip install nutgraf[ray].") from error
 
-    compressor, reader = (  # a worker may stand in another folder
+    compressor, reader = (  # a worker may run in another folder
         os.path.abspath(name) if os.path.isdir(name) else name for name in (compressor, reader)
     )
     local = load_compressor(compressor, Reader.from_pretrained(reader, **(reader_options or {})))
     total = Filled()
+    tell = done or (lambda number: None)
     settings = (store, compressor, reader, ratio, dict(reader_options or {}))
-    for some in batches(passages, batch_size * workers * _AHEAD):
+    for some in batched(passages, batch_size * workers * _AHEAD):
         keys = keys_for(local, [p.text for p in some], ratio=ratio)
         by_key = dict(zip(keys, some))
         missing = store.missing(keys)
         rows = [{"text": by_key[key].text, "about": json.dumps(dict(by_key[key].about))} for key in missing]
-        if done is not None:
-            done(len(some) - len(rows))
+        tell(len(some) - len(rows))
         total += Filled(found=len(by_key) - len(rows))
         if not rows:
             continue
@@ -195,14 +184,13 @@ def compress_corpus_with_ray(
             compute=ray.data.ActorPoolStrategy(size=workers),
         )
         for row in made.iter_rows():
-            total += Filled(0, int(row["compressed"]), int(row["source_tokens"]), int(row["slots"]))
-            if done is not None:
-                done(int(row["texts"]))
+            total += Filled(*(int(row[name]) for name in ("found", "compressed", "source_tokens", "slots")))
+            tell(int(row["texts"]))
     return total
 
 
 class RayWorker:
-    """An actor that holds a compressor and puts what it makes into the store."""
+    """Ray actor that compresses batches into the store."""
 
     def __init__(
         self,
@@ -217,25 +205,8 @@ class RayWorker:
         self.compressor = load_compressor(compressor, Reader.from_pretrained(reader, **reader_options))
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[int]]:
-        """Compresses a batch with the columns ``text`` and ``about`` (JSON); how many there were and were compressed."""
+        """Compress a batch with the columns ``text`` and ``about`` (JSON); return the counts."""
         texts = [str(text) for text in batch["text"]]
         abouts = [json.loads(about) for about in batch["about"]]
         filled = fill(self.store, self.compressor, texts, ratio=self.ratio, abouts=abouts, batch_size=len(texts))
-        return {
-            "texts": [len(texts)],
-            "compressed": [filled.compressed],
-            "source_tokens": [filled.source_tokens],
-            "slots": [filled.slots],
-        }
-
-
-def batches(passages: Iterator[Passage], size: int) -> Iterator[Sequence[Passage]]:
-    """Lists of at most ``size`` passages, in order."""
-    batch: list[Passage] = []
-    for passage in passages:
-        batch.append(passage)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+        return {"texts": [len(texts)]} | {name: [count] for name, count in asdict(filled).items()}

@@ -1,28 +1,28 @@
-"""Filling a store: compress what is not stored yet, batch by batch, so that a stop loses one batch at most."""
+"""Fill a store: compress what is not stored yet, batch by batch."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
 from ...compressors import CompressedPassage, Compressor, FidelityGate
-from .base import Entry, Maker, PassageKey, PassageStore, StoreError
+from .base import Entry, Maker, PassageKey, PassageStore, StoreError, batched
 
 _log = logging.getLogger(__name__)
-BATCH = 64  # passages compressed and stored at a time
+BATCH = 64
 
 
 @dataclass(frozen=True)
 class Filled:
-    """What `fill` did.
+    """Result of `fill`.
 
     Attributes:
-        found: distinct passages that were stored before.
-        compressed: those compressed now.
+        found: distinct passages stored before.
+        compressed: passages compressed now.
         source_tokens: reader tokens of the texts compressed now.
-        slots: reader positions that these take.
+        slots: reader positions of the passages compressed now.
     """
 
     found: int = 0
@@ -41,10 +41,9 @@ def keys_for(
     ratio: float | None = None,
     query: str | None = None,
 ) -> list[PassageKey]:
-    """The keys under which a compressor's passages are stored, one a text, in order."""
-    made_by = compressor.fingerprint
-    reader = compressor.reader.fingerprint
-    return [PassageKey.of(text, compressor=made_by, reader=reader, ratio=ratio, query=query) for text in texts]
+    """Return the keys of a compressor's passages, one per text."""
+    maker = Maker.of(compressor, ratio)
+    return [PassageKey.of(text, **maker._asdict(), query=query) for text in texts]
 
 
 def fill(
@@ -60,41 +59,38 @@ def fill(
     batch_size: int | None = None,
     done: Callable[[int], None] | None = None,
 ) -> Filled:
-    """Compresses those of the texts that are not stored and stores them, a batch at a time.
-
-    Run again after a stop, it goes on where it was: what was stored is skipped.
+    """Compress and store the texts that are not stored, a batch at a time. After a stop, run it again to continue.
 
     Args:
-        store: where they go.
+        store: where the passages go.
         compressor: compresses them.
-        texts: the passages; a text that comes twice is compressed once.
-        ratio: compression ratio L / l in place of the compressor's own.
-        vectors: retrieval vectors (or ``None``), one a text, to be stored beside them.
-        reuse_vectors: give the vectors to the compressor too, which must take those of its own embedder (xRAG).
-        abouts: JSON-able facts to be stored beside them, one (or ``None``) a text.
-        gate: measures what survived of each passage compressed now, which is stored with it; what was stored before
-            without a gate stays as it is and is measured when it is read.
+        texts: the passages; a repeated text is compressed once.
+        ratio: compression ratio L / l; default: the compressor's own.
+        vectors: retrieval vectors (or ``None``) to store, one per text.
+        reuse_vectors: pass the vectors to the compressor, which must take those of its own embedder (xRAG).
+        abouts: JSON-able facts (or ``None``) to store, one per text.
+        gate: measures what survived of each passage compressed now; stored with it. Passages stored without a gate are
+            measured when they are read.
         batch_size: passages compressed and stored at a time; default 64.
-        done: is told the number of texts dealt with, after each batch.
-
-    Returns:
-        How many distinct passages there were and how many were compressed.
+        done: called with the number of texts finished, after each batch.
 
     Raises:
-        ValueError: if the lists do not have one entry a text, or ``batch_size`` is not positive.
+        ValueError: if a list does not have one entry per text, or ``batch_size`` is below 1.
         StoreError: if the store cannot be read or written.
     """
     for name, given in (("vectors", vectors), ("abouts", abouts)):
         if given is not None and len(given) != len(texts):
-            raise ValueError(f"{name} must hold one entry a text: got {len(given)} for {len(texts)} texts.")
+            raise ValueError(f"{name} must have one entry per text: got {len(given)} for {len(texts)} texts.")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     keys = keys_for(compressor, texts, ratio=ratio)
     first = {key: place for place, key in reversed(list(enumerate(keys)))}
     wanted = sorted(first[key] for key in store.missing(keys))
-    _tell(done, len(texts) - len(wanted))
+    tell = done or (lambda number: None)
+    if len(texts) > len(wanted):
+        tell(len(texts) - len(wanted))
     filled = Filled(found=len(first) - len(wanted))
-    for places in _batches(wanted, batch_size or BATCH):
+    for places in batched(wanted, batch_size or BATCH):
         given = [vectors[i] for i in places] if vectors is not None and reuse_vectors else None
         passages = compressor.compress(
             [texts[i] for i in places],
@@ -115,7 +111,7 @@ def fill(
                 for i, passage in zip(places, passages, strict=True)
             ]
         )
-        _tell(done, len(places))
+        tell(len(places))
         sizes = (sum(p.source_tokens for p in passages), sum(p.slots for p in passages))
         filled += Filled(0, len(places), *sizes)
     return filled
@@ -127,14 +123,14 @@ def get_or_compress(
     texts: Sequence[str],
     compress: Callable[[list[int]], Sequence[CompressedPassage]],
 ) -> tuple[list[CompressedPassage], list[int]]:
-    """The passages under the keys; those that are not there are compressed together and, unless it is read-only, stored.
+    """Return the passages under the keys; compress the missing ones together and store them unless it is read-only.
 
-    A store that can be read but not written costs an answer nothing but a warning in the log.
+    A store that cannot be written costs a warning in the log, not the answer.
 
     Args:
-        store: where they are looked up.
-        keys, texts: one a passage, in order.
-        compress: given the places of what is missing, returns one compressed passage for each.
+        store: where to look.
+        keys, texts: one per passage, in order.
+        compress: takes the places of the missing passages and returns one compressed passage each.
 
     Returns:
         The passages in order, and the places that were compressed.
@@ -149,12 +145,12 @@ def get_or_compress(
             try:
                 store.put_many([Entry(keys[place], passage, texts[place]) for place, passage in zip(wanted, made)])
             except StoreError as error:
-                _log.warning("The answer goes on, but its passages could not be stored: %s", error)
+                _log.warning("Passages were compressed but could not be stored: %s", error)
     return [passage for passage in found if passage is not None], wanted
 
 
 def explain_missing(store: PassageStore, maker: Maker) -> str:
-    """Why a store may lack what was asked of it: a changed compressor, reader or ratio; the end of a sentence."""
+    """Explain why a store lacks a maker's passages, as the end of a sentence."""
     others = [made.maker for made in store.stats.makers if made.maker != maker]
     if not others:
         return "."
@@ -162,13 +158,3 @@ def explain_missing(store: PassageStore, maker: Maker) -> str:
     changed = [name for i, name in enumerate(names) if maker[i] not in {other[i] for other in others}]
     what = " and ".join(changed) or "combination of compressor, reader and ratio"
     return f"; it holds passages of another {what}: was it changed since the passages were indexed?"
-
-
-def _batches(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(places), size):
-        yield places[start : start + size]
-
-
-def _tell(done: Callable[[int], None] | None, number: int) -> None:
-    if done is not None and number:
-        done(number)

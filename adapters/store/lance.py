@@ -2,16 +2,17 @@
 
 Layout of a local store::
 
-    passages.lance/   the table: one row a passage; where its slots stand; their checksum
+    passages.lance/   the table: one row per passage with the place and checksum of its slots
     slabs/*.slab      the slots (see `nutgraf.adapters.store.slabs`)
 
-Slots stand beside the table because that is faster: benchmarks/results/store.jsonl. On object storage, where no file can be
-mapped, they stand in the table. A put writes and syncs the slots first and then commits the rows, all of them or none: what
-was acknowledged is there after a kill, and what was not acknowledged is not seen.
+Slots are kept outside the table because that is faster (benchmarks/results/store.jsonl). Object storage has no files to map,
+so there the slots are in the table. A put first writes and syncs the slots, then commits all rows or none: acknowledged
+passages survive a kill, and others are never visible.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import secrets
@@ -33,16 +34,16 @@ _MAX_REFS = 2**16
 
 
 class LanceStore(PassageStore):
-    """Compressed passages on disk or object storage. Safe to share by threads and by processes.
+    """Compressed passages on disk or object storage. Safe to share between threads and processes.
 
     Args:
-        uri: a folder, or a URI that LanceDB takes (``s3://...``).
-        dtype, quantize, group: how slots are stored, see `Encoding`; fixed when the store is made, and by default that of
-            an existing store, or as the compressor makes them.
-        layout: ``"slabs"`` or ``"table"``; default: slabs in a folder, and the table elsewhere.
-        read_only: refuse `put_many`; also true of a folder that may not be written.
-        create: make the store if there is none.
-        storage_options: LanceDB's, for object storage.
+        uri: a folder, or a URI for LanceDB (``s3://...``).
+        dtype, quantize, group: encoding of the slots, see `Encoding`; fixed when the store is made. Default: that of the
+            existing store, or as the compressor makes them.
+        layout: ``"slabs"`` or ``"table"``; default: slabs in a folder, the table elsewhere.
+        read_only: refuse `put_many`; always true for a folder without write permission.
+        create: make the store if it does not exist.
+        storage_options: LanceDB's options for object storage.
 
     Raises:
         ValueError: if the settings differ from those of the existing store.
@@ -71,7 +72,7 @@ class LanceStore(PassageStore):
         settings = {
             "name": secrets.token_hex(8),
             "layout": layout or ("slabs" if local and os.name == "posix" else "table"),
-            "encoding": wanted.to_dict(),
+            "encoding": dataclasses.asdict(wanted),
         }
         self._options = storage_options
         self.read_only = read_only or not writable(self.uri)
@@ -89,21 +90,19 @@ class LanceStore(PassageStore):
         self.name = f"{self._address}#{self._table.settings['name']}"
         self._slabs: Any = None
         if self.layout == "slabs":
-            from .slabs import Slabs  # POSIX alone
+            from .slabs import Slabs  # POSIX only
 
             self._slabs = Slabs(Path(self.uri) / "slabs")
         self._refs: OrderedDict[str, Place] = OrderedDict()
-        self._lock = threading.Lock()  # guards the refs; held for moments
+        self._lock = threading.Lock()  # guards the refs; held briefly
         self._writing = threading.Lock()
 
-    def __reduce__(self) -> Any:  # to a worker process, which may stand in another folder, as a path
+    def __reduce__(self) -> Any:  # a worker process may run in another folder
         opened = functools.partial(LanceStore, read_only=self.read_only, create=False, storage_options=self._options)
         return opened, (self._address,)
 
-    # -- reading ---------------------------------------------------------------------------------------------------
-
     def get_many(self, keys: Sequence[PassageKey]) -> list[CompressedPassage | None]:
-        """The passages under the keys, in order; ``None`` where there is none (see `PassageStore.get_many`)."""
+        """Return the passages under the keys, in order; ``None`` for missing ones (see `PassageStore.get_many`)."""
         found = self._read(keys, self._find(keys))
         return [found.get(key.id) for key in keys]
 
@@ -124,7 +123,7 @@ class LanceStore(PassageStore):
         return out
 
     def _find(self, keys: Iterable[PassageKey]) -> dict[str, tuple[Place, bytes | None]]:
-        """Where the passages stand, by key: from memory, or from the table, which is read anew for what it lacks."""
+        """Places of the passages by key: from memory, else from the table, which is refreshed for unknown keys."""
         wanted = list(dict.fromkeys(key.id for key in keys))
         found: dict[str, tuple[Place, bytes | None]] = {}
         with self._lock:
@@ -148,7 +147,7 @@ class LanceStore(PassageStore):
         if ref.slab is not None:
             run: Any = self._slabs.read(ref.slab, ref.start, ref.nbytes)
         else:
-            run = bytearray(data or b"")  # what Arrow gives is not writable, and torch wants it to be
+            run = bytearray(data or b"")  # torch wants a writable buffer
         if not ref.known_good and (len(run) != ref.nbytes or zlib.crc32(run) != ref.crc):
             raise StoreError(
                 f"The passage {key.id} of the store {self.uri} is damaged: its checksum is wrong. "
@@ -174,7 +173,7 @@ class LanceStore(PassageStore):
         self._table.refresh()
 
     def missing(self, keys: Iterable[PassageKey]) -> list[PassageKey]:
-        """The distinct keys under which nothing is stored, in order."""
+        """Return the distinct keys that are not stored, in order."""
         distinct = list(dict.fromkeys(keys))
         with self._lock:
             unknown = [key for key in distinct if key.id not in self._refs]
@@ -185,10 +184,8 @@ class LanceStore(PassageStore):
                 stored |= {row["key"] for row in self._table.look_up(left, ["key"])}
         return [key for key in unknown if key.id not in stored]
 
-    # -- writing ---------------------------------------------------------------------------------------------------
-
     def put_many(self, entries: Sequence[Entry]) -> None:
-        """Keeps entries that are not stored yet; when it returns they survive a kill (see `PassageStore.put_many`)."""
+        """Store entries whose key is new; when it returns they survive a kill (see `PassageStore.put_many`)."""
         if self.read_only:
             raise StoreError(f"The store {self.uri} is read-only: it was opened so, or its folder may not be written.")
         distinct: dict[PassageKey, Entry] = {}
@@ -204,15 +201,14 @@ class LanceStore(PassageStore):
                 raise ValueError(f"Retrieval vectors of one store have one size, got {sorted(sizes)}.")
             if sizes:
                 self._table.hold_vectors(*sizes)
-            rows = [row_of(distinct[key], *encoded[key]) | ({VECTOR: None} if sizes else {}) for key in new]
-            if sizes:
-                for row, key in zip(rows, new):
-                    row[VECTOR] = distinct[key].vector
+            rows = [
+                row_of(distinct[key], *encoded[key]) | ({VECTOR: distinct[key].vector} if sizes else {}) for key in new
+            ]
             self._place(rows, [encoded[key][1] for key in new])
             self._table.add(rows)
 
     def _place(self, rows: list[dict[str, Any]], runs: list[bytes]) -> None:
-        """Puts the slots where they belong, and says so in the rows."""
+        """Write the slots and enter their places in the rows."""
         if self._slabs is None:
             for row, run in zip(rows, runs):
                 row |= {"slab": None, "start": None, "data": run}
@@ -222,31 +218,29 @@ class LanceStore(PassageStore):
             slab, start = next(places) if run else (None, None)
             row |= {"slab": slab, "start": start, "data": None}
 
-    # -- all of it -------------------------------------------------------------------------------------------------
-
     def entries(self, maker: Maker | None = None) -> Iterator[Entry]:
-        """All entries (of one maker) that were there at the first."""
+        """Yield the entries (of one maker) as of the first item."""
         self._table.refresh()
         seen: set[str] = set()
         for rows in self._table.batches(self._columns(), of_maker(maker)):
             for row in rows:
-                if row["key"] not in seen:  # two writers may have stored one passage at the same moment
+                if row["key"] not in seen:  # two writers may have stored a passage at the same time
                     seen.add(row["key"])
                     yield self._entry(row)
 
     def search(
         self, vector: Sequence[float], k: int = 5, maker: Maker | None = None, *, metric: str = "l2"
     ) -> list[Hit]:
-        """The entries whose retrieval vectors are nearest: text to cite and slots to read, out of one table.
+        """Return the entries with the nearest retrieval vectors.
 
         Args:
             vector: the question's vector.
-            k: how many.
-            maker: only those that it made; give one where a text is stored for several.
+            k: number of entries.
+            maker: only its entries; needed if texts are stored for several makers.
             metric: ``"l2"``, ``"cosine"`` or ``"dot"``.
 
         Raises:
-            ValueError: if the store holds no vectors, or of another size.
+            ValueError: if the store has no vectors, or vectors of another size.
         """
         size = self._table.vector_size or (self._table.refresh() and self._table.vector_size)
         if size != len(vector):
@@ -266,7 +260,7 @@ class LanceStore(PassageStore):
 
     @property
     def stats(self) -> StoreStats:
-        """What the store holds, counted now; ``info`` has layout, encoding, versions, and bytes of the slabs."""
+        """Totals, counted now; ``info`` has layout, encoding, versions, vector size and bytes of the slabs."""
         self._table.refresh()
         makers = self._table.count_makers()
         info = {"layout": self.layout, "encoding": str(self.encoding), "versions": self._table.versions}
@@ -276,6 +270,6 @@ class LanceStore(PassageStore):
         return StoreStats(sum(made.passages for made in makers), sum(made.nbytes for made in makers), makers, info)
 
     def close(self) -> None:
-        """Lets go of the slabs; passages that were given out stay readable."""
+        """Close the slabs; passages already returned stay readable."""
         if self._slabs is not None:
             self._slabs.close()

@@ -1,4 +1,4 @@
-"""A store in memory: the default for scripts and notebooks."""
+"""In-memory store, for scripts and notebooks."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from ...compressors import CompressedPassage
-from .base import Entry, Maker, PassageKey, PassageStore, StoreStats, count_makers
+from .base import Entry, Maker, MakerStats, PassageKey, PassageStore, StoreStats
 
 GIBIBYTE = 2**30
 
 
 class MemoryStore(PassageStore):
-    """Compressed passages in memory, least recently used first out.
+    """Compressed passages in memory; evicts the least recently used.
 
     Args:
-        max_bytes: the most bytes of slots and texts that are kept; an entry that alone is larger is not kept.
-        keep_texts: keep the original texts too.
+        max_bytes: bound on the bytes of slots and texts; a larger entry is not kept.
+        keep_texts: keep the original texts.
 
     Raises:
         ValueError: if ``max_bytes`` is not positive.
@@ -36,7 +36,7 @@ class MemoryStore(PassageStore):
         self._lock = threading.Lock()
 
     def get_many(self, keys: Sequence[PassageKey]) -> list[CompressedPassage | None]:
-        """The passages under the keys, in order; they count as just used."""
+        """Return the passages under the keys, in order, and mark them as just used."""
         with self._lock:
             for key in keys:
                 if key in self._entries:
@@ -44,7 +44,7 @@ class MemoryStore(PassageStore):
             return [entry.passage if (entry := self._entries.get(key)) is not None else None for key in keys]
 
     def put_many(self, entries: Sequence[Entry]) -> None:
-        """Keeps entries, and lets the least recently used ones go where they would pass the bound."""
+        """Store entries and evict the least recently used ones beyond the bound."""
         checked = [entry.check() for entry in entries]
         with self._lock:
             for entry in checked:
@@ -59,30 +59,33 @@ class MemoryStore(PassageStore):
                 self._nbytes -= _size(oldest)
 
     def missing(self, keys: Iterable[PassageKey]) -> list[PassageKey]:
-        """The distinct keys under which nothing is stored, in order."""
+        """Return the distinct keys that are not stored, in order."""
         with self._lock:
             return [key for key in dict.fromkeys(keys) if key not in self._entries]
 
     def entries(self, maker: Maker | None = None) -> Iterator[Entry]:
-        """All entries (of one maker) that are there now."""
+        """Return the entries (of one maker) as of now."""
         with self._lock:
             found = list(self._entries.values())
         return (entry for entry in found if maker is None or entry.key.maker == maker)
 
     @property
     def stats(self) -> StoreStats:
-        """What is kept now; ``nbytes`` counts slots alone."""
+        """Totals as of now; ``nbytes`` counts slots only."""
         with self._lock:
             entries = list(self._entries.values())
-        makers = count_makers(
-            (e.key.maker, e.passage.interface, e.passage.slots, e.passage.source_tokens, e.passage.nbytes)
-            for e in entries
-        )
-        return StoreStats(len(entries), sum(made.nbytes for made in makers), makers, {"max_bytes": self.max_bytes})
+        sums: dict[tuple[Maker, str], list[int]] = {}
+        for entry in entries:
+            passage = entry.passage
+            one = (1, passage.slots, passage.source_tokens, passage.nbytes)
+            kind = (entry.key.maker, passage.interface)
+            sums[kind] = [a + b for a, b in zip(sums.get(kind, (0, 0, 0, 0)), one)]
+        makers = sorted((MakerStats(*kind, *total) for kind, total in sums.items()), key=lambda made: -made.passages)
+        return StoreStats(len(entries), sum(m.nbytes for m in makers), tuple(makers), {"max_bytes": self.max_bytes})
 
 
 def _own(passage: CompressedPassage) -> CompressedPassage:
-    """On the CPU, in memory of its own: a view would keep the whole batch that it was cut from."""
+    """Copy to the CPU: a view would keep the whole batch it was cut from in memory."""
     return passage.detach()._map(lambda tensor: tensor.cpu().clone())
 
 

@@ -1,4 +1,4 @@
-"""Slots in 8 or 4 bits: symmetric linear quantisation, one float16 scale for each group of dimensions.
+"""Symmetric linear quantisation to 8 or 4 bits, with one float16 scale per group of dimensions.
 
 A group is ``group`` neighbouring numbers of the last axis (the last group may be shorter). With ``q = 127`` levels each way
 for 8 bits and 7 for 4, a group whose largest number has magnitude ``a`` gets the smallest float16 scale ``s >= a / q``, and
@@ -32,12 +32,7 @@ class Quantised(NamedTuple):
 
 
 def quantise(tensor: Tensor, kind: Quantisation, group: int) -> Quantised:
-    """Quantises the last axis of a floating tensor.
-
-    Args:
-        tensor: ``[..., d]``, finite.
-        kind: ``"int8"`` or ``"int4"``.
-        group: numbers that share a scale.
+    """Quantise the last axis of a finite tensor ``[..., d]``; ``group`` numbers share a scale.
 
     Raises:
         ValueError: if a number is too large for a float16 scale, NaN or infinite.
@@ -61,23 +56,23 @@ def quantise(tensor: Tensor, kind: Quantisation, group: int) -> Quantised:
 def dequantise(
     quantised: Quantised, kind: Quantisation, group: int, width: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The numbers back, ``[..., width]``; ``kind``, ``group`` and ``width`` are those of `quantise`."""
+    """Restore the numbers, ``[..., width]``; ``kind``, ``group`` and ``width`` as in `quantise`."""
     numbers, scales = quantised
     if kind == "int4":
         numbers = _unpack(numbers, group)
-    # bfloat16 holds no float16 scale exactly; the others multiply in one pass, in float32 inside.
+    # bfloat16 cannot hold a float16 scale exactly
     exact = torch.float32 if dtype == torch.bfloat16 else dtype
     wide = (numbers * scales.to(exact)[..., None]).flatten(-2)
     return wide[..., :width].contiguous().to(dtype)
 
 
 def groups(width: int, group: int) -> int:
-    """How many groups a row of ``width`` numbers has."""
+    """Number of groups in a row of ``width`` numbers."""
     return -(-width // group)
 
 
 def _round_up(scales: Tensor) -> Tensor:
-    """The smallest float16 numbers that are not below: a scale rounded down would clip the group's largest number."""
+    """Round up to float16: a scale rounded down would clip the group's largest number."""
     half = scales.to(torch.float16)
     up = torch.from_numpy(np.nextafter(half.numpy(), np.float16(np.inf)))
     return torch.where(half.to(torch.float32) < scales, up, half)

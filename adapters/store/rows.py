@@ -1,4 +1,4 @@
-"""Rows of a store's table: entries on their way in and out."""
+"""Conversion between entries and rows of a store's table."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 from .base import Entry, PassageKey
 
 PLACE = ("header", "slab", "start", "nbytes", "crc")
-_TEXT = "nutgraf:text"  # the place in ``about`` of a text that Arrow cannot hold
+_TEXT = "nutgraf:text"  # key in ``about`` for a text that Arrow cannot hold
 
 
 @dataclass
 class Place:
-    """Where a passage's slots stand. ``known_good``: its checksum was seen to be right."""
+    """Place of a passage's slots. ``known_good``: its checksum was verified."""
 
     header: dict[str, Any]
     slab: str | None
@@ -27,17 +27,17 @@ class Place:
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Place:
-        """The place that a row with the columns `PLACE` names."""
+        """Read the place from a row with the columns `PLACE`."""
         return cls(json.loads(row["header"]), row["slab"], row["start"] or 0, row["nbytes"], row["crc"])
 
 
 def row_of(entry: Entry, header: str, data: bytes) -> dict[str, Any]:
-    """An entry's row but for where its slots stand and for its retrieval vector."""
+    """Return an entry's row without the place of its slots and its retrieval vector."""
     key, passage = entry.key, entry.passage
     about = dict(entry.about or {})
     text = entry.text
     if text is not None and not _is_utf8(text):
-        about[_TEXT], text = text, None  # JSON, unlike Arrow, can hold the lone surrogates of a badly decoded text
+        about[_TEXT], text = text, None  # JSON can hold lone surrogates, Arrow cannot
     return {
         "key": key.id,
         "text_hash": key.text,
@@ -57,12 +57,12 @@ def row_of(entry: Entry, header: str, data: bytes) -> dict[str, Any]:
 
 
 def key_of(row: Mapping[str, Any]) -> PassageKey:
-    """The key of a row."""
+    """Return the key of a row."""
     return PassageKey(row["text_hash"], row["compressor"], row["reader"], row["ratio"], row["query_hash"])
 
 
 def text_and_about(row: Mapping[str, Any]) -> tuple[str | None, dict[str, Any] | None]:
-    """A row's original text and the caller's own facts."""
+    """Return a row's original text and the caller's facts."""
     about = json.loads(row["about"]) if row["about"] else {}
     text = about.pop(_TEXT, row["text"])
     return text, about or None

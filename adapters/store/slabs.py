@@ -1,8 +1,7 @@
 """Slabs: append-only files of raw bytes, read through memory maps.
 
-Every writer appends to slabs of its own, which it holds a lock on; what it wrote is on disk before `append` returns. Where
-a record stands is kept elsewhere (in the store's table): bytes that nobody points at are left of a writer that was killed,
-and compaction removes them.
+Every writer appends to its own locked slabs; bytes are on disk before `append` returns. The store's table records the place
+of each passage. Bytes without a row are left over from killed writers; compaction removes them.
 """
 
 from __future__ import annotations
@@ -21,23 +20,23 @@ from .base import StoreError
 from .codec import ALIGNMENT
 
 MAGIC = b"nutgraf slab 1\n".ljust(ALIGNMENT, b"\0")
-MAX_BYTES = 2**30  # a slab that has grown so large is left, and a new one begun
+MAX_BYTES = 2**30  # a larger slab is closed and a new one begun
 
 
 @dataclass
 class _Open:
-    """A slab that is read: its descriptor (which outlives the file's name) and a map of it."""
+    """Descriptor (valid even if the file is deleted) and memory map of a slab."""
 
     handle: int
     map: mmap.mmap
 
 
 class Slabs:
-    """The slabs in a folder. Safe to share by threads and by processes, forked ones too.
+    """The slabs in a folder. Safe to share between threads and processes, including forks.
 
     Args:
-        folder: where they are; made when something is written.
-        max_bytes: the size at which a new slab is begun.
+        folder: made at the first write.
+        max_bytes: size at which a new slab is begun.
     """
 
     def __init__(self, folder: Path, max_bytes: int = MAX_BYTES) -> None:
@@ -47,13 +46,11 @@ class Slabs:
         self._open: dict[str, _Open] = {}
         self._writer: tuple[str, int, int] | None = None  # name, descriptor, process
 
-    # -- writing ---------------------------------------------------------------------------------------------------
-
     def append(self, records: Sequence[bytes]) -> list[tuple[str, int]]:
-        """Writes records; each one's slab and offset. They are on disk when it returns.
+        """Write records to disk and return the slab and offset of each.
 
         Raises:
-            StoreError: if the disk is full or cannot be written; then nothing of them stays.
+            StoreError: if the disk is full or cannot be written; then nothing is kept.
         """
         with self._lock:
             try:
@@ -76,7 +73,7 @@ class Slabs:
             return places
 
     def roll(self) -> None:
-        """Leaves the slab that is being written; the next record begins a new one."""
+        """Close the current slab; the next record begins a new one."""
         with self._lock:
             writer, self._writer = self._writer, None
             if writer is not None:
@@ -87,37 +84,35 @@ class Slabs:
             name, handle, process = self._writer
             if process == os.getpid() and os.fstat(handle).st_size < self.max_bytes:
                 return name, handle
-            self.roll()  # full, or a parent's, which goes on with it
+            self.roll()  # full, or the parent process still writes to it
         self.folder.mkdir(parents=True, exist_ok=True)
         while True:
             name = f"{secrets.token_hex(8)}.slab"
             handle = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(handle).st_nlink:  # else a compaction took it for garbage before it was locked
+                if os.fstat(handle).st_nlink:  # else a compaction removed it before it was locked
                     _write_all(handle, MAGIC)
                     _sync_folder(self.folder)
                     self._writer = (name, handle, os.getpid())
                     return name, handle
             except BlockingIOError:
-                pass  # the same, in its hands at this moment
+                pass  # a compaction is checking it right now
             except OSError:
                 os.close(handle)
                 (self.folder / name).unlink(missing_ok=True)
                 raise
             os.close(handle)
 
-    # -- reading ---------------------------------------------------------------------------------------------------
-
     def read(self, name: str, start: int, length: int) -> memoryview:
-        """A record's bytes, as a view of the mapped file: private, so that writing into it changes no file.
+        """Return a record as a view of the privately mapped file; writing into it changes no file.
 
         Raises:
             StoreError: if the slab is missing (`FileNotFoundError` is its cause) or too short.
         """
         with self._lock:
             found = self._open.get(name) or self._map(name)
-            # Asked at every read: touching a map beyond the end of a file that was cut kills the process.
+            # Checked at every read: touching a map beyond the end of a truncated file kills the process.
             size = os.fstat(found.handle).st_size
             if start + length > size:
                 raise StoreError(
@@ -145,20 +140,18 @@ class Slabs:
             raise StoreError(
                 f"{path} cannot be read as a slab of compressed passages: {error}. Run `nutgraf store verify DIR`."
             ) from error
-        self._open[name] = _Open(handle, mapped)  # views of a map before it keep that one alive
+        self._open[name] = _Open(handle, mapped)  # views keep an earlier map alive
         return self._open[name]
 
-    # -- upkeep ----------------------------------------------------------------------------------------------------
-
     def sizes(self) -> dict[str, int]:
-        """Bytes of each slab."""
+        """Size of each slab in bytes."""
         if not self.folder.is_dir():
             return {}
         return {path.name: path.stat().st_size for path in sorted(self.folder.glob("*.slab"))}
 
     @contextlib.contextmanager
     def idle(self) -> Iterator[set[str]]:
-        """The slabs that no writer holds, kept from being written meanwhile."""
+        """Lock the slabs that no writer holds and give their names."""
         self.roll()
         handles: dict[str, int] = {}
         try:
@@ -168,18 +161,18 @@ class Slabs:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     handles[name] = handle
                 except OSError:
-                    os.close(handle)  # a living writer's
+                    os.close(handle)  # in use by a writer
             yield set(handles)
         finally:
             for handle in handles.values():
                 os.close(handle)
 
     def remove(self, name: str) -> None:
-        """Deletes a slab; those who have it open can read on."""
+        """Delete a slab; open readers are not affected."""
         (self.folder / name).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Lets go of all files; views that were given out stay readable."""
+        """Close all files; views already returned stay readable."""
         with self._lock:
             self.roll()
             for found in self._open.values():
@@ -194,7 +187,7 @@ def _write_all(handle: int, data: bytes | bytearray) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a new file's name last, where folders can be synced."""
+    """Make a new file's name durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -204,4 +197,6 @@ def _sync_folder(folder: Path) -> None:
 
 def _cannot_write(folder: Path, error: OSError) -> str:
     why = error.strerror or error
-    return f"{folder} cannot be written: {why}. Nothing was stored; free space or mend its permissions, and go on."
+    return (
+        f"{folder} cannot be written: {why}. Nothing was stored; free space or fix its permissions, and run it again."
+    )

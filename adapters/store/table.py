@@ -1,4 +1,4 @@
-"""The LanceDB table of a store: one row a passage. Errors of lancedb become `StoreError`s that say what to do."""
+"""The LanceDB table of a store, one row per passage. Errors of lancedb become `StoreError`s that say what to do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .base import Maker, MakerStats, StoreError
+from .base import Maker, MakerStats, StoreError, batched
 
 try:
     import lancedb
@@ -28,9 +28,9 @@ T = TypeVar("T")
 NAME = "passages"
 FORMAT = 1
 VECTOR = "vector"
-_SETTINGS = b"nutgraf"  # the schema's metadata entry that holds the store's settings
-_LOOKED_UP = 1000  # keys of one query
-_ATTEMPTS = 8  # of a commit that other writers get in the way of
+_SETTINGS = b"nutgraf"  # metadata entry of the schema with the store's settings
+_LOOKED_UP = 1000  # keys per query
+_ATTEMPTS = 8  # of a commit that conflicts with other writers
 
 FIELDS = [
     pa.field("key", pa.string(), nullable=False),
@@ -54,16 +54,16 @@ FIELDS = [
 
 
 class PassageTable:
-    """The table, opened, or made with the settings given.
+    """An opened or new table.
 
     Args:
         uri: a folder, or anything that ``lancedb.connect`` takes.
-        settings: JSON-able settings of a new table; those of an existing one are `settings`.
-        create: make it if there is none.
+        settings: JSON-able settings of a new table; an existing one keeps its own, in the attribute ``settings``.
+        create: make the table if it does not exist.
         options: ``storage_options`` of object storage.
 
     Raises:
-        StoreError: if there is none, it cannot be read, or was written by a newer version.
+        StoreError: if there is no table, it cannot be read, or a newer version wrote it.
     """
 
     def __init__(
@@ -105,37 +105,35 @@ class PassageTable:
             )
         return dict(found)
 
-    # -- reading ---------------------------------------------------------------------------------------------------
-
     @property
     def vector_size(self) -> int | None:
-        """Dimensions of the retrieval vectors; ``None``: it holds none."""
+        """Dimensions of the retrieval vectors; ``None``: there are none."""
         schema = self._table.schema
         return schema.field(VECTOR).type.list_size if VECTOR in schema.names else None
 
     def look_up(self, keys: Sequence[str], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """The rows under the keys, as far as this handle sees (see `refresh`)."""
-        for start in range(0, len(keys), _LOOKED_UP):
-            listed = ", ".join(map(quoted, keys[start : start + _LOOKED_UP]))
+        """Yield the rows under the keys, as of the last `refresh`."""
+        for some in batched(keys, _LOOKED_UP):
+            listed = ", ".join(map(quoted, some))
             scan = functools.partial(self._scan, columns, f"key IN ({listed})")
             found = self._read(lambda scan=scan: scan().to_arrow())  # type: ignore[misc]
             yield from found.to_pylist()
 
     def column_table(self, columns: Sequence[str], where: str | None = None) -> pa.Table:
-        """Columns of all rows; ``_rowid`` is one of them if asked for."""
+        """Read columns of all rows; ``_rowid`` may be one of them."""
         return self._read(lambda: self._scan(columns, where).to_arrow())
 
     def batches(
         self, columns: Sequence[str], where: str | None = None, size: int = 256
     ) -> Iterator[list[dict[str, Any]]]:
-        """All rows, ``size`` at a time; the rows there were at the first."""
+        """Yield all rows, ``size`` at a time, as of the first batch."""
         with self._errors("read"):
             self._table.checkout_latest()
             for batch in self._scan(columns, where).to_batches(size):
                 yield batch.to_pylist()
 
     def nearest(self, vector: Sequence[float], k: int, columns: Sequence[str], where: str | None, metric: str) -> Any:
-        """The rows whose retrieval vectors are nearest, with their ``_distance``, nearest first."""
+        """Return the rows with the nearest retrieval vectors and their ``_distance``, nearest first."""
         self.refresh()
         with self._errors("searched"):
             query = self._table.search(list(vector), vector_column_name=VECTOR).distance_type(metric)
@@ -143,7 +141,7 @@ class PassageTable:
             return query.limit(k).select([*columns, "_distance"]).to_arrow().to_pylist()
 
     def count_makers(self) -> tuple[MakerStats, ...]:
-        """What there is of each maker, the largest first."""
+        """Totals per maker, the largest first."""
         by = ["compressor", "reader", "ratio", "interface"]
         rows = self.column_table(["key", *by, "slots", "source_tokens", "nbytes"])
         if pc.count_distinct(rows["key"]).as_py() < len(rows):  # two writers stored a passage at the same moment
@@ -166,7 +164,7 @@ class PassageTable:
         return tuple(sorted(made, key=lambda one: -one.passages))
 
     def refresh(self) -> bool:
-        """Sees what others have written; whether there was anything new."""
+        """Load what other processes have written; return whether there was anything new."""
         with self._errors("read"):
             before = self._table.version
             self._table.checkout_latest()
@@ -185,26 +183,24 @@ class PassageTable:
         with self._errors("read"):
             return read()
 
-    # -- writing ---------------------------------------------------------------------------------------------------
-
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Appends rows in one commit."""
+        """Append rows in one commit."""
         fields = [field for field in self._table.schema if field.name in rows[0]]
         data = pa.Table.from_pylist(list(rows), schema=pa.schema(fields))
         self._write(lambda: self._table.add(data))
 
     def replace(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-        """Overwrites columns of rows, found by ``key``, in one commit."""
+        """Overwrite columns of rows, matched by ``key``, in one commit."""
         fields = [field for field in FIELDS if field.name in ("key", *columns)]
         data = pa.Table.from_pylist(list(rows), schema=pa.schema(fields))
         self._write(lambda: self._table.merge_insert("key").when_matched_update_all().execute(data))
 
     def delete(self, where: str) -> None:
-        """Deletes rows in one commit."""
+        """Delete rows in one commit."""
         self._write(lambda: self._table.delete(where))
 
     def hold_vectors(self, size: int) -> None:
-        """Makes room for retrieval vectors.
+        """Add the column of retrieval vectors.
 
         Raises:
             ValueError: if the table holds vectors of another size.
@@ -224,7 +220,7 @@ class PassageTable:
             )
 
     def optimize(self, keep: timedelta) -> None:
-        """Joins small files, brings the index of keys up to date, and forgets versions older than ``keep``."""
+        """Join small files, update the index of keys, and delete versions older than ``keep``."""
         with self._errors("compacted"):
             if self._table.count_rows() and not self._table.list_indices():
                 self._table.create_index("key", config=BTree())
@@ -255,18 +251,18 @@ class PassageTable:
 
     @property
     def versions(self) -> int:
-        """How many versions of the table there are."""
+        """Number of versions of the table."""
         with self._errors("read"):
             return len(self._table.list_versions())
 
 
 def quoted(text: str) -> str:
-    """A string in a SQL filter."""
+    """Quote a string for a SQL filter."""
     return "'" + text.replace("'", "''") + "'"
 
 
 def of_maker(maker: Maker | None) -> str | None:
-    """The SQL filter for one maker's rows."""
+    """SQL filter for one maker's rows."""
     if maker is None:
         return None
     reader = "reader IS NULL" if maker.reader is None else f"reader = {quoted(maker.reader)}"
@@ -283,7 +279,7 @@ def _exists(db: Any) -> bool:
 
 
 def _short(error: BaseException) -> str:
-    """The error without the places in Lance's own source; of an answer of object storage, its code and message."""
+    """The error without places in Lance's source; for object storage, code and message of its answer."""
     text = str(error).split(", /rustc/")[0].split(", /root/")[0].strip().rstrip(".")
     said = [found[1] for tag in ("Code", "Message") if (found := re.search(f"<{tag}>([^<]+)</{tag}>", text))]
     text = ": ".join(said).rstrip(".") or text
@@ -296,13 +292,12 @@ def _advice(what: str, remote: bool) -> str:
         "AWS_DEFAULT_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment)?"
     )
     if what == "written":
-        mend = "free space or mend permissions, and go on."
-        return f" What was not acknowledged was not stored; {mend}"
-    damaged = " A file of it may be missing or damaged: `nutgraf store verify DIR` tells."
+        return " Passages not acknowledged were not stored; free space or fix permissions, and run it again."
+    damaged = " A file of it may be missing or damaged: run `nutgraf store verify DIR`."
     return where + damaged if remote and what == "read" else where if remote else damaged
 
 
 def writable(uri: str) -> bool:
-    """Whether a local store's folder may be written; other stores are taken to be."""
+    """Whether a local store's folder may be written; remote stores are assumed writable."""
     folder = Path(uri)
     return "://" in uri or not folder.exists() or os.access(folder, os.W_OK)

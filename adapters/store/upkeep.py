@@ -1,4 +1,4 @@
-"""Upkeep of a `LanceStore`: verify it, compact it, copy it in another encoding, compress it anew."""
+"""Upkeep of a `LanceStore`: verify, compact, copy in another encoding, recompress."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...compressors import Compressor
-from .base import Entry, Maker, PassageStore, StoreError, sha256
+from .base import Maker, PassageStore, StoreError, batched, sha256
 from .fill import Filled, fill
 from .lance import LanceStore
 from .rows import key_of
@@ -19,8 +19,8 @@ from .table import of_maker, quoted
 
 _BATCH_BYTES = 2**26  # of slots copied at a time
 _BATCH = 256
-_WORTH = 0.75  # a slab of which less than this is used is rewritten
-_SMALL = 16  # slabs below a 16th of the largest size are joined
+_WORTH = 0.75  # a slab with a smaller used share is rewritten
+_SMALL = 16  # slabs below 1/16 of the largest size are joined
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Compacted:
-    """What `compact` did: bytes of the slabs before and after, and rows that were stored twice."""
+    """Result of `compact`: bytes of the slabs before and after, and duplicate rows removed."""
 
     before: int
     after: int
@@ -41,15 +41,15 @@ class Compacted:
 
 
 def verify(store: LanceStore, *, drop: bool = False, done: Callable[[int], None] | None = None) -> list[Problem]:
-    """Reads every passage and compares it with its checksum, its key and its text.
+    """Read every passage and compare it with its checksum, key and text.
 
     Args:
         store: the store.
-        drop: delete the damaged ones, so that they can be compressed again.
-        done: is told the number of passages looked at, batch by batch.
+        drop: delete damaged passages, so that they can be compressed again.
+        done: called with the number of passages checked, after each batch.
 
     Raises:
-        StoreError: if the table itself cannot be read, or ``drop`` is asked of a store that is read-only.
+        StoreError: if the table cannot be read, or with ``drop``, if the store is read-only.
     """
     problems = []
     for rows in store._table.batches(["key", *store._columns()[1:]]):
@@ -58,9 +58,8 @@ def verify(store: LanceStore, *, drop: bool = False, done: Callable[[int], None]
             done(len(rows))
     if drop and problems:
         _refuse_read_only(store)
-        keys = [problem.key for problem in problems]
-        for start in range(0, len(keys), _BATCH):
-            store._table.delete(f"key IN ({', '.join(map(quoted, keys[start : start + _BATCH]))})")
+        for some in batched(problems, _BATCH):
+            store._table.delete(f"key IN ({', '.join(quoted(problem.key) for problem in some)})")
         store._forget()
     return problems
 
@@ -80,16 +79,16 @@ def _wrong_with(store: LanceStore, row: dict[str, Any]) -> str | None:
 
 
 def compact(store: LanceStore, keep_hours: float = 24.0) -> Compacted:
-    """Removes rows that are there twice and slots that nobody points at, joins small files, brings the index up to date.
+    """Remove duplicate rows and unreferenced slots, join small files, update the index.
 
-    Others may read and write meanwhile; the slabs of living writers are left alone.
+    Other processes may read and write meanwhile; slabs of active writers are not touched.
 
     Args:
         store: the store.
-        keep_hours: versions of the table younger than this stay, for readers that hold on to them.
+        keep_hours: versions of the table younger than this stay, for readers that use them.
 
     Raises:
-        StoreError: if the store cannot be written, is damaged, or is being compacted by somebody else.
+        StoreError: if the store cannot be written, is damaged, or another process is compacting it.
     """
     _refuse_read_only(store)
     with store._writing, _alone(store):
@@ -111,9 +110,9 @@ def _drop_duplicates(store: LanceStore) -> int:
         if row["key"] in seen:
             twice.append(row)
         seen.add(row["key"])
-    for start in range(0, len(twice), _BATCH):
-        # The key stands beside the row's number, as numbers change when somebody else rewrites the table meanwhile.
-        some = (f"(_rowid = {r['_rowid']} AND key = {quoted(r['key'])})" for r in twice[start : start + _BATCH])
+    for rows in batched(twice, _BATCH):
+        # With the key, because row numbers change when another process rewrites the table.
+        some = (f"(_rowid = {r['_rowid']} AND key = {quoted(r['key'])})" for r in rows)
         store._table.delete(" OR ".join(some))
     return len(twice)
 
@@ -121,7 +120,7 @@ def _drop_duplicates(store: LanceStore) -> int:
 def _rewrite_slabs(store: LanceStore) -> None:
     slabs = store._slabs
     with slabs.idle() as idle:
-        store._table.refresh()  # after the locks: what their last writers committed is seen
+        store._table.refresh()  # after locking, to see the last commits of their writers
         rows = store._table.column_table(["key", "slab", "start", "nbytes"], "slab IS NOT NULL").to_pylist()
         used: dict[str, int] = {}
         for row in rows:
@@ -130,7 +129,8 @@ def _rewrite_slabs(store: LanceStore) -> None:
         move = {name for name, size in sizes.items() if name in used and used[name] < _WORTH * size}
         small = {name for name, size in sizes.items() if name in used and size < slabs.max_bytes // _SMALL}
         move |= small if len(small) > 1 else set()
-        for batch in _by_bytes(row for row in rows if row["slab"] in move):
+        moving = (row for row in rows if row["slab"] in move)
+        for batch in batched(moving, _BATCH_BYTES, lambda row: row["nbytes"]):
             places = slabs.append([slabs.read(row["slab"], row["start"], row["nbytes"]) for row in batch])
             moved = [{"key": row["key"], "slab": slab, "start": start} for row, (slab, start) in zip(batch, places)]
             store._table.replace(moved, ["slab", "start"])
@@ -138,19 +138,6 @@ def _rewrite_slabs(store: LanceStore) -> None:
             if name in move or name not in used:
                 slabs.remove(name)
         slabs.roll()
-
-
-def _by_bytes(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    batch: list[dict[str, Any]] = []
-    size = 0
-    for row in rows:
-        batch.append(row)
-        size += row["nbytes"]
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 @contextlib.contextmanager
@@ -178,9 +165,9 @@ def _alone(store: LanceStore) -> Iterator[None]:
 
 
 def copy(source: PassageStore, target: PassageStore, done: Callable[[int], None] | None = None) -> int:
-    """Puts all entries of a store into another, in that one's encoding; how many there were. It can be run again."""
+    """Copy all entries into another store, in its encoding; return their number. Can be repeated."""
     total = 0
-    for batch in _batches(source.entries()):
+    for batch in batched(source.entries(), _BATCH):
         target.put_many(batch)
         total += len(batch)
         if done is not None:
@@ -196,18 +183,16 @@ def recompress(
     batch_size: int | None = None,
     done: Callable[[int], None] | None = None,
 ) -> Filled:
-    """Compresses the texts of a store with another compressor (or for another reader) beside what is there.
+    """Compress the texts of a store with another compressor, or for another reader, and add the results.
 
-    Entries whose text was not kept, or that were made for a question, are passed over.
+    Entries without a text, or made for a question, are skipped.
     """
     total = Filled()
     seen: set[str] = set()
-    for batch in _batches(store.entries()):
-        texts: list[Entry] = []
-        for entry in batch:
-            if entry.text is not None and entry.key.query is None and entry.key.text not in seen:
-                seen.add(entry.key.text)
-                texts.append(entry)
+    for batch in batched(store.entries(), _BATCH):
+        fresh = {entry.key.text: entry for entry in batch if entry.text is not None and entry.key.query is None}
+        texts = [entry for text, entry in fresh.items() if text not in seen]
+        seen |= fresh.keys()
         total += fill(
             store,
             compressor,
@@ -222,21 +207,10 @@ def recompress(
 
 
 def drop(store: LanceStore, maker: Maker) -> None:
-    """Deletes all passages of one maker; `compact` then frees their bytes."""
+    """Delete all passages of one maker; `compact` then frees their bytes."""
     _refuse_read_only(store)
     store._table.delete(of_maker(maker) or "false")
     store._forget()
-
-
-def _batches(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
-    batch: list[Entry] = []
-    for entry in entries:
-        batch.append(entry)
-        if len(batch) == _BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _refuse_read_only(store: LanceStore) -> None:

@@ -434,7 +434,7 @@ def test_text_fallback(engine, reader, passage):
     assert "".join(remote.stream(prompt, 8, texts=[PASSAGE])) == as_text[0]
     with pytest.raises(ValueError, match="pass texts"):
         remote.generate([prompt], 8)
-    with pytest.raises(ValueError, match="one text a compressed passage"):
+    with pytest.raises(ValueError, match="one text per compressed passage"):
         remote.generate([prompt], 8, texts=[[PASSAGE, PASSAGE]])
 
 

@@ -13,7 +13,8 @@ import torch
 from nutgraf import Reader, load_compressor, make_compressor
 from nutgraf.adapters.store import LanceStore, MemoryStore, keys_for
 from nutgraf.adapters.store import corpus as corpus_module
-from nutgraf.adapters.store.corpus import batches, compress_corpus, read_corpus
+from nutgraf.adapters.store.base import batched
+from nutgraf.adapters.store.corpus import compress_corpus, read_corpus
 from nutgraf.cli import app
 from typer.testing import CliRunner
 
@@ -69,7 +70,7 @@ def test_files_and_folders_packed_or_not(tmp_path):
     assert found[2].about["file"] == "b/c.md"
     assert found[3].about == {"file": "d.jsonl.xz", "line": 1, "page": 4}
     assert found[4].about == {"file": "d.jsonl.xz", "line": 3, "title": "x"}
-    assert [len(some) for some in batches(iter(found), 3)] == [3, 3, 1]
+    assert [len(some) for some in batched(iter(found), 3)] == [3, 3, 1]
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_refused_writes_leave_the_store_as_it_was(s3):
     store = opened(s3)
     store.put_many([entry(0)])
     s3.refuse.update({"PUT", "POST"})
-    with pytest.raises(StoreError, match=r"cannot be written: .*What was not acknowledged was not stored"):
+    with pytest.raises(StoreError, match=r"cannot be written: .*Passages not acknowledged were not stored"):
         store.put_many([entry(1)])
     with pytest.raises(StoreError, match="cannot be opened"):
         LanceStore(s3.uri + "-new", storage_options=s3.options)
