@@ -83,7 +83,7 @@ class MemoryStore(PassageStore):
 
 def _own(passage: CompressedPassage) -> CompressedPassage:
     """On the CPU, in memory of its own: a view would keep the whole batch that it was cut from."""
-    return passage.detach()._map(lambda tensor: tensor.cpu().clone())
+    return passage.detach().map(lambda tensor: tensor.cpu().clone())
 
 
 def _size(entry: Entry) -> int:
