@@ -14,6 +14,7 @@ from .fidelity.gate import FidelityGate
 from .fidelity.probes import FidelityConfig
 from .kv import five_hundred as kv_memory
 from .kv import gist
+from .kv import match as kv_match
 from .loading import load_compressor
 from .reader.reader import Reader, Targets
 from .registry import COMPRESSORS, make_compressor, register_compressor
@@ -37,6 +38,7 @@ __all__ = [
     "full_text",
     "gist",
     "icae",
+    "kv_match",
     "kv_memory",
     "llmlingua",
     "llmlingua2",

@@ -40,6 +40,7 @@ class Compressor(nn.Module, ABC):
 
     config_class: ClassVar[type[CompressorConfig]]
     interface: ClassVar[Interface]
+    training_free: ClassVar[bool] = False  # made by its method's name, from the reader alone
     query_aware: bool = False  # adapters and benchmarks pass the question if true
     base_reader: Reader
     reader: Reader

@@ -245,5 +245,6 @@ def position_arguments(decoder: nn.Module, positions: Tensor) -> dict[str, Tenso
 def _close(a: Tensor, b: Tensor, quantised: bool) -> bool:
     if quantised:  # int8 activations round differently at each position; a position mixed in changes far more
         return float((a - b).float().norm()) <= 0.2 * float(a.float().norm())
-    tolerance = {torch.float32: 1e-4, torch.float64: 1e-6}.get(a.dtype, 3e-2)
+    # Rounding grows over the layers: to 3e-4 of the largest value in 30 of them. A position that is mixed in changes far more.
+    tolerance = {torch.float32: 2e-3, torch.float64: 1e-6}.get(a.dtype, 3e-2)
     return bool(torch.allclose(a.float(), b.float(), atol=tolerance * max(1.0, float(a.abs().max())), rtol=0))
