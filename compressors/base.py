@@ -111,6 +111,12 @@ class Compressor(nn.Module, ABC):
                 )
         return [passage.detach().check() for passage in out]
 
+    def compress_at(
+        self, texts: Sequence[str], ratios: Sequence[float | None], query: Query = None, **options: Any
+    ) -> list[list[CompressedPassage]]:
+        """Compresses passages at several ratios; one list per ratio. Arguments otherwise as for `compress`."""
+        return [self.compress(texts, query, ratio, **options) for ratio in ratios]
+
     @abstractmethod
     def _compress(
         self, texts: list[str], queries: list[str | None], ratio: float | None, *, vectors: Any, **options: Any

@@ -8,14 +8,14 @@ what it gave over all of them (Attention Matching, arXiv 2602.16284). Other scor
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..base import Compressor
+from ..base import Compressor, Query
 from ..core.batching import pack, pass_positions
 from ..core.config import CompressorConfig, check_choices, check_counts, check_ratio
 from ..core.passage import CompressedPassage, Interface
@@ -92,10 +92,43 @@ class KVMatchCompressor(Compressor):
             raise ValueError(f"kv-match needs layers of one shape, and {reader.name!r} has {sorted(shapes)}.")
         self.shape = shapes.pop()
         self.batch_positions = 4096
+        self._evidence: dict[str, Evidence] | None = None  # what `compress_at` has read
 
     def identity_parts(self) -> list[Any]:
         """The pairs are the reader's."""
         return [self.base_reader.fingerprint]
+
+    def compress_at(
+        self,
+        texts: Sequence[str],
+        ratios: Sequence[float | None],
+        query: Query = None,
+        *,
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> list[list[CompressedPassage]]:
+        """Compresses passages at several ratios, reading each of them once."""
+        queries = self._check_query(query, len(texts))
+        step = min(batch_size or 8, 8)  # what is read is kept for so few passages only: it takes some 100 MB each
+        out: list[list[CompressedPassage]] = [[] for _ in ratios]
+        with self._lock:
+            try:
+                for start in range(0, len(texts), step):
+                    part = slice(start, start + step)
+                    self._evidence = {}
+                    for found, ratio in zip(out, ratios):
+                        found += self.compress(texts[part], queries[part], ratio, **options)
+            finally:
+                self._evidence = None
+        return out
+
+    def _read(self, ids: list[list[int]], probes: list[list[list[int]]]) -> Evidence:
+        if self._evidence is None:
+            return read(self.base_reader, ids, probes)
+        key = str((ids, probes))
+        if key not in self._evidence:
+            self._evidence[key] = read(self.base_reader, ids, probes)
+        return self._evidence[key]
 
     def _compress(
         self, texts: list[str], queries: list[str | None], ratio: float | None, *, vectors: Any, **options: Any
@@ -117,7 +150,7 @@ class KVMatchCompressor(Compressor):
         full = [i for i, passage in enumerate(ids) if passage]
         for batch in pack([sizes[i] for i in full], self.batch_positions, pass_positions(reader.device)):
             which = [full[i] for i in batch]
-            evidence = read(reader, [ids[i] for i in which], [probes[i] for i in which])
+            evidence = self._read([ids[i] for i in which], [probes[i] for i in which])
             for i, pairs in zip(which, self._match(evidence, asked)):
                 out[i] = self._package(pairs, len(ids[i]), asked)
         return [out[i] for i in range(len(texts))]

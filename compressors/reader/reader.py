@@ -469,7 +469,9 @@ class Reader:
         if door is not None or any(plan.placeless for plan in plans):
             inputs["position_ids"] = layout.positions
         if door is not None:
-            inputs["past_key_values"] = DynamicCache()  # made from the config, a sliding layer would keep its window only
+            inputs["past_key_values"] = (
+                DynamicCache()
+            )  # made from the config, a sliding layer would keep its window only
         return inputs, door
 
     def _kv_generation_inputs(self, plans: list[PromptPlan], config: GenerationConfig) -> dict[str, Any]:

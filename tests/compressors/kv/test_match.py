@@ -268,3 +268,12 @@ def test_what_it_cannot_do_is_refused_with_a_sentence(zoo):
     passage = load_compressor("kv-match", reader=reader, probes=2).compress([TEXT])[0]
     with pytest.raises(ReaderMismatchError, match="was made for the reader"):
         zoo.reader("llama", seed=1).generate([[passage, QUESTION]], 1)
+
+
+def test_several_ratios_at_once_are_what_each_gives_alone(zoo):
+    compressor = load_compressor("kv-match", reader=zoo.reader("llama"), probes=4)
+    found = compressor.compress_at([TEXT, OTHER, ""], [2, 8], batch_size=2)
+    for ratio, passages in zip((2, 8), found):
+        for passage, alone in zip(passages, compressor.compress([TEXT, OTHER, ""], ratio=ratio)):
+            assert torch.equal(passage.keys[0], alone.keys[0])
+            assert torch.equal(passage.values[0], alone.values[0])
