@@ -26,7 +26,7 @@ from ..registry import register_compressor
 from .encode import check_movable, kv_shapes
 from .probing import Evidence, read
 from .repair import repair
-from .selection import BUDGETS, SCORES, attention, select
+from .selection import BUDGETS, SCORES, attention, select, wide
 
 QUESTION = "\n\nQuestion: {}\nAnswer:"
 REPEAT = "\n\nRepeat the passage:\n"
@@ -186,7 +186,7 @@ class KVMatchCompressor(Compressor):
         kept = select(stacked, evidence.tokens.sum(1), ratio, config.budget, sink=not evidence.start)
         fitted = []
         for i, layer in enumerate(evidence.layers):
-            bias, values = torch.zeros_like(stacked[:, i]), layer.values.to(device).float()
+            bias, values = torch.zeros_like(stacked[:, i]), wide(layer.values.to(device))
             if config.repair != "none":
                 bias, values = repair(attention(layer, evidence).to(device), values, kept[:, i], config.repair)
             fitted.append((layer.keys.to(device), values.to(layer.values.dtype), bias.to(layer.values.dtype)))

@@ -18,14 +18,19 @@ FLOOR = 0.3  # share of an even division that every head keeps
 FUTURE = 512  # positions after a passage over which Expected Attention averages
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 if it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def attention(layer: LayerEvidence, evidence: Evidence) -> Tensor:
-    """Attention of the probes ``[batch, kv_heads, rows, n]`` over BOS and passage, in float32.
+    """Attention of the probes ``[batch, kv_heads, rows, n]`` over BOS and passage, at least in float32.
 
     Rows are those of all query heads that share the KV head; they are zero at padding.
     """
     batch, heads = layer.keys.shape[:2]
-    queries = layer.queries.float().reshape(batch, heads, -1, layer.queries.shape[-1])
-    scores = queries @ torch.cat([layer.front, layer.keys], 2).float().mT * layer.scaling
+    queries = wide(layer.queries).reshape(batch, heads, -1, layer.queries.shape[-1])
+    scores = queries @ wide(torch.cat([layer.front, layer.keys], 2)).mT * layer.scaling
     if layer.softcap is not None:
         scores = layer.softcap * (scores / layer.softcap).tanh()
     start = layer.front.shape[2]
@@ -57,7 +62,7 @@ def pooled_mean(layer: LayerEvidence, evidence: Evidence, placement: KVPlacement
 
 def key_difference(layer: LayerEvidence, evidence: Evidence, placement: KVPlacement, index: int) -> Tensor:
     """Minus the cosine between a key and its head's mean direction (KeyDiff, arXiv 2504.15364)."""
-    keys = F.normalize(layer.keys.float(), dim=-1) * evidence.tokens[:, None, :, None]
+    keys = F.normalize(wide(layer.keys), dim=-1) * evidence.tokens[:, None, :, None]
     return -F.cosine_similarity(keys, keys.sum(2, keepdim=True), dim=-1)
 
 
@@ -68,7 +73,7 @@ def expected_attention(layer: LayerEvidence, evidence: Evidence, placement: KVPl
     """
     batch, heads, n, width = layer.own.shape
     device, end = layer.own.device, evidence.tokens.sum(1) + evidence.start
-    queries = layer.own.float()
+    queries = wide(layer.own)
     average = torch.eye(width, device=device).expand(batch, -1, -1)  # maps a row of a query to its average place
     if placement.kinds[index] == ROTARY:
         home = torch.arange(n, device=device) + evidence.start
@@ -83,12 +88,12 @@ def expected_attention(layer: LayerEvidence, evidence: Evidence, placement: KVPl
     mean = (queries * weights).sum(2, keepdim=True)
     covariance = ((queries - mean) * weights).mT @ (queries - mean)
     mean, covariance = mean @ average[:, None], average[:, None].mT @ covariance @ average[:, None]
-    keys = layer.keys.float().repeat_interleave(heads // layer.keys.shape[1], 1)
+    keys = wide(layer.keys).repeat_interleave(heads // layer.keys.shape[1], 1)
     scores = (keys @ mean.mT)[..., 0] * layer.scaling
     scores = scores + ((keys @ covariance) * keys).sum(-1) * layer.scaling**2 / 2
     scores = scores.masked_fill(~used[:, None], -torch.inf).softmax(-1)
     shared = scores.unflatten(1, (layer.keys.shape[1], -1)).mean(2)
-    return shared * layer.values.float().norm(dim=-1)
+    return shared * wide(layer.values).norm(dim=-1)
 
 
 def random_order(layer: LayerEvidence, evidence: Evidence, placement: KVPlacement, index: int) -> Tensor:
@@ -135,7 +140,7 @@ def select(scores: Tensor, lengths: Tensor, ratio: float, budget: str, *, sink: 
     """
     _, layers, heads, n = scores.shape
     at = torch.arange(n, device=scores.device)
-    scores = scores.float().masked_fill(at >= lengths.to(at.device)[:, None, None, None], -torch.inf)
+    scores = scores.masked_fill(at >= lengths.to(at.device)[:, None, None, None], -torch.inf)
     if sink:
         scores[..., 0] = torch.inf
     groups = {"global": 1, "per-layer": layers, "uniform": layers * heads}[budget]
