@@ -24,7 +24,8 @@ SAMPLE_ARTICLES = SAMPLE / "articles.txt"
 class CompressorSpec:
     """A compressor as the command line names it: `NAME` or `NAME@RATIO,RATIO`.
 
-    `name` is a shipped compressor, a folder, a hub id, or a method that needs no training (`selective-context`).
+    `name` is a shipped compressor, a folder, a hub id, or a method that needs no training (`selective-context`), then also
+    with settings: `kv-match:budget=uniform,repair=none`.
     """
 
     name: str
@@ -72,8 +73,18 @@ def torch_dtype(name: str, device: str) -> torch.dtype | str:
 
 
 def find_compressor(name: str, reader: Reader) -> Compressor:
-    """A shipped compressor by name, one from a folder or the hub, or a method that needs no training."""
-    cls = COMPRESSORS.get(name)
+    """A shipped compressor by name, one from a folder or the hub, or a method that needs no training.
+
+    Raises ValueError for settings that are not `key=value`.
+    """
+    method, colon, written = name.partition(":")
+    cls = COMPRESSORS.get(method)
+    if cls is not None and cls.training_free:
+        pairs = [part.partition("=") for part in written.split(",")] if colon else []
+        if bad := [key for key, equals, value in pairs if not (key and equals and value)]:
+            raise ValueError(f"{name!r}: {bad[0]!r} is no setting; write {method}:key=value,key=value.")
+        settings = {key: int(value) if value.isdigit() else value for key, _, value in pairs}
+        return load_compressor(method, reader, **settings)
     if cls is not None and cls.interface == "text":
         return make_compressor(name, reader)
     return load_compressor(locate(name), reader)

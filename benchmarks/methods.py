@@ -64,6 +64,7 @@ class Compressed:
         ratio: compression ratio to ask for; None leaves it to the compressor.
         query_aware: hand the question to the compressor, then every (passage, question) pair is compressed.
         options: further options of `Compressor.compress`, e.g. `{"batch_size": 32}`.
+        together: the same compressor at all its ratios, which then may read every passage once for all of them.
     """
 
     compressor: Compressor
@@ -71,6 +72,7 @@ class Compressed:
     name: str = ""
     query_aware: bool = False
     options: dict[str, object] = field(default_factory=dict)
+    together: list[Compressed] = field(default_factory=list, repr=False)
     _made: dict[tuple[str, str | None], CompressedPassage] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -83,8 +85,10 @@ class Compressed:
             texts, queries = [text for text, _ in new], [query for _, query in new]
             options = {"batch_size": 32} | self.options
             asked = queries if self.query_aware else None
-            made = self.compressor.compress(texts, asked, self.ratio, **options)  # type: ignore[arg-type]
-            self._made.update(zip(new, made))
+            group = self.together or [self]
+            made = self.compressor.compress_at(texts, [one.ratio for one in group], asked, **options)  # type: ignore[arg-type]
+            for one, passages in zip(group, made):
+                one._made.update(zip(new, passages))
         return [[self._made[key] for key in keys] for keys in wanted]
 
     def fresh(self, record: Record) -> list[Piece]:
@@ -239,5 +243,9 @@ def named_methods(reader: Reader, specs: Sequence[str], ratios: Sequence[float])
     for text in specs:
         spec = CompressorSpec.parse(text, ratios)
         loaded = find_compressor(spec.name, reader)
-        found += [Compressed(loaded, ratio, query_aware=loaded.query_aware) for ratio in spec.ratios]
+        name = spec.name if ":" in spec.name and loaded.training_free else ""
+        together: list[Compressed] = []
+        for ratio in spec.ratios:
+            together.append(Compressed(loaded, ratio, name, loaded.query_aware, together=together))
+        found += together
     return found

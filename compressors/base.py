@@ -40,6 +40,7 @@ class Compressor(nn.Module, ABC):
 
     config_class: ClassVar[type[CompressorConfig]]
     interface: ClassVar[Interface]
+    training_free: ClassVar[bool] = False  # made by its method's name, from the reader alone
     query_aware: bool = False  # adapters and benchmarks pass the question if true
     base_reader: Reader
     reader: Reader
@@ -109,6 +110,12 @@ class Compressor(nn.Module, ABC):
                     **options,
                 )
         return [passage.detach().check() for passage in out]
+
+    def compress_at(
+        self, texts: Sequence[str], ratios: Sequence[float | None], query: Query = None, **options: Any
+    ) -> list[list[CompressedPassage]]:
+        """Compresses passages at several ratios; one list per ratio. Arguments otherwise as for `compress`."""
+        return [self.compress(texts, query, ratio, **options) for ratio in ratios]
 
     @abstractmethod
     def _compress(

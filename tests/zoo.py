@@ -42,6 +42,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "sliding_window": 512,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    "gemma2": {
+        **_SMALL,
+        **_GQA,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "attn_logit_softcapping": 2.0,
+        "sliding_window": 512,
+        "attn_implementation": "eager",  # sdpa cannot cap
+    },
     "phi3": {**_SMALL, **_GQA},
     "gpt_neox": {**_SMALL, "max_position_embeddings": 4096},
     "opt": {

@@ -59,7 +59,7 @@ class PassageCache:
 
     def put(self, key: Hashable, passage: CompressedPassage) -> CompressedPassage:
         """Keep a passage, evict old ones beyond the bounds, and return the passage as kept."""
-        passage = passage._map(_compact)
+        passage = passage.map(_compact)
         size = passage.nbytes
         with self._lock:
             if (before := self._passages.pop(key, None)) is not None:

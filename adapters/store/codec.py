@@ -16,7 +16,9 @@ from .base import StoreError
 from .quantize import LEVELS, Quantisation, Quantised, dequantise, groups, quantise
 
 ALIGNMENT = 64  # bytes; a cache line, and a multiple of every element's size
-_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.int64)}
+_DTYPES = {
+    str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.int64, torch.int32)
+}
 _FLOATS = ("float16", "bfloat16", "float32")
 
 
@@ -61,17 +63,9 @@ def encode(passage: CompressedPassage, encoding: Encoding) -> tuple[str, bytes]:
     """
     run = bytearray()
     specs = [_write(run, name, tensor, encoding) for name, tensor in passage._tensors().items()]
-    header = {
-        "interface": passage.interface,
-        "source_tokens": passage.source_tokens,
-        "compressor": passage.compressor,
-        "reader": passage.reader,
-        "text": passage.text,
-        "spans": passage.spans,
-        "n_tokens": passage.n_tokens,
-        "info": dict(passage.info) | ({"quantized": encoding.quantize} if encoding.quantize and specs else {}),
-        "tensors": specs,
-    }
+    header = passage.facts() | {"tensors": specs}
+    if encoding.quantize and specs:
+        header["info"]["quantized"] = encoding.quantize
     return json.dumps(header), bytes(run)
 
 
@@ -83,22 +77,7 @@ def decode(header: Mapping[str, Any], data: Any) -> CompressedPassage:
     """
     try:
         tensors = {spec["name"]: _read(data, spec) for spec in header["tensors"]}
-        layers = sum(name.startswith("keys.") for name in tensors)
-        kv = header["interface"] == "kv"
-        return CompressedPassage(
-            interface=header["interface"],
-            source_tokens=header["source_tokens"],
-            compressor=header["compressor"],
-            reader=header["reader"],
-            embeds=tensors.get("embeds"),
-            keys=tuple(tensors[f"keys.{i}"] for i in range(layers)) if kv else None,
-            values=tuple(tensors[f"values.{i}"] for i in range(layers)) if kv else None,
-            positions=tensors.get("positions"),
-            text=header["text"],
-            spans=None if header["spans"] is None else tuple((a, b) for a, b in header["spans"]),
-            n_tokens=header["n_tokens"],
-            info=header["info"],
-        )
+        return CompressedPassage.assemble(header, tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise StoreError(f"A stored passage's header does not fit its bytes: {error!r}.") from error
 
@@ -121,7 +100,7 @@ def _write(run: bytearray, name: str, tensor: Tensor, encoding: Encoding) -> dic
     spec: dict[str, Any] = {"name": name, "shape": list(tensor.shape), "dtype": made}
     if not tensor.is_floating_point():
         return spec | {"at": _append(run, tensor)}
-    if encoding.quantize is not None:
+    if encoding.quantize is not None and tensor.dim() > 1:  # a bias stays exact: it is one number per pair
         group = min(encoding.group, max(tensor.shape[-1], 2))
         quantised = quantise(tensor, encoding.quantize, group)
         largest = quantised.scales.float().max().item() * LEVELS[encoding.quantize] if tensor.numel() else 0.0

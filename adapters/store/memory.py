@@ -86,7 +86,7 @@ class MemoryStore(PassageStore):
 
 def _own(passage: CompressedPassage) -> CompressedPassage:
     """Copy to the CPU: a view would keep the whole batch it was cut from in memory."""
-    return passage.detach()._map(lambda tensor: tensor.cpu().clone())
+    return passage.detach().map(lambda tensor: tensor.cpu().clone())
 
 
 def _size(entry: Entry) -> int:

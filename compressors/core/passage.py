@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,6 +17,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from .files import write_atomically
+from .ragged import check_ragged
 
 Interface = Literal["embeds", "kv", "text"]
 FORMAT_VERSION = "1"
@@ -32,12 +34,16 @@ class CompressedPassage:
         compressor: fingerprint of the compressor (``"identity"`` for a passage's own embeddings).
         reader: fingerprint of the reader it was made for; ``None`` for text, which every reader can read.
         embeds: ``[slots, width]``, on the scale of the reader's embeddings.
-        keys, values: one ``[kv_heads, slots, head_dim]`` tensor per layer (the last axis of keys and values may differ).
-        positions: ``[slots]`` int64, the positions at which the keys were computed.
+        keys, values: one ``[kv_heads, slots, head_dim]`` tensor per layer (the last axis of keys and values may differ);
+            ragged: one ``[pairs, head_dim]`` tensor for all layers and heads (see `nutgraf.compressors.core.ragged`).
+        positions: ``[slots]`` or ``[pairs]`` integers, the positions at which the keys were computed.
         text: the shorter text.
         spans: kept ``(start, end)`` character spans of the original passage, in order.
         n_tokens: length of ``text`` in the reader's tokens.
         info: JSON-able facts (method, dtype, ratio asked for, ...).
+        counts: ``[layers, kv_heads]`` integers, the pairs that each head keeps; makes a KV passage ragged.
+        bias: ``[pairs]``, added to the attention scores of each pair (ragged only, optional).
+        span: first position and length of the block in which ragged keys were computed; the reader moves it as a whole.
     """
 
     interface: Interface
@@ -52,6 +58,9 @@ class CompressedPassage:
     spans: tuple[tuple[int, int], ...] | None = None
     n_tokens: int | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
+    counts: Tensor | None = None
+    bias: Tensor | None = None
+    span: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.interface not in get_args(Interface):
@@ -74,6 +83,13 @@ class CompressedPassage:
             raise ValueError("A passage compressed to kv needs keys, values and positions.")
         if len(self.keys) != len(self.values):
             raise ValueError(f"kv needs as many keys as values, got {len(self.keys)} and {len(self.values)} layers.")
+        if self.counts is not None:
+            if len(self.keys) != 1 or self.span is None:
+                raise ValueError("A ragged KV passage needs one tensor of keys, one of values, and its span.")
+            check_ragged(self.keys[0], self.values[0], self.bias, self.positions, self.counts, self.span)
+            return
+        if self.bias is not None:
+            raise ValueError("A bias needs counts: only ragged KV passages carry one.")
         slots = self.positions.numel()
         for layer, (k, v) in enumerate(zip(self.keys, self.values)):
             if k.dim() != 3 or v.dim() != 3 or k.shape[:2] != v.shape[:2] or k.shape[1] != slots:
@@ -85,13 +101,25 @@ class CompressedPassage:
     # -- numbers ---------------------------------------------------------------------------------------------------
 
     @property
+    def ragged(self) -> bool:
+        """Whether every KV head keeps its own pairs."""
+        return self.counts is not None
+
+    @property
     def slots(self) -> int:
-        """Positions that the passage takes in the reader (for text: its tokens)."""
+        """Size: soft tokens, KV positions, or tokens of text; of a ragged passage the mean pairs per head, rounded up."""
+        if self.counts is not None:
+            return math.ceil(int(self.counts.sum()) / max(self.counts.numel(), 1))
         if self.interface == "embeds":
             return self.embeds.shape[0]  # type: ignore[union-attr]
         if self.interface == "kv":
             return self.positions.numel()  # type: ignore[union-attr]
         return self.n_tokens  # type: ignore[return-value]
+
+    @property
+    def places(self) -> int:
+        """Logical positions that the passage occupies in a prompt: its slots; of a ragged passage its whole span."""
+        return self.span[1] if self.counts is not None and self.span is not None else self.slots
 
     @property
     def ratio(self) -> float:
@@ -126,21 +154,23 @@ class CompressedPassage:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> CompressedPassage:
         """The same passage with its tensors on another device or in another floating dtype."""
-        return self._map(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
+        return self.map(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
 
     def detach(self) -> CompressedPassage:
         """The same passage, detached from its autograd graph."""
-        return self._map(Tensor.detach)
+        return self.map(Tensor.detach)
 
-    def _map(self, f: Any) -> CompressedPassage:
-        if self.interface == "embeds":
+    def map(self, f: Callable[[Tensor], Tensor]) -> CompressedPassage:
+        """The same passage with a function applied to its tensors; the counts of a ragged one stay on the CPU."""
+        if self.embeds is not None:
             return replace(self, embeds=f(self.embeds))
-        if self.interface == "kv":
+        if self.keys and self.values and self.positions is not None:
             return replace(
                 self,
-                keys=tuple(map(f, self.keys or ())),
-                values=tuple(map(f, self.values or ())),
+                keys=tuple(map(f, self.keys)),
+                values=tuple(map(f, self.values)),
                 positions=f(self.positions),
+                bias=None if self.bias is None else f(self.bias),
             )
         return self
 
@@ -150,15 +180,15 @@ class CompressedPassage:
         if self.interface == "kv":
             pairs = {f"keys.{i}": k for i, k in enumerate(self.keys or ())}
             pairs |= {f"values.{i}": v for i, v in enumerate(self.values or ())}
-            return pairs | {"positions": self.positions}  # type: ignore[dict-item, return-value]
+            pairs |= {"positions": self.positions, "counts": self.counts, "bias": self.bias}  # type: ignore[dict-item]
+            return {name: tensor for name, tensor in pairs.items() if tensor is not None}
         return {}
 
     # -- safetensors round trip ------------------------------------------------------------------------------------
 
-    def to_bytes(self) -> bytes:
-        """Serialises to safetensors: the tensors, and the rest as JSON in the header. Text may hold lone surrogates."""
-        header = {
-            "version": FORMAT_VERSION,
+    def facts(self) -> dict[str, Any]:
+        """Everything but the tensors, as a JSON-able dict that `assemble` takes back."""
+        found = {
             "interface": self.interface,
             "source_tokens": self.source_tokens,
             "compressor": self.compressor,
@@ -168,6 +198,38 @@ class CompressedPassage:
             "n_tokens": self.n_tokens,
             "info": dict(self.info),
         }
+        return found | ({} if self.span is None else {"span": self.span})
+
+    @classmethod
+    def assemble(cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> CompressedPassage:
+        """The passage of its `facts` and its named tensors.
+
+        Raises:
+            KeyError, TypeError, ValueError: if something is missing or does not fit.
+        """
+        layers = sum(name.startswith("keys.") for name in tensors)
+        kv = facts["interface"] == "kv"
+        return cls(
+            interface=facts["interface"],
+            source_tokens=int(facts["source_tokens"]),
+            compressor=facts["compressor"],
+            reader=facts["reader"],
+            embeds=tensors.get("embeds"),
+            keys=tuple(tensors[f"keys.{i}"] for i in range(layers)) if kv else None,
+            values=tuple(tensors[f"values.{i}"] for i in range(layers)) if kv else None,
+            positions=tensors.get("positions"),
+            text=facts["text"],
+            spans=None if facts["spans"] is None else tuple((int(a), int(b)) for a, b in facts["spans"]),
+            n_tokens=facts["n_tokens"],
+            info=facts["info"],
+            counts=tensors.get("counts"),
+            bias=tensors.get("bias"),
+            span=None if facts.get("span") is None else (int(facts["span"][0]), int(facts["span"][1])),
+        )
+
+    def to_bytes(self) -> bytes:
+        """Serialises to safetensors: the tensors, and the rest as JSON in the header. Text may hold lone surrogates."""
+        header = {"version": FORMAT_VERSION, **self.facts()}
         tensors = {name: t.detach().cpu().contiguous() for name, t in self._tensors().items()}
         # safetensors rejects an empty file; JSON's \u escapes keep lone surrogates.
         tensors = tensors or {"empty": torch.zeros(0)}
@@ -201,22 +263,7 @@ class CompressedPassage:
                 f"{name} is no compressed passage of format {FORMAT_VERSION}: its header is {header!r:.200}."
             )
         try:
-            layers = sum(name.startswith("keys.") for name in tensors)
-            kv = header["interface"] == "kv"
-            passage = cls(
-                interface=header["interface"],
-                source_tokens=int(header["source_tokens"]),
-                compressor=header["compressor"],
-                reader=header["reader"],
-                embeds=tensors.get("embeds"),
-                keys=tuple(tensors[f"keys.{i}"] for i in range(layers)) if kv else None,
-                values=tuple(tensors[f"values.{i}"] for i in range(layers)) if kv else None,
-                positions=tensors.get("positions"),
-                text=header["text"],
-                spans=None if header["spans"] is None else tuple((int(a), int(b)) for a, b in header["spans"]),
-                n_tokens=header["n_tokens"],
-                info=header["info"],
-            )
-        except (KeyError, TypeError) as error:
+            passage = cls.assemble(header, tensors)
+        except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{name} is a damaged compressed passage: {error!r}") from error
         return passage.check()

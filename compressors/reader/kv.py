@@ -80,11 +80,12 @@ class KVPlacement:
         if self.rotary is None or self._apply is None:
             return None
         try:
-            return self._rotate(keys, delta, layer)
+            return self.rotate(keys, delta, layer)
         except (RuntimeError, TypeError, AttributeError, KeyError, IndexError):
             return None
 
-    def _rotate(self, keys: Tensor, delta: Tensor, layer: int) -> Tensor:
+    def rotate(self, keys: Tensor, delta: Tensor, layer: int) -> Tensor:
+        """Keys ``[kv_heads, slots, head_dim]`` of a layer, moved by ``delta [slots]`` or ``[1]`` positions."""
         wide = keys.float()[None]  # in float32: bfloat16 rotation costs 0.3 %
         extra: dict[str, Any] = {}
         prefix = ""
@@ -104,21 +105,31 @@ class KVPlacement:
         """
         if len(passage.keys or ()) != len(self.kinds):
             raise ValueError(f"The KV passage has {len(passage.keys or ())} layers, the reader {len(self.kinds)}.")
-        device = self.model.get_input_embeddings().weight.device
+        device = self.device
         home: Any = passage.positions
         delta = torch.arange(start, start + passage.slots, device=device) - home.to(device)
         moves = bool(delta.any())
-        if moves and FIXED in self.kinds:
-            raise ValueError(
-                f"{type(self.model).__name__} mixes positions into its keys (learned positions or an unknown rotation), "
-                f"so a KV passage computed at position {int(home[0])} cannot be read at position {start}; "
-                "use an embeds or text method with this reader."
-            )
+        if moves:
+            self.check_move(int(home[0]), start)
         keys = []
         for layer, k in enumerate(passage.keys or ()):
             k = k.to(device)
-            keys.append(self._rotate(k, delta, layer) if moves and self.kinds[layer] == ROTARY else k)
+            keys.append(self.rotate(k, delta, layer) if moves and self.kinds[layer] == ROTARY else k)
         return keys, [v.to(device) for v in passage.values or ()]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the reader's prompts are."""
+        return self.model.get_input_embeddings().weight.device
+
+    def check_move(self, home: int, start: int) -> None:
+        """Raises ``ValueError`` if keys computed at position ``home`` cannot be read at ``start``."""
+        if home != start and FIXED in self.kinds:
+            raise ValueError(
+                f"{type(self.model).__name__} mixes positions into its keys (learned positions or an unknown rotation), "
+                f"so a KV passage computed at position {home} cannot be read at position {start}; "
+                "use an embeds or text method with this reader."
+            )
 
     def check_length(self, length: int) -> None:
         """Refuses prompts whose positions these keys cannot represent. ``length`` counts logical positions."""
@@ -234,5 +245,6 @@ def position_arguments(decoder: nn.Module, positions: Tensor) -> dict[str, Tenso
 def _close(a: Tensor, b: Tensor, quantised: bool) -> bool:
     if quantised:  # int8 activations round differently at each position; a position mixed in changes far more
         return float((a - b).float().norm()) <= 0.2 * float(a.float().norm())
-    tolerance = {torch.float32: 1e-4, torch.float64: 1e-6}.get(a.dtype, 3e-2)
+    # Rounding grows over the layers: to 3e-4 of the largest value in 30 of them. A position that is mixed in changes far more.
+    tolerance = {torch.float32: 2e-3, torch.float64: 1e-6}.get(a.dtype, 3e-2)
     return bool(torch.allclose(a.float(), b.float(), atol=tolerance * max(1.0, float(a.abs().max())), rtol=0))

@@ -35,6 +35,11 @@ class PromptPlan:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def ragged(self) -> bool:
+        """Whether a KV passage differs from head to head."""
+        return any(passage.ragged for _, passage in self.kv)
+
     def add_tokens(self, ids: Iterable[int]) -> None:
         """Appends tokens."""
         before = len(self.ids)
@@ -49,8 +54,8 @@ class PromptPlan:
             self.soft.append((len(self.ids), passage.embeds))  # type: ignore[arg-type]
         else:
             self.kv.append((len(self.ids), passage))
-        self.ids.extend([0] * passage.slots)
-        self.kinds.extend([SOFT if passage.interface == "embeds" else KV] * passage.slots)
+        self.ids.extend([0] * passage.places)
+        self.kinds.extend([SOFT if passage.interface == "embeds" else KV] * passage.places)
 
 
 def merge_atoms(atoms: Iterable[Any]) -> list[Any]:

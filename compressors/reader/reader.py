@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, DynamicCache, GenerationConfig, PreTrain
 
 from ..core.errors import ReaderMismatchError
 from ..core.passage import CompressedPassage
+from .attention import Prefix, attending
 from .generation import cut_at_stop, generate_ids, make_config, stream_text
 from .head import build_head
 from .identity import ReaderIdentity
@@ -286,6 +287,8 @@ class Reader:
         cache = kv_positions = None
         if has_kv:
             self.kv_placement.check_length(max(map(len, plans)))
+        door = self._kv_door(plans, layout)
+        if has_kv and door is None:
             cache, kv_positions = join(self.kv_placement, plans, self.dtype, self.device)
             inputs["attention_mask"] = self.kv_placement.mask(kv_positions, layout, self.dtype)
         else:
@@ -298,14 +301,21 @@ class Reader:
             crop = (lambda m: m[:, :, :-1, :-1]) if kv_positions is not None else (lambda m: m[:, :-1])
             inputs["attention_mask"] = {k: crop(m) for k, m in mask.items()} if isinstance(mask, dict) else crop(mask)
         decoder = self.model.get_decoder()
-        out = decoder(
-            inputs_embeds=embeds,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            **inputs,
-            **position_arguments(decoder, positions),
-        )
+        with attending(self.model, door):
+            out = decoder(
+                inputs_embeds=embeds,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                **inputs,
+                **position_arguments(decoder, positions),
+            )
         return out.last_hidden_state, layout, cache, kv_positions
+
+    def _kv_door(self, plans: Sequence[PromptPlan], layout: Layout) -> Prefix | None:
+        """The KV passages of a batch, for `attending`; ``None`` if the model's own cache can hold them all."""
+        if not any(plan.ragged for plan in plans):
+            return None
+        return Prefix(self.kv_placement, plans, layout.positions)
 
     @functools.cached_property
     def _head(self) -> Any:
@@ -435,23 +445,34 @@ class Reader:
 
     def _generate(self, plans: list[PromptPlan], config: GenerationConfig, *options: Any) -> list[list[int]]:
         self.check_room(plans, int(config.max_new_tokens or 0))
-        return generate_ids(self.model, self._generation_inputs(plans, config), config, self.tokenizer, *options)
+        inputs, door = self._generation_inputs(plans, config)
+        with attending(self.model, door):
+            return generate_ids(self.model, inputs, config, self.tokenizer, *options)
 
-    def _generation_inputs(self, plans: list[PromptPlan], config: GenerationConfig) -> dict[str, Any]:
-        """Arguments of ``model.generate``."""
+    def _generation_inputs(
+        self, plans: list[PromptPlan], config: GenerationConfig
+    ) -> tuple[dict[str, Any], Prefix | None]:
+        """Arguments of ``model.generate``, and the KV passages that its cache cannot hold."""
         if any(plan.kv for plan in plans):
-            return self._kv_generation_inputs(plans, config)
+            for plan in plans:
+                _check_last(plan)
+            self.kv_placement.check_length(max(map(len, plans)) + int(config.max_new_tokens or 0))
+            if not any(plan.ragged for plan in plans):
+                return self._kv_generation_inputs(plans, config), None
         layout = Layout.of(plans, self.device, self.dtype)
         mask = layout.valid.long()
-        if layout.soft is None:
+        door = self._kv_door(plans, layout)
+        if layout.soft is None and door is None:
             ids = layout.ids.masked_fill(~layout.valid, int(config.pad_token_id))  # type: ignore[arg-type]
-            return {"input_ids": ids, "attention_mask": mask}
-        return {"inputs_embeds": layout.splice(self.embed), "attention_mask": mask}
+            return {"input_ids": ids, "attention_mask": mask}, None
+        inputs: dict[str, Any] = {"inputs_embeds": layout.splice(self.embed), "attention_mask": mask}
+        if door is not None:
+            inputs["position_ids"] = layout.positions
+            # a cache made from the config would keep only the window in sliding layers
+            inputs["past_key_values"] = DynamicCache()
+        return inputs, door
 
     def _kv_generation_inputs(self, plans: list[PromptPlan], config: GenerationConfig) -> dict[str, Any]:
-        for plan in plans:
-            _check_last(plan)
-        self.kv_placement.check_length(max(map(len, plans)) + int(config.max_new_tokens or 0))
         # All but the last position run here, under a mask in logical order, which generate does not take. generate feeds
         # the last position and continues from it: it sees every slot and token, so a flat mask is enough.
         _, layout, cache, kv_at = self.forward(plans, drop_last=True, use_cache=True)

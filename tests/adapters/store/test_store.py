@@ -189,7 +189,7 @@ def test_another_compressor_reader_ratio_or_question_has_another_key(store):
         (dict(key=PassageKey.of("t", compressor="c", reader="other")), "made for the reader r"),
         (dict(text="another text"), "not the one that its key was made of"),
         (dict(vector=[1.0, float("nan")]), "retrieval vector holds NaN"),
-        (dict(passage=made("embeds").to(dtype=torch.float32)._map(lambda t: t / 0)), "NaN or infinite"),
+        (dict(passage=made("embeds").to(dtype=torch.float32).map(lambda t: t / 0)), "NaN or infinite"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(store, wrong, sentence):
@@ -305,13 +305,13 @@ def test_bad_settings(tmp_path, settings_, sentence):
 
 
 def test_numbers_that_do_not_fit_are_refused(tmp_path):
-    large = made("embeds")._map(lambda t: t * 1e6)
+    large = made("embeds").map(lambda t: t * 1e6)
     with pytest.raises(ValueError, match="do not fit float16"):
         LanceStore(tmp_path / "half", dtype="float16").put_many([entry(large, "t")])
-    huge = made("embeds")._map(lambda t: t * 1e30)
+    huge = made("embeds").map(lambda t: t * 1e30)
     with pytest.raises(ValueError, match="without quantisation"):
         LanceStore(tmp_path / "int8", quantize="int8").put_many([entry(huge, "t")])
-    brim = made("embeds", dtype=torch.float16)._map(lambda t: t.clamp(1, 1) * 65504)
+    brim = made("embeds", dtype=torch.float16).map(lambda t: t.clamp(1, 1) * 65504)
     with pytest.raises(ValueError, match="near the end of float16"):
         LanceStore(tmp_path / "int8").put_many([entry(brim, "t")])
     with pytest.raises(ValueError, match="are float64"):

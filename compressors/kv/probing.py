@@ -1,0 +1,118 @@
+"""Read passages followed by probes, and record what every layer asks for and holds.
+
+One row of a batch is ``[BOS][passage][probe][probe]...``. A probe sees the BOS, the passage and itself, and stands right
+after the passage; so one pass reads every probe as if it were the only one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reader.attention import attending
+from ..reader.kv import position_arguments
+from ..reader.reader import Reader
+
+
+@dataclass
+class LayerEvidence:
+    """Of one layer, keys and queries as they were rotated.
+
+    Attributes:
+        front: ``[batch, kv_heads, BOS tokens, head_dim]`` keys of the BOS.
+        keys, values: ``[batch, kv_heads, n, head_dim]`` of the passages, padded at the end.
+        own: ``[batch, heads, n, head_dim]`` queries of the passages.
+        queries: ``[batch, heads, m, head_dim]`` queries of the probes, padded at the end.
+        scaling: factor of the scores.
+        softcap: limit of the scores, as in Gemma 2, or ``None``.
+    """
+
+    front: Tensor
+    keys: Tensor
+    values: Tensor
+    own: Tensor
+    queries: Tensor
+    scaling: float
+    softcap: float | None
+
+
+@dataclass
+class Evidence:
+    """What a pass over a batch of passages recorded.
+
+    Attributes:
+        start: position of the passages' first token.
+        tokens: ``[batch, n]`` bool, false at padding.
+        rows: ``[batch, m]`` bool, false at padding.
+        layers: in order.
+    """
+
+    start: int
+    tokens: Tensor
+    rows: Tensor
+    layers: list[LayerEvidence] = field(default_factory=list)
+
+    def enter(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Records a layer and changes nothing (a `Door`)."""
+        passage = slice(self.start, self.start + self.tokens.shape[1])
+        self.layers.append(
+            LayerEvidence(
+                key[:, :, : self.start],
+                key[:, :, passage],
+                value[:, :, passage],
+                query[:, :, passage],
+                query[:, :, passage.stop :],
+                options.get("scaling") or query.shape[-1] ** -0.5,
+                options.get("softcap"),
+            )
+        )
+        return key, value, mask
+
+
+def read(reader: Reader, passages: Sequence[Sequence[int]], probes: Sequence[Sequence[Sequence[int]]]) -> Evidence:
+    """Reads passages, each followed by its own probes.
+
+    Args:
+        reader: the reader.
+        passages: token ids of each, BOS left out.
+        probes: token ids of each passage's probes.
+    """
+    bos, device = list(reader.bos_ids), reader.device
+    n, m = max(map(len, passages)), max((sum(map(len, asked)) for asked in probes), default=0)
+    width, start = len(bos) + n + m, len(bos)
+    ids = torch.zeros(len(passages), width, dtype=torch.long)
+    positions = torch.zeros_like(ids)
+    block = torch.full_like(ids, -1)  # 0: BOS and passage, which all see; 1, 2, ...: probes; -1: padding
+    for row, (passage, asked) in enumerate(zip(passages, probes)):
+        end = start + len(passage)
+        ids[row, :end] = torch.tensor([*bos, *passage])
+        positions[row, :end] = torch.arange(end)
+        block[row, :end] = 0
+        at = start + n
+        for number, probe in enumerate(asked, 1):
+            to = at + len(probe)
+            ids[row, at:to] = torch.tensor(probe)
+            positions[row, at:to] = torch.arange(end, end + len(probe))
+            block[row, at:to] = number
+            at = to
+    ids, positions, block = ids.to(device), positions.to(device), block.to(device)
+    own = block[:, :, None] == block[:, None]
+    causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+    allowed = causal & (own | (block[:, None] == 0))
+    mask = reader.kv_placement.additive(allowed[:, None], reader.dtype)
+    evidence = Evidence(start, block[:, start : start + n] == 0, block[:, start + n :] > 0)
+    decoder = reader.model.get_decoder()
+    with attending(reader.model, evidence):
+        decoder(
+            inputs_embeds=reader.embed(ids),
+            attention_mask=mask,
+            use_cache=False,
+            **position_arguments(decoder, positions),
+        )
+    return evidence
