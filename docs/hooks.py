@@ -99,9 +99,11 @@ def settings_table(method: str) -> str:
     cls = config_class(method)
     shared = groups(cls)
     names = {name for group in shared for name in group.__dataclass_fields__}
-    own = [f for f in fields(cls) if f.name not in names]
+    own = [f for f in fields(cls) if f.name not in names and f.name != "published"]
     links = ", ".join(f"[{group_title(group)}](index.md#{anchor(group)})" for group in shared)
     table = rows_of(own) if own else "No settings of its own.\n"
+    if options := getattr(cls, "options_class", None):
+        table += f"\nOptions of `mode: published` alone:\n\n{rows_of(fields(options))}"
     changed = [f for f in fields(cls) if f.name in names and default(f) != default(inherited(shared, f.name))]
     if changed:
         links += "; " + ", ".join(f"`{f.name}` is {default(f)} here" for f in changed)

@@ -26,16 +26,9 @@ MODES = ("fast", "published")
 _OLD_NAME = "faithful"  # of mode "published" in older configs, and in fingerprints
 
 
-@dataclass
-class SelectionConfig(CompressorConfig):
-    """Settings of every text method: the budget, the units, and what must stay.
-
-    Options of ``mode="published"`` alone are in a field ``published`` of the class `options_class`. `from_dict` and
-    `to_dict` hold them flat, beside the other settings.
-    """
-
-    method: ClassVar[str]
-    options_class: ClassVar[type[CompressorConfig] | None] = None
+@dataclass(kw_only=True)
+class SelectionSettings:
+    """Config mixin of every text method: the budget, the units, and what must stay."""
 
     ratio: float = field(default=2.0, metadata={"help": "compression ratio if a call gives no budget"})
     unit: str = field(default="phrase", metadata={"help": f"kept or dropped as a whole: one of {', '.join(LEVELS)}"})
@@ -48,6 +41,18 @@ class SelectionConfig(CompressorConfig):
         default="fast",
         metadata={"help": "'fast': exact budget; 'published': the released algorithm ('faithful' in older configs)"},
     )
+
+
+@dataclass
+class SelectionConfig(SelectionSettings, CompressorConfig):
+    """Base config of text methods.
+
+    Options of ``mode="published"`` alone are in a field ``published`` of the class `options_class`. `from_dict` and
+    `to_dict` hold them flat, beside the other settings.
+    """
+
+    method: ClassVar[str]
+    options_class: ClassVar[type[CompressorConfig] | None] = None
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio, "source tokens per kept token")
@@ -233,16 +238,21 @@ class SelectingCompressor(TextCompressor):
         return (), 0
 
 
-@dataclass
-class LMSelectionConfig(SelectionConfig):
-    """Settings of text methods that score tokens with a causal LM."""
-
-    method: ClassVar[str]
+@dataclass(kw_only=True)
+class ScorerSettings:
+    """Config mixin of text methods that score tokens with a causal LM."""
 
     scorer: str | None = field(
         default=None, metadata={"help": "hub id or folder of the causal LM that scores; default: the reader"}
     )
     window: int = field(default=2048, metadata={"help": "longest stretch of text that the scorer reads at once (fast)"})
+
+
+@dataclass
+class LMSelectionConfig(ScorerSettings, SelectionConfig):
+    """Base config of text methods that score tokens with a causal LM."""
+
+    method: ClassVar[str]
 
     def __post_init__(self) -> None:
         super().__post_init__()
