@@ -21,7 +21,7 @@ from ..core.fingerprint import hash_json
 from ..core.passage import CompressedPassage
 from ..reader.reader import Reader
 from .calibration import MonotoneLogistic, signal_rows, threshold_leaving
-from .probes import FidelityConfig, Measured, Prober
+from .probes import FidelityConfig, Measured, measure
 
 LEVELS = {"low": 0.75, "medium": 0.5, "high": 0.25}  # share of the loss on dev data that may remain
 FILE_NAME = "fidelity.json"
@@ -106,7 +106,7 @@ class FidelityGate:
         if bad := next((p.compressor for p in passages if p.compressor != made_by), None):
             raise ValueError(f"The gate scores passages of the compressor {made_by}, but one was made by {bad}.")
         with evaluating(self.compressor):
-            return Prober(self.reader, self.config).measure(passages, texts, batch_size)
+            return measure(self.reader, self.config, passages, texts, batch_size)
 
     def mark(
         self, passages: Sequence[CompressedPassage], texts: Sequence[str], *, batch_size: int = 16

@@ -7,6 +7,7 @@ Targets are teacher-forced; logits exist at target positions only, in chunks.
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -65,91 +66,6 @@ class FidelityConfig:
             raise ValueError("question must contain {question}, and repeat must not be blank.")
 
 
-class Prober:
-    """Measures passages with a reader; see `FidelityGate.measure`."""
-
-    def __init__(self, reader: Reader, config: FidelityConfig) -> None:
-        self.reader = reader
-        self.config = config
-
-    @torch.no_grad()
-    def measure(
-        self, passages: Sequence[CompressedPassage], texts: Sequence[str], batch_size: int
-    ) -> list[Measured | None]:
-        """The signals of each passage."""
-        items = [item for place, pair in enumerate(zip(passages, texts)) for item in self._items(place, *pair)]
-        read: dict[int, tuple[list[_Read], list[tuple[_Item, _Read]]]] = {}
-        for item, found in self._read(items, passages, texts, batch_size):
-            probes, repeats = read.setdefault(item.place, ([], []))
-            if item.facts is None:
-                probes.append(found)
-            else:
-                repeats.append((item, found))
-        return [self._signals(*read[place]) if place in read else None for place in range(len(passages))]
-
-    def _items(self, place: int, passage: CompressedPassage, text: str) -> Iterator[_Item]:
-        """The probes of a passage, and its repetition."""
-        if not passage.slots or not text.strip():
-            return
-        lead = "" if self.config.chat else " "
-        if any(name.startswith("probe") for name in self.config.signals):
-            for question, answer in make_probes(text, self.config.probes):
-                ids = self.reader.tokenize(lead + answer)
-                tail = self.config.question.replace("{question}", question)
-                yield from self._fitting(_Item(place, tail, ids, None), passage, text)
-        if {"fact_recall", "reconstruction"} & set(self.config.signals):
-            ids, offsets = self.reader.tokenize_with_offsets(text)
-            facts = fact_tokens(text, offsets)
-            n = self.config.repeat_tokens
-            yield from self._fitting(_Item(place, self.config.repeat, ids[:n], facts[:n]), passage, text)
-
-    def _fitting(self, item: _Item, passage: CompressedPassage, text: str) -> Iterator[_Item]:
-        """The item if it fits the reader's positions; a repetition is shortened to fit."""
-        limit = self.reader.max_positions
-        if limit is not None:
-            longest = max(self.reader.length([read, item.tail], chat=self.config.chat) for read in (passage, text))
-            room = limit - longest
-            if item.facts is None and room < len(item.ids):
-                return
-            if item.facts is not None:
-                item = item._replace(ids=item.ids[: max(room, 0)], facts=item.facts[: max(room, 0)])
-        if item.ids:
-            yield item
-
-    def _read(
-        self, items: Sequence[_Item], passages: Sequence[CompressedPassage], texts: Sequence[str], batch_size: int
-    ) -> Iterator[tuple[_Item, _Read]]:
-        compare_facts = "fact_recall" in self.config.signals
-        for compared in (True, False):
-            kind = [item for item in items if (item.facts is None or compare_facts) == compared]
-            kind.sort(key=lambda item: -(len(texts[item.place]) + len(item.tail)))
-            for start in range(0, len(kind), batch_size):
-                batch = kind[start : start + batch_size]
-                ids = [item.ids for item in batch]
-                slots = self._hidden([[passages[item.place], item.tail] for item in batch], ids)
-                text = self._hidden([[texts[item.place], item.tail] for item in batch], ids) if compared else None
-                flat = torch.tensor([i for target in ids for i in target], device=slots.device)
-                sizes = [len(target) for target in ids]
-                columns = [column.split(sizes) for column in _compare(self.reader, slots, text, flat)]
-                yield from ((item, _Read(*parts)) for item, parts in zip(batch, zip(*columns)))
-
-    def _hidden(self, prompts: list[Any], ids: list[list[int]]) -> Tensor:
-        return self.reader.target_hidden(prompts, ids, chat=self.config.chat).hidden
-
-    def _signals(self, probes: list[_Read], repeats: list[tuple[_Item, _Read]]) -> Measured:
-        found: dict[str, float] = {}
-        if probes:
-            found["probe_hits"] = _mean([float(read.hits.all()) for read in probes])
-            found["probe_recall"] = _mean([float((read.slots - read.text).mean()) for read in probes])
-            found["probe_agreement"] = -_mean([max(float(read.kl.mean()), 0.0) for read in probes])
-        for item, read in repeats:
-            found["reconstruction"] = float(read.slots.mean())
-            facts = torch.tensor(item.facts)
-            if bool(facts.any()) and "fact_recall" in self.config.signals:
-                found["fact_recall"] = float((read.slots - read.text)[facts].mean())
-        return tuple(round(found[name], 6) if name in found else None for name in self.config.signals)
-
-
 class _Item(NamedTuple):
     """The prompt (passage ``place`` and ``tail``) and its target ``ids``; ``facts`` marks tokens of a repetition."""
 
@@ -166,6 +82,77 @@ class _Read(NamedTuple):
     text: Tensor
     hits: Tensor
     kl: Tensor
+
+
+@torch.no_grad()
+def measure(
+    reader: Reader,
+    config: FidelityConfig,
+    passages: Sequence[CompressedPassage],
+    texts: Sequence[str],
+    batch_size: int,
+) -> list[Measured | None]:
+    """The signals of each passage; see `FidelityGate.measure`."""
+    items = [item for place, pair in enumerate(zip(passages, texts)) for item in _items(reader, config, place, *pair)]
+    read: dict[int, list[tuple[_Item, _Read]]] = {}
+    for compared in (True, False):  # a reconstruction alone needs no pass over the text
+        kind = [i for i in items if (i.facts is None or "fact_recall" in config.signals) == compared]
+        kind.sort(key=lambda item: -(len(texts[item.place]) + len(item.tail)))
+        for start in range(0, len(kind), batch_size):
+            batch = kind[start : start + batch_size]
+            slots = _hidden(reader, config, batch, passages)
+            text = _hidden(reader, config, batch, texts) if compared else None
+            ids = torch.tensor([i for item in batch for i in item.ids], device=slots.device)
+            parts = zip(*(c.split([len(item.ids) for item in batch]) for c in _compare(reader, slots, text, ids)))
+            for item, part in zip(batch, parts):
+                read.setdefault(item.place, []).append((item, _Read(*part)))
+    return [_signals(config, read[place]) if place in read else None for place in range(len(passages))]
+
+
+def _items(
+    reader: Reader, config: FidelityConfig, place: int, passage: CompressedPassage, text: str
+) -> Iterator[_Item]:
+    """The probes of a passage and its repetition, as far as they fit the reader's positions."""
+    if not passage.slots or not text.strip():
+        return
+
+    def room(tail: str) -> int:
+        if reader.max_positions is None:
+            return sys.maxsize
+        longest = max(reader.length([source, tail], chat=config.chat) for source in (passage, text))
+        return max(reader.max_positions - longest, 0)
+
+    if any(name.startswith("probe") for name in config.signals):
+        for question, answer in make_probes(text, config.probes):
+            ids = reader.tokenize(("" if config.chat else " ") + answer)
+            tail = config.question.replace("{question}", question)
+            if ids and len(ids) <= room(tail):
+                yield _Item(place, tail, ids, None)
+    if {"fact_recall", "reconstruction"} & set(config.signals):
+        ids, offsets = reader.tokenize_with_offsets(text)
+        facts = fact_tokens(text, offsets)
+        if n := min(config.repeat_tokens, room(config.repeat)):
+            yield _Item(place, config.repeat, ids[:n], facts[:n])
+
+
+def _hidden(reader: Reader, config: FidelityConfig, batch: Sequence[_Item], sources: Sequence[Any]) -> Tensor:
+    prompts = [[sources[item.place], item.tail] for item in batch]
+    return reader.target_hidden(prompts, [item.ids for item in batch], chat=config.chat).hidden
+
+
+def _signals(config: FidelityConfig, found: Sequence[tuple[_Item, _Read]]) -> Measured:
+    values: dict[str, float] = {}
+    if probes := [read for item, read in found if item.facts is None]:
+        values["probe_hits"] = _mean([float(read.hits.all()) for read in probes])
+        values["probe_recall"] = _mean([float((read.slots - read.text).mean()) for read in probes])
+        values["probe_agreement"] = -_mean([max(float(read.kl.mean()), 0.0) for read in probes])
+    for item, read in found:
+        if item.facts is not None:
+            values["reconstruction"] = float(read.slots.mean())
+            facts = torch.tensor(item.facts)
+            if bool(facts.any()) and "fact_recall" in config.signals:
+                values["fact_recall"] = float((read.slots - read.text)[facts].mean())
+    return tuple(round(values[name], 6) if name in values else None for name in config.signals)
 
 
 def make_probes(text: str, count: int) -> list[tuple[str, str]]:
