@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForTokenClassification, AutoTokenizer
 
@@ -49,6 +49,15 @@ class TokenClassifierSettings(LoRASettings):
         self.check_lora()
 
 
+class Pieces(NamedTuple):
+    """A text in the classifier's tokens: ids, strings, ``(start, end)`` characters and word numbers."""
+
+    ids: list[int]
+    tokens: list[str]
+    offsets: list[Span]
+    word_ids: list[int | None]
+
+
 class ClassifierTokenizer:
     """Tokenises without truncation; special-token strings in a text are plain text.
 
@@ -77,9 +86,10 @@ class ClassifierTokenizer:
         pad = getattr(tokenizer, "pad_token_id", None)
         self.pad = 0 if pad is None else int(pad)
 
-    def __call__(self, text: str) -> Encoding:
+    def __call__(self, text: str) -> Pieces:
         """Tokenises a text, without special tokens."""
-        return self._plain.encode(clean(text), add_special_tokens=False)
+        found = self._plain.encode(clean(text), add_special_tokens=False)
+        return Pieces(found.ids, found.tokens, found.offsets, found.word_ids)
 
     def fingerprint_parts(self) -> list[Any]:
         """What decides the ids."""
@@ -194,7 +204,7 @@ class TokenClassifier(nn.Module):
             raise ValueError(f"The question has {len(asked)} of the classifier's tokens, there is room for {room}.")
         return [*before, *asked, *after]
 
-    def rows(self, text: str, query: str | None = None) -> tuple[Encoding, list[Span], list[int]]:
+    def rows(self, text: str, query: str | None = None) -> tuple[Pieces, list[Span], list[int]]:
         """A text's tokens, the token ranges that are read together, and the tokens before each range."""
         pieces, head = self.pieces(text), self.head(query)
         return pieces, cut(text, pieces, self.limit - len(head) - len(self.pieces.after)), head
@@ -204,7 +214,7 @@ class TokenClassifier(nn.Module):
         texts: Sequence[str],
         queries: Sequence[str | None] | None,
         run: Callable[[list[list[int]]], Sequence[Tensor]],
-    ) -> Iterator[tuple[Encoding, list[Tensor]]]:
+    ) -> Iterator[tuple[Pieces, list[Tensor]]]:
         """Runs a function on the rows of all texts; yields each text's tokens and its part of the results.
 
         Args:
@@ -236,7 +246,7 @@ class TokenClassifier(nn.Module):
 
     def probabilities(
         self, texts: Sequence[str], queries: Sequence[str | None] | None = None
-    ) -> list[tuple[Encoding, Tensor]]:
+    ) -> list[tuple[Pieces, Tensor]]:
         """The tokens of each text and their probabilities ``[tokens]`` of "keep"."""
         return [
             (pieces, torch.cat(parts) if parts else torch.zeros(0))
@@ -304,7 +314,7 @@ def position_limit(model: Any, tokenizer: Any) -> int:
     return int(min((limit for limit in limits if limit), default=512))
 
 
-def cut(text: str, pieces: Encoding, room: int) -> list[Span]:
+def cut(text: str, pieces: Pieces, room: int) -> list[Span]:
     """Cuts the text into token ranges of at most ``room`` tokens: at a sentence's end, else a word's, else anywhere.
 
     The cut lies in the second half of each range, so that there are few ranges.
