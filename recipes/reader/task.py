@@ -153,7 +153,8 @@ class ReaderTask:
 
     def _save_whole(self, folder: Path, dtype: torch.dtype) -> None:
         state = {name: value.detach().to("cpu", dtype) for name, value in self.module.model.state_dict().items()}
-        copy: Any = LlamaForCausalLM(self.module.model.config).to(dtype)
+        copy: Any = LlamaForCausalLM(self.module.model.config)
+        copy = copy.to(dtype)
         copy.load_state_dict(state)
         copy.generation_config = GenerationConfig(
             bos_token_id=self.tokenizer.bos_token_id,
