@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from ...compressors.fidelity.questions import sentences
@@ -16,16 +15,6 @@ from ..data.records import Asked, load_articles, load_records
 MAX_ANSWER_WORDS = 12
 # Share of the human passages drawn from each source; sources that are not named share `other`.
 SOURCE_SHARE = {"squad": 0.5, "qamr": 0.35, "fairytaleqa": 0.08, "other": 0.07}
-
-
-@dataclass(frozen=True)
-class ManyPassages:
-    """A human question over several passages; the answer occurs in the gold one."""
-
-    question: str
-    answer: str
-    passages: tuple[str, ...]
-    gold: int
 
 
 def pick_answer(record: Record) -> str | None:
@@ -62,9 +51,9 @@ class ReaderCorpus:
         self.asked, self.many = self._group_questions()
         self.answers = [answer for group in self.asked["squad"] + self.asked["qamr"] for _, answer in group.pairs]
 
-    def _group_questions(self) -> tuple[dict[str, list[Asked]], list[ManyPassages]]:
+    def _group_questions(self) -> tuple[dict[str, list[Asked]], list[tuple[Record, str]]]:
         by_passage: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
-        many: list[ManyPassages] = []
+        many: list[tuple[Record, str]] = []  # records with several passages, and their answers
         for record in self.records:
             answer = pick_answer(record)
             if answer is None or record.gold is None or self.held_out.has_question(record.question):
@@ -72,7 +61,7 @@ class ReaderCorpus:
             if any(map(self.held_out.has_passage, record.passages)):
                 continue
             if len(record.passages) > 1:
-                many.append(ManyPassages(record.question, answer, record.passages, record.gold))
+                many.append((record, answer))
             family = next((name for name in SOURCE_SHARE if record.source.startswith(name)), "other")
             by_passage[family, record.gold_text].append((record.question, answer))
         asked: dict[str, list[Asked]] = {name: [] for name in SOURCE_SHARE}

@@ -153,9 +153,9 @@ class GroupMaker:
         settings, count = self.settings, rng.randint(*self.settings.passages)
         share = max(200, settings.max_chars // count)
         if self.corpus.many and rng.random() < 0.15:
-            record = rng.choice(self.corpus.many)
+            record, answer = rng.choice(self.corpus.many)
             others = [text for i, text in enumerate(record.passages) if i != record.gold][: count - 1]
-            passages, pairs = [record.passages[record.gold], *others], [(record.question, record.answer)]
+            passages, pairs = [record.gold_text, *others], [(record.question, answer)]
         elif rng.random() < 0.65:
             asked = self.corpus.human(rng)
             gold = cut(asked.passage, max(share, 500))

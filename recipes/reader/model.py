@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,14 +41,11 @@ class PackedReader(nn.Module):
         layers = getattr(self.model.get_decoder(), "layers", ())
         for index in range(max(0, len(layers) - 2), len(layers)):
             if (attention := getattr(layers[index], "self_attn", None)) is not None:
-                attention.register_forward_pre_hook(self._keep(index), with_kwargs=True)
+                attention.register_forward_pre_hook(partial(self._keep, index), with_kwargs=True)
 
-    def _keep(self, index: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.training and self.point_weight > 0:
-                self._inputs[index] = (kwargs["hidden_states"], kwargs["position_embeddings"])
-
-        return hook
+    def _keep(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.training and self.point_weight > 0:
+            self._inputs[index] = (kwargs["hidden_states"], kwargs["position_embeddings"])
 
     def forward(
         self,

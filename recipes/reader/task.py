@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +152,10 @@ class ReaderTask:
             file.chmod(0o644)
 
     def _save_whole(self, folder: Path, dtype: torch.dtype) -> None:
-        copy: Any = deepcopy(self.module.model).to("cpu", dtype)
+        state = {name: value.detach().to("cpu", dtype) for name, value in self.module.model.state_dict().items()}
+        copy: Any = LlamaForCausalLM(self.module.model.config)
+        copy = copy.to(dtype)
+        copy.load_state_dict(state)
         copy.generation_config = GenerationConfig(
             bos_token_id=self.tokenizer.bos_token_id,
             eos_token_id=self.tokenizer.eos_token_id,

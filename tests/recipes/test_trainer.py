@@ -8,6 +8,8 @@ import random
 import pytest
 import torch
 from nutgraf import load_compressor
+from nutgraf.compressors.objectives.distillation import KLDistillationLoss
+from nutgraf.compressors.objectives.registry import OBJECTIVES
 from nutgraf.recipes.data.corpus import Record
 from nutgraf.recipes.data.records import Material, load_articles, load_records
 from nutgraf.recipes.data.templates import question_prompt
@@ -96,6 +98,20 @@ def test_slots_can_be_matched_to_their_tokens_before_anything_is_read(folder, tm
     log = read_log(tmp_path)
     assert log[-1]["loss/match"] < 0.8 * log[0]["loss/match"]
     assert log[-1]["loss"] == pytest.approx(log[-1]["loss/match"], rel=1e-5)
+
+
+def test_an_objective_needs_only_its_class(folder, tmp_path, zoo, monkeypatch):
+    class Doubled(KLDistillationLoss):
+        def total(self, scored):
+            return 2 * super().total(scored)
+
+    monkeypatch.setitem(OBJECTIVES, "doubled", Doubled)
+    stages = [{"steps": 1, "log_every": 1, "objectives": {"doubled": 1.0, "kl": 1.0}, "mix": {"human": 1.0}}]
+    task = CompressorTask(recipe_for(folder, stages=stages), zoo.reader())
+    run_recipe(task.recipe, task, tmp_path)
+    (row,) = read_log(tmp_path)
+    assert 0 < row["loss/doubled"] == pytest.approx(2 * row["loss/kl"])
+    assert row["loss"] == pytest.approx(3 * row["loss/kl"])
 
 
 def test_only_the_intended_parameters_change(folder, tmp_path, zoo):
