@@ -158,5 +158,6 @@ class MeanPoolCompressor(WindowProjector, SoftCompressor):
     def states_of(self, stretches: Sequence[Segment]) -> list[Tensor]:
         """The tuned reader's last hidden states ``[tokens, hidden]`` per stretch."""
         reader, encoder = self.base_reader, self.encoder
-        assert encoder is not None
+        if encoder is None:
+            raise ValueError("encoder='embeddings' has no states; use encoder='reader'.")
         return token_states(encoder, stretches, reader.embed, reader.device, self.batch_positions)
