@@ -87,6 +87,11 @@ def check_queries(name: str, queries: Sequence[str | None]) -> None:
         )
 
 
+def setting(default: Any, text: str, *, kw_only: bool = False) -> Any:
+    """Dataclass field with a default and its help text."""
+    return field(default=default, kw_only=kw_only, metadata={"help": text})
+
+
 def added(default: Any, text: str) -> Any:
     """Dataclass field for a setting added after a method's release.
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from ..base import Compressor
-from ..core.config import added, check_counts
+from ..core.config import added, check_counts, setting
 from .lora_twin import LoRATwin
 from .tuned_reader import AdaptedReader
 
@@ -23,12 +23,12 @@ class LoRAArguments(TypedDict):
 
 def lora_rank(default: int, of: str = "") -> Any:
     """Dataclass field for the LoRA rank. ``of`` is appended to the help text."""
-    return field(default=default, kw_only=True, metadata={"help": f"LoRA rank{of}"})
+    return setting(default, f"LoRA rank{of}", kw_only=True)
 
 
 def lora_alpha(default: float) -> Any:
     """Dataclass field for the LoRA scale."""
-    return field(default=default, kw_only=True, metadata={"help": "LoRA scale: updates are multiplied by alpha / r"})
+    return setting(default, "LoRA scale: updates are multiplied by alpha / r", kw_only=True)
 
 
 @dataclass(kw_only=True)
@@ -37,9 +37,9 @@ class LoRASettings:
 
     r: int = lora_rank(32)
     alpha: float = lora_alpha(32.0)
-    dropout: float = field(default=0.0, metadata={"help": "LoRA dropout in training"})
-    target_modules: tuple[str, ...] | None = field(
-        default=None, metadata={"help": "modules that get LoRA; default: query and value projections, or the fused one"}
+    dropout: float = setting(0.0, "LoRA dropout in training")
+    target_modules: tuple[str, ...] | None = setting(
+        None, "modules that get LoRA; default: query and value projections, or the fused one"
     )
 
     @property

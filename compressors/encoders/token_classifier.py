@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForTokenClassification, AutoTokenizer
 
 from ..core.batching import pack, pad_rows, pass_positions
-from ..core.config import check_choices, check_counts
+from ..core.config import check_choices, check_counts, setting
 from ..core.fingerprint import hash_json, hash_tensors
 from ..core.hidden import hide
 from ..core.units import Span, split_units
@@ -32,14 +32,10 @@ MERGES = ("mean", "first")
 class TokenClassifierSettings(LoRASettings):
     """Config mixin: a frozen encoder with LoRA and a head that classifies tokens."""
 
-    encoder: str = field(default=MINILM, metadata={"help": "the frozen encoder below LoRA and head"})
-    frozen_hash: str | None = field(
-        default=None, metadata={"help": "hash of the frozen weights and tokenizer; filled in"}
-    )
-    merge: str = field(
-        default="mean", metadata={"help": "a word's probability: the 'mean' of its tokens', or of its 'first' token"}
-    )
-    window: int = field(default=512, metadata={"help": "longest row the classifier reads, with special tokens"})
+    encoder: str = setting(MINILM, "the frozen encoder below LoRA and head")
+    frozen_hash: str | None = setting(None, "hash of the frozen weights and tokenizer; filled in")
+    merge: str = setting("mean", "a word's probability: the 'mean' of its tokens', or of its 'first' token")
+    window: int = setting(512, "longest row the classifier reads, with special tokens")
     r: int = lora_rank(16, " (the classifier's)")
 
     def check_classifier(self) -> None:

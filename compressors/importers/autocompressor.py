@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 
-from ..core.config import check_choices
+from ..core.config import check_choices, setting
 from ..core.errors import CheckpointError
 from ..core.passage import CompressedPassage
 from ..reader.reader import Reader
@@ -27,16 +27,10 @@ _OWN_SETTINGS = ("summary_length", "accumulate_summary", "segment_gradient_check
 class PublishedAutoCompressorConfig(PublishedSettings, AutoCompressorConfig):
     """Settings of AutoCompressor as its authors' code runs it."""
 
-    equal_segments: bool = field(
-        default=True, kw_only=True, metadata={"help": "false: every segment but the last is as long as allowed"}
-    )
-    scale: Literal["matched", "none"] = field(
-        default="matched", kw_only=True, metadata={"help": "'none': raw summary vectors"}
-    )
-    positions: Literal["count", "paper"] = field(
-        default="count",
-        kw_only=True,
-        metadata={"help": "'paper' equals 'count' for rotary models, the only ones supported"},
+    equal_segments: bool = setting(True, "false: every segment but the last is as long as allowed", kw_only=True)
+    scale: Literal["matched", "none"] = setting("matched", "'none': raw summary vectors", kw_only=True)
+    positions: Literal["count", "paper"] = setting(
+        "count", "'paper' equals 'count' for rotary models, the only ones supported", kw_only=True
     )
 
     def __post_init__(self) -> None:
@@ -65,9 +59,7 @@ class PublishedAutoCompressor(PublishedCompressor, AutoCompressor):
             return super().cut(n_tokens, ratio, question_tokens, source_tokens)
         longest = self.longest_segment(ratio) or n_tokens
         lengths = [min(longest, n_tokens - start) for start in range(0, n_tokens, longest)]
-        found = [(n, self.slots_of(n, ratio)) for n in lengths]
-        self.check_room(found)
-        return found
+        return [(n, self.slots_of(n, ratio)) for n in lengths]
 
     def encode_lengths(
         self, ids: Sequence[int], lengths: Sequence[int], ratio: float | None = None
@@ -82,7 +74,6 @@ class PublishedAutoCompressor(PublishedCompressor, AutoCompressor):
                 f"lengths must be integers of at least 1 that add up to the passage's {len(ids)} tokens, got {list(lengths)}."
             )
         asked = self.ratio_or_default(ratio)
-        self.check_room([(n, self.slots_of(n, asked)) for n in lengths])
         ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
         pairs = zip(ends, lengths)
         segments = [Segment(list(ids[e - n : e]), self.slots_of(n, asked), self.opening) for e, n in pairs]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 
-from ..core.config import check_choices, check_counts
+from ..core.config import check_choices, check_counts, setting
 from ..core.errors import CheckpointError
 from ..encoders.lora_twin import short_name
 from ..kv.encode import KVSlots
@@ -27,22 +27,16 @@ _MEMORY = "memory_embeddings"
 class PublishedKVMemoryConfig(PublishedSettings, KVMemoryConfig):
     """Settings of 500xCompressor as its authors' code runs it."""
 
-    init: Literal["tokens", "normal"] = field(
-        default="tokens",
-        kw_only=True,
-        metadata={"help": "memory embeddings start as those of random tokens, or as standard normal noise"},
+    init: Literal["tokens", "normal"] = setting(
+        "tokens", "memory embeddings start as those of random tokens, or as standard normal noise", kw_only=True
     )
-    reference_positions: bool = field(
-        default=False,
+    reference_positions: bool = setting(
+        False,
+        "declare the keys' positions as 0, 1, 2, ..., so that text follows at the release's distances",
         kw_only=True,
-        metadata={
-            "help": "declare the keys' positions as 0, 1, 2, ..., so that text follows at the release's distances"
-        },
     )
-    pad_to: int | None = field(
-        default=None,
-        kw_only=True,
-        metadata={"help": "pad every segment with EOS to this length and attend to the padding"},
+    pad_to: int | None = setting(
+        None, "pad every segment with EOS to this length and attend to the padding", kw_only=True
     )
 
     def __post_init__(self) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..core.config import check_counts
+from ..core.config import check_counts, setting
 from ..core.errors import CheckpointError
 from ..core.passage import CompressedPassage
 from ..reader.reader import Reader
@@ -32,18 +32,10 @@ _MEMORY = "memory_token_embed.weight"
 class PublishedICAEConfig(PublishedSettings, ICAEConfig):
     """Settings of ICAE as its authors' code runs it."""
 
-    special_tokens: bool = field(
-        default=False, kw_only=True, metadata={"help": "learned [AE], [LM] and [FT] embeddings"}
-    )
-    bos_once: bool = field(
-        default=False,
-        kw_only=True,
-        metadata={"help": "BOS is the passage's first token, and is counted and cut with it"},
-    )
-    truncate: int | None = field(
-        default=None,
-        kw_only=True,
-        metadata={"help": "read one segment of at most this many tokens and drop the rest with a warning (version 1)"},
+    special_tokens: bool = setting(False, "learned [AE], [LM] and [FT] embeddings", kw_only=True)
+    bos_once: bool = setting(False, "BOS is the passage's first token, and is counted and cut with it", kw_only=True)
+    truncate: int | None = setting(
+        None, "read one segment of at most this many tokens and drop the rest with a warning (version 1)", kw_only=True
     )
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from ..base import Passages
-from ..core.config import check_choices
+from ..core.config import check_choices, setting
 from ..core.errors import CheckpointError
 from ..encoders.small_lm import SmallLMEncoder
 from ..reader.reader import Reader
@@ -28,26 +28,16 @@ _FILES = ("connector.pt", "decoder_state.pt")
 class PublishedPISCOConfig(PISCOConfig):
     """Settings of PISCO and COCOM as their authors' code runs them."""
 
-    slots: Literal["proportional", "plus-one", "fixed"] = field(
-        default="proportional",
+    slots: Literal["proportional", "plus-one", "fixed"] = setting(
+        "proportional",
+        "'plus-one' (2026): full segments of segment_tokens, BOS counted, and a shorter last one, with floor(S / "
+        "ratio) + 1 slots each; 'fixed' (2025, COCOM): segment_tokens / ratio per segment",
         kw_only=True,
-        metadata={
-            "help": "'plus-one' (2026): full segments of segment_tokens, BOS counted, and a shorter last one, with "
-            "floor(S / ratio) + 1 slots each; 'fixed' (2025, COCOM): segment_tokens / ratio per segment"
-        },
     )
-    scale: Literal["matched", "none"] = field(
-        default="matched", kw_only=True, metadata={"help": "'none': slots without an output factor"}
-    )
-    prefix: tuple[int, ...] | None = field(
-        default=None, kw_only=True, metadata={"help": "ids before each segment; default: BOS"}
-    )
-    suffix: tuple[int, ...] = field(
-        default=(), kw_only=True, metadata={"help": "ids between each segment and its <MEM> tokens"}
-    )
-    as_prompt: bool = field(
-        default=False, kw_only=True, metadata={"help": "tokenise a passage as the start of a prompt"}
-    )
+    scale: Literal["matched", "none"] = setting("matched", "'none': slots without an output factor", kw_only=True)
+    prefix: tuple[int, ...] | None = setting(None, "ids before each segment; default: BOS", kw_only=True)
+    suffix: tuple[int, ...] = setting((), "ids between each segment and its <MEM> tokens", kw_only=True)
+    as_prompt: bool = setting(False, "tokenise a passage as the start of a prompt", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

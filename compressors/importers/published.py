@@ -6,10 +6,11 @@ and `load_compressor` picks them when a folder holds such settings.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..base import Passages
+from ..core.config import setting
 from ..slots.segments import SegmentCompressor
 
 
@@ -17,16 +18,12 @@ from ..slots.segments import SegmentCompressor
 class PublishedSettings:
     """Config mixin with settings that several releases need."""
 
-    fixed_slots: bool = field(
-        default=False, metadata={"help": "every segment gets all its slots, even if it has fewer tokens"}
-    )
-    bos: bool = field(default=True, metadata={"help": "put BOS before every segment"})
-    as_prompt: bool = field(
-        default=False,
-        metadata={
-            "help": "tokenise a passage as the start of a prompt, where SentencePiece tokenizers add a space; default: as it "
-            "stands inside a prompt"
-        },
+    fixed_slots: bool = setting(False, "every segment gets all its slots, even if it has fewer tokens")
+    bos: bool = setting(True, "put BOS before every segment")
+    as_prompt: bool = setting(
+        False,
+        "tokenise a passage as the start of a prompt, where SentencePiece tokenizers add a space; default: as it "
+        "stands inside a prompt",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +12,7 @@ import torch
 from tokenizers import AddedToken
 from torch import Tensor
 
-from ..core.config import check_choices
+from ..core.config import check_choices, setting
 from ..core.errors import CheckpointError
 from ..encoders.embedder import Embedder, load_embedder
 from ..reader.reader import Reader
@@ -31,16 +31,10 @@ _OWN_SETTINGS = ("projector_type", "retriever_hidden_size", "retriever_type")
 class PublishedXRAGConfig(XRAGConfig):
     """Settings of xRAG as its authors' code runs it."""
 
-    normalize: bool = field(
-        default=True, kw_only=True, metadata={"help": "bring every vector to root mean square 1 first"}
-    )
-    scale: Literal["matched", "none"] = field(
-        default="matched", kw_only=True, metadata={"help": "'none': the bare projector"}
-    )
-    pooling: Literal["own", "last"] = field(
-        default="own",
-        kw_only=True,
-        metadata={"help": "'own': vectors of sentence-transformers; 'last': the last hidden state at the last token"},
+    normalize: bool = setting(True, "bring every vector to root mean square 1 first", kw_only=True)
+    scale: Literal["matched", "none"] = setting("matched", "'none': the bare projector", kw_only=True)
+    pooling: Literal["own", "last"] = setting(
+        "own", "'own': vectors of sentence-transformers; 'last': the last hidden state at the last token", kw_only=True
     )
 
     def __post_init__(self) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..core.config import check_counts
+from ..core.config import check_counts, setting
 from ..encoders.lora import ReaderTuningSettings, tuned_reader
 from ..encoders.lora_twin import LoRATwin
 from ..reader.reader import Reader
@@ -28,12 +28,10 @@ class KVMemoryConfig(ReaderTuningSettings, KVSlotConfig):
         **{"init": "tokens", "reference_positions": False, "pad_to": None},
     }
 
-    ratio: float | None = field(
-        default=4.0,
-        kw_only=True,
-        metadata={"help": "compression ratio if none is asked for; null: num_mem slots, however long the segment"},
+    ratio: float | None = setting(
+        4.0, "compression ratio if none is asked for; null: num_mem slots, however long the segment", kw_only=True
     )
-    num_mem: int = field(default=128, metadata={"help": "memory tokens: the most slots of a segment"})
+    num_mem: int = setting(128, "memory tokens: the most slots of a segment")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,10 +49,6 @@ class KVMemoryCompressor(KVSlotCompressor):
 
     Beyond the paper: slots are proportional to the segment, so that a short passage never grows. Padding is never attended
     to. Memory embeddings start as those of random tokens. Keys are rotated to their place in the prompt.
-
-    Args:
-        config: the settings.
-        reader: the reader; encoder and decoder share its parameters.
 
     Attributes:
         encoder: the reader's `LoRATwin`.

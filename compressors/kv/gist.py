@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..core.config import check_choices, check_counts
+from ..core.config import check_choices, check_counts, setting
 from ..encoders.lora_twin import tune
 from ..encoders.tuned_reader import AdaptedReader
 from ..reader.reader import Reader
@@ -25,19 +25,13 @@ class GistConfig(KVSlotConfig):
 
     method: ClassVar[str] = "gist"
 
-    n_gist: int = field(default=10, metadata={"help": "gist tokens: the most slots of a segment"})
-    shared_embedding: bool = field(
-        default=True, metadata={"help": "one embedding for all gist tokens, as in the paper; false: one each"}
+    n_gist: int = setting(10, "gist tokens: the most slots of a segment")
+    shared_embedding: bool = setting(True, "one embedding for all gist tokens, as in the paper; false: one each")
+    tuning: Literal["lora", "full", "none"] = setting(
+        "lora", "tune the model with LoRA, or a full copy (the paper), or train the gist embeddings only ('none')"
     )
-    tuning: Literal["lora", "full", "none"] = field(
-        default="lora",
-        metadata={
-            "help": "tune the model with LoRA, or a full copy (the paper), or train the gist embeddings only ('none')"
-        },
-    )
-    adapt_reader: bool = field(
-        default=True,
-        metadata={"help": "the tuned model also reads the slots, as in the paper; false: the plain reader does"},
+    adapt_reader: bool = setting(
+        True, "the tuned model also reads the slots, as in the paper; false: the plain reader does"
     )
 
     def __post_init__(self) -> None:
@@ -59,10 +53,6 @@ class GistCompressor(KVSlotCompressor):
 
     Beyond the paper: LoRA, ratios and segments. The prompt's BOS and the text before the gist stay visible; the paper hides all
     of it, because there the gist covers all of it.
-
-    Args:
-        config: the settings.
-        reader: the reader, left as it is.
 
     Attributes:
         encoder: the tuned model, a `LoRATwin` or `FullTwin` of the reader's.

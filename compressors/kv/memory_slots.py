@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..core.config import CompressorConfig, check_choices
+from ..core.config import CompressorConfig, check_choices, setting
 from ..core.passage import Interface
 from ..encoders.lora import LoRASettings
 from ..encoders.lora_twin import Twin
@@ -28,24 +28,18 @@ class KVSlotConfig(SegmentSettings, LoRASettings, QuerySettings, CompressorConfi
 
     retired: ClassVar[Mapping[str, Any]] = {"fixed_slots": False, "bos": True, "as_prompt": False}
 
-    ratio: float | None = field(
-        default=None,
-        kw_only=True,
-        metadata={"help": "compression ratio if none is asked for; null: as many slots as allowed"},
+    ratio: float | None = setting(
+        None, "compression ratio if none is asked for; null: as many slots as allowed", kw_only=True
     )
-    positions: Literal["append", "spread"] = field(
-        default="append",
-        metadata={
-            "help": "position ids of the slots: 'append' counts on after the segment (the papers), 'spread' puts each at the "
-            "middle of the tokens that it stands for"
-        },
+    positions: Literal["append", "spread"] = setting(
+        "append",
+        "position ids of the slots: 'append' counts on after the segment (the papers), 'spread' puts each at the "
+        "middle of the tokens that it stands for",
     )
-    residual: bool = field(
-        default=False,
-        metadata={
-            "help": "add the pooled embeddings of each slot's tokens to its memory embedding, so that training starts from "
-            "readable slots; not in the papers"
-        },
+    residual: bool = setting(
+        False,
+        "add the pooled embeddings of each slot's tokens to its memory embedding, so that training starts from "
+        "readable slots; not in the papers",
     )
 
     def __post_init__(self) -> None:

@@ -74,7 +74,6 @@ def document_segment_losses(
         lengths = random_segments(len(ids), config.train_segments, compressor.longest_segment(ratio), rng)
         # Nothing reads the last segment's summary.
         slots = [compressor.slots_of(n, ratio) for n in lengths[:-1]] + [0] * bool(lengths)
-        compressor.check_room(list(zip(lengths, slots)))
         ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
         documents.append([Segment(ids[e - n : e], s, front) for e, n, s in zip(ends, lengths, slots)])
     one_model = reader.model is compressor.encoder.lm
@@ -100,7 +99,7 @@ def document_segment_losses(
             rows = compressor.read(compressor.encoder, prompts, segments)
         for i, row, segment in zip(who, rows, segments):
             if segment.slots:
-                soft[i] = compressor.extend(soft[i], compressor.summary_vectors(row, segment.slots))
+                soft[i] = compressor.extend(soft[i], row, segment.slots)
                 if (step + 1) % config.segments_per_substep == 0:
                     soft[i] = soft[i].detach()
     if not targets:

@@ -6,16 +6,17 @@ import math
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from ..base import Passages, SoftCompressor
-from ..core.config import CompressorConfig, check_counts, check_ratio
+from ..core.config import CompressorConfig, check_counts, check_ratio, setting
 from ..core.passage import CompressedPassage
-from ..encoders.small_lm import SmallLMEncoder
+from ..encoders.small_lm import ENCODER_FOLDER, SmallLMEncoder
 from ..reader.reader import Reader
 from ..reader.tokenization import PromptTokenizer
 from .question import question_ids
@@ -27,10 +28,8 @@ class SegmentSettings:
 
     retired_unhashed: ClassVar[Mapping[str, Any]] = {"nested": False, "coarsest": 32.0, "segment_overlap": 0}
 
-    ratio: float | None = field(default=4.0, metadata={"help": "compression ratio if none is asked for"})
-    segment_tokens: int | None = field(
-        default=None, metadata={"help": "longest segment; default: as long as its slots allow at the ratio"}
-    )
+    ratio: float | None = setting(4.0, "compression ratio if none is asked for")
+    segment_tokens: int | None = setting(None, "longest segment; default: as long as its slots allow at the ratio")
 
     def check_segments(self) -> None:
         """Raises ``ValueError`` for invalid values."""
@@ -200,6 +199,22 @@ class SegmentCompressor(SoftCompressor):
         """The slots of a passage from those of its segments; a passage without segments has none."""
         width, device = self.base_reader.width, self.base_reader.device
         return torch.cat(list(parts)) if parts else torch.zeros(0, width, device=device)
+
+    # -- saving and loading ----------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Saves the compressor; config and tokenizer of a smaller LM go to the folder ``encoder``."""
+        if isinstance(self.source, SmallLMEncoder):
+            self.source.save_description(Path(folder) / ENCODER_FOLDER)
+        super().save_pretrained(folder, dtype=dtype)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, reader: Reader, **kwargs: Any) -> Self:
+        """Loads a folder written by `save_pretrained`."""
+        described = Path(folder) / ENCODER_FOLDER
+        if described.is_dir():
+            kwargs.setdefault("encoder_model", SmallLMEncoder.from_description(described))
+        return super().from_pretrained(folder, reader, **kwargs)
 
 
 def room_for_tokens(

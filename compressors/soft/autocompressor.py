@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..core.batching import SoftSequence, run_sequences
-from ..core.config import CompressorConfig, check_choices, check_counts
+from ..core.config import CompressorConfig, check_choices, check_counts, setting
 from ..core.passage import Interface
 from ..encoders.lora import LoRASettings, lora_alpha, lora_rank
 from ..encoders.lora_twin import Twin, tune
@@ -33,23 +33,14 @@ class AutoCompressorConfig(SegmentSettings, LoRASettings, CompressorConfig):
         **{"positions": "count", "bos": True, "as_prompt": False},
     }
 
-    summary_length: int = field(default=64, metadata={"help": "summary tokens: the most slots of a segment"})
-    accumulate_summary: bool = field(
-        default=True, metadata={"help": "keep the summaries of all segments so far; false: of the last one only"}
-    )
-    tuning: Literal["lora", "full", "none"] = field(
-        default="lora", metadata={"help": "what of the model to train, beside the summary tokens"}
-    )
-    adapt_reader: bool = field(
-        default=True,
-        metadata={"help": "the tuned model also reads the slots (the paper); false: the plain reader does"},
-    )
+    summary_length: int = setting(64, "summary tokens: the most slots of a segment")
+    accumulate_summary: bool = setting(True, "keep the summaries of all segments so far; false: of the last one only")
+    tuning: Literal["lora", "full", "none"] = setting("lora", "what of the model to train, beside the summary tokens")
+    adapt_reader: bool = setting(True, "the tuned model also reads the slots (the paper); false: the plain reader does")
     r: int = lora_rank(16)
     alpha: float = lora_alpha(16.0)
-    train_segments: int = field(default=4, metadata={"help": "segments per document in training"})
-    segments_per_substep: int = field(
-        default=2, metadata={"help": "segments in a row between which gradients flow through the soft prompt"}
-    )
+    train_segments: int = setting(4, "segments per document in training")
+    segments_per_substep: int = setting(2, "segments in a row between which gradients flow through the soft prompt")
 
     def __post_init__(self) -> None:
         check_counts(self, {"summary_length": 1, "train_segments": 2, "segments_per_substep": 2})
@@ -71,11 +62,8 @@ class AutoCompressor(SegmentCompressor):
     checkpoint serves every ratio (train it on random ratios). Summary vectors are scaled to the reader's embeddings. BOS opens
     every pass, as in the reader. The reader may stay untuned (``adapt_reader=False``).
 
-    Training: the objective ``segments`` (`document_segment_losses`), beside those on the slots.
-
-    Args:
-        config: the settings.
-        reader: the reader to tune. With ``tuning="none"`` only the summary tokens and the scale train.
+    Training: the objective ``segments`` (`document_segment_losses`), beside those on the slots. With ``tuning="none"`` only the
+    summary tokens and the scale train.
 
     Attributes:
         encoder: the reader's `LoRATwin`, `FullTwin` or `Untuned`.
@@ -99,8 +87,7 @@ class AutoCompressor(SegmentCompressor):
         with torch.no_grad():
             rows = range(reader.vocab_size) if reader.eos_id is None else [reader.eos_id]
             start = reader.embed(torch.tensor(list(rows), device=reader.device)).float().mean(dim=0)
-        self.summary = nn.Parameter(start.repeat(config.summary_length, 1))
-        with torch.no_grad():
+            self.summary = nn.Parameter(start.repeat(config.summary_length, 1))
             sample = probe(reader.vocab_size, longest, config.summary_length, self.opening)
             (row,) = self.read(self.encoder, [self.no_slots()], [sample])
         self.log_scale: nn.Parameter | None = learned_scale(matching_factor(row[-sample.slots :], reader), reader)
@@ -115,34 +102,13 @@ class AutoCompressor(SegmentCompressor):
         """``segments``: language modelling over the segments of documents."""
         return {"segments": document_segment_losses}
 
-    def cut(
-        self, n_tokens: int, ratio: float | None, question_tokens: int, source_tokens: int
-    ) -> list[tuple[int, int]]:
-        """Cuts a passage. Raises ``ValueError`` if summaries and a segment exceed the reader's positions."""
-        found = super().cut(n_tokens, ratio, question_tokens, source_tokens)
-        self.check_room(found)
-        return found
-
-    def check_room(self, cut: Sequence[tuple[int, int]]) -> None:
-        """Raises ``ValueError`` if a segment does not fit the reader's positions after its soft prompt."""
-        soft = needed = 0
-        for length, slots in cut:
-            needed = max(needed, len(self.opening) + soft + length + slots)
-            soft = soft + slots if self.config.accumulate_summary else slots
-        if self.max_positions is not None and needed > self.max_positions:
-            raise ValueError(
-                f"A passage of {sum(n for n, _ in cut)} tokens needs {needed} positions for its summaries and a segment, but "
-                f"{self.base_reader.name!r} has {self.max_positions}; ask for a higher ratio, compress it in parts, or use "
-                "accumulate_summary=False."
-            )
-
     def encode_segments(self, segments: list[Segment]) -> list[Tensor]:
         """Summary vectors: all first segments are read in one pass, then all second ones, and so on."""
         soft: dict[int, Tensor] = {}
         for group in in_turn(segments):
             prompts = [soft.get(segment.passage, self.no_slots()) for segment in group]
             for segment, prompt, row in zip(group, prompts, self.read(self.encoder, prompts, group)):
-                soft[segment.passage] = self.extend(prompt, self.summary_vectors(row, segment.slots))
+                soft[segment.passage] = self.extend(prompt, row, segment.slots)
         # What is left after a passage's last segment stands for the whole passage.
         last = {segment.passage: i for i, segment in enumerate(segments)}
         return [soft[s.passage] if last[s.passage] == i else self.no_slots() for i, s in enumerate(segments)]
@@ -152,22 +118,28 @@ class AutoCompressor(SegmentCompressor):
         reader = self.base_reader
         return torch.zeros(0, reader.width, device=reader.device, dtype=reader.dtype)
 
-    def summary_vectors(self, states: Tensor, slots: int) -> Tensor:
-        """``[slots, width]`` summary vectors from the hidden states of a pass."""
-        found = scaled(states[len(states) - slots :], self.log_scale)
-        return found.to(self.base_reader.device, self.base_reader.dtype)
-
-    def extend(self, soft: Tensor, vectors: Tensor) -> Tensor:
-        """The soft prompt ``[slots, width]`` after a segment with these summary vectors."""
+    def extend(self, soft: Tensor, states: Tensor, slots: int) -> Tensor:
+        """The soft prompt ``[slots, width]`` after a segment, from the hidden states of its pass."""
+        vectors = scaled(states[len(states) - slots :], self.log_scale).to(soft.device, soft.dtype)
         return torch.cat([soft, vectors]) if self.config.accumulate_summary else vectors
 
     def read(self, model: Twin, soft: Sequence[Tensor], segments: Sequence[Segment]) -> list[Tensor]:
-        """Last hidden states of ``[front][soft prompt][segment][summary tokens]`` per segment, in batches of similar length."""
+        """Last hidden states of ``[front][soft prompt][segment][summary tokens]`` per segment, in batches of similar length.
+
+        Raises:
+            ValueError: if a segment does not fit the reader's positions after its soft prompt.
+        """
         reader, sequences = self.base_reader, []
         for prompt, segment in zip(soft, segments):
             first = len(segment.front) + len(prompt)
             last = first + len(segment.ids)
             ids = [*segment.front, *[0] * len(prompt), *segment.ids, *[0] * segment.slots]
+            if self.max_positions is not None and len(ids) > self.max_positions:
+                raise ValueError(
+                    f"A segment of {len(segment.ids)} tokens with {len(prompt)} summary vectors before it needs {len(ids)} "
+                    f"positions, but {reader.name!r} has {self.max_positions}; ask for a higher ratio, compress the passage "
+                    "in parts, or use accumulate_summary=False."
+                )
             places = [*range(len(segment.front), first), *range(last, len(ids))]
             rows = torch.cat([prompt, self.summary[: segment.slots].to(prompt.device)])
             sequences.append(SoftSequence(ids, places, rows))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..base import Passages, SoftCompressor
-from ..core.config import CompressorConfig
+from ..core.config import CompressorConfig, setting
 from ..core.passage import Interface
 from ..encoders.lora import ReaderTuningSettings, tuned_reader
 from ..reader.reader import Reader
@@ -23,9 +23,7 @@ class FullTextConfig(ReaderTuningSettings, CompressorConfig):
 
     method: ClassVar[str] = "full-text"
 
-    tune_reader: bool = field(
-        default=True, kw_only=True, metadata={"help": "tune the reader; false: leave it as it is"}
-    )
+    tune_reader: bool = setting(True, "tune the reader; false: leave it as it is", kw_only=True)
 
     def __post_init__(self) -> None:
         self.check_reader_tuning()
@@ -36,10 +34,6 @@ class FullTextCompressor(SoftCompressor):
     """Every passage as its own token embeddings (ratio 1), for a reader tuned like that of another compressor.
 
     Compare a method that tunes its reader with this one, trained by the same recipe on the same data for as many steps.
-
-    Args:
-        config: the settings.
-        reader: the reader before tuning.
 
     Attributes:
         reader_twin: the `LoRATwin` that ``reader`` reads with, or ``None``.

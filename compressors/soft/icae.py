@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..core.config import CompressorConfig, check_choices, check_counts
+from ..core.config import CompressorConfig, check_choices, check_counts, setting
 from ..core.passage import Interface
 from ..encoders.lora import LoRASettings, ReaderTuningSettings, tuned_reader
 from ..encoders.lora_twin import LoRATwin
@@ -34,22 +34,16 @@ class ICAEConfig(SegmentSettings, LoRASettings, QuerySettings, ReaderTuningSetti
         **{"bos": True, "bos_once": False, "as_prompt": False},
     }
 
-    mem_size: int = field(default=128, metadata={"help": "memory tokens: the most slots of a segment"})
-    projector: Literal["none", "scale", "linear"] = field(
-        default="scale",
-        metadata={"help": "'none' (the paper), 'scale': one factor, 'linear': a matrix that starts as that factor"},
+    mem_size: int = setting(128, "memory tokens: the most slots of a segment")
+    projector: Literal["none", "scale", "linear"] = setting(
+        "scale", "'none' (the paper), 'scale': one factor, 'linear': a matrix that starts as that factor"
     )
-    positions: Literal["spread", "append"] = field(
-        default="spread",
-        metadata={
-            "help": "position ids of the memory tokens: 'append' counts on after the segment (the paper), 'spread' puts each "
-            "at the middle of the tokens that it stands for"
-        },
+    positions: Literal["spread", "append"] = setting(
+        "spread",
+        "position ids of the memory tokens: 'append' counts on after the segment (the paper), 'spread' puts each at "
+        "the middle of the tokens that it stands for",
     )
-    residual: bool = field(
-        default=True,
-        metadata={"help": "add the gated pooled embeddings of each slot's tokens; not in the paper"},
-    )
+    residual: bool = setting(True, "add the gated pooled embeddings of each slot's tokens; not in the paper")
 
     def __post_init__(self) -> None:
         check_counts(self, {"mem_size": 1})
@@ -72,10 +66,6 @@ class ICAECompressor(MemoryTokenCompressor):
     embeddings of random tokens. Their position ids are spread over the segment (arXiv 2409.14364), because rotary attention
     learns a constant distance sooner. With ``residual`` every slot starts as the pooled embeddings of its tokens
     (`GatedPool`), so that training starts from readable slots.
-
-    Args:
-        config: the settings.
-        reader: the reader; encoder and decoder share its parameters.
 
     Attributes:
         encoder: the reader's `LoRATwin`.

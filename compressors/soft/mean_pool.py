@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..base import Passages, SoftCompressor
-from ..core.config import CompressorConfig, check_choices, check_counts, check_ratio
+from ..core.config import CompressorConfig, check_choices, check_counts, check_ratio, setting
 from ..core.passage import Interface
 from ..encoders.lora import LoRASettings, ReaderTuningSettings, lora_rank, tuned_reader
 from ..encoders.lora_twin import LoRATwin
@@ -34,22 +34,19 @@ class MeanPoolConfig(LoRASettings, QuerySettings, ReaderTuningSettings, Compress
     }
     retired_unhashed: ClassVar[Mapping[str, Any]] = {"segment_overlap": 0}
 
-    encoder: Literal["reader", "embeddings"] = field(
-        default="reader",
-        metadata={"help": "token states to pool: of the reader plus LoRA, or the reader's token embeddings"},
+    encoder: Literal["reader", "embeddings"] = setting(
+        "reader", "token states to pool: of the reader plus LoRA, or the reader's token embeddings"
     )
-    ratio: float = field(default=4.0, metadata={"help": "tokens per window, if no ratio is asked for"})
-    weighting: Literal["uniform", "learned"] = field(
-        default="uniform",
-        metadata={
-            "help": "weights inside a window: equal, or a softmax over a learned score per vocabulary entry plus a linear "
-            "score of the state, which starts equal"
-        },
+    ratio: float = setting(4.0, "tokens per window, if no ratio is asked for")
+    weighting: Literal["uniform", "learned"] = setting(
+        "uniform",
+        "weights inside a window: equal, or a softmax over a learned score per vocabulary entry plus a linear score "
+        "of the state, which starts equal",
     )
-    hidden_size: int | None = field(
-        default=None, metadata={"help": "width of the MLP's hidden layer; default: twice the reader's embedding width"}
+    hidden_size: int | None = setting(
+        None, "width of the MLP's hidden layer; default: twice the reader's embedding width"
     )
-    chunk_tokens: int = field(default=1024, metadata={"help": "longest stretch that encoder 'reader' reads at once"})
+    chunk_tokens: int = setting(1024, "longest stretch that encoder 'reader' reads at once")
     r: int = lora_rank(32, " (encoder 'reader')")
 
     def __post_init__(self) -> None:
@@ -76,10 +73,6 @@ class MeanPoolCompressor(WindowProjector, SoftCompressor):
     The papers' encoders are bidirectional. A causal reader is not: with ``encoder="reader"`` a token's state depends only on
     what comes before it in its stretch of ``chunk_tokens`` tokens. Windows cross the borders of stretches.
 
-    Args:
-        config: the settings.
-        reader: the reader.
-
     Attributes:
         encoder: the reader's `LoRATwin` (``encoder="reader"`` only).
         token_score, state_score: ``[vocabulary]``, and a linear layer to one number (``weighting="learned"`` only).
@@ -102,7 +95,7 @@ class MeanPoolCompressor(WindowProjector, SoftCompressor):
         if config.encoder == "reader":
             self.encoder = LoRATwin(reader.model, **config.lora)
             with torch.no_grad():  # hidden states and embeddings may differ in width
-                size = self.states_of(self._stretches([[0]], [[]]))[0].shape[1]
+                size = self.states(self.encoder, [[0]], [[]]).shape[1]
         self.add_projector(reader, size, config.hidden_size)
         self.token_score = self.state_score = None
         if config.weighting == "learned":
@@ -129,7 +122,7 @@ class MeanPoolCompressor(WindowProjector, SoftCompressor):
         states = embeds
         if self.encoder is not None:
             questions = question_ids(self.config, reader.prompts, passages.queries)
-            states = torch.cat(self.states_of(self._stretches(ids, questions))).to(dtype)
+            states = self.states(self.encoder, ids, questions).to(dtype)
         n = len(windows)
         where = torch.repeat_interleave(torch.arange(n), torch.tensor(windows)).to(reader.device)
         slots = self.pool_windows(embeds, states, self._weights(flat, states, where, n), where, n)
@@ -145,18 +138,13 @@ class MeanPoolCompressor(WindowProjector, SoftCompressor):
         powers = (scores - highest[where]).exp()
         return powers / powers.new_zeros(n).index_add(0, where, powers)[where]
 
-    def _stretches(self, ids: Sequence[list[int]], questions: Sequence[list[int]]) -> list[Segment]:
-        reader, found = self.base_reader, []
+    def states(self, encoder: LoRATwin, ids: Sequence[list[int]], questions: Sequence[list[int]]) -> Tensor:
+        """``[all tokens, hidden]``: the tuned reader's last hidden states, read in stretches, each after its question."""
+        reader, stretches = self.base_reader, []
         for passage, question in zip(ids, questions):
             room = room_for_tokens(reader.max_positions, reader.name, len(reader.bos_ids), len(question))
             start = 0
             for n in equal_lengths(len(passage), min(self.config.chunk_tokens, room or self.config.chunk_tokens)):
-                found.append(Segment(passage[start : start + n], 0, [*reader.bos_ids, *question]))
+                stretches.append(Segment(passage[start : start + n], 0, [*reader.bos_ids, *question]))
                 start += n
-        return found
-
-    def states_of(self, stretches: Sequence[Segment]) -> list[Tensor]:
-        """The tuned reader's last hidden states ``[tokens, hidden]`` per stretch."""
-        reader, encoder = self.base_reader, self.encoder
-        assert encoder is not None
-        return token_states(encoder, stretches, reader.embed, reader.device, self.batch_positions)
+        return torch.cat(token_states(encoder, stretches, reader.embed, reader.device, self.batch_positions))

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..core.config import CompressorConfig, check_choices, check_counts
+from ..core.config import CompressorConfig, check_choices, check_counts, setting
 from ..core.passage import Interface
 from ..encoders.lora import LoRASettings, lora_rank
 from ..encoders.lora_twin import LoRATwin, Twin
-from ..encoders.small_lm import ENCODER_FOLDER, SmallLMEncoder
+from ..encoders.small_lm import SmallLMEncoder
 from ..encoders.tuned_reader import AdaptedReader
 from ..reader.reader import Reader
 from ..registry import register_compressor
@@ -35,21 +34,18 @@ class PISCOConfig(SegmentSettings, LoRASettings, QuerySettings, CompressorConfig
         **{"prefix": None, "suffix": [], "as_prompt": False},
     }
 
-    ratio: float = field(default=16.0, kw_only=True, metadata={"help": "compression ratio if none is asked for"})
-    segment_tokens: int = field(default=128, kw_only=True, metadata={"help": "longest segment, in encoder tokens"})
-    memory_tokens: int = field(
-        default=1,
-        metadata={"help": "different <MEM> embeddings; 1: the same one everywhere; else the most of a segment"},
+    ratio: float = setting(16.0, "compression ratio if none is asked for", kw_only=True)
+    segment_tokens: int = setting(128, "longest segment, in encoder tokens", kw_only=True)
+    memory_tokens: int = setting(
+        1, "different <MEM> embeddings; 1: the same one everywhere; else the most of a segment"
     )
-    encoder: str = field(
-        default="lora", metadata={"help": "'lora': the reader plus LoRA; else the id or folder of a smaller causal LM"}
+    encoder: str = setting("lora", "'lora': the reader plus LoRA; else the id or folder of a smaller causal LM")
+    connector: Literal["none", "mlp"] | None = setting(
+        None, "'mlp': Linear-ReLU-Linear; default: 'mlp' for a smaller LM, else 'none'"
     )
-    connector: Literal["none", "mlp"] | None = field(
-        default=None, metadata={"help": "'mlp': Linear-ReLU-Linear; default: 'mlp' for a smaller LM, else 'none'"}
-    )
-    connector_width: int = field(default=4096, metadata={"help": "width between the connector's two layers"})
-    decoder: Literal["lora", "none"] = field(
-        default="lora", metadata={"help": "'lora': tune the reader of the slots too; 'none': leave it as it is"}
+    connector_width: int = setting(4096, "width between the connector's two layers")
+    decoder: Literal["lora", "none"] = setting(
+        "lora", "'lora': tune the reader of the slots too; 'none': leave it as it is"
     )
     r: int = lora_rank(16, ", of encoder and decoder")
 
@@ -79,8 +75,6 @@ class PISCOCompressor(MemoryTokenCompressor):
     nothing is cut off. Slots start on the scale of the reader's embeddings.
 
     Args:
-        config: the settings.
-        reader: the reader before tuning.
         encoder_model: a `SmallLMEncoder`, instead of loading ``config.encoder``.
 
     Attributes:
@@ -163,17 +157,3 @@ class PISCOCompressor(MemoryTokenCompressor):
             hidden = self.connector(hidden.to(weight.device, weight.dtype))
         check_width(hidden, self.base_reader, "set connector to 'mlp'")
         return scaled(hidden, self.log_scale)
-
-    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Saves the compressor; config and tokenizer of a smaller LM go to the folder ``encoder``."""
-        if isinstance(self.encoder, SmallLMEncoder):
-            self.encoder.save_description(Path(folder) / ENCODER_FOLDER)
-        super().save_pretrained(folder, dtype=dtype)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, reader: Reader, **kwargs: Any) -> PISCOCompressor:
-        """Loads a folder written by `save_pretrained`."""
-        described = Path(folder) / ENCODER_FOLDER
-        if described.is_dir():
-            kwargs.setdefault("encoder_model", SmallLMEncoder.from_description(described))
-        return super().from_pretrained(folder, reader, **kwargs)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..base import Passages, SoftCompressor
-from ..core.config import CompressorConfig, check_counts, check_ratio
+from ..core.config import CompressorConfig, check_counts, check_ratio, setting
 from ..core.passage import Interface
 from ..encoders.token_classifier import LoRATagger, TokenClassifier, TokenClassifierSettings, spread_over_words
 from ..reader.reader import Reader
@@ -28,10 +28,10 @@ class SalientPoolConfig(CompressorConfig, TokenClassifierSettings):
 
     method: ClassVar[str] = "salient-pool"
 
-    ratio: float = field(default=4.0, metadata={"help": "tokens per slot if no ratio is asked for"})
-    query_aware: bool = field(default=False, metadata={"help": "the classifier reads the question before the passage"})
-    hidden_size: int | None = field(
-        default=None, metadata={"help": "width of the MLP's hidden layer; default: twice the reader's embedding width"}
+    ratio: float = setting(4.0, "tokens per slot if no ratio is asked for")
+    query_aware: bool = setting(False, "the classifier reads the question before the passage")
+    hidden_size: int | None = setting(
+        None, "width of the MLP's hidden layer; default: twice the reader's embedding width"
     )
 
     def __post_init__(self) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..base import Passages, SoftCompressor
-from ..core.config import CompressorConfig, check_counts
+from ..core.config import CompressorConfig, check_counts, setting
 from ..core.passage import Interface
 from ..encoders.embedder import MINILM, Embedder, checked_vectors, load_embedder, mean_runs
 from ..encoders.lora import ReaderTuningSettings, tuned_reader
@@ -30,22 +30,13 @@ class XRAGConfig(ReaderTuningSettings, CompressorConfig):
     method: ClassVar[str] = "xrag"
     retired: ClassVar[Mapping[str, Any]] = {"normalize": True, "scale": "matched", "pooling": "own"}
 
-    embedder: str = field(
-        default=MINILM, metadata={"help": "sentence-transformers id or folder of the frozen embedder"}
-    )
-    prompt: str = field(
-        default="", metadata={"help": "text that the embedder wants before documents (such as 'passage: ')"}
-    )
-    shard_tokens: int = field(
-        default=180,
-        metadata={"help": "longest piece per slot, in embedder tokens; never above the embedder's limit"},
-    )
-    layers: int = field(default=2, metadata={"help": "linear layers of the projector, with GELU between them"})
-    hidden: int | None = field(
-        default=None, metadata={"help": "width between the projector's layers; default: the reader's, as in the paper"}
-    )
-    vector_size: int | None = field(default=None, metadata={"help": "width of the vectors; filled in"})
-    embedder_hash: str | None = field(default=None, metadata={"help": "the embedder's fingerprint; filled in"})
+    embedder: str = setting(MINILM, "sentence-transformers id or folder of the frozen embedder")
+    prompt: str = setting("", "text that the embedder wants before documents (such as 'passage: ')")
+    shard_tokens: int = setting(180, "longest piece per slot, in embedder tokens; never above the embedder's limit")
+    layers: int = setting(2, "linear layers of the projector, with GELU between them")
+    hidden: int | None = setting(None, "width between the projector's layers; default: the reader's, as in the paper")
+    vector_size: int | None = setting(None, "width of the vectors; filled in")
+    embedder_hash: str | None = setting(None, "the embedder's fingerprint; filled in")
 
     def __post_init__(self) -> None:
         if not isinstance(self.embedder, str) or not self.embedder:
@@ -66,8 +57,6 @@ class XRAGCompressor(SoftCompressor):
     the reader's embeddings, and ``ratio`` makes shards shorter.
 
     Args:
-        config: the settings.
-        reader: the reader.
         embedder: an embedder or a SentenceTransformer, instead of loading ``config.embedder``. It must be the one of training.
 
     Attributes:

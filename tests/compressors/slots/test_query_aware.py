@@ -8,7 +8,6 @@ import pytest
 import torch
 from nutgraf.compressors import SoftCompressor, make_compressor
 from nutgraf.compressors.slots.question import QUESTION
-from nutgraf.compressors.slots.segments import Segment
 from nutgraf.recipes.data.records import load_records
 from nutgraf.recipes.tasks.compressor import CompressorTask
 from nutgraf.recipes.tasks.evaluation import compressed_scores
@@ -80,7 +79,7 @@ def test_the_encoder_reads_the_question_between_bos_and_the_passage(reader):
     row = torch.tensor([[*reader.bos_ids, *question, *ids]])
     with torch.no_grad():
         want = compressor.encoder(reader.embed(row), torch.ones_like(row))[0, -len(ids) :]
-        found = compressor.states_of([Segment(ids, 0, [*reader.bos_ids, *question])])[0]
+        found = compressor.states(compressor.encoder, [ids], [question])
     assert torch.allclose(found, want, atol=1e-5)
     icae = build("icae", reader, positions="append", residual=False, projector="none", mem_size=40)
     with torch.no_grad():

@@ -162,7 +162,7 @@ def test_a_reader_that_stays_as_it_is_reads_the_segments(zoo, reader):
     ids = reader.tokenize(OTHER)
     (a, n), (b, _) = [(length, math.ceil(length / 4)) for length in random_segments(len(ids), 2, 24, random.Random(1))]
     rows = compressor.read(compressor.encoder, [compressor.no_slots()], [Segment(ids[:a], n, reader.bos_ids)])
-    soft = compressor.summary_vectors(rows[0], n)
+    soft = compressor.extend(compressor.no_slots(), rows[0], n)
     model = zoo.model("llama")
     bos = reader.embed(torch.tensor(reader.bos_ids))
     second = torch.cat([bos, soft, reader.embed(torch.tensor(ids[a:]))])[None]
