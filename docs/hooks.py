@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +86,16 @@ def config_class(method: str) -> Any:
 
 
 def groups(cls: Any) -> list[Any]:
-    """The shared groups of settings that a config has: its mixins, which are dataclasses and no configs of methods."""
+    """The shared groups of settings that a config has: its bases that are dataclasses of no method of their own."""
     from nutgraf.compressors.core.config import CompressorConfig
 
-    return [
-        base for base in cls.__mro__ if "__dataclass_fields__" in vars(base) and not issubclass(base, CompressorConfig)
-    ]
+    bases = [base for base in cls.__mro__[1:] if "__dataclass_fields__" in vars(base)]
+    return [base for base in bases if base is not CompressorConfig and not hasattr(base, "method")]
+
+
+def declared(group: Any) -> list[Any]:
+    """The settings that a group declares itself."""
+    return [f for f in fields(group) if f.name in vars(group).get("__annotations__", {})]
 
 
 def settings_table(method: str) -> str:
@@ -123,14 +127,14 @@ def shared_tables() -> str:
     for cls in COMPRESSORS.values():
         found |= {group.__name__: group for group in groups(cls.config_class)}
     return "\n".join(
-        f"### {group_title(group)} {{#{anchor(group)}}}\n\n{rows_of(fields(group))}" for group in found.values()
+        f"### {group_title(group)} {{#{anchor(group)}}}\n\n{rows_of(declared(group))}" for group in found.values()
     )
 
 
 def group_title(group: Any) -> str:
     """ "QuerySettings" -> "Query"; the class name says what the group is for."""
     name = group.__name__.removesuffix("Settings").removesuffix("Config")
-    return re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", " ", name)
+    return re.sub(r"(?<=[A-Za-z])(?=[A-Z][a-z])", " ", name)
 
 
 def anchor(group: Any) -> str:
@@ -145,16 +149,23 @@ def default(field: Any) -> str:
         value = field.default_factory() if field.default_factory is not MISSING else "required"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str) and not value.strip():
+        return f'"{value}"'
     return str(list(value) if isinstance(value, tuple) else value)
 
 
 def rows_of(settings: Any) -> str:
     """A table of settings."""
     lines = ["| setting | default | meaning |", "|---|---|---|"]
-    for field in settings:
-        meaning = commands.cell(field.metadata.get("help", ""))
-        lines.append(f"| `{field.name}` | `{default(field)}` | {meaning} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *(line for field in settings for line in rows(field))]) + "\n"
+
+
+def rows(field: Any, path: str = "") -> list[str]:
+    """The row of a setting, or those of the settings inside it."""
+    nested = field.default_factory() if field.default_factory is not MISSING else None
+    if is_dataclass(nested):
+        return [row for inner in fields(nested) for row in rows(inner, f"{path}{field.name}.")]
+    return [f"| `{path}{field.name}` | `{default(field)}` | {commands.cell(field.metadata.get('help', ''))} |"]
 
 
 def results_table(names: list[str]) -> str:

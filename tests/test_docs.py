@@ -10,12 +10,14 @@ import shlex
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zoo
-from nutgraf.compressors import COMPRESSORS, make_compressor
+from nutgraf.compressors import COMPRESSORS, SoftCompressor, make_compressor
+from nutgraf.compressors.objectives.registry import OBJECTIVES, targets_of
 from nutgraf.recipes.training.schema import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +69,21 @@ def test_commands_and_their_options_exist(line, command_line):
     assert {word for word in words if word.startswith("-")} - known <= {"--help"}
 
 
+def test_quoted_errors_exist():
+    files = [f for folder in ("compressors", "adapters", "recipes") for f in (ROOT / folder).rglob("*.py")]
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    raised = "\n".join(node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    quoted = re.findall(r"^> (.+)$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.M)
+    for piece in {piece.strip(" ,.:;") for line in quoted for piece in line.split("...")}:
+        assert piece in raised, piece
+
+
+def test_every_objective_is_described():
+    described = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "objectives.md").read_text(), re.M)
+    own = {name for cls in COMPRESSORS.values() if issubclass(cls, SoftCompressor) for name in cls.own_objectives()}
+    assert set(described) == set(OBJECTIVES) | own
+
+
 @pytest.mark.parametrize("line", [line for line in commands() if line.startswith("nutgraf train ")])
 def test_recipes_and_their_overrides_exist(line):
     words = shlex.split(line, comments=True)[2:]
@@ -79,18 +96,26 @@ def test_every_method_has_a_page_with_its_settings():
     assert sorted(named) == sorted(m for m, cls in COMPRESSORS.items() if cls.__module__.split(".")[2] in folders)
 
 
-def test_the_method_in_contributing_works(monkeypatch):
-    name = "nutgraf.compressors.soft.example"
-    module = types.ModuleType(name)
-    module.__package__ = "nutgraf.compressors.soft"
-    monkeypatch.setitem(sys.modules, name, module)
-    exec(compile(blocks(ROOT / "CONTRIBUTING.md", "py")[0], name, "exec"), module.__dict__)
-    try:
-        compressor = make_compressor("example", zoo.reader("llama"), memory_tokens=4)
-    finally:
-        COMPRESSORS.pop("example", None)
+@pytest.fixture
+def contributed(monkeypatch) -> Iterator[None]:
+    """The examples of CONTRIBUTING.md, run as modules of the package."""
+    before = dict(COMPRESSORS), dict(OBJECTIVES)
+    for package, code in zip(("soft", "objectives"), blocks(ROOT / "CONTRIBUTING.md", "py"), strict=True):
+        module = types.ModuleType(f"nutgraf.compressors.{package}.example")
+        module.__package__ = f"nutgraf.compressors.{package}"
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        exec(compile(code, module.__name__, "exec"), module.__dict__)
+    yield
+    for registry, names in zip((COMPRESSORS, OBJECTIVES), before):
+        for name in set(registry) - set(names):
+            del registry[name]
+
+
+def test_the_examples_of_contributing_work(contributed):
+    compressor = make_compressor("example", zoo.reader("llama"), memory_tokens=4)
     passages = compressor.compress(["A passage of several words. " * 10, "", "Short."], ratio=4)
     assert [p.slots for p in passages] == [-(-p.source_tokens // 4) for p in passages]
+    assert targets_of("my-objective") == {"answer"}
 
 
 @pytest.mark.slow
