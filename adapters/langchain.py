@@ -90,7 +90,6 @@ class _Reading(BaseModel):
     options: Mapping[str, Any] = Field(default_factory=dict)
 
     def model_post_init(self, context: Any) -> None:
-        """Check the reader."""
         super().model_post_init(context)
         check_reader(self.reader)
 
@@ -151,7 +150,6 @@ class CompressedContextChatModel(_Reading, BaseChatModel):
     """
 
     def model_post_init(self, context: Any) -> None:
-        """Check the reader and its chat template."""
         super().model_post_init(context)
         if not getattr(self.reader.tokenizer, "chat_template", None):
             raise ValueError(

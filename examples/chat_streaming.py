@@ -1,4 +1,4 @@
-"""A chat engine that streams its answers and reads what it retrieves in compressed form.
+"""A chat engine that reads retrieved passages compressed and streams its answers.
 
 Run it with ``python examples/chat_streaming.py``.
 """

@@ -1,4 +1,4 @@
-"""Compress passages once, when they are indexed; answer from what is stored.
+"""Compress passages once, at indexing time; answer from the store.
 
     pip install nutgraf[store]
     python examples/ingest_lancedb.py [FOLDER]
@@ -34,13 +34,13 @@ QUESTION = "Where was Marie Curie born?"
 
 
 def main(folder: str = "passages") -> None:
-    """Ingests three short articles into the store in ``folder`` and asks one question of it."""
+    """Ingest three short articles into the store in ``folder`` and ask a question."""
     reader = Reader.from_pretrained(pretrained("reader-small"))
     compressor = load_compressor(pretrained("salient-pool-small"), reader)
     embedder = SentenceTransformerEmbedding()
     store = LanceStore(folder)
 
-    # Indexing: split, embed, compress. Stop it at any time and run it again; what is stored is skipped.
+    # Indexing: split, embed, compress. Stop it at any time and run it again; stored passages are skipped.
     start = time.perf_counter()
     before = store.stats.passages
     IngestionPipeline(
@@ -50,7 +50,7 @@ def main(folder: str = "passages") -> None:
     print(
         f"{stats.passages - before} passages compressed in {time.perf_counter() - start:.1f} s, {before} were stored."
     )
-    print(f"{stats.makers[0].ratio:.1f} tokens a slot, {stats.nbytes:,} bytes of slots in {folder}.")
+    print(f"{stats.makers[0].ratio:.1f} tokens per slot, {stats.nbytes:,} bytes of slots in {folder}.")
 
     # Answering: retrieval and slots come from the same table, and nothing is compressed.
     engine = RetrieverQueryEngine.from_args(

@@ -1,4 +1,4 @@
-"""A LangChain chain whose LLM reads the retrieved documents in compressed form, and streams its answers.
+"""A LangChain chain that reads retrieved documents compressed and streams its answers.
 
 pip install nutgraf[langchain]
 python examples/langchain_rag.py
@@ -21,22 +21,22 @@ prompt = PromptTemplate.from_template("{context}\n\nQuestion: {question}\nAnswer
 
 
 class MiniLM(Embeddings):
-    """The examples' embedding, under LangChain's names."""
+    """The examples' embedding as LangChain embeddings."""
 
     def __init__(self) -> None:
         self.model = embedding()
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        """Vectors of documents."""
+        """Embed documents."""
         return self.model.get_text_embedding_batch(texts)
 
     def embed_query(self, text: str) -> list[float]:
-        """The vector of a question."""
+        """Embed a question."""
         return self.model.get_query_embedding(text)
 
 
 def retrieve() -> Runnable:
-    """The question and what is retrieved for it, as text and compressed."""
+    """Retrieve for a question, as text and compressed."""
     index = InMemoryVectorStore.from_texts([node.text for node in passages()], MiniLM())
     retriever = index.as_retriever(search_kwargs={"k": 2})
 

@@ -1,6 +1,6 @@
-"""The pipeline of `rag_before.py`, whose LLM reads the retrieved passages compressed.
+"""The pipeline of `rag_before.py` with compressed passages; two lines differ.
 
-Two lines of the pipeline differ. Run it with ``python examples/rag_after.py``.
+Run it with ``python examples/rag_after.py``.
 """
 
 from llama_index.core import VectorStoreIndex

@@ -1,8 +1,8 @@
-"""The pipelines of `rag_before.py` and `rag_after.py` side by side: answers, tokens that the reader read, time to first token.
+"""Compare `rag_before.py` and `rag_after.py`: answers, tokens read, time to first token.
 
-The third pipeline is that of `rag_after.py` with its passages compressed while they are indexed: asking no longer pays for
-that, and the time to the first token depends on the number of slots alone. The second table shows it: passages twice and
-four times as long are compressed to as many slots. Run it with ``python examples/rag_compare.py``.
+A third pipeline compresses its passages at indexing time, so the time to the first token depends only on the number of
+slots. The second table shows this: longer passages are compressed to the same number of slots. Run it with
+``python examples/rag_compare.py``.
 """
 
 import statistics
@@ -27,7 +27,7 @@ RATIO = 4  # tokens a slot, the compressor's own
 
 
 def indexed_pipeline(nodes, ratio=RATIO):
-    """The pipeline over passages that are compressed now, once, for all questions to come."""
+    """Build the pipeline over passages compressed now, once for all questions."""
     store = MemoryStore()  # a LanceStore keeps them: ingest_lancedb.py
     index = VectorStoreIndex(CompressPassages(compressor, store, ratio=ratio)(nodes), embed_model=embedding())
     return index.as_query_engine(
@@ -40,25 +40,25 @@ def indexed_pipeline(nodes, ratio=RATIO):
 
 
 def longer_passages(times):
-    """Every third passage, joined with those after it until it is so many times as long."""
+    """Join every third passage with the following ones to this many times its length."""
     texts = [node.text for node in passages()]
     return [TextNode(text="\n".join((texts * 2)[i : i + times])) for i in range(0, len(texts), 3)]
 
 
 def warm_up(text_pipeline):
-    """What is slower when it is done for the first time in a process."""
+    """Run everything once, because first calls are slower."""
     text_pipeline.query("Is everything warm?")
     slots = compressor.compress(["Is everything warm?"])
     list(reader.stream([*slots, "Yes"], max_new_tokens=4))
 
 
 def mean_tokens_and_median_ms(answers):
-    """Over the questions."""
+    """Statistics over the questions."""
     return statistics.mean(a.reader_tokens for a in answers), statistics.median(a.ttft_ms for a in answers)
 
 
 def compare_pipelines():
-    """The same questions to the pipeline with compression off and on."""
+    """Ask the same questions with and without compression."""
     before, after = rag_before.pipeline(), pipeline()
     warm_up(before)
     start = time.perf_counter()
@@ -79,7 +79,7 @@ def compare_pipelines():
 
 
 def compare_lengths():
-    """Longer and longer passages, as text and in the same number of slots."""
+    """Read longer passages as text and in the same number of slots."""
     table = Table("passages", "tokens read as text", "first token", "tokens read compressed", "first token")
     text_llm = TransformersLLM(folder=READER)
     for times in (1, 2, 4):

@@ -1,4 +1,4 @@
-"""What the examples share: passages and questions, an embedding, a plain LLM to compare with, and a table of answers."""
+"""Shared by the examples: passages, questions, an embedding, a plain LLM for comparison, a table of answers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def embedding() -> SentenceTransformerEmbedding:
 
 
 def _records() -> list[dict[str, Any]]:
-    """One question of each of some passages of the sample, evenly spaced."""
+    """One question each for evenly spaced passages of the sample."""
     found: dict[str, dict[str, Any]] = {}
     for line in SAMPLE.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
@@ -52,7 +52,7 @@ def passages() -> list[TextNode]:
 
 
 def questions() -> list[str]:
-    """A few questions whose answers the passages hold, evenly spaced."""
+    """A few evenly spaced questions about the passages."""
     records = _records()
     return [record["question"] for record in records[:: max(len(records) // N_QUESTIONS, 1)]][:N_QUESTIONS]
 
@@ -64,17 +64,16 @@ class _FirstToken(BaseStreamer):
         self.start, self.puts, self.ms = time.perf_counter(), 0, 0.0
 
     def put(self, value: Any) -> None:
-        """Is given the prompt, then each new token."""
         self.puts += 1
         if self.puts == 2:
             self.ms = (time.perf_counter() - self.start) * 1e3
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Required by the interface."""
 
 
 class TransformersLLM(CustomLLM):
-    """A Hugging Face model as a plain LLM of LlamaIndex's: what a pipeline has before anything is compressed."""
+    """A Hugging Face model as a plain LlamaIndex LLM, without compression."""
 
     folder: str
     max_new_tokens: int = 16
@@ -82,20 +81,17 @@ class TransformersLLM(CustomLLM):
     _tokenizer: Any = None
 
     def model_post_init(self, context: Any) -> None:
-        """Loads the model."""
         super().model_post_init(context)
         self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
         self._model = AutoModelForCausalLM.from_pretrained(self.folder).eval()
 
     @property
     def metadata(self) -> LLMMetadata:
-        """What LlamaIndex plans prompts by."""
         window = self._model.config.max_position_embeddings
         return LLMMetadata(context_window=window, num_output=self.max_new_tokens)
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        """The greedy answer."""
         first = _FirstToken()
         inputs = self._tokenizer(prompt, return_tensors="pt")
         out = self._model.generate(
@@ -111,17 +107,14 @@ class TransformersLLM(CustomLLM):
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> Any:
-        """The same in one piece."""
+        """The answer in one piece."""
         answer = self.complete(prompt, formatted, **kwargs)
         yield answer.model_copy(update={"delta": answer.text})
 
 
 @dataclass
 class Asked:
-    """An answer, the positions that its prompts took in the reader, and the milliseconds to its first token.
-
-    The time is the reader's, and the compressor's where passages had to be compressed for the question.
-    """
+    """An answer, the reader positions of its prompts, and the milliseconds to its first token, compression included."""
 
     answer: str = ""
     reader_tokens: int = 0
@@ -132,7 +125,6 @@ class _Costs(BaseEventHandler):
     asked: Any
 
     def handle(self, event: Any, **kwargs: Any) -> None:
-        """Adds up what an LLM call or a compression cost."""
         if isinstance(event, CompressionEvent):
             self.asked.ttft_ms += event.ms
         elif isinstance(event, LLMCompletionEndEvent):
@@ -141,7 +133,7 @@ class _Costs(BaseEventHandler):
 
 
 def ask(engine: BaseQueryEngine, asked: Sequence[str]) -> list[Asked]:
-    """Asks an engine the questions, and notes what each cost from the events of the pipeline."""
+    """Ask an engine the questions and record their costs from the pipeline's events."""
     answers = []
     for question in asked:
         answers.append(Asked())
@@ -155,7 +147,7 @@ def ask(engine: BaseQueryEngine, asked: Sequence[str]) -> list[Asked]:
 
 
 def show(asked: Sequence[str], **columns: Sequence[Asked]) -> None:
-    """Prints answers side by side."""
+    """Print answers side by side."""
     table = Table("question", *(name.replace("_", " ") for name in columns))
     for i, question in enumerate(asked):
         cells = [f"{c[i].answer}\n[dim]{c[i].reader_tokens} tokens, {c[i].ttft_ms:.0f} ms[/]" for c in columns.values()]

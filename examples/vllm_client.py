@@ -1,11 +1,10 @@
-"""A served LLM reads compressed passages: they are compressed here, and a server answers over HTTP.
+"""Compress passages in this process and let a server answer over HTTP.
 
     pip install nutgraf[serve]
     python examples/vllm_client.py [URL MODEL]
 
-Without an address it starts a server in this process. With one it asks the server that runs there, which must serve the
-reader named below: ``nutgraf serve --reader reader-small``, or for a reader of your own ``vllm serve READER
---enable-prompt-embeds``.
+Without a URL it starts a server in this process. The server at a URL must serve the reader named below: ``nutgraf serve
+--reader reader-small``, or ``vllm serve READER --enable-prompt-embeds`` for your own reader.
 """
 
 import sys

@@ -34,7 +34,6 @@ class SentenceTransformerEmbedding(BaseEmbedding):
 
     @classmethod
     def class_name(cls) -> str:
-        """Name under which LlamaIndex serialises and traces the embedding."""
         return "SentenceTransformerEmbedding"
 
     @property

@@ -36,5 +36,4 @@ class CompressionEvent(BaseEvent):
 
     @classmethod
     def class_name(cls) -> str:
-        """Name under which LlamaIndex logs the event."""
         return "CompressionEvent"

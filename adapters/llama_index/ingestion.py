@@ -40,7 +40,6 @@ class PassagesStoredEvent(BaseEvent):
 
     @classmethod
     def class_name(cls) -> str:
-        """Name under which LlamaIndex logs the event."""
         return "PassagesStoredEvent"
 
 
@@ -114,7 +113,6 @@ class CompressPassages(TransformComponent):
 
     @classmethod
     def class_name(cls) -> str:
-        """Name under which LlamaIndex serialises and traces the transformation."""
         return "CompressPassages"
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:

@@ -110,7 +110,6 @@ class CompressedContextLLM(CustomLLM):
 
     @classmethod
     def class_name(cls) -> str:
-        """Name under which LlamaIndex serialises and traces the LLM."""
         return "CompressedContextLLM"
 
     @classmethod

@@ -138,7 +138,6 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
 
     @classmethod
     def class_name(cls) -> str:
-        """Name under which LlamaIndex serialises and traces the postprocessor."""
         return "CompressedContextPostprocessor"
 
     @property

@@ -63,7 +63,6 @@ class SlotAwarePromptHelper(PromptHelper):
 
     @classmethod
     def class_name(cls) -> str:
-        """Name under which LlamaIndex serialises the helper."""
         return "SlotAwarePromptHelper"
 
     def repack(

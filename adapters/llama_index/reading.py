@@ -32,14 +32,7 @@ class Answer:
 
 
 class ReaderCall:
-    """A prompt for a reader, answered at once or streamed.
-
-    Args:
-        reader: reads the prompt.
-        make_prompt: gives the prompt: strings and compressed passages in order, or (for ``chat``) messages of these.
-        chat: apply the chat template.
-        settings: options of the reader's ``generate`` and ``stream``.
-    """
+    """A prompt for a reader, made when it is called, and answered at once or streamed."""
 
     def __init__(
         self,

@@ -21,15 +21,6 @@ _SLOTS = "\0"
 class RetrievedPassages:
     """The passages of one request. Implements `Retrieved`, the view that a `Policy` gets.
 
-    Args:
-        source: gives the compressed passages.
-        nodes: the retrieved nodes with text, in order.
-        query: the question, for a query-aware compressor.
-        ratio: the compression ratio where the policy gives none.
-        vectors: pass the nodes' retrieval vectors to the compressor.
-        around: adds a node's metadata to its compressed passage.
-        fallback: read a passage that cannot be compressed as text instead of raising.
-
     Attributes:
         compressed: passages compressed for this request so far.
         cache_hits: passages found in the cache or the store so far.

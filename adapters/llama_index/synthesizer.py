@@ -99,7 +99,6 @@ class PassageScores(BaseSynthesizer):
         additional_source_nodes: Sequence[NodeWithScore] | None = None,
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
-        """`synthesize`, with the scores computed in a worker thread."""
         response = await self._inner.asynthesize(query, nodes, additional_source_nodes, **response_kwargs)
         return await asyncio.to_thread(self._scored, query, nodes, response)
 
@@ -118,13 +117,11 @@ class PassageScores(BaseSynthesizer):
         return response
 
     def get_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> RESPONSE_TEXT_TYPE:
-        """Answer without scores."""
         return self._inner.get_response(query_str, text_chunks, **response_kwargs)
 
     async def aget_response(
         self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any
     ) -> RESPONSE_TEXT_TYPE:
-        """Answer without scores."""
         return await self._inner.aget_response(query_str, text_chunks, **response_kwargs)
 
     def _get_prompts(self) -> dict[str, Any]:

@@ -17,12 +17,7 @@ Texts = Sequence[str]
 class Call:
     """A prompt with its options.
 
-    Attributes:
-        prompt: a string, a list of strings and compressed passages, a list of messages, or a planned prompt.
-        chat: whether to apply the chat template.
-        template: options of the chat template.
-        settings: length and sampling of the answer.
-        texts: the original texts of the compressed passages, in order, if known.
+    ``texts`` are the original texts of the prompt's compressed passages, in order, if known.
     """
 
     prompt: Prompt

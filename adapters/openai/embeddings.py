@@ -24,12 +24,8 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 class EmbeddingTable:
     """Turns prompts into the embeddings that a serving engine takes.
 
-    Args:
-        tokenizer: the reader's (fast) tokenizer.
-        embedding: the reader's embedding module, whose output has the scale of ``inputs_embeds``.
-        fingerprint: the reader's fingerprint; passages for other readers are refused.
-        name: the reader's name in error messages.
-        max_positions: positions for prompt and answer; ``None``: unknown.
+    ``embedding`` is the reader's module, whose output has the scale of ``inputs_embeds``. Passages for another reader than
+    ``fingerprint`` are refused.
     """
 
     def __init__(

@@ -27,9 +27,7 @@ class ServerTimeoutError(ServingError):
 class ServerFaultError(ServingError):
     """The server failed (429, 5xx, or an error inside a stream).
 
-    Attributes:
-        status: HTTP status; 200 for an error inside a stream.
-        retry_after: seconds that the server asks to wait, if any.
+    ``status`` is 200 for an error inside a stream; ``retry_after`` is the server's request in seconds, if any.
     """
 
     transient = True

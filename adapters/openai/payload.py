@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import base64
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,31 +66,31 @@ class Settings:
         return cls(max_new_tokens, (stop,) if isinstance(stop, str) else tuple(stop or ()), sampling)
 
 
-class EngineFormat(Protocol):
+class EngineFormat(ABC):
     """Request and response format of one engine."""
 
     path: str
 
-    def body(self, prompt: Any, chat: bool, template: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-        """Make the JSON body of a request, without model and stream flag."""
-        ...
-
-    def answer(self, reply: Any) -> str:
-        """Return the text of a reply."""
-        ...
-
-    def pieces(self, events: Iterable[Any]) -> Iterator[str]:
-        """Yield the pieces of text in the events of a stream."""
-        ...
-
-
-class _Format:
     def __init__(self, table: EmbeddingTable, dtype: torch.dtype) -> None:
         self.table = table
         self.dtype = dtype
 
+    @abstractmethod
+    def body(self, prompt: Any, chat: bool, template: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+        """Make the JSON body of a request, without model and stream flag."""
 
-class VLLMCompletions(_Format):
+    @abstractmethod
+    def answer(self, reply: Any) -> str:
+        """Return the text of a reply."""
+
+    def pieces(self, events: Iterable[Any]) -> Iterator[str]:
+        """Yield the pieces of text in the events of a stream."""
+        for event in events:
+            if event.get("choices"):
+                yield self.answer(event)
+
+
+class VLLMCompletions(EngineFormat):
     """vLLM's completions with ``prompt_embeds``, also understood by ``nutgraf serve``."""
 
     path = "/v1/completions"
@@ -104,13 +105,8 @@ class VLLMCompletions(_Format):
     def answer(self, reply: Any) -> str:
         return _text(_choice(reply).get("text"))
 
-    def pieces(self, events: Iterable[Any]) -> Iterator[str]:
-        for event in events:
-            if event.get("choices"):
-                yield self.answer(event)
 
-
-class VLLMChat(_Format):
+class VLLMChat(EngineFormat):
     """vLLM's chat completions with ``prompt_embeds`` parts.
 
     vLLM tokenises each text part, recognises special tokens in texts and, for models whose template takes strings, joins
@@ -120,7 +116,6 @@ class VLLMChat(_Format):
     path = "/v1/chat/completions"
 
     def body(self, prompt: Any, chat: bool, template: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-        """Make messages of text and embeddings; any other prompt becomes one user message."""
         if isinstance(prompt, PromptPlan):
             raise ValueError("engine='vllm-chat' takes messages, not a planned prompt; use engine='vllm'.")
         atoms: list[Any] = [prompt] if isinstance(prompt, str | CompressedPassage) else list(prompt)
@@ -153,7 +148,7 @@ class VLLMChat(_Format):
                 yield _text((_choice(event).get("delta") or {}).get("content") or "")
 
 
-class SGLangGenerate(_Format):
+class SGLangGenerate(EngineFormat):
     """SGLang's ``/generate`` with ``input_embeds``; the server must run with ``--disable-radix-cache``."""
 
     path = "/generate"
@@ -174,8 +169,7 @@ class SGLangGenerate(_Format):
         return _text(reply.get("text") if isinstance(reply, dict) else None)
 
     def pieces(self, events: Iterable[Any]) -> Iterator[str]:
-        """Yield what each event's text adds: SGLang repeats the whole text in each event."""
-        sent = ""
+        sent = ""  # SGLang repeats the whole text in each event
         for event in events:
             text = self.answer(event)
             if not text.startswith(sent):
@@ -187,7 +181,7 @@ class SGLangGenerate(_Format):
             sent = text
 
 
-FORMATS: dict[str, type[VLLMCompletions] | type[VLLMChat] | type[SGLangGenerate]] = {
+FORMATS: dict[str, type[EngineFormat]] = {
     "vllm": VLLMCompletions,
     "vllm-chat": VLLMChat,
     "sglang": SGLangGenerate,

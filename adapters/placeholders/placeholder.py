@@ -280,10 +280,7 @@ def escape_placeholders(text: str) -> str:
 class ReadingLLM:
     """Registers an LLM that reads placeholders; the entry lives as long as the LLM holds it.
 
-    Args:
-        reader: fingerprint of the LLM's reader.
-        window: positions for a prompt and its answer; ``None``: unknown.
-        num_output: positions of the window kept for the answer.
+    ``window``: positions for a prompt and its answer (``None``: unknown); ``num_output`` of these are kept for the answer.
     """
 
     def __init__(self, reader: str, window: int | None, num_output: int) -> None:

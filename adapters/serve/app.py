@@ -7,7 +7,6 @@ import hmac
 import json
 import logging
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -28,7 +27,7 @@ from ..threads import from_thread
 from .batching import Answered, AnswerOptions, Batcher
 from .errors import RequestError
 from .limits import Limits
-from .replies import ChatReply, CompletionReply, Reply, Usage
+from .replies import Reply
 from .requests import ChatRequest, CompletionRequest, Prompts, parse
 
 _log = logging.getLogger(__name__)
@@ -93,11 +92,11 @@ def create_app(
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await server.answer(request, CompletionRequest, CompletionReply, server.prompts.of_completion)
+        return await server.answer(request, CompletionRequest, server.prompts.of_completion)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        return await server.answer(request, ChatRequest, ChatReply, server.prompts.of_chat)
+        return await server.answer(request, ChatRequest, server.prompts.of_chat)
 
     return app
 
@@ -128,25 +127,22 @@ class _Server:
         if self._key is not None and not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
             raise RequestError("The API key is missing or wrong.", 401)
 
-    async def answer(
-        self, http: Request, kind: type[Any], reply: type[Reply], make: Callable[[Any], list[PromptPlan]]
-    ) -> Response:
+    async def answer(self, http: Request, kind: type[Any], make: Callable[[Any], list[PromptPlan]]) -> Response:
         """Answer one request, whole or streamed."""
         self.check_key(http)
         request = parse(kind, await self._json(http))
         self._check_who(request, http)
         plans = await asyncio.to_thread(make, request)
         options = self.prompts.options(request, plans)
-        form = reply(self.name, f"{reply.prefix}-{uuid.uuid4().hex}", int(time.time()))
+        reply = Reply(self.name, chat=kind is ChatRequest)
         if request.stream:
             if len(plans) != 1:
                 raise RequestError("One prompt at a time can be streamed.", 400, "stream")
-            events = self._events(plans[0], options, form, request.wants_usage())
+            events = self._events(plans[0], options, reply, request.wants_usage())
             first = await anext(events)  # an early refusal keeps its status
             return StreamingResponse(_prepend(first, events), media_type="text/event-stream")
         answers = await self._read(plans, options)
-        usage = Usage(sum(map(len, plans)), sum(answer.tokens for answer in answers))
-        return JSONResponse(form.whole(answers, usage))
+        return JSONResponse(reply.whole(answers, sum(map(len, plans))))
 
     async def _read(self, plans: list[PromptPlan], options: AnswerOptions) -> list[Answered]:
         futures = [asyncio.wrap_future(future) for future in self.batcher.submit(plans, options)]
@@ -160,7 +156,9 @@ class _Server:
             _log.error("A batch failed", exc_info=error)
             raise RequestError(_FAILED, 500) from error
 
-    async def _events(self, plan: PromptPlan, options: AnswerOptions, form: Reply, usage: bool) -> AsyncIterator[bytes]:
+    async def _events(
+        self, plan: PromptPlan, options: AnswerOptions, reply: Reply, usage: bool
+    ) -> AsyncIterator[bytes]:
         try:
             await asyncio.wait_for(self.streams.acquire(), self.limits.timeout_s)
         except TimeoutError as error:
@@ -169,17 +167,17 @@ class _Server:
             steps = _Steps()
             kwargs: dict[str, Any] = {**options.to_kwargs(), "logits_processor": LogitsProcessorList([steps])}
             try:
-                for event in form.opening():
+                for event in reply.opening():
                     yield _sse(event)
                 async for piece in from_thread(lambda: self.reader.stream(plan, **kwargs)):
-                    yield _sse(form.piece(piece))
+                    yield _sse(reply.piece(piece))
             except Exception as error:
                 _log.error("A stream failed", exc_info=error)
                 yield _sse(RequestError(_FAILED, 500).body())
                 return  # without [DONE]: the answer is not complete
-            yield _sse(form.closing("length" if steps.taken >= options.max_new_tokens else "stop"))
+            yield _sse(reply.piece("", "length" if steps.taken >= options.max_new_tokens else "stop"))
             if usage:
-                yield _sse(form.usage(Usage(len(plan), steps.taken)))
+                yield _sse(reply.usage(len(plan), steps.taken))
             yield b"data: [DONE]\n\n"
         finally:
             self.streams.release()

@@ -28,10 +28,7 @@ _log = logging.getLogger(__name__)
 class AnswerOptions:
     """Options of an answer; prompts with equal options can be read together.
 
-    Attributes:
-        max_new_tokens: longest answer in tokens.
-        stop: strings that end an answer.
-        sampling: further options of the reader's ``generate``, as sorted pairs; empty for greedy.
+    ``sampling``: further options of the reader's ``generate`` as sorted pairs; empty for greedy.
     """
 
     max_new_tokens: int

@@ -2,103 +2,49 @@
 
 from __future__ import annotations
 
+import time
+import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from .batching import Answered
 
 
-@dataclass(frozen=True)
-class Usage:
-    """Positions of the prompts, including slots, and generated tokens."""
-
-    prompt: int
-    completion: int
-
-    def to_dict(self) -> dict[str, int]:
-        """Return the counts under OpenAI's names."""
-        return {
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.completion,
-            "total_tokens": self.prompt + self.completion,
-        }
-
-
-@dataclass(frozen=True)
 class Reply:
-    """Format of the answers to one kind of request; ``created`` is in seconds since 1970."""
+    """Formats the answers to one request, a chat or a completion."""
 
-    model: str
-    id: str
-    created: int
-    prefix: ClassVar[str]
-    object: ClassVar[str]
-    chunk: ClassVar[str]
+    def __init__(self, model: str, *, chat: bool) -> None:
+        self.chat = chat
+        self.kind = "chat.completion" if chat else "text_completion"
+        prefix = "chatcmpl" if chat else "cmpl"
+        self._head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def whole(self, answers: Sequence[Answered], usage: Usage) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Answered], prompt_tokens: int) -> dict[str, Any]:
         """Return the whole answer."""
-        choices = [
-            {"index": i, **self._content(answer.text), "logprobs": None, "finish_reason": answer.finish}
-            for i, answer in enumerate(answers)
-        ]
-        return {**self._head(self.object), "choices": choices, "usage": usage.to_dict()}
+        choices = []
+        for i, answer in enumerate(answers):
+            text = {"role": "assistant", "content": answer.text} if self.chat else answer.text
+            content = {"message" if self.chat else "text": text}
+            choices.append({"index": i, **content, "logprobs": None, "finish_reason": answer.finish})
+        usage = _usage(prompt_tokens, sum(answer.tokens for answer in answers))
+        return {**self._head, "object": self.kind, "choices": choices, "usage": usage}
 
     def opening(self) -> list[dict[str, Any]]:
         """Return the events before the first piece."""
-        return []
+        return [self._event({"delta": {"role": "assistant", "content": ""}})] if self.chat else []
 
-    def piece(self, text: str) -> dict[str, Any]:
-        """Return the event of a piece."""
-        return self._event(self._delta(text), None)
+    def piece(self, text: str, finish: str | None = None) -> dict[str, Any]:
+        """Return the event of a piece, or of the end and its reason."""
+        return self._event({"delta": {"content": text} if text else {}} if self.chat else {"text": text}, finish)
 
-    def closing(self, finish: str) -> dict[str, Any]:
-        """Return the event with the reason why the answer ended."""
-        return self._event(self._delta(""), finish)
+    def usage(self, prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
+        """Return the event with the token counts."""
+        return {**self._event({}), "choices": [], "usage": _usage(prompt_tokens, completion_tokens)}
 
-    def usage(self, usage: Usage) -> dict[str, Any]:
-        """Return the event with the counts."""
-        return {**self._head(self.chunk), "choices": [], "usage": usage.to_dict()}
-
-    def _event(self, delta: dict[str, Any], finish: str | None) -> dict[str, Any]:
+    def _event(self, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
         choice = {"index": 0, **delta, "logprobs": None, "finish_reason": finish}
-        return {**self._head(self.chunk), "choices": [choice]}
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-
-    def _content(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def _delta(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+        return {**self._head, "object": self.kind + (".chunk" if self.chat else ""), "choices": [choice]}
 
 
-class CompletionReply(Reply):
-    """For ``/v1/completions``."""
-
-    prefix = "cmpl"
-    object = "text_completion"
-    chunk = "text_completion"
-
-    def _content(self, text: str) -> dict[str, Any]:
-        return {"text": text}
-
-    _delta = _content
-
-
-class ChatReply(Reply):
-    """For ``/v1/chat/completions``."""
-
-    prefix = "chatcmpl"
-    object = "chat.completion"
-    chunk = "chat.completion.chunk"
-
-    def opening(self) -> list[dict[str, Any]]:
-        return [self._event({"delta": {"role": "assistant", "content": ""}}, None)]
-
-    def _content(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}}
-
-    def _delta(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text} if text else {}}
+def _usage(prompt: int, completion: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

@@ -102,7 +102,6 @@ class LanceStore(PassageStore):
         return opened, (self._address,)
 
     def get_many(self, keys: Sequence[PassageKey]) -> list[CompressedPassage | None]:
-        """Return the passages under the keys, in order; ``None`` for missing ones (see `PassageStore.get_many`)."""
         found = self._read(keys, self._find(keys))
         return [found.get(key.id) for key in keys]
 
@@ -173,7 +172,6 @@ class LanceStore(PassageStore):
         self._table.refresh()
 
     def missing(self, keys: Iterable[PassageKey]) -> list[PassageKey]:
-        """Return the distinct keys that are not stored, in order."""
         distinct = list(dict.fromkeys(keys))
         with self._lock:
             unknown = [key for key in distinct if key.id not in self._refs]
@@ -185,7 +183,6 @@ class LanceStore(PassageStore):
         return [key for key in unknown if key.id not in stored]
 
     def put_many(self, entries: Sequence[Entry]) -> None:
-        """Store entries whose key is new; when it returns they survive a kill (see `PassageStore.put_many`)."""
         if self.read_only:
             raise StoreError(f"The store {self.uri} is read-only: it was opened so, or its folder may not be written.")
         distinct: dict[PassageKey, Entry] = {}
@@ -219,7 +216,6 @@ class LanceStore(PassageStore):
             row |= {"slab": slab, "start": start, "data": None}
 
     def entries(self, maker: Maker | None = None) -> Iterator[Entry]:
-        """Yield the entries (of one maker) as of the first item."""
         self._table.refresh()
         seen: set[str] = set()
         for rows in self._table.batches(self._columns(), of_maker(maker)):
@@ -270,6 +266,5 @@ class LanceStore(PassageStore):
         return StoreStats(sum(made.passages for made in makers), sum(made.nbytes for made in makers), makers, info)
 
     def close(self) -> None:
-        """Close the slabs; passages already returned stay readable."""
         if self._slabs is not None:
             self._slabs.close()

@@ -19,24 +19,21 @@ class MemoryStore(PassageStore):
 
     Args:
         max_bytes: bound on the bytes of slots and texts; a larger entry is not kept.
-        keep_texts: keep the original texts.
 
     Raises:
         ValueError: if ``max_bytes`` is not positive.
     """
 
-    def __init__(self, max_bytes: int = 4 * GIBIBYTE, *, keep_texts: bool = True) -> None:
+    def __init__(self, max_bytes: int = 4 * GIBIBYTE) -> None:
         if max_bytes < 1:
             raise ValueError(f"A store must hold at least one byte, got {max_bytes=}.")
         self.max_bytes = max_bytes
-        self.keep_texts = keep_texts
         self.name = f"memory:{secrets.token_hex(8)}"
         self._entries: OrderedDict[PassageKey, Entry] = OrderedDict()
         self._nbytes = 0
         self._lock = threading.Lock()
 
     def get_many(self, keys: Sequence[PassageKey]) -> list[CompressedPassage | None]:
-        """Return the passages under the keys, in order, and mark them as just used."""
         with self._lock:
             for key in keys:
                 if key in self._entries:
@@ -44,11 +41,10 @@ class MemoryStore(PassageStore):
             return [entry.passage if (entry := self._entries.get(key)) is not None else None for key in keys]
 
     def put_many(self, entries: Sequence[Entry]) -> None:
-        """Store entries and evict the least recently used ones beyond the bound."""
         checked = [entry.check() for entry in entries]
         with self._lock:
             for entry in checked:
-                own = replace(entry, passage=_own(entry.passage), text=entry.text if self.keep_texts else None)
+                own = replace(entry, passage=_own(entry.passage))
                 size = _size(own)
                 if entry.key in self._entries or size > self.max_bytes:
                     continue
@@ -59,12 +55,10 @@ class MemoryStore(PassageStore):
                 self._nbytes -= _size(oldest)
 
     def missing(self, keys: Iterable[PassageKey]) -> list[PassageKey]:
-        """Return the distinct keys that are not stored, in order."""
         with self._lock:
             return [key for key in dict.fromkeys(keys) if key not in self._entries]
 
     def entries(self, maker: Maker | None = None) -> Iterator[Entry]:
-        """Return the entries (of one maker) as of now."""
         with self._lock:
             found = list(self._entries.values())
         return (entry for entry in found if maker is None or entry.key.maker == maker)

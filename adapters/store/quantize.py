@@ -20,12 +20,7 @@ _LARGEST = float(np.finfo(np.float16).max)
 
 
 class Quantised(NamedTuple):
-    """Quantised numbers of a tensor ``[..., d]`` in ``g`` groups.
-
-    Attributes:
-        numbers: ``[..., g, group]`` int8, or ``[..., g, ceil(group / 2)]`` int8 with two signed 4-bit numbers a byte.
-        scales: ``[..., g]`` float16.
-    """
+    """int8 numbers ``[..., g, group]`` (4 bits: ``[..., g, ceil(group / 2)]``, two per byte) and float16 scales ``[..., g]``."""
 
     numbers: Tensor
     scales: Tensor

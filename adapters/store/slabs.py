@@ -32,12 +32,7 @@ class _Open:
 
 
 class Slabs:
-    """The slabs in a folder. Safe to share between threads and processes, including forks.
-
-    Args:
-        folder: made at the first write.
-        max_bytes: size at which a new slab is begun.
-    """
+    """The slabs in a folder, which is made at the first write. Safe to share between threads and processes, including forks."""
 
     def __init__(self, folder: Path, max_bytes: int = MAX_BYTES) -> None:
         self.folder = folder

@@ -56,11 +56,7 @@ FIELDS = [
 class PassageTable:
     """An opened or new table.
 
-    Args:
-        uri: a folder, or anything that ``lancedb.connect`` takes.
-        settings: JSON-able settings of a new table; an existing one keeps its own, in the attribute ``settings``.
-        create: make the table if it does not exist.
-        options: ``storage_options`` of object storage.
+    ``settings`` are for a new table; an existing one keeps its own, in the attribute of this name.
 
     Raises:
         StoreError: if there is no table, it cannot be read, or a newer version wrote it.

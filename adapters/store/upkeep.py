@@ -43,10 +43,7 @@ class Compacted:
 def verify(store: LanceStore, *, drop: bool = False, done: Callable[[int], None] | None = None) -> list[Problem]:
     """Read every passage and compare it with its checksum, key and text.
 
-    Args:
-        store: the store.
-        drop: delete damaged passages, so that they can be compressed again.
-        done: called with the number of passages checked, after each batch.
+    ``drop`` deletes damaged passages, so that they can be compressed again; ``done`` is called with the number checked.
 
     Raises:
         StoreError: if the table cannot be read, or with ``drop``, if the store is read-only.
@@ -83,9 +80,7 @@ def compact(store: LanceStore, keep_hours: float = 24.0) -> Compacted:
 
     Other processes may read and write meanwhile; slabs of active writers are not touched.
 
-    Args:
-        store: the store.
-        keep_hours: versions of the table younger than this stay, for readers that use them.
+    Versions of the table younger than ``keep_hours`` stay, for readers that use them.
 
     Raises:
         StoreError: if the store cannot be written, is damaged, or another process is compacting it.

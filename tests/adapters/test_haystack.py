@@ -7,23 +7,15 @@ import os
 import pytest
 from nutgraf import make_compressor
 from nutgraf.adapters.placeholders.placeholder import MARKER
+from texts import CURIE, QUESTION, TREATY
 
 os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
 haystack = pytest.importorskip("haystack")
 from haystack.components.builders import PromptBuilder  # noqa: E402
 from nutgraf.adapters.haystack import CompressedContextDocuments, CompressedContextGenerator  # noqa: E402
 
-TEXTS = [
-    "The treaty was signed in 1648 in Westphalia, ending thirty years of war among the great powers of Europe.",
-    "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911).",
-]
-QUESTION = "who signed it?"
+TEXTS = [TREATY, CURIE]
 TEMPLATE = "{% for d in documents %}{{ d.content }}\n{% endfor %}Question: {{ query }}\nAnswer:"
-
-
-@pytest.fixture(scope="module")
-def reader(zoo):
-    return zoo.reader("llama", num_hidden_layers=1)
 
 
 @pytest.fixture

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from nutgraf import Reader, make_compressor
+from nutgraf import make_compressor
 from nutgraf.adapters.placeholders.placeholder import MARKER, PlaceholderError
+from texts import CURIE, QUESTION, TREATY
 
 pytest.importorskip("langchain_core")
 from langchain_core.documents import Document
@@ -20,16 +21,7 @@ from nutgraf.adapters.langchain import (
     CompressedContextLLM,
 )
 
-TEXTS = [
-    "The treaty was signed in 1648 in Westphalia, ending thirty years of war among the great powers of Europe.",
-    "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911).",
-]
-QUESTION = "who signed it?"
-
-
-@pytest.fixture(scope="module")
-def reader(zoo) -> Reader:
-    return zoo.reader("llama", num_hidden_layers=1)
+TEXTS = [TREATY, CURIE]
 
 
 @pytest.fixture(scope="module")

@@ -163,13 +163,12 @@ def test_made_up_placeholders_stay_text(text):
         assert list(scan(forged)) == ([forged] if forged else [])
 
 
-def test_a_claim_of_many_slots_costs_nothing():
+def test_a_claim_of_many_slots_costs_nothing(monkeypatch):
     store = PlaceholderStore()
     (real,) = store.issue([passage()])
     forged = real.replace(":2:", ":9999999:") * 200
-    start = time.perf_counter()
-    assert not holds_placeholder(forged)
-    assert time.perf_counter() - start < 1
+    monkeypatch.setattr(placeholders.hashlib, "shake_256", None)  # the MAC grows with the slots: it is not computed
+    assert list(scan(forged)) == [forged]
 
 
 def test_torn_placeholders_are_refused_and_heads_alone_are_text():

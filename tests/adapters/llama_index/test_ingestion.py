@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import logging
 import pickle
-from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import pytest
-import torch
+from fakes import Fixed
 from llama_index.core import Document, MockEmbedding, VectorStoreIndex
 from llama_index.core.ingestion import IngestionPipeline
-from llama_index.core.instrumentation import get_dispatcher
-from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import ImageNode, MetadataMode, NodeWithScore, TextNode
-from nutgraf import CompressedPassage, Reader
 from nutgraf.adapters.llama_index import (
     CompressedContextLLM,
     CompressedContextPostprocessor,
@@ -26,41 +21,9 @@ from nutgraf.adapters.llama_index import (
     StoreRetriever,
 )
 from nutgraf.adapters.store import LanceStore, MemoryStore, keys_for
-from nutgraf.compressors import CompressorConfig, SoftCompressor
+from texts import DELEGATES, QUESTION
 
-TEXTS = [f"{1600 + i} saw delegate number {i} sign the treaty of Westphalia" for i in range(5)]
-QUESTION = "Who signed it?"
-
-
-@dataclass
-class _Config(CompressorConfig):
-    method: ClassVar[str] = "test-only"
-    slots: int = 4
-    seed: int = 0
-
-
-class Fixed(SoftCompressor):
-    """Every passage becomes the embeddings of its first tokens, a fixed number of them; counts what it is asked for."""
-
-    config_class = _Config
-    interface = "embeds"
-
-    def __init__(self, reader: Reader, **settings: Any) -> None:
-        super().__init__(_Config(**settings), reader)
-        self.asked: list[str] = []
-        self.fail_after: int | None = None
-
-    def encode(self, texts, query=None, ratio=None, vectors=None):
-        if self.fail_after is not None and len(self.asked) + len(texts) > self.fail_after:
-            raise KeyboardInterrupt
-        self.asked += texts
-        out = []
-        for text in texts:
-            ids = self.reader.tokenize(text)
-            embeds = self.reader.embed(torch.tensor(ids[: self.config.slots], dtype=torch.long))
-            reader = self.reader.fingerprint
-            out.append(CompressedPassage("embeds", len(ids), self.fingerprint, reader, embeds=embeds))
-        return out
+TEXTS = DELEGATES
 
 
 class WordEmbedding(MockEmbedding):
@@ -74,11 +37,6 @@ class WordEmbedding(MockEmbedding):
 
     def _get_query_embedding(self, query: str) -> list[float]:
         return self._vector(query)
-
-
-@pytest.fixture(scope="module")
-def reader(zoo) -> Reader:
-    return zoo.reader("llama", num_hidden_layers=1)
 
 
 @pytest.fixture(params=["memory", "lance"])
@@ -186,20 +144,9 @@ def test_images_and_nodes_without_text(reader, store):
     assert compressor.asked == ["", TEXTS[0]]
 
 
-async def test_async_ingestion_with_a_splitter_and_events(reader, store):
-    events: list[Any] = []
-
-    class Handler(BaseEventHandler):
-        def handle(self, event: Any, **kwargs: Any) -> None:
-            events.append(event)
-
-    handler = Handler()
-    get_dispatcher().add_event_handler(handler)
-    try:
-        steps = [SentenceSplitter(chunk_size=40, chunk_overlap=0), CompressPassages(Fixed(reader), store)]
-        out = await IngestionPipeline(transformations=steps).arun(documents=[Document(text=". ".join(TEXTS))])
-    finally:
-        get_dispatcher().event_handlers.remove(handler)
+async def test_async_ingestion_with_a_splitter_and_events(reader, store, events):
+    steps = [SentenceSplitter(chunk_size=40, chunk_overlap=0), CompressPassages(Fixed(reader), store)]
+    out = await IngestionPipeline(transformations=steps).arun(documents=[Document(text=". ".join(TEXTS))])
     (event,) = (e for e in events if isinstance(e, PassagesStoredEvent))
     assert (event.found, event.compressed) == (0, len(out))
     assert event.slots == 4 * len(out)

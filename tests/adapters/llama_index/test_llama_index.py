@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import itertools
 import threading
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
+from fakes import FakeConfig, FirstWords, Identity
 from llama_index.core import Document, PromptTemplate, Settings
-from llama_index.core.instrumentation import get_dispatcher
-from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.llms import MockLLM
 from llama_index.core.schema import (
     ImageNode,
@@ -25,7 +22,6 @@ from llama_index.core.schema import (
     RelatedNodeInfo,
     TextNode,
 )
-from nutgraf import CompressedPassage, Reader
 from nutgraf.adapters.llama_index import (
     CompressedContextLLM,
     CompressedContextPostprocessor,
@@ -37,51 +33,10 @@ from nutgraf.adapters.llama_index import (
     TextForTop,
     escape_placeholders,
 )
-from nutgraf.compressors import CompressorConfig, SoftCompressor, TextCompressor
+from texts import DELEGATES, QUESTION
 
 MODES = ["compact", "refine", "simple_summarize", "tree_summarize", "accumulate", "compact_accumulate"]
-TEXTS = [f"{1600 + i} saw delegate number {i} sign the treaty of Westphalia" for i in range(3)]
-QUESTION = "Who signed it?"
-_count = itertools.count()
-
-
-@dataclass
-class _Config(CompressorConfig):
-    method: ClassVar[str] = "test-only"
-
-
-class Identity(SoftCompressor):
-    """Every passage becomes its own token embeddings; counts what it is asked for."""
-
-    config_class = _Config
-    interface = "embeds"
-
-    def __init__(self, reader: Reader) -> None:
-        super().__init__(_Config(), reader)
-        self.asked: list[Any] = []
-        self.name = f"identity {next(_count)}"  # no test finds what another one compressed
-
-    def identity_parts(self) -> list[Any]:
-        return [self.name]
-
-    def encode(self, texts, query=None, ratio=None, vectors=None):
-        self.asked += zip(texts, query, vectors or [None] * len(texts))
-        return [self.reader.identity(text) for text in texts]
-
-
-class FirstWords(TextCompressor):
-    """Keeps the first two words."""
-
-    config_class = _Config
-
-    def _compress(self, texts, queries, ratio, *, vectors, **options):
-        kept = [" ".join(text.split()[:2]) for text in texts]
-        return [CompressedPassage("text", len(t.split()), "first", text=k, n_tokens=2) for t, k in zip(texts, kept)]
-
-
-@pytest.fixture(scope="module")
-def reader(zoo) -> Reader:
-    return zoo.reader("llama", num_hidden_layers=1)
+TEXTS = DELEGATES[:3]
 
 
 @pytest.fixture
@@ -155,7 +110,7 @@ def test_a_passage_is_compressed_once_for_all_requests(reader, compressor, index
     engine = make_engine(index, CompressedContextLLM(reader, max_new_tokens=2), compressor)
     engine.query(QUESTION)
     engine.query("And when?")
-    assert [text for text, *_ in compressor.asked] == TEXTS
+    assert compressor.asked == TEXTS
     make_engine(index, CompressedContextLLM(reader, max_new_tokens=2), compressor).query(QUESTION)
     assert len(compressor.asked) == len(TEXTS)  # engines of one reader share what is compressed
 
@@ -243,21 +198,10 @@ def test_text_on_top_metadata_and_empty_passages(reader, compressor):
     assert 0 < raw["ttft_ms"] <= raw["ms"]
 
 
-def test_compression_is_an_event(reader, compressor, index):
-    events: list[Any] = []
-
-    class Handler(BaseEventHandler):
-        def handle(self, event: Any, **kwargs: Any) -> None:
-            events.append(event)
-
-    handler = Handler()
-    get_dispatcher().add_event_handler(handler)
-    try:
-        engine = make_engine(index, CompressedContextLLM(reader, max_new_tokens=2), compressor)
-        engine.query(QUESTION)
-        engine.query(QUESTION)
-    finally:
-        get_dispatcher().event_handlers.remove(handler)
+def test_compression_is_an_event(reader, compressor, index, events):
+    engine = make_engine(index, CompressedContextLLM(reader, max_new_tokens=2), compressor)
+    engine.query(QUESTION)
+    engine.query(QUESTION)
     first, second = (e for e in events if isinstance(e, CompressionEvent))
     assert (first.passages, first.compressed) == (3, 3)
     assert first.slots == first.source_tokens > 0
@@ -272,8 +216,8 @@ def test_queries_and_vectors_reach_the_compressor_only_if_asked(reader, compress
     query = QueryBundle("why?")
     CompressedContextPostprocessor(compressor).postprocess_nodes(nodes, query)
     CompressedContextPostprocessor(compressor, query_aware=True, reuse_vectors=True).postprocess_nodes(nodes, query)
-    assert compressor.asked[:2] == [(TEXTS[0], None, None), (TEXTS[1], None, None)]
-    assert compressor.asked[2:] == [(TEXTS[0], "why?", [0.5, 1.0]), (TEXTS[1], "why?", None)]
+    assert compressor.calls[:2] == [(TEXTS[0], None, None), (TEXTS[1], None, None)]
+    assert compressor.calls[2:] == [(TEXTS[0], "why?", [0.5, 1.0]), (TEXTS[1], "why?", None)]
     assert llm.model_name
 
 
@@ -288,7 +232,7 @@ def test_text_compressors_work_with_any_llm(reader, index):
             heard.append(prompt)
             return super().complete(prompt, formatted, **kwargs)
 
-    post = CompressedContextPostprocessor(FirstWords(_Config(), reader), as_text=True)
+    post = CompressedContextPostprocessor(FirstWords(FakeConfig(), reader), as_text=True)
     answer = index.as_query_engine(llm=Listening(), node_postprocessors=[post], similarity_top_k=3).query(QUESTION)
     assert "\n1600 saw\n\n1601 saw\n\n1602 saw\n" in heard[0]
     assert "delegate" not in heard[0]
@@ -434,7 +378,7 @@ async def test_the_event_loop_is_never_blocked(reader, index, monkeypatch):
     assert all(waits)
 
 
-def test_settings_may_hold_the_prompt_helper(zoo, make_index, monkeypatch):
+def test_settings_may_hold_the_prompt_helper(zoo, make_index, monkeypatch, events):
     """The third line, in its other form: the window is filled by slots, and not by how long placeholders are as text."""
     reader = zoo.reader("llama", num_hidden_layers=1, seed=6)
     llm = CompressedContextLLM(reader, max_new_tokens=2, context_window=900)
@@ -445,26 +389,10 @@ def test_settings_may_hold_the_prompt_helper(zoo, make_index, monkeypatch):
         engine = index.as_query_engine(
             llm=llm, node_postprocessors=[CompressedContextPostprocessor(compressor)], similarity_top_k=24
         )
-        calls.append(count_calls(engine, QUESTION))
+        events.clear()
+        engine.query(QUESTION)
+        calls.append(sum(type(event).__name__ == "LLMCompletionEndEvent" for event in events))
     assert calls[0] > calls[1] == 1
-
-
-def count_calls(engine: Any, question: str) -> int:
-    """How often the LLM is asked for one answer."""
-    ends: list[Any] = []
-
-    class Handler(BaseEventHandler):
-        def handle(self, event: Any, **kwargs: Any) -> None:
-            if type(event).__name__ == "LLMCompletionEndEvent":
-                ends.append(event)
-
-    handler = Handler()
-    get_dispatcher().add_event_handler(handler)
-    try:
-        engine.query(question)
-    finally:
-        get_dispatcher().event_handlers.remove(handler)
-    return len(ends)
 
 
 def test_settings_llm_is_not_needed(reader, compressor, index):

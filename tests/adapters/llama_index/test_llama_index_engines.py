@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import logging
 import time
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
+from fakes import Identity
 from llama_index.core import VectorStoreIndex
 from llama_index.core.agent.workflow import ReActAgent
 from llama_index.core.chat_engine import CondensePlusContextChatEngine, ContextChatEngine
-from llama_index.core.instrumentation import get_dispatcher
-from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.llms import ChatMessage
 from llama_index.core.query_engine import CitationQueryEngine, RetrieverQueryEngine
 from llama_index.core.schema import MetadataMode, Node, NodeWithScore, TextNode
@@ -35,44 +32,11 @@ from nutgraf.adapters.llama_index import (
     ReaderRefusedError,
     TextForTop,
 )
-from nutgraf.compressors import CompressorConfig, SoftCompressor
 from nutgraf.compressors.reader.generation import _Written
+from texts import DELEGATES, QUESTION
 from transformers import LogitsProcessor, LogitsProcessorList
 
-TEXTS = [f"{1600 + i} saw delegate number {i} sign the treaty of Westphalia" for i in range(3)]
-QUESTION = "Who signed it?"
-_count = itertools.count()
-
-
-@dataclass
-class _Config(CompressorConfig):
-    method: ClassVar[str] = "test-only"
-
-
-class Identity(SoftCompressor):
-    """Every passage becomes its own token embeddings, so that compressed and plain contexts read alike."""
-
-    config_class = _Config
-    interface = "embeds"
-
-    def __init__(self, reader: Reader) -> None:
-        super().__init__(_Config(), reader)
-        self.asked: list[str] = []
-        self.name = f"identity of engines {next(_count)}"  # no test finds what another one compressed
-
-    def identity_parts(self) -> list[Any]:
-        return [self.name]
-
-    def encode(self, texts, query=None, ratio=None, vectors=None):
-        self.asked += texts
-        if any("bad" in text for text in texts):
-            raise RuntimeError("the model is out of order")
-        return [self.reader.identity(text) for text in texts]
-
-
-@pytest.fixture(scope="module")
-def reader(zoo) -> Reader:
-    return zoo.reader("llama", num_hidden_layers=1)
+TEXTS = DELEGATES[:3]
 
 
 @pytest.fixture
@@ -94,20 +58,6 @@ def ways(index: VectorStoreIndex, compressor: Any) -> list[dict[str, Any]]:
 
 def texts_of(response: Any) -> list[str]:
     return [source.node.get_content() for source in response.source_nodes]
-
-
-@pytest.fixture
-def events():
-    seen: list[Any] = []
-
-    class Handler(BaseEventHandler):
-        def handle(self, event: Any, **kwargs: Any) -> None:
-            seen.append(event)
-
-    handler = Handler()
-    get_dispatcher().add_event_handler(handler)
-    yield seen
-    get_dispatcher().event_handlers.remove(handler)
 
 
 def raws(events: list[Any]) -> list[dict[str, Any]]:

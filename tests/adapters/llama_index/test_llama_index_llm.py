@@ -31,11 +31,6 @@ from transformers import GenerationConfig
 PROMPT = PromptTemplate("Context:\n{context_str}\nAnswer:")
 
 
-@pytest.fixture(scope="module")
-def reader(zoo) -> Reader:
-    return zoo.reader("llama", num_hidden_layers=1)
-
-
 @pytest.fixture
 def store() -> PlaceholderStore:
     return PlaceholderStore()

@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llama_index.core.instrumentation import get_dispatcher
-from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.schema import ImageNode, MetadataMode, NodeWithScore, TextNode
 from nutgraf import Reader, make_compressor
 from nutgraf.adapters.llama_index import (
@@ -27,18 +25,9 @@ from nutgraf.adapters.llama_index import (
     TextForTop,
     TokenBudget,
 )
+from texts import CURIE, NUT_GRAF, RIVERS, TREATY
 
-TEXTS = [
-    "The treaty was signed in 1648 in Westphalia, ending thirty years of war among the great powers of Europe.",
-    "Rivers carry sediment to the sea; the Amazon, the Nile and the Yangtze are among the longest on Earth.",
-    "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911).",
-    "A nut graf is the paragraph that tells the story in a nutshell.",
-]
-
-
-@pytest.fixture(scope="module")
-def reader(zoo) -> Reader:
-    return zoo.reader("llama", num_hidden_layers=1)
+TEXTS = [TREATY, RIVERS, CURIE, NUT_GRAF]
 
 
 @pytest.fixture(scope="module")
@@ -51,19 +40,8 @@ def llm(reader) -> CompressedContextLLM:
     return CompressedContextLLM(reader, max_new_tokens=2)
 
 
-@pytest.fixture
-def events():
-    seen: list[CompressionEvent] = []
-
-    class Handler(BaseEventHandler):
-        def handle(self, event: Any, **kwargs: Any) -> None:
-            if isinstance(event, CompressionEvent):
-                seen.append(event)
-
-    handler = Handler()
-    get_dispatcher().add_event_handler(handler)
-    yield seen
-    get_dispatcher().event_handlers.remove(handler)
+def compression(events: list[Any]) -> CompressionEvent:
+    return [event for event in events if isinstance(event, CompressionEvent)][-1]
 
 
 def scored(texts: list[str] = TEXTS) -> list[NodeWithScore]:
@@ -113,8 +91,8 @@ def test_what_finds_no_room_is_left_out(reader, compressor, llm, events):
     out = post.postprocess_nodes(scored())
     assert [n.node.text for n in out] == TEXTS[: len(out)]
     assert 0 < len(out) < len(TEXTS)
-    assert events[-1].left_out == len(TEXTS) - len(out)
-    assert events[-1].as_text == 0
+    assert compression(events).left_out == len(TEXTS) - len(out)
+    assert compression(events).as_text == 0
     with pytest.raises(ValueError, match=r"TokenBudget\(n=2\) has no room for even the first passage"):
         CompressedContextPostprocessor(compressor, policy=TokenBudget(2)).postprocess_nodes(scored())
     assert CompressedContextPostprocessor(compressor, policy=TokenBudget(2)).postprocess_nodes([]) == []
@@ -136,7 +114,7 @@ def test_an_auto_budget_takes_longer_forms_where_there_is_room(reader, compresso
 def test_nothing_is_compressed_where_all_text_fits(compressor, llm, events):
     post = CompressedContextPostprocessor(compressor, policy=AutoBudget(4000), cache=PassageCache())
     assert kinds(read(post, scored())) == "tttt"
-    assert (events[-1].compressed, events[-1].passages, events[-1].as_text) == (0, 0, 4)
+    assert (compression(events).compressed, compression(events).passages, compression(events).as_text) == (0, 0, 4)
 
 
 def test_budgets_count_metadata(reader, compressor, llm):
@@ -273,7 +251,7 @@ def test_images_stay_where_they_are(compressor, llm, events):
     out = CompressedContextPostprocessor(compressor, policy=TextForTop(1)).postprocess_nodes(nodes)
     assert out[1].node is image.node
     assert [n.node.text for n in out] == [n.node.text for n in nodes]
-    assert (events[-1].passages, events[-1].as_text, events[-1].fallbacks) == (2, 2, 0)
+    assert (compression(events).passages, compression(events).as_text, compression(events).fallbacks) == (2, 2, 0)
 
 
 def test_settings_survive_json(compressor):

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from nutgraf import Reader, make_compressor
+from nutgraf import make_compressor
 from nutgraf.adapters.llama_index import (
     CompressedContextLLM,
     CompressedContextPostprocessor,
@@ -15,18 +15,13 @@ from nutgraf.adapters.llama_index import (
     ReaderRefusedError,
 )
 from nutgraf.adapters.openai import EmbeddingTable, ServedReader, ServerUnavailableError
+from texts import DELEGATES, QUESTION
 
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 from nutgraf.adapters.serve import create_app  # noqa: E402
 
-TEXTS = [f"{1600 + i} saw delegate number {i} sign the treaty of Westphalia, and there was peace." for i in range(3)]
-QUESTION = "Who signed it?"
-
-
-@pytest.fixture(scope="module")
-def reader(zoo) -> Reader:
-    return zoo.reader("llama", num_hidden_layers=1)
+TEXTS = [f"{text}, and there was peace." for text in DELEGATES[:3]]
 
 
 @pytest.fixture(scope="module")

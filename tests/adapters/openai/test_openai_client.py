@@ -28,8 +28,9 @@ from nutgraf.adapters.openai import (
     UnexpectedAnswerError,
 )
 from nutgraf.compressors import ReaderMismatchError
+from texts import TREATY
 
-PASSAGE = "The treaty was signed in 1648 in Westphalia, ending thirty years of war among the great powers of Europe."
+PASSAGE = TREATY
 QUESTION = "\nQuestion: who signed it?\nAnswer:"
 
 
@@ -168,11 +169,6 @@ class Engine:
         if "chat" in path:
             return [{"choices": [{"delta": {"content": piece}}]} for piece in pieces]
         return [{"choices": [{"text": piece}]} for piece in pieces]
-
-
-@pytest.fixture(scope="module")
-def reader(zoo) -> Reader:
-    return zoo.reader("llama", num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")

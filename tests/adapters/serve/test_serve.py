@@ -22,12 +22,13 @@ import torch
 from nutgraf import CompressedPassage, Reader, make_compressor
 from nutgraf.adapters.openai import EmbeddingTable, RequestRefusedError, ServedReader, ServerFaultError, encode_tensor
 from safetensors.torch import save as save_safetensors
+from texts import TREATY
 
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 from nutgraf.adapters.serve import Limits, create_app  # noqa: E402
 
-PASSAGE = "The treaty was signed in 1648 in Westphalia, ending thirty years of war among the great powers of Europe."
+PASSAGE = TREATY
 QUESTION = "\nQuestion: who signed it?\nAnswer:"
 LIMITS = Limits(max_prompts=4, max_new_tokens=64, max_positions=512, max_body_bytes=2**20, max_wait_ms=30)
 
@@ -60,11 +61,6 @@ class Running:
         self.server.should_exit = True
         self.thread.join(20)
         assert not self.thread.is_alive()
-
-
-@pytest.fixture(scope="module")
-def reader(zoo) -> Reader:
-    return zoo.reader("llama", num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")

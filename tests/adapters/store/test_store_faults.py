@@ -13,16 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes import stored_entry as entry
 from nutgraf import CompressedPassage
-from nutgraf.adapters.store import Entry, LanceStore, PassageKey, StoreError
+from nutgraf.adapters.store import Entry, LanceStore, StoreError
 from nutgraf.adapters.store.upkeep import compact, verify
-
-
-def entry(number: int, slots: int = 4, compressor: str = "compressor") -> Entry:
-    text = f"passage {number}"
-    embeds = torch.randn(slots, 64, generator=torch.Generator().manual_seed(number))
-    passage = CompressedPassage("embeds", 4 * slots, compressor, "reader", embeds=embeds)
-    return Entry(PassageKey.of(text, compressor=compressor, reader="reader"), passage, text)
 
 
 def drive(kills: int) -> dict:

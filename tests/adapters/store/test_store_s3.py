@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from nutgraf import CompressedPassage, Reader, make_compressor
+from fakes import stored_entry as entry
+from nutgraf import Reader, make_compressor
 from nutgraf.adapters.llama_index import CompressedContextLLM, CompressedContextPostprocessor
-from nutgraf.adapters.store import Encoding, Entry, LanceStore, PassageKey, StoreError, fill, keys_for
+from nutgraf.adapters.store import Encoding, LanceStore, StoreError, fill, keys_for
 from nutgraf.adapters.store.upkeep import compact, copy, verify
 from nutgraf.cli import app
 from typer.testing import CliRunner
@@ -75,13 +76,6 @@ def s3(server: S3, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 def opened(s3: S3, **settings: Any) -> LanceStore:
     return LanceStore(s3.uri, storage_options=s3.options, **settings)
-
-
-def entry(number: int, compressor: str = "compressor", slots: int = 4) -> Entry:
-    text = f"passage {number}"
-    embeds = torch.randn(slots, 64, generator=torch.Generator().manual_seed(number))
-    passage = CompressedPassage("embeds", 4 * slots, compressor, "reader", embeds=embeds)
-    return Entry(PassageKey.of(text, compressor=compressor, reader="reader"), passage, text)
 
 
 def holds(store: LanceStore, *numbers: int, **kwargs: Any) -> bool:
