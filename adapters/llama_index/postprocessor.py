@@ -237,11 +237,9 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
             return True
         llms = ReadingLLM.of(self._compressor.reader.fingerprint)
         room = max((llm.window - llm.num_output if llm.window else math.inf for llm in llms), default=math.inf)
-        if passage.slots <= room:
+        if passage.places <= room:
             return True
-        sentence = (
-            f"Node {node.node_id} takes {passage.slots} slots, but a prompt has {room} positions besides the answer"
-        )
+        sentence = f"Node {node.node_id} takes {passage.places} positions, but a prompt has {room} positions besides the answer"
         if not self.fallback:
             raise ValueError(f"{sentence}; use smaller chunks, a higher compression ratio or a smaller max_new_tokens.")
         _log.warning("%s; it is read as text.", sentence)

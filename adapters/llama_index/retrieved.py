@@ -109,7 +109,7 @@ class RetrievedPassages:
         if not passage.slots:
             return 0
         *before, after = self._around(self.nodes[place], _SLOTS).split(_SLOTS)
-        return passage.slots + sum(self._count(text, "") for text in before) + self._count(after)
+        return passage.places + sum(self._count(text, "") for text in before) + self._count(after)
 
     def _count(self, text: str, joint: str = _JOINT) -> int:
         return len(self._source.compressor.reader.tokenize(text + joint)) if text + joint else 0

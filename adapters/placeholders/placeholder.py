@@ -115,7 +115,7 @@ class PlaceholderStore:
             self._hold(request, held)
         numbers = iter(range(len(held)))
         return [
-            self._spell(request, next(numbers), passage.slots)
+            self._spell(request, next(numbers), passage.places)
             if _is_soft(passage)
             else escape_placeholders(passage.text or "")
             for passage in passages
@@ -175,7 +175,7 @@ class PlaceholderStore:
         with self._lock:
             _, passages = self._requests.get(request, (0.0, []))
         for number, passage in enumerate(passages):
-            whole = self._spell(request, number, passage.slots)
+            whole = self._spell(request, number, passage.places)
             giveaway = whole[: whole.rindex(":") + 1 + _TORN_TAG]
             if piece.startswith(giveaway) or giveaway.startswith(piece):
                 return True

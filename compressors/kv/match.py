@@ -138,21 +138,21 @@ class KVMatchCompressor(Compressor):
         reader = self.base_reader
         ids = reader.tokenize_batch(texts)
         probes = [self._probes(*item) for item in zip(texts, ids, queries)]
-        for passage, rows in zip(ids, probes):
-            self._check_room(len(passage) + max(map(len, rows), default=0))
-        sizes = [len(passage) + sum(map(len, rows)) + len(reader.bos_ids) for passage, rows in zip(ids, probes)]
-        asked = self.config.ratio if ratio is None else float(ratio)
+        for passage, asked in zip(ids, probes):
+            self._check_room(len(passage) + max(map(len, asked), default=0))
+        sizes = [len(passage) + sum(map(len, asked)) + len(reader.bos_ids) for passage, asked in zip(ids, probes)]
+        wanted = self.config.ratio if ratio is None else float(ratio)
         none = torch.zeros(0, device=reader.device, dtype=reader.dtype)
         heads, wide, deep = self.shape
         counts = torch.zeros(len(reader.kv_placement.kinds), heads, dtype=torch.int32)
         empty = (none.view(0, wide), none.view(0, deep), none, none.int(), counts)
-        out = {i: self._package(empty, 0, asked) for i, passage in enumerate(ids) if not passage}
+        out = {i: self._package(empty, 0, wanted) for i, passage in enumerate(ids) if not passage}
         full = [i for i, passage in enumerate(ids) if passage]
         for batch in pack([sizes[i] for i in full], self.batch_positions, pass_positions(reader.device)):
             which = [full[i] for i in batch]
             evidence = self._read([ids[i] for i in which], [probes[i] for i in which])
-            for i, pairs in zip(which, self._match(evidence, asked)):
-                out[i] = self._package(pairs, len(ids[i]), asked)
+            for i, pairs in zip(which, self._match(evidence, wanted)):
+                out[i] = self._package(pairs, len(ids[i]), wanted)
         return [out[i] for i in range(len(texts))]
 
     def _probes(self, text: str, ids: list[int], query: str | None) -> list[list[int]]:

@@ -468,7 +468,7 @@ class Reader:
         inputs: dict[str, Any] = {"inputs_embeds": layout.splice(self.embed), "attention_mask": mask}
         if door is not None:
             inputs["position_ids"] = layout.positions
-            # a cache made from the config would keep only the window in sliding layers
+            # Made from the config, the cache would keep a window only of a sliding layer.
             inputs["past_key_values"] = DynamicCache()
         return inputs, door
 
