@@ -1,7 +1,7 @@
-"""What plain text does with the same number of reader tokens: the baselines every compressor has to beat.
+"""Plain-text baselines under the same number of reader tokens.
 
-Each baseline turns (question, passages) into shorter texts whose *whole prompt* takes at most the budget: the number of
-positions that the compressed method's prompt takes for the same question. All of them are deterministic under a seed.
+Each turns a question and passages into shorter texts whose whole prompt takes at most `budget` positions, those of the
+compressed method's prompt for the same question. All are deterministic under a seed.
 """
 
 from __future__ import annotations
@@ -37,22 +37,19 @@ def truncate(reader: Reader, question: str, passages: Sequence[str], budget: int
 def fewer_passages(
     reader: Reader, question: str, passages: Sequence[str], budget: int, rng: random.Random
 ) -> list[str]:
-    """The whole passages closest to the question (BM25 among the ones given) while they fit, in their own order.
-
-    When not even one fits, as much of the closest one's head as does.
-    """
+    """The whole passages closest to the question by BM25 that fit, in their order; if none fits, the head of the closest."""
     return _best_units(reader, question, list(enumerate(passages)), budget, rng, bm25)
 
 
 def extract(reader: Reader, question: str, passages: Sequence[str], budget: int, rng: random.Random) -> list[str]:
-    """The sentences closest to the question (BM25 among the passages' sentences) while they fit, in their own order."""
+    """The sentences closest to the question by BM25 that fit, in their order."""
     return _best_units(reader, question, _sentences(passages), budget, rng, bm25)
 
 
 def extract_embedder(
     reader: Reader, question: str, passages: Sequence[str], budget: int, rng: random.Random
 ) -> list[str]:
-    """The sentences closest to the question (cosine of all-MiniLM-L6-v2) while they fit, in their own order.
+    """The sentences closest to the question by all-MiniLM-L6-v2 that fit, in their order.
 
     Raises ImportError if sentence-transformers is not installed.
     """
@@ -60,7 +57,7 @@ def extract_embedder(
 
 
 def random_tokens(reader: Reader, question: str, passages: Sequence[str], budget: int, rng: random.Random) -> list[str]:
-    """Tokens drawn at random from all passages, in their own order: what any selection must beat."""
+    """Random tokens of all passages, in their order."""
     tokens = [(i, start, end) for i, p in enumerate(passages) for start, end in reader.tokenize_with_offsets(p)[1]]
     order = rng.sample(range(len(tokens)), len(tokens))
 
@@ -88,16 +85,10 @@ def split_sentences(text: str) -> list[str]:
     return [part for a, b in zip([0, *ends], [*ends, len(text)]) if (part := text[a:b].strip())]
 
 
-def rank(question: str, texts: Sequence[str]) -> list[int]:
-    """Indices of `texts` by `bm25`, best first; ties keep their order."""
-    return _order(bm25(question, texts))
-
-
 def bm25(question: str, texts: Sequence[str]) -> list[float]:
-    """BM25 (k1 = 1.2, b = 0.75) of each text against the question.
+    """BM25 (k1 = 1.2, b = 0.75) of each text against the question, with document frequencies from the texts themselves.
 
-    Document frequencies are those of the texts themselves (Robertson and Zaragoza, 2009,
-    https://doi.org/10.1561/1500000019).
+    Robertson and Zaragoza, 2009, https://doi.org/10.1561/1500000019.
     """
     bags = [Counter(_words(text)) for text in texts]
     mean = sum(bag.total() for bag in bags) / max(len(bags), 1) or 1.0
@@ -115,7 +106,7 @@ def bm25(question: str, texts: Sequence[str]) -> list[float]:
 
 
 def cosine(question: str, texts: Sequence[str]) -> list[float]:
-    """Cosine of each text's vector and the question's, by all-MiniLM-L6-v2; of long texts their first 254 tokens count."""
+    """Cosine of each text and the question by all-MiniLM-L6-v2, which reads the first 254 tokens of a text."""
     vectors = _minilm().embed([question, *texts])
     vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-12)
     return [float(x) for x in vectors[1:] @ vectors[0]]
@@ -124,10 +115,6 @@ def cosine(question: str, texts: Sequence[str]) -> list[float]:
 @functools.cache
 def _minilm() -> Embedder:
     return load_embedder(MINILM)
-
-
-def _order(scores: Sequence[float]) -> list[int]:
-    return sorted(range(len(scores)), key=lambda i: -scores[i])
 
 
 def _sentences(passages: Sequence[str]) -> list[tuple[int, str]]:
@@ -142,7 +129,8 @@ def _best_units(
     reader: Reader, question: str, units: Sequence[tuple[int, str]], budget: int, rng: random.Random, scorer: Scorer
 ) -> list[str]:
     """The best-ranked (passage, text) units that fit, those of one passage joined; else the head of the best one."""
-    ranked = _order(scorer(question, [text for _, text in units]))
+    scores = scorer(question, [text for _, text in units])
+    ranked = sorted(range(len(units)), key=lambda i: -scores[i])
     chosen: list[int] = []
     for i in ranked:
         trial = sorted([*chosen, i])
@@ -164,7 +152,7 @@ def _fits(reader: Reader, pieces: Sequence[str], question: str, budget: int) -> 
 
 
 def _largest(limit: int, fits: Callable[[int], bool]) -> int:
-    """The largest n in 0..limit that fits if lengths grow with n; where they do not quite, one that fits."""
+    """The largest n in 0..limit that fits, if lengths grow with n; else some n that fits."""
     n = bisect.bisect_left(range(1, limit + 1), True, key=lambda n: not fits(n))
     while n and not fits(n):
         n -= 1

@@ -8,9 +8,8 @@
 | `nq_10` | the same | and nine BM25 distractors without the answer | CC BY-SA 3.0 |
 | `hotpotqa` | `hotpotqa/hotpot_qa`, distractor, validation | its own ten, two of them needed | CC BY-SA 4.0 |
 
-Every file is JSON lines in the project's schema: `id`, `question`, `answers`, `passages` (list of `{title, text}`), `gold`,
-`source`, `half` (`tune` or `report`, by article or, where there is none, by question, from a hash of its name). The same
-inputs give the same files, byte for byte.
+Files are JSON lines: `id`, `question`, `answers`, `passages` (list of `{title, text}`), `gold`, `source`, `half` (`tune` or
+`report`, from a hash of the article's title or of the question). Equal inputs give equal files.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""What a benchmark's command line names: readers, compressors with their ratios, question files."""
+"""Readers, compressors with their ratios, and question files by the names of the command line."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from ..compressors import COMPRESSORS, Compressor, Reader, load_compressor, make
 from ..compressors.reader.loading import as_dtype
 from ..recipes.data.corpus import Record, read_records
 from ..shipped import locate
-from .distractors import with_passages
+from .metrics import containment
 
 SAMPLE = Path(__file__).resolve().parent / "sample"
 SAMPLE_QUESTIONS = SAMPLE / "squad_dev.jsonl"
@@ -33,10 +34,7 @@ class CompressorSpec:
 
     @classmethod
     def parse(cls, text: str, ratios: Sequence[float] = ()) -> CompressorSpec:
-        """Read a spec; `ratios` are for those that name none themselves.
-
-        Raises ValueError if a ratio is not a number of at least 1.
-        """
+        """Read a spec; `ratios` count if it names none. Raises ValueError for a ratio that is no number of at least 1."""
         name, at, listed = text.rpartition("@") if "@" in text else (text, "", "")
         try:
             own = [float(part) for part in listed.split(",")] if at else list(ratios)
@@ -51,22 +49,22 @@ def find_reader(name: str, device: str = "auto", dtype: str = "auto") -> Reader:
     """A shipped reader by name, or one from a folder or the hub.
 
     Args:
-        device: `auto` takes CUDA where there is one.
-        dtype: `auto` takes float32 on the CPU, where it is exact and often faster, and the checkpoint's own elsewhere.
+        device: `auto`: CUDA if there is any.
+        dtype: `auto`: float32 on the CPU, else the checkpoint's own.
     """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     return Reader.from_pretrained(locate(name), device=device, dtype=torch_dtype(dtype, device))
 
 
 def hide_loading_bars() -> None:
-    """No progress bars of `transformers` for weights that load in a moment; for command lines, as it holds everywhere."""
+    """Switch off the progress bars of `transformers`, for the whole process."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
 
 
 def torch_dtype(name: str, device: str) -> torch.dtype | str:
-    """What `Reader.from_pretrained` takes for `auto` or the name of a floating dtype."""
+    """The dtype for `Reader.from_pretrained`, from `auto` or a name."""
     if name == "auto":
         return torch.float32 if device == "cpu" else "auto"
     return as_dtype(name)
@@ -91,10 +89,7 @@ def find_compressor(name: str, reader: Reader) -> Compressor:
 
 
 def store_encoding(precision: str) -> Encoding:
-    """How a store keeps slots in a precision that the command line names.
-
-    Raises ValueError for another name than int8, int4, float16, bfloat16 or float32.
-    """
+    """Encoding of a store by name. Raises ValueError for another than int8, int4, float16, bfloat16 or float32."""
     if precision in ("int8", "int4"):
         return Encoding(quantize=precision)  # type: ignore[arg-type]
     try:
@@ -108,12 +103,12 @@ def store_encoding(precision: str) -> Encoding:
 def find_records(
     path: str, half: str | None = None, limit: int | None = None, *, passages: int | None = None
 ) -> list[Record]:
-    """Questions of a JSON-lines file (`sample` names the shipped one), evenly spread over it when limited.
+    """Questions of a JSON-lines file (`sample`: the shipped one), evenly spread over it under a `limit`.
 
     Args:
-        passages: so many of them a question, see `with_passages`; the whole half tops up, whatever the limit.
+        passages: Passages per question, see `with_passages`; distractors come from the whole half, whatever the limit.
 
-    Raises ValueError if no question is left, or `with_passages` finds too few passages.
+    Raises ValueError if no question is left, or there are too few passages.
     """
     records = read_records(SAMPLE_QUESTIONS if path == "sample" else path, half=half)
     if not records:
@@ -128,5 +123,46 @@ def find_records(
 
 
 def dataset_name(path: str) -> str:
-    """What rows call a question file: its name without folders and endings."""
+    """Name of a question file in rows: without folders and endings."""
     return "squad_sample" if path == "sample" else Path(path).name.split(".")[0]
+
+
+def with_passages(records: Sequence[Record], n: int, *, pool: Sequence[Record] = (), seed: int = 0) -> list[Record]:
+    """The records with `n` passages each: the gold one and n - 1 distractors, in random order.
+
+    A record's own distractors are drawn first, then passages of other records in `pool` (default `records`) that hold none of
+    its answers. The draw depends on the record, `pool` and `seed` alone.
+
+    Raises:
+        ValueError: If n is less than 1, or there are not enough passages without the answer.
+    """
+    if n < 1:
+        raise ValueError(f"A question needs at least one passage, got {n}.")
+    # title by text: a passage that several records share is one passage
+    titles = {text: title for record in (pool or records) for text, title in zip(record.passages, record.titles)}
+    texts = list(titles)
+    return [
+        _redrawn(record, n, texts, titles, random.Random(f"{seed}/{record.id or record.question}"))
+        for record in records
+    ]
+
+
+def _redrawn(record: Record, n: int, texts: Sequence[str], titles: dict[str, str], rng: random.Random) -> Record:
+    gold = [] if record.gold is None else [record.gold]
+    others = [i for i in range(len(record.passages)) if i != record.gold]
+    kept = [*gold, *rng.sample(others, min(len(others), n - len(gold)))]
+    chosen = [(record.passages[i], record.titles[i]) for i in kept]
+    own = set(record.passages)
+    for k in rng.sample(range(len(texts)), len(texts)) if len(chosen) < n else ():
+        if texts[k] not in own and not containment(texts[k], record.answers):
+            chosen.append((texts[k], titles[texts[k]]))
+            if len(chosen) == n:
+                break
+    if len(chosen) < n:
+        raise ValueError(
+            f"Question {record.id or record.question!r} finds only {len(chosen)} of {n} passages: all others hold its answer "
+            "or are its own. Ask for fewer passages, or give a file with more."
+        )
+    order = rng.sample(range(n), n)
+    passages, names = zip(*(chosen[i] for i in order))
+    return replace(record, passages=passages, titles=names, gold=None if record.gold is None else order.index(0))

@@ -1,15 +1,13 @@
-"""The lines of a benchmark: each turns records into the contexts that the reader reads.
+"""The lines of a quality table: each turns records into the contexts that the reader reads.
 
-A method's `contexts` gives, for each record, the pieces (texts or compressed passages) that stand in front of the
-question. The fixed lines are `FullText` and `NoContext`; `Compressed` is what is measured, and `Stored` the same after a
-store has rounded its slots; `Shuffled` is its control; `EqualBudget` holds the text baselines that may use as many reader
-positions as the compressed prompt does.
+`FullText` and `NoContext` are the fixed lines, `Compressed` is what is measured, `Stored` the same after a store rounded its
+slots, `Shuffled` its control, and `EqualBudget` a text baseline with as many reader positions.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -23,19 +21,18 @@ from .loading import CompressorSpec, find_compressor
 
 
 class Method(Protocol):
-    """A line of the table. `ratio` is the compression ratio asked for, None where none is."""
+    """A line of the table. `ratio` is the compression ratio asked for, if any."""
 
     name: str
     ratio: float | None
 
     def contexts(self, reader: Reader, records: Sequence[Record]) -> list[list[Piece]]:
-        """For each record, the pieces that stand in front of its question, in reading order."""
+        """For each record the pieces (texts, compressed passages) before its question, in reading order."""
         ...
 
 
-@dataclass(eq=False)
 class FullText:
-    """The fixed upper line: every passage as it is."""
+    """The upper fixed line: every passage as it is."""
 
     name: str = "full"
     ratio: float | None = None
@@ -44,9 +41,8 @@ class FullText:
         return [list(record.passages) for record in records]
 
 
-@dataclass(eq=False)
 class NoContext:
-    """The fixed lower line: the question alone."""
+    """The lower fixed line: the question alone."""
 
     name: str = "none"
     ratio: float | None = None
@@ -57,14 +53,13 @@ class NoContext:
 
 @dataclass(eq=False)
 class Compressed:
-    """Every passage compressed on its own. Passages that records share are compressed once, unless the query matters.
+    """Every passage compressed on its own. Shared passages are compressed once, unless the question matters.
 
     Attributes:
-        compressor: what compresses.
-        ratio: compression ratio to ask for; None leaves it to the compressor.
-        query_aware: hand the question to the compressor, then every (passage, question) pair is compressed.
-        options: further options of `Compressor.compress`, e.g. `{"batch_size": 32}`.
-        together: the same compressor at all its ratios, which then may read every passage once for all of them.
+        ratio: Compression ratio to ask for; None: the compressor's own.
+        query_aware: Give the question to the compressor, so that every (passage, question) pair is compressed.
+        options: Further options of `Compressor.compress`.
+        together: The same compressor at all its ratios, which may then read every passage once.
     """
 
     compressor: Compressor
@@ -91,9 +86,15 @@ class Compressed:
                 one._made.update(zip(new, passages))
         return [[self._made[key] for key in keys] for keys in wanted]
 
-    def fresh(self, record: Record) -> list[Piece]:
-        """A record's passages compressed anew, whatever was compressed before."""
-        return list(self.compressor.compress(list(record.passages), self._query(record), self.ratio, **self.options))  # type: ignore[arg-type]
+    def fresh_prompt(self, records: Sequence[Record]) -> Callable[[int], list[Piece]]:
+        """Makes the prompt of the i-th record, compressing its passages again, without the cache."""
+
+        def prompt(i: int) -> list[Piece]:
+            texts, query = list(records[i].passages), self._query(records[i])
+            made = self.compressor.compress(texts, query, self.ratio, **self.options)  # type: ignore[arg-type]
+            return question_prompt(made, records[i].question)
+
+        return prompt
 
     def _query(self, record: Record) -> str | None:
         return record.question if self.query_aware else None
@@ -101,15 +102,13 @@ class Compressed:
 
 @dataclass(eq=False)
 class Stored:
-    """The passages of a compressed method as a store gives them back: quantised and dequantised by its own codec.
+    """Compressed passages as a store gives them back, rounded by its codec.
 
     Attributes:
-        of: what makes the passages.
-        encoding: how the store keeps their slots.
-        nbytes: bytes of slots a passage in that store, the mean over those read last; 0 before.
+        nbytes: Mean bytes per passage in that store, of those read last.
 
     Raises:
-        ValueError: if the compressor makes text, which a store does not round.
+        ValueError: If the compressor makes text, which a store does not round.
     """
 
     of: Compressed
@@ -144,9 +143,9 @@ class Stored:
 
 @dataclass(eq=False)
 class Shuffled:
-    """The control: each question reads the compressed passages of another question, one with other passages.
+    """The control: each question reads the compressed passages of another question.
 
-    What a method scores here comes from the reader's own knowledge and the form of the slots, not from their content.
+    What a method scores here comes from the reader's knowledge and the form of the slots, not from their content.
     """
 
     of: Compressed
@@ -186,7 +185,7 @@ class EqualBudget:
 
 
 def reader_of(method: Method, reader: Reader) -> Reader:
-    """Who reads a line's prompts: `reader`, or the one that was tuned together with the line's compressor."""
+    """The reader of a line's prompts: `reader`, or the one that was tuned together with the line's compressor."""
     compressed = method.of if isinstance(method, Shuffled | Stored) else method
     return compressed.compressor.reader if isinstance(compressed, Compressed) else reader
 
@@ -207,7 +206,7 @@ def lines(
 ) -> list[Method]:
     """All lines of a table: the fixed ones, then each compressed method with its control and its baselines.
 
-    With `encodings`, each method that makes slots is also read as stores with these encodings give them back.
+    `encodings`: methods that make slots are also read as stores with these encodings give them back.
     """
     out: list[Method] = [FullText(), NoContext()]
     for method in compressed:
@@ -221,10 +220,7 @@ def lines(
 
 
 def strangers(records: Sequence[Record], seed: int = 0) -> list[Record]:
-    """For each record another one that shares no passage with it, drawn at random.
-
-    Raises ValueError if some record has no such partner.
-    """
+    """For each record another one without a passage in common, at random. Raises ValueError if a record has none."""
     rng = random.Random(seed)
     found = []
     for i, record in enumerate(records):
@@ -238,7 +234,7 @@ def strangers(records: Sequence[Record], seed: int = 0) -> list[Record]:
 
 
 def named_methods(reader: Reader, specs: Sequence[str], ratios: Sequence[float]) -> list[Compressed]:
-    """The compressors that are named (`NAME@RATIO,RATIO`), each at each of its ratios or of those given."""
+    """Lines of compressors named `NAME@RATIO,RATIO`, at each of their ratios, or of `ratios` if they name none."""
     found = []
     for text in specs:
         spec = CompressorSpec.parse(text, ratios)

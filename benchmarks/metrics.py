@@ -1,4 +1,4 @@
-"""What an answer is worth: string metrics, token metrics, compression, and how sure we are.
+"""Metrics of answers, compression, and bootstrap intervals.
 
 Equation numbers are those of "When Text Embedding Meets Large Language Model: A Comprehensive Survey"
 (https://arxiv.org/abs/2412.09165), section 2.4.1. Scores lie in [0, 1] unless a docstring says otherwise.
@@ -18,15 +18,15 @@ from ..recipes.data.answer_scores import f1 as f1
 
 
 def containment(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 if the normal form of any reference answer stands in the prediction's as whole words, else 0.0."""
+    """1.0 if the prediction contains a reference answer as whole words, after normalisation, else 0.0."""
     guess = f" {normalize(prediction)} "
     return best(answers, lambda answer: float(bool(words := normalize(answer)) and f" {words} " in guess))
 
 
 def token_exact_match(prediction: Sequence[Hashable], reference: Sequence[Hashable]) -> float:
-    """Equation 12: the share of the reference's tokens that the prediction has at the same position.
+    """Equation 12: share of the reference's tokens that the prediction has at the same position.
 
-    Position by position, so one inserted token costs all that follow; this is not SQuAD's exact match.
+    One inserted token costs all that follow; this is not SQuAD's exact match.
     """
     if not reference:
         raise ValueError("token_exact_match needs a reference answer of at least one token, got none.")
@@ -51,7 +51,7 @@ def rouge_l_answer(prediction: str, answers: Sequence[str], beta: float = 1.0) -
 
 
 def longest_common_subsequence(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
-    """Length of the longest sequence of tokens that stand in both, in order, not necessarily side by side."""
+    """Length of the longest common subsequence."""
     row = [0] * (len(b) + 1)
     for item in a:
         diagonal = 0
@@ -61,17 +61,17 @@ def longest_common_subsequence(a: Sequence[Hashable], b: Sequence[Hashable]) -> 
 
 
 def perplexity_product(log_probs: Sequence[float]) -> float:
-    """Equation 11 as written: the product over the answer's tokens of 1 / p(token | before). Grows with the length."""
+    """Equation 11 as written: product over the answer's tokens of 1 / p(token | before). Grows with the length."""
     return _exp(-float(np.sum(_nonempty(log_probs, "perplexity_product"))))
 
 
 def perplexity_per_token(log_probs: Sequence[float]) -> float:
-    """The usual perplexity: the geometric mean of 1 / p(token | before), so that lengths compare."""
+    """Usual perplexity: the geometric mean of 1 / p(token | before)."""
     return _exp(-float(np.mean(_nonempty(log_probs, "perplexity_per_token"))))
 
 
 def compression_rate(tokens: int, slots: int) -> float:
-    """Equation 10: l / L, the share of the length that is left; smaller is shorter. 1.0 when nothing was there."""
+    """Equation 10: l / L, smaller is shorter; 1.0 for an empty source."""
     if tokens < 0 or slots < 0:
         raise ValueError(f"Lengths cannot be negative, got tokens={tokens} and slots={slots}.")
     if tokens == 0:
@@ -80,17 +80,13 @@ def compression_rate(tokens: int, slots: int) -> float:
 
 
 def compression_ratio(tokens: int, slots: int) -> float:
-    """L / l, the inverse of the rate; 16 means sixteen times shorter."""
+    """L / l; 16 means sixteen times shorter."""
     rate = compression_rate(tokens, slots)
     return math.inf if rate == 0 else 1 / rate
 
 
 def recovered_share(score: float, none: float, full: float) -> float | None:
-    """(score - none) / (full - none): how much of what the passages bring survives the method.
-
-    0 is as good as no context, 1 as good as the full text; it may lie outside. None when the full text itself brings
-    nothing, for then there is nothing to recover.
-    """
+    """(score - none) / (full - none): 0 is no context, 1 the full text; may lie outside. None unless full > none."""
     return (score - none) / (full - none) if full > none else None
 
 
@@ -98,31 +94,16 @@ def bootstrap_mean(
     values: Sequence[float] | np.ndarray, *, seed: int = 0, repeats: int = 2000, level: float = 0.95
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of `values`."""
-    means = _resampled_means(np.asarray(values, dtype=float)[:, None], seed, repeats, level)[:, 0]
-    return _interval(means, level)
-
-
-def bootstrap_recovered_share(
-    scores: Sequence[float] | np.ndarray,
-    none: Sequence[float] | np.ndarray,
-    full: Sequence[float] | np.ndarray,
-    *,
-    seed: int = 0,
-    repeats: int = 2000,
-    level: float = 0.95,
-) -> tuple[float, float] | None:
-    """Percentile bootstrap interval of the recovered share, the three scores of a question resampled together.
-
-    None where the interval of full - none at this level holds 0: then what the passages bring cannot be told from nothing,
-    nor a share of it.
-    """
-    if not len(scores) == len(none) == len(full):
-        raise ValueError(f"Scores must be paired by question, got {len(scores)}, {len(none)} and {len(full)}.")
-    means = _resampled_means(np.stack([scores, none, full], axis=1).astype(float), seed, repeats, level)
-    means = means[means[:, 2] > means[:, 1]]
-    if repeats - len(means) > repeats * (1 - level) / 2:
-        return None
-    return _interval((means[:, 0] - means[:, 1]) / (means[:, 2] - means[:, 1]), level)
+    values = np.asarray(values, dtype=float)
+    if len(values) == 0:
+        raise ValueError("A bootstrap interval needs at least one value, got none.")
+    if not 0 < level < 1 or repeats < 1:
+        raise ValueError(f"A bootstrap needs 0 < level < 1 and repeats >= 1, got level={level} and repeats={repeats}.")
+    rng = np.random.default_rng(seed)
+    block = max(1, 2_000_000 // len(values))  # bounds memory
+    sizes = [min(block, repeats - start) for start in range(0, repeats, block)]
+    means = [values[rng.integers(0, len(values), (size, len(values)))].mean(axis=1) for size in sizes]
+    return _interval(np.concatenate(means), level)
 
 
 def pooled_recovered_share(
@@ -132,17 +113,13 @@ def pooled_recovered_share(
     repeats: int = 2000,
     level: float = 0.95,
 ) -> tuple[float, float, float] | None:
-    """Mean over sets of the recovered share, with its percentile bootstrap interval.
+    """Mean over sets of the recovered share, with its percentile bootstrap interval: share, low, high.
 
     Args:
-        sets: for each set the scores, those of no context and those of the full text, each `[questions]`, paired. Questions
-            are resampled within their set.
+        sets: Per set the scores, those of no context and those of the full text, each `[questions]`, paired. Questions are
+            resampled within their set.
 
-    Returns:
-        Share, low, high; None where the full text of a set cannot be told from no context, as in
-        `bootstrap_recovered_share`.
-
-    Raises ValueError for no sets, or scores that are not paired.
+    None where the full text of a set cannot be told from no context. Raises ValueError for no sets or unpaired scores.
     """
     if not sets:
         raise ValueError("A pooled share needs at least one set, got none.")
@@ -150,7 +127,7 @@ def pooled_recovered_share(
     for k, (scores, none, full) in enumerate(sets):
         if not len(scores) == len(none) == len(full):
             raise ValueError(f"Scores must be paired by question, got {len(scores)}, {len(none)} and {len(full)}.")
-        # a seed of its own, so that the draws of one set say nothing about those of another
+        # a seed per set, so that draws are independent
         means = _draws(len(scores), repeats, seed + 7919 * k) @ np.stack([scores, none, full], axis=1).astype(float)
         gains = means[:, 2] - means[:, 1]
         if (gains <= 0).sum() > repeats * (1 - level) / 2:
@@ -168,25 +145,10 @@ def _draws(n: int, repeats: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=repeats) / n
 
 
-def recovered(scores: np.ndarray, none: np.ndarray, full: np.ndarray, *, seed: int = 0) -> dict[str, float | None]:
-    """The keys `recovered_share`, `ci_low` and `ci_high` of a row; none of them where there is nothing to recover."""
-    interval = bootstrap_recovered_share(scores, none, full, seed=seed)
-    if interval is None:
-        return {}
-    share = recovered_share(float(scores.mean()), float(none.mean()), float(full.mean()))
-    return {"recovered_share": share, "ci_low": interval[0], "ci_high": interval[1]}
-
-
-def _resampled_means(values: np.ndarray, seed: int, repeats: int, level: float) -> np.ndarray:
-    """Means `[repeats, k]` of rows of `values` `[n, k]` drawn with replacement, in blocks of bounded memory."""
-    if len(values) == 0:
-        raise ValueError("A bootstrap interval needs at least one value, got none.")
-    if not 0 < level < 1 or repeats < 1:
-        raise ValueError(f"A bootstrap needs 0 < level < 1 and repeats >= 1, got level={level} and repeats={repeats}.")
-    rng = np.random.default_rng(seed)
-    block = max(1, 2_000_000 // len(values))
-    sizes = [min(block, repeats - start) for start in range(0, repeats, block)]
-    return np.concatenate([values[rng.integers(0, len(values), (size, len(values)))].mean(axis=1) for size in sizes])
+def recovered(scores: np.ndarray, none: np.ndarray, full: np.ndarray, *, seed: int = 0) -> dict[str, float]:
+    """The row keys `recovered_share`, `ci_low` and `ci_high`; empty without a gain to recover."""
+    found = pooled_recovered_share([(scores, none, full)], seed=seed)
+    return {} if found is None else dict(zip(("recovered_share", "ci_low", "ci_high"), found))
 
 
 def _interval(samples: np.ndarray, level: float) -> tuple[float, float]:

@@ -1,7 +1,6 @@
-"""Results files: one JSON row a measurement, with the command that made it.
+"""Results files: JSON lines, one row per measurement, with the command that made it.
 
-`benchmarks/results/*.jsonl` is read by the report, by tables and by comparisons over time; a figure that could not be
-measured is absent from its row, never a guess.
+A figure that could not be measured is absent from its row.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def append_rows(path: str | Path, rows: Iterable[Row]) -> None:
-    """Append rows to a results file in a single write, so that readers and crashes see all of them or none.
+    """Append rows in a single write, so that readers and crashes see all of them or none.
 
-    Entries that are None, NaN or infinite are left out. Raises ValueError for rows that JSON cannot hold.
+    None, NaN and infinite entries are left out. Raises ValueError for rows that JSON cannot hold.
     """
     path = Path(path)
     try:
@@ -52,7 +51,7 @@ def append_rows(path: str | Path, rows: Iterable[Row]) -> None:
 
 
 def read_rows(paths: str | Path | Sequence[str | Path]) -> list[Row]:
-    """The rows of results files, in order; a folder stands for its `*.jsonl` files."""
+    """Read the rows of results files in order; a folder stands for its `*.jsonl` files."""
     rows: list[Row] = []
     for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
         for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
@@ -67,10 +66,10 @@ def read_rows(paths: str | Path | Sequence[str | Path]) -> list[Row]:
 
 
 def paired(rows: Sequence[Row]) -> list[Row]:
-    """The rows whose lines compare: of each question set those of its newest reader, on the questions of most lines.
+    """The rows that can be compared: for each question set those of its newest reader, on the questions of most lines.
 
-    The newest reader is the one of the set's last full text. Rows that do not say which questions they are about are left out
-    where others do; rows of suites or tests of their own are held to the reader alone.
+    The newest reader is that of the set's last full text. Rows that do not name their questions are left out where others
+    do. Rows of other suites and tests only need the same reader.
     """
     lines = [row for row in rows if row.get("suite") == "quality" and "test" not in row]
     reader = {row.get("dataset"): row.get("reader") for row in lines if row.get("method") == "full"}
@@ -87,44 +86,28 @@ def paired(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
+LINE = (
+    "suite", "test", "dataset", "half", "method", "ratio_asked", "budget_of", "sending", "level", "calibrated_by", "priced",
+    "allocation", "score", "temperature", "position", "reader", "device", "dtype", "reader_shape", "interface",
+    "context_asked", "batch",
+)  # fmt: skip
+
+
+def key_of(row: Row, names: Sequence[str]) -> tuple[Any, ...]:
+    """The values of a row under `names`, None where it has none."""
+    return tuple(row.get(name) for name in names)
+
+
 def latest(rows: Sequence[Row]) -> list[Row]:
-    """The rows without those that a later one of the same line replaces, in the order of first appearance."""
-    about = (
-        "suite",
-        "test",
-        "dataset",
-        "half",
-        "method",
-        "ratio_asked",
-        "budget_of",
-        "sending",
-        "level",
-        "calibrated_by",
-        "priced",
-        "allocation",
-        "score",
-        "temperature",
-        "position",
-        "reader",
-        "device",
-        "dtype",
-        "reader_shape",
-        "interface",
-        "context_asked",
-        "batch",
-    )
+    """The newest row of each line, in order of first appearance."""
     found: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        key = tuple(row.get(name) for name in about)
-        found[(*key, row.get("passages") if row.get("suite") == "speed" else None)] = row
+        found[(*key_of(row, LINE), row.get("passages") if row.get("suite") == "speed" else None)] = row
     return list(found.values())
 
 
 def by_dataset(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Quality and speed rows by the dataset that they were measured on, in order of appearance.
-
-    Rows of tests of speed (the account, compressing, earlier ways) have no dataset and stand elsewhere.
-    """
+    """Quality and speed rows by dataset, in order of appearance; rows of tests of speed have none and are left out."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         if row.get("suite") == "quality" or (row.get("suite") == "speed" and "test" not in row):
@@ -133,12 +116,12 @@ def by_dataset(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def clean(row: Row) -> Row:
-    """The row without absent figures, floats rounded to six significant digits."""
+    """The row without None, NaN and infinite entries, floats rounded to six significant digits."""
     return {key: _rounded(value) for key, value in row.items() if _measured(value)}
 
 
 def provenance(reader: Reader, seed: int, compressor: Compressor | None = None) -> Row:
-    """What every row says about its making: `command`, `commit`, `device`, `dtype`, `seed`, `date` and fingerprints."""
+    """The origin of a row: `command`, `commit`, `device`, `dtype`, `seed`, `date` and fingerprints."""
     return {
         "command": command(),
         "commit": commit(),
@@ -152,7 +135,7 @@ def provenance(reader: Reader, seed: int, compressor: Compressor | None = None) 
 
 
 def command(argv: Sequence[str] | None = None) -> str:
-    """The running command as a user would type it: program by its bare name, paths relative to where they can be."""
+    """The running command as a user would type it: bare program name, relative paths where possible."""
     program, *arguments = sys.argv if argv is None else argv
     name = Path(program).name
     return shlex.join([name.removesuffix(".py"), *(_relative(argument) for argument in arguments)])
@@ -160,7 +143,7 @@ def command(argv: Sequence[str] | None = None) -> str:
 
 @cache
 def commit() -> str | None:
-    """Short hash of the checked-out commit, `+` behind it if tracked code differs from it; None outside a checkout."""
+    """Short hash of the checked-out commit, with `+` if tracked code differs from it; None outside a checkout."""
     try:
         short = _git("rev-parse", "--short=10", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
@@ -171,7 +154,7 @@ def commit() -> str | None:
 
 @cache
 def device_name(device: str) -> str:
-    """`cuda` devices by the name of the card, the CPU with its core count; other devices as they call themselves."""
+    """Name of the device: the card for CUDA, the number of cores for the CPU."""
     if device.startswith("cuda"):
         import torch
 

@@ -60,6 +60,10 @@ class Compressor(nn.Module, ABC):
         """Sets the tuned copy of the reader that reads from now on; its trained weights must be parameters of this module."""
         hide(self, "reader", reader)
 
+    def encoder_body(self) -> Any:
+        """Return the transformer layers that read passages (LoRA included, no head), or None without such layers."""
+        return getattr(getattr(self, "encoder", None), "decoder", None)
+
     # -- compressing -----------------------------------------------------------------------------------------------
 
     def compress(

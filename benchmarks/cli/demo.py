@@ -1,8 +1,4 @@
-"""`nutgraf demo`: the whole path on real text, offline, in a few minutes on two CPU cores.
-
-Index real Wikipedia passages with LlamaIndex, ask through its query engine with and without compression, measure on the
-retrieved passages, train one compressor for a few visible steps, and write a report.
-"""
+"""`nutgraf demo`: index, ask with and without compression, measure, train a little, report; offline, in a few minutes."""
 
 from __future__ import annotations
 
@@ -25,19 +21,29 @@ from rich.text import Text
 
 from ...adapters.llama_index import CompressedContextLLM, CompressedContextPostprocessor, SentenceTransformerEmbedding
 from ...compressors import Reader
+from ...console import friendly_errors
 from ...recipes.data.corpus import Record, read_records
-from ..loading import SAMPLE, SAMPLE_ARTICLES, SAMPLE_QUESTIONS, CompressorSpec, find_compressor, find_reader
+from ..loading import (
+    SAMPLE,
+    SAMPLE_ARTICLES,
+    SAMPLE_QUESTIONS,
+    CompressorSpec,
+    find_compressor,
+    find_reader,
+    hide_loading_bars,
+)
 from ..methods import Compressed, lines
 from ..metrics import exact_match
 from ..progress import progress_bar
 from ..quality.quality import Settings, evaluate
+from ..report.html import Example, write_report
 from ..report.plots import require_matplotlib
-from ..report.report import Example, write_report
-from ..report.table import terminal_table
+from ..report.quality_tables import line_table
+from ..report.table import rich_table
 from ..rows import Row
-from ..speed.speed import FULL, speed
-from ..speed.timing import Contender, Request, time_contenders
-from .options import friendly_errors
+from ..speed.entrants import FULL, Entrant
+from ..speed.speed import speed
+from ..speed.timing import Request, time_requests
 
 COMPRESSORS = ("salient-pool-small@4", "mean-pool-small@4", "xrag-small", "selective-context@2")
 MAX_NEW_TOKENS = 16
@@ -45,18 +51,7 @@ MAX_NEW_TOKENS = 16
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Sizes of the demo.
-
-    Attributes:
-        out: folder of the report.
-        shown: questions whose answers are printed side by side.
-        questions: questions of the benchmark.
-        top_k: passages retrieved for a question.
-        timed: questions whose times are measured.
-        sizes: numbers of passages at which TTFT is measured.
-        steps: training steps; 0 trains nothing.
-        seed: draws the questions. They are not chosen by hand.
-    """
+    """Sizes of the demo: questions shown, benchmarked and timed, passages retrieved, and passages per timed request."""
 
     out: Path = Path("reports/demo")
     shown: int = 4
@@ -77,7 +72,8 @@ def demo(
     """Index real passages, ask with and without compression, measure, train a little; offline, in a few minutes."""
     console = Console()
     with friendly_errors():
-        require_matplotlib()  # sooner here than after minutes of work
+        hide_loading_bars()
+        require_matplotlib()  # fail now, not after minutes of work
         console.rule("Load the shipped reader and compressors")
         reader = find_reader("reader-small", "cpu")
         specs = [CompressorSpec.parse(text) for text in COMPRESSORS]
@@ -96,12 +92,12 @@ def run_demo(
     embed_model: Any = None,
     train: Callable[[DemoSettings, Console], str] | None = None,
 ) -> Path:
-    """The demo with a given reader, compressors and questions.
+    """Run the demo with a given reader, compressors and questions.
 
     Args:
-        records: questions with their passages; all passages are indexed, questions of the half `report` are asked.
-        embed_model: a LlamaIndex embedding; default the real all-MiniLM-L6-v2.
-        train: what trains a few steps, returning a sentence for the report.
+        records: All their passages are indexed; questions of the half `report` are asked.
+        embed_model: A LlamaIndex embedding; default all-MiniLM-L6-v2.
+        train: Trains a few steps and returns a sentence for the report.
     """
     started = time.monotonic()
     console.print(f"The reader has {sum(p.numel() for p in reader.model.parameters()) / 1e6:.1f} million parameters.")
@@ -119,16 +115,21 @@ def run_demo(
     console.rule("Benchmark on the retrieved passages")
     rows = benchmark(reader, compressed, retrieved, settings)
     sizes = [n for n in settings.sizes if n <= n_passages]
-    contenders = [Contender(m.name, m.compressor, m.ratio) for m in compressed]
-    rows += speed(reader, contenders, records, passages=sizes, requests=1, repeats=3, decode_tokens=4, dataset="demo")
-    console.print(terminal_table(rows, f"{rows[0]['n']} questions, {settings.top_k} retrieved passages each"))
+    rows += speed(
+        reader,
+        [*map(Entrant.of, compressed)],
+        records,
+        passages=sizes,
+        requests=1,
+        repeats=3,
+        decode_tokens=4,
+        dataset="demo",
+    )
+    console.print(rich_table(line_table(rows, f"{rows[0]['n']} questions, {settings.top_k} retrieved passages each")))
 
     notes = [
-        f"{found} of {len(asked)} questions have the right passage among the {settings.top_k} retrieved; the others cannot be "
-        "answered from the context.",
-        "The questions were drawn at random from the sample's report half, not chosen.",
-        "The shipped reader is small, so that all of this runs on two CPU cores: it shows the path, not what large readers do. "
-        "Times are those of this machine and this reader.",
+        f"{found} of {len(asked)} questions, drawn at random, have the right passage among the {settings.top_k} retrieved.",
+        "The shipped reader is small, so that all of this runs on two CPU cores: it does not show what large readers do.",
     ]
     if train is not None and settings.steps:
         console.rule("Train a compressor for a few steps")
@@ -165,7 +166,7 @@ def build_index(records: Sequence[Record], embed_model: Any, console: Console) -
 
 
 def retrieve(index: VectorStoreIndex, records: Sequence[Record], top_k: int) -> list[Record]:
-    """The records with the passages that the index retrieves for them; `gold` is where the right one stands, if at all."""
+    """The records with the passages that the index retrieves; `gold` is the index of the right one, if it is among them."""
     retriever = index.as_retriever(similarity_top_k=top_k)
     found = []
     for record in records:
@@ -215,21 +216,21 @@ def benchmark(
     quality = Settings("demo", MAX_NEW_TOKENS, seed=settings.seed)
     table = lines(compressed, baselines=["truncate", "extract"], shuffled=False, seed=settings.seed)
     found = evaluate(reader, table, records, quality)
-    contenders = [FULL, *(Contender(m.name, m.compressor, m.ratio) for m in compressed)]
+    entrants = [FULL, *map(Entrant.of, compressed)]
     requests = [Request(record.question, record.passages) for record in records[: settings.timed]]
     with progress_bar(True) as bar:
-        task = bar.add_task("times", total=4 * len(requests) * len(contenders))
+        task = bar.add_task("times", total=4 * len(requests) * len(entrants))
         advance = functools.partial(bar.advance, task)
-        costs = time_contenders(reader, contenders, requests, repeats=3, warmup=1, advance=advance)
+        taken = time_requests(reader, entrants, requests, repeats=3, warmup=1, advance=advance)
     times = {
-        (contender.name, contender.ratio): {"ttft_ms": cost.ttft, "decode_ms_per_token": cost.decode}
-        for contender, cost in zip(contenders, costs)
+        (e.method, e.ratio): {"ttft_ms": own.median("ttft"), "decode_ms_per_token": own.median("decode")}
+        for e, own in zip(entrants, taken)
     }
     return [line.row | ({} if "budget_of" in line.row else times.get((line.method, line.ratio), {})) for line in found]
 
 
 def train_visibly(settings: DemoSettings, console: Console) -> str:
-    """Train xRAG's projector from nothing on the shipped articles for a few steps, under the trainer's progress bar."""
+    """Train a new xRAG projector on the shipped articles for a few steps, with the trainer's progress bar."""
     from ...recipes.tasks.registry import make_task
     from ...recipes.training.schema import load_recipe
     from ...recipes.training.trainer import run_recipe
@@ -250,7 +251,7 @@ def train_visibly(settings: DemoSettings, console: Console) -> str:
         log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [row["loss"] for row in log if "loss" in row]
     said = (
-        f"Trained here for {settings.steps} steps: an xRAG projector from nothing, restating passages of the shipped articles, "
+        f"Trained here for {settings.steps} steps: a new xRAG projector, restating passages of the shipped articles, "
         f"with its loss going from {losses[0]:.2f} to {losses[-1]:.2f}. The figures above are those of the shipped compressors."
     )
     console.print(said)
@@ -258,5 +259,5 @@ def train_visibly(settings: DemoSettings, console: Console) -> str:
 
 
 def title(method: Compressed) -> str:
-    """What the demo calls a compressed line."""
+    """Name of a compressed line in the demo."""
     return f"{method.name} {method.ratio:g}x" if method.ratio else method.name

@@ -5,158 +5,143 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any
+from dataclasses import dataclass, field
+from typing import Annotated
 
 import typer
-from rich import box
-from rich.table import Table
+from typer import Option
 
-from ..costs.costs import DecoderShape, item_bytes
+from ..costs.costs import item_bytes
 from ..costs.plan import Hardware, Line, Load, best, work_out
 from ..costs.roofline import Roofline, measure
 from ..costs.shapes import find_shape
-from .options import wide_console
+from ..report.table import Column, Table, build, rich_table
+from .expand import takes, wide_console
 
 
-def plan(
+@dataclass(kw_only=True)
+class PlanOptions:
     reader: Annotated[
-        str, typer.Option(help="A shape (llama-8b, ...), a shipped reader, a folder, a config or a hub id.")
-    ],
-    passage_tokens: Annotated[list[int], typer.Option(help="Length of a passage; repeatable, all equally frequent.")],
-    passages: Annotated[int, typer.Option(help="Passages a query.")] = 10,
-    hits: Annotated[float, typer.Option(help="How often a passage is read in its life.")] = 10.0,
-    ratio: Annotated[list[float] | None, typer.Option(help="Compression ratio; repeatable; default 4, 16.")] = None,
-    tflops: Annotated[
-        float | None, typer.Option(help="The device's TFLOP/s in products; default: measured here.")
-    ] = None,
-    gbps: Annotated[float | None, typer.Option(help="Its memory bandwidth in GB/s; default: measured here.")] = None,
-    store_gbps: Annotated[float, typer.Option(help="GB/s at which stored passages are read.")] = 1.0,
-    efficiency: Annotated[float, typer.Option(help="Share of the device's rates that is reached.")] = 1.0,
-    overhead_ms: Annotated[float, typer.Option(help="What every request takes beside the model.")] = 0.0,
-    prompt_tokens: Annotated[int, typer.Option(help="Question and template.")] = 64,
-    answer_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 32,
-    corpus: Annotated[int, typer.Option(help="Passages in the store.")] = 100_000,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="What is measured: auto, cpu, cuda.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+        str, Option(help="A shape (llama-8b, ...), a shipped reader, a folder, a config.json or a hub id.")
+    ]
+    passage_tokens: Annotated[list[int], Option(help="Length of a passage; repeatable, all equally frequent.")]
+    passages: Annotated[int, Option(help="Passages per query.")] = 10
+    hits: Annotated[float, Option(help="How often a passage is read in its life.")] = 10.0
+    ratio: Annotated[list[float], Option(help="Compression ratio.")] = field(default_factory=lambda: [4.0, 16.0])
+    tflops: Annotated[float | None, Option(help="The device's TFLOP/s in products; default: measured here.")] = None
+    gbps: Annotated[float | None, Option(help="Its memory bandwidth in GB/s; default: measured here.")] = None
+    store_gbps: Annotated[float, Option(help="GB/s at which stored passages are read.")] = 1.0
+    efficiency: Annotated[float, Option(help="Share of the device's rates that is reached.")] = 1.0
+    overhead_ms: Annotated[float, Option(help="Fixed time of every request.")] = 0.0
+    prompt_tokens: Annotated[int, Option(help="Tokens of question and template.")] = 64
+    answer_tokens: Annotated[int, Option(help="Tokens of an answer.")] = 32
+    corpus: Annotated[int, Option(help="Passages in the store.")] = 100_000
+    dtype: Annotated[str, Option(help="bfloat16, float16 or float32.")] = "bfloat16"
+    device: Annotated[str, Option(help="The device to measure: auto, cpu, cuda.")] = "auto"
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False
+
+
+@takes(PlanOptions)
+def plan(asked: PlanOptions) -> None:
     """Does compressing pay, and with which methods? Estimates from the reader's config; no weights are read."""
-    try:
-        load = Load(tuple(passage_tokens), passages, hits, prompt_tokens, answer_tokens, corpus)
-        item_bytes(dtype)
-        if (tflops is None) != (gbps is None):
-            raise ValueError("Give both --tflops and --gbps, or neither, then this machine is measured.")
-        shape = find_shape(reader)
-        roofline = _given(tflops, gbps, dtype) if tflops is not None and gbps is not None else _measured(device, dtype)
-        hardware = Hardware(roofline, efficiency, overhead_ms / 1000, store_gbps * 1e9)
-        lines = work_out(shape, load, hardware, ratio or (4.0, 16.0))
-    except (ValueError, OSError, ImportError) as error:
-        typer.secho(str(error), fg=typer.colors.RED, err=True)
-        raise typer.Exit(2) from error
-    verdict = sentence(lines, load)
-    if as_json:
-        typer.echo(json.dumps(_document(shape, load, hardware, lines, verdict), indent=2, allow_nan=False))
+    load = Load(
+        tuple(asked.passage_tokens), asked.passages, asked.hits, asked.prompt_tokens, asked.answer_tokens, asked.corpus
+    )
+    item_bytes(asked.dtype)
+    if (asked.tflops is None) != (asked.gbps is None):
+        raise ValueError("Give both --tflops and --gbps, or neither, then this machine is measured.")
+    shape = find_shape(asked.reader)
+    if asked.tflops is not None and asked.gbps is not None:
+        roofline = Roofline(asked.tflops * 1e12, asked.gbps * 1e9, asked.dtype, "given")
+    else:
+        roofline = measure(_device(asked.device), asked.dtype)
+    hardware = Hardware(roofline, asked.efficiency, asked.overhead_ms / 1000, asked.store_gbps * 1e9)
+    lines = work_out(shape, load, hardware, asked.ratio)
+    found, verdict = best(lines), sentence(lines, load)
+    if asked.as_json:
+        document = {
+            "reader": dataclasses.asdict(shape) | {"parameters": shape.parameters},
+            "load": dataclasses.asdict(load),
+            "hardware": dataclasses.asdict(hardware),
+            "lines": [dataclasses.asdict(line) for line in lines],
+            "pays": found is not lines[0],
+            "best": dataclasses.asdict(found),
+            "verdict": verdict,
+        }
+        typer.echo(json.dumps(document, indent=2, allow_nan=False))
         return
     console = wide_console()
     console.print(
-        f"{shape.name}: {shape.parameters / 1e9:.3g} B weights, {shape.weight_bytes(dtype) / 1e9:.3g} GB in {dtype}; "
-        f"{roofline.flops / 1e12:.4g} TFLOP/s and {roofline.bandwidth / 1e9:.4g} GB/s, {roofline.source}.",
+        f"{shape.name}: {shape.parameters / 1e9:.3g} B weights, {shape.weight_bytes(asked.dtype) / 1e9:.3g} GB in "
+        f"{asked.dtype}; {roofline.flops / 1e12:.4g} TFLOP/s and {roofline.bandwidth / 1e9:.4g} GB/s, {roofline.source}.",
         highlight=False,
     )
-    console.print(plan_table(lines, load))
+    console.print(rich_table(plan_table(lines, load)))
     console.print(verdict, highlight=False, style="bold")
     console.print(
-        "Times are floors: the device's rates over what must be computed and moved. `nutgraf bench speed` measures them, and "
-        "`nutgraf bench quality` what an answer loses, which is no part of this.",
+        "Times are lower bounds: the work over the device's rates. `nutgraf bench speed` measures them; `nutgraf bench "
+        "quality` measures what answers lose, which is not part of this.",
         highlight=False,
     )
+
+
+def _device(name: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def sentence(lines: Sequence[Line], load: Load) -> str:
-    """The verdict."""
+    """The verdict in a sentence."""
     full, found = lines[0], best(lines)
-    room = "" if full.fits else " The full text has no room in this reader."
+    room = "" if full.fits else " The full text does not fit into this reader."
     if found is full:
-        return f"At {load.hits:g} reads a passage nothing here pays: read the full text.{room}"
-    paying = list(dict.fromkeys(line.family for line in lines[1:] if line.pays and line.fits and line is not found))
-    others = [family for family in paying if family != found.family]
+        return f"At {load.hits:g} reads per passage nothing here pays: read the full text.{room}"
+    reads = found.break_even_reads or 0.0
+    paying = dict.fromkeys(line.family for line in lines[1:] if line.pays and line.fits and line.family != found.family)
     return (
         f"Compressing pays. Most time is saved by {found.family} ({found.methods}) at {found.ratio:.3g}x: TTFT "
-        f"{_number(found.ttft_ms)} ms in place of {_number(full.ttft_ms)} ms ({found.ttft_speedup:.3g}x), paid for after "
-        f"{reads_in_words(found.break_even_reads or 0.0)} of {load.hits:g}."
-        + (f" These pay too: {', '.join(others)}." if others else "")
+        f"{_number(found.ttft_ms)} ms instead of {_number(full.ttft_ms)} ms ({found.ttft_speedup:.3g}x), paid for after "
+        f"{'less than one read' if reads < 1 else f'{reads:,.1f} reads'} of {load.hits:g}."
+        + (f" These pay too: {', '.join(paying)}." if paying else "")
         + room
     )
 
 
-def reads_in_words(reads: float) -> str:
-    """A number of reads, as `less than one read`."""
-    return "less than one read" if reads < 1 else f"{reads:,.1f} reads"
-
-
 def plan_table(lines: Sequence[Line], load: Load) -> Table:
-    """The lines for `rich`."""
+    """A line for the full text and for every family and ratio."""
     tokens = sum(load.passage_tokens) / len(load.passage_tokens)
-    title = f"{load.passages} passages of {tokens:,.0f} tokens a query, each read {load.hits:g} times"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    names = (
-        "family",
-        "slots",
-        "compress\nms",
-        "load\nms",
-        "TTFT\nms",
-        "x full",
-        "token\nms",
-        "passage\nKB",
-        "store\nGB",
+    rows = [dataclasses.asdict(line) | {"full": line is lines[0]} for line in lines]
+
+    def compressed(title: str, key: str, form: str = "{:,.1f}", scale: float = 1.0) -> Column:
+        return Column(title, lambda row: None if row["full"] else row[key], form, scale)
+
+    def time(title: str, key: str, always: bool = True) -> Column:
+        return Column(title, lambda row: _number(row[key]) if always or not row["full"] else None)
+
+    def pays(row: dict[str, object]) -> str:
+        verdict = "" if row["full"] else "yes" if row["pays"] else "no"
+        return verdict + ("" if row["fits"] else " (no room)")
+
+    def paid(row: dict[str, object]) -> object:
+        return None if row["full"] else "never" if row["break_even_reads"] is None else row["break_even_reads"]
+
+    columns = (
+        Column("family", lambda row: row["family"] if row["full"] else f"{row['family']} {row['ratio']:.3g}x"),
+        Column("slots", "slots", "{:,.0f}"),
+        time("compress\nms", "compress_ms", False),
+        time("load\nms", "load_ms", False),
+        time("TTFT\nms", "ttft_ms"),
+        Column("x full", "ttft_speedup", "{:.2f}"),
+        time("token\nms", "decode_ms"),
+        compressed("passage\nKB", "bytes_per_passage", scale=1e-3),
+        compressed("store\nGB", "store_bytes", "{:,.2f}", 1e-9),
+        Column("paid at\nreads", paid, "{:,.1f}"),
+        Column("pays", pays),
     )
-    for number, name in enumerate((*names, "paid at\nreads", "pays")):
-        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
-    for line in lines:
-        full = line is lines[0]
-        after = "never" if line.break_even_reads is None else f"{line.break_even_reads:,.1f}"
-        table.add_row(
-            line.family if full else f"{line.family} {line.ratio:.3g}x",
-            f"{line.slots:,.0f}",
-            "" if full else _number(line.compress_ms),
-            "" if full else _number(line.load_ms),
-            _number(line.ttft_ms),
-            f"{line.ttft_speedup:.2f}",
-            _number(line.decode_ms),
-            "" if full else f"{line.bytes_per_passage / 1e3:,.1f}",
-            "" if full else f"{line.store_bytes / 1e9:,.2f}",
-            "" if full else after,
-            ("" if full else "yes" if line.pays else "no") + ("" if line.fits else " (no room)"),
-        )
-    return table
+    title = f"{load.passages} passages of {tokens:,.0f} tokens per query, each read {load.hits:g} times"
+    return build(columns, rows, title=title)
 
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _given(tflops: float, gbps: float, dtype: str) -> Roofline:
-    return Roofline(tflops * 1e12, gbps * 1e9, dtype, "given")
-
-
-def _measured(device: str, dtype: str) -> Roofline:
-    if device == "auto":
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return measure(device, dtype)
-
-
-def _document(
-    shape: DecoderShape, load: Load, hardware: Hardware, lines: Sequence[Line], verdict: str
-) -> dict[str, Any]:
-    found = best(lines)
-    return {
-        "reader": dataclasses.asdict(shape) | {"parameters": shape.parameters},
-        "load": dataclasses.asdict(load),
-        "hardware": dataclasses.asdict(hardware),
-        "lines": [dataclasses.asdict(line) for line in lines],
-        "pays": found is not lines[0],
-        "best": dataclasses.asdict(found),
-        "verdict": verdict,
-    }

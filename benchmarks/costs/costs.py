@@ -1,12 +1,8 @@
-"""What a forward pass of a decoder costs, counted from its config: floating-point operations and bytes.
+"""Cost of a decoder's forward pass, counted from its config: floating-point operations and bytes.
 
-A multiplication and its addition are two operations. Matrices are counted (projections, MLP, experts, router, head) and
-attention's two products; norms, activations, biases, rotations and the embedding look-up are not: they are under one
-percent in any model worth timing. Bytes are the least that must move: every matrix that takes part once, keys and values
-of what came before read, those of what is run written. Activations are left out, as they can stay on the chip; so a time
-worked out from these numbers is a floor.
-
-Nothing here needs torch or weights.
+A multiply-add is two operations. Counted are matrices (projections, MLP, experts, router, head) and attention's two products;
+norms, activations, biases, rotations and the embedding look-up (under one percent) are not. Bytes are the least that must
+move: every matrix in use once, keys and values read and written. Times from these numbers are lower bounds.
 """
 
 from __future__ import annotations
@@ -26,7 +22,7 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Work:
-    """What a computation takes: floating-point operations, and bytes between memory and the chip."""
+    """Floating-point operations, and bytes between memory and chip."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -42,17 +38,15 @@ class Work:
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """The sizes of a decoder-only transformer that decide what it costs.
+    """Sizes of a decoder-only transformer that decide its cost.
 
     Attributes:
-        name: what messages and rows call it.
-        hidden: width of the residual stream. `width`: that of the token embeddings, as a rule the same.
-        heads, kv_heads, head_dim: of attention; fewer `kv_heads` is grouped-query attention.
-        mlp_width: inner width of the MLP, or of one expert. `mlp_matrices`: 3 where it is gated, else 2.
-        vocab: rows of the embedding table and of the head; `tied` if they are one matrix.
-        experts, experts_per_token: 1 and 1 in a dense model.
-        windows: for each layer how far back attention looks, None for all the way.
-        max_positions: the longest prompt, answer included; None if nothing limits it.
+        name: In messages and rows.
+        hidden, width: Widths of the residual stream and of the token embeddings.
+        mlp_width: Inner width of the MLP, or of one expert. `mlp_matrices`: 3 if gated, else 2.
+        vocab: Rows of embedding table and head; `tied` if they are one matrix.
+        windows: Per layer how far back attention looks; None: all the way.
+        max_positions: Longest prompt with its answer, if limited.
     """
 
     name: str
@@ -80,8 +74,6 @@ class DecoderShape:
                 f"{self.name!r} has {self.heads} heads for {self.kv_heads} KV heads; it needs a multiple of them."
             )
 
-    # -- parameters ------------------------------------------------------------------------------------------------
-
     @property
     def attention_weights(self) -> int:
         """Query, key, value and output projections of one layer."""
@@ -94,12 +86,12 @@ class DecoderShape:
 
     @property
     def router_weights(self) -> int:
-        """What chooses the experts of one layer; 0 in a dense model."""
+        """The router of one layer; 0 in a dense model."""
         return self.hidden * self.experts if self.experts > 1 else 0
 
     @property
     def head_weights(self) -> int:
-        """The head, and what takes its input to the width of the embeddings where that is another."""
+        """The head, with the projection to the embeddings' width if that differs."""
         return self.vocab * self.width + self._bridge
 
     @property
@@ -114,20 +106,16 @@ class DecoderShape:
         return self.layers * layer + tables + 2 * self._bridge
 
     def weight_bytes(self, dtype: str) -> int:
-        """Bytes that the matrices take in memory."""
+        """Bytes of the matrices."""
         return self.parameters * item_bytes(dtype)
 
-    # -- slots -----------------------------------------------------------------------------------------------------
-
     def kv_bytes(self, tokens: int, dtype: str) -> int:
-        """Bytes of keys and values of so many positions, in all layers."""
+        """Bytes of keys and values of `tokens` positions, in all layers."""
         return tokens * self.layers * 2 * self.kv_heads * self.head_dim * item_bytes(dtype)
 
     def embed_bytes(self, slots: int, dtype: str) -> int:
-        """Bytes of so many soft slots."""
+        """Bytes of soft slots."""
         return slots * self.width * item_bytes(dtype)
-
-    # -- a forward pass --------------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -139,18 +127,16 @@ class DecoderShape:
         dtype: str = "bfloat16",
         causal: bool = True,
     ) -> Work:
-        """One forward pass.
+        """Work of one forward pass.
 
         Args:
-            tokens: positions that are run, in each prompt of the batch.
-            past: positions before them whose keys and values are there already.
-            batch: prompts run together; each weight is read once for all of them.
-            logits: positions of each prompt that the head is run on; 0 for an encoder.
-            causal: count only the pairs that causal attention and its windows need. False counts every query against
-                every key, as `FlopCounterMode` does.
+            tokens: Positions run per prompt, after `past` positions whose keys and values exist.
+            batch: Prompts run together; each weight is read once for all of them.
+            logits: Positions per prompt that the head runs on; 0 for an encoder.
+            causal: Count only pairs that causal attention and its windows need; False counts all, as `FlopCounterMode`.
 
         Raises:
-            ValueError: for negative or fractional numbers, or more logits than tokens.
+            ValueError: For negative or fractional numbers, or more logits than tokens.
         """
         for key, value, least in (("tokens", tokens, 0), ("past", past, 0), ("batch", batch, 1), ("logits", logits, 0)):
             if not isinstance(value, int) or value < least:
@@ -171,7 +157,7 @@ class DecoderShape:
         return Work(float(batch * flops), float((moved + rows) * item_bytes(dtype) + kept))
 
     def _pairs(self, tokens: int, past: int, causal: bool) -> int:
-        """Pairs of query and key, added up over the layers."""
+        """Pairs of query and key over all layers."""
         if not causal:
             return self.layers * tokens * (past + tokens)
         whole = tokens * past + tokens * (tokens + 1) // 2
@@ -179,7 +165,7 @@ class DecoderShape:
         return sum(whole if w is None else _windowed(tokens, past, w) for w in windows)
 
     def _experts_met(self, tokens: int) -> float:
-        """Experts of a layer that so many tokens are expected to meet, if each token's are drawn evenly."""
+        """Expected number of a layer's experts that `tokens` tokens use, if drawn evenly."""
         return self.experts * (1 - (1 - self.experts_per_token / self.experts) ** tokens)
 
 
@@ -190,18 +176,14 @@ def _windowed(tokens: int, past: int, window: int) -> int:
 
 
 def item_bytes(dtype: str) -> int:
-    """Bytes of a number. Raises ValueError for a dtype that is not known."""
+    """Bytes of a number. Raises ValueError for an unknown dtype."""
     if dtype not in ITEM_BYTES:
         raise ValueError(f"dtype must be one of {sorted(ITEM_BYTES)}, got {dtype!r}.")
     return ITEM_BYTES[dtype]
 
 
 def decoder_shape(config: Any, name: str = "") -> DecoderShape:
-    """The shape that a Hugging Face config describes.
-
-    Raises:
-        ValueError: for an architecture whose cost is not known here.
-    """
+    """The shape of a Hugging Face config. Raises ValueError for an architecture whose cost is unknown."""
     config = config.get_text_config()
     kind = str(config.model_type)
     name = name or kind

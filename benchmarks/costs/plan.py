@@ -1,9 +1,7 @@
-"""Does compressing pay? Worked out from a reader's config, the passages' lengths, how often they are read, and the hardware.
+"""Whether compressing pays, from a reader's config, the passages' lengths, how often they are read, and the hardware.
 
-Every time is the device's roofline (see `roofline.py`) for the work that `costs.py` counts, over an efficiency that holds
-for full text and compressed passages alike, plus an overhead that every request has. So the times are floors and their
-ratios are what hardware allows; `nutgraf bench speed` measures. What an answer loses is no part of it: that is
-`nutgraf bench quality`.
+Every time is the device's roofline (`roofline.py`) for the work that `costs.py` counts, over an efficiency, plus a fixed
+overhead per request: a lower bound. What an answer loses is not part of it.
 """
 
 from __future__ import annotations
@@ -13,40 +11,42 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ...compressors import COMPRESSORS
 from .costs import DecoderShape, Work
 from .roofline import Roofline
 
-VECTOR = 1024  # width of a retrieval embedder's vector, as xRAG's projector reads it
-CHARACTERS = 4  # of a token, about, for the bytes of a shorter text
+VECTOR = 1024  # width of a retrieval embedder's vector
+CHARACTERS = 4  # per token, about, for the bytes of a shorter text
 
 
 @dataclass(frozen=True)
 class Family:
-    """Methods that cost the same.
+    """Methods that cost the same: those of one interface and `cost` (see `CompressorConfig.cost`).
 
     Attributes:
-        name: of the family. `methods`: its members here.
-        interface: what the reader reads: `embeds`, `kv` or `text`.
-        encoder: what compressing runs: `slots` (the reader's layers over passage and slots), `states` (over the passage),
-            `scores` (over the passage, with the head), `contrast` (the same twice, with the question and without) or `vector`
-            (a projector on the retrieval index's vector).
-        online: made for each question, so there is nothing to store.
+        online: Made for each question, so nothing is stored.
     """
 
     name: str
-    methods: str
     interface: str
-    encoder: str
+    cost: str
     online: bool = False
+
+    @property
+    def methods(self) -> str:
+        """Titles of the methods."""
+        found = [cls.config_class for cls in COMPRESSORS.values() if cls.interface == self.interface]
+        return ", ".join(config.title or config.method for config in found if config.cost == self.cost)
 
 
 FAMILIES = (
-    Family("memory slots", "ICAE, PISCO, AutoCompressor", "embeds", "slots"),
-    Family("pooled states", "mean-pooled windows, salient windows", "embeds", "states"),
-    Family("keys and values", "gist tokens, 500xCompressor", "kv", "slots"),
-    Family("one vector", "xRAG", "embeds", "vector"),
-    Family("shorter text", "LLMLingua, LLMLingua-2, Selective Context", "text", "scores"),
-    Family("text for the question", "LongLLMLingua", "text", "contrast", online=True),
+    Family("memory slots", "embeds", "slots"),
+    Family("pooled states", "embeds", "states"),
+    Family("keys and values", "kv", "slots"),
+    Family("selected keys and values", "kv", "states"),
+    Family("one vector", "embeds", "vector"),
+    Family("shorter text", "text", "scores"),
+    Family("text for the question", "text", "contrast", online=True),
 )
 
 
@@ -55,11 +55,11 @@ class Load:
     """What the reader is asked.
 
     Attributes:
-        passage_tokens: lengths of passages, equally frequent.
-        passages: a query.
-        hits: how often a passage is read in its life.
-        prompt_tokens: question and template. `answer_tokens`: of an answer.
-        corpus: passages in the store.
+        passage_tokens: Lengths of passages, equally frequent.
+        passages: Per query.
+        hits: How often a passage is read in its life.
+        prompt_tokens: Of question and template.
+        corpus: Passages in the store.
     """
 
     passage_tokens: tuple[int, ...]
@@ -84,10 +84,9 @@ class Hardware:
     """What it runs on.
 
     Attributes:
-        roofline: the device's rates.
-        efficiency: share of the roofline that is reached, in (0, 1].
-        overhead: seconds that every request takes beside it.
-        store: bytes a second at which stored passages are read.
+        efficiency: Share of the roofline that is reached, in (0, 1].
+        overhead: Fixed seconds of every request.
+        store: Bytes per second at which stored passages are read.
     """
 
     roofline: Roofline
@@ -110,17 +109,16 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Line:
-    """What a way of reading costs; times in ms.
+    """Cost of a way of reading; times in ms.
 
     Attributes:
-        slots: a passage, in the mean; for text, its tokens.
-        load_ms, ttft_ms, decode_ms, answer_ms: of a query: from the store, to the first token, each token after it, all.
-        ttft_speedup: of the full text's TTFT. compress_ms: one passage, once (or, online, a query's passages every time,
-            which then is part of TTFT).
-        bytes_per_passage, store_bytes: in the store, one passage and the corpus. cache_bytes: keys and values of a query.
-        break_even_reads: reads of a passage that pay for compressing it; None if none do.
-        saved_ms: a passage over its life, compressing paid; negative if it does not pay.
-        fits: the reader has room for the prompt and its answer.
+        slots: Per passage; for text, its tokens.
+        load_ms, ttft_ms, decode_ms, answer_ms: Of a query: from the store, to the first token, each later token, all.
+        compress_ms: One passage, once; online, a query's passages every time (part of TTFT).
+        bytes_per_passage, store_bytes, cache_bytes: One passage, the corpus, and keys and values of a query.
+        break_even_reads: Reads of a passage that pay for compressing it; None if none do.
+        saved_ms: Per passage over its life, with compressing paid.
+        fits: Whether prompt and answer fit into the reader.
     """
 
     family: str
@@ -144,67 +142,49 @@ class Line:
 
 
 def work_out(shape: DecoderShape, load: Load, hardware: Hardware, ratios: Sequence[float]) -> list[Line]:
-    """The full text, then every family at every ratio (one vector has only one).
+    """The full text, then every family with methods at every ratio (one vector has only one).
 
-    Raises:
-        ValueError: for ratios below 1 or none.
+    Raises ValueError for no ratio, or ratios below 1.
     """
     if not ratios or any(not (math.isfinite(r) and r >= 1) for r in ratios):
         raise ValueError(f"Ratios must be numbers of at least 1, got {list(ratios)}.")
-    full = _full(shape, load, hardware)
+    full = _line(FULL_TEXT, 1.0, shape, load, hardware)
     lines = [full]
-    for family in FAMILIES:
-        for ratio in ratios if family.encoder != "vector" else (math.inf,):
+    for family in (family for family in FAMILIES if family.methods):
+        for ratio in ratios if family.cost != "vector" else (math.inf,):
             lines.append(_line(family, ratio, shape, load, hardware, full))
     return lines
 
 
 def best(lines: Sequence[Line]) -> Line:
-    """What saves most over a passage's life among what pays and fits; the full text if nothing does."""
+    """The line that saves most over a passage's life among those that pay and fit, else the full text."""
     paying = [line for line in lines[1:] if line.pays and line.fits]
     return max(paying, key=lambda line: line.saved_ms, default=lines[0])
 
 
-def _full(shape: DecoderShape, load: Load, hardware: Hardware) -> Line:
-    tokens = statistics.mean(load.passage_tokens)
-    run = round(tokens * load.passages) + load.prompt_tokens
-    ttft, decode, answer = _answer(shape, load, hardware, run, 0, 0.0)
-    return Line(
-        family="full text",
-        methods="",
-        interface="text",
-        ratio=1.0,
-        slots=tokens,
-        compress_ms=0.0,
-        load_ms=0.0,
-        ttft_ms=1000 * ttft,
-        ttft_speedup=1.0,
-        decode_ms=1000 * decode,
-        answer_ms=1000 * answer,
-        bytes_per_passage=0.0,
-        store_bytes=0.0,
-        cache_bytes=float(shape.kv_bytes(run, hardware.roofline.dtype)),
-        break_even_reads=None,
-        saved_ms=0.0,
-        pays=False,
-        fits=_fits(shape, load, max(load.passage_tokens)),
-    )
+FULL_TEXT = Family("full text", "text", "none")
 
 
-def _line(family: Family, ratio: float, shape: DecoderShape, load: Load, hardware: Hardware, full: Line) -> Line:
+def _line(
+    family: Family, ratio: float, shape: DecoderShape, load: Load, hardware: Hardware, full: Line | None = None
+) -> Line:
+    """A family at a ratio; the full text itself without `full`."""
     dtype = hardware.roofline.dtype
     counts = [max(1, math.ceil(n / ratio)) for n in load.passage_tokens]
     slots = statistics.mean(counts)
     sizes = {"embeds": shape.embed_bytes, "kv": shape.kv_bytes, "text": lambda n, _: CHARACTERS * n}
-    held = 0.0 if family.online else statistics.mean(sizes[family.interface](n, dtype) for n in counts)
-    pack = load.passages  # passages are compressed in batches; so many at a time is what a query brings
+    stored = full is not None and not family.online
+    held = statistics.mean(sizes[family.interface](n, dtype) for n in counts) if stored else 0.0
+    pack = load.passages  # compressed together
     each = [_encode(family, shape, n, s, pack, dtype) for n, s in zip(load.passage_tokens, counts)]
     compress = statistics.mean(map(hardware.seconds, each)) / pack
     read = round(slots * load.passages)
     run, past = (load.prompt_tokens, read) if family.interface == "kv" else (load.prompt_tokens + read, 0)
     wait = compress * load.passages if family.online else held * load.passages / hardware.store
-    ttft, decode, answer = _answer(shape, load, hardware, run, past, wait)
-    saved = (full.answer_ms / 1000 - answer) / load.passages
+    ttft = hardware.overhead + wait + hardware.seconds(shape.forward(run, past, dtype=dtype))
+    decode = hardware.seconds(shape.forward(1, run + past + load.answer_tokens // 2, dtype=dtype))
+    answer = ttft + decode * (load.answer_tokens - 1)
+    saved = 0.0 if full is None else (full.answer_ms / 1000 - answer) / load.passages
     price = 0.0 if family.online else compress
     net = load.hits * saved - price
     return Line(
@@ -216,7 +196,7 @@ def _line(family: Family, ratio: float, shape: DecoderShape, load: Load, hardwar
         compress_ms=1000 * compress * (load.passages if family.online else 1),
         load_ms=0.0 if family.online else 1000 * wait,
         ttft_ms=1000 * ttft,
-        ttft_speedup=full.ttft_ms / (1000 * ttft),
+        ttft_speedup=1.0 if full is None else full.ttft_ms / (1000 * ttft),
         decode_ms=1000 * decode,
         answer_ms=1000 * answer,
         bytes_per_passage=held,
@@ -230,25 +210,16 @@ def _line(family: Family, ratio: float, shape: DecoderShape, load: Load, hardwar
 
 
 def _encode(family: Family, shape: DecoderShape, tokens: int, slots: int, batch: int, dtype: str) -> Work:
-    """Compressing so many passages of one length together."""
-    if family.encoder == "vector":
+    """Work of compressing `batch` passages of one length together."""
+    if family.cost == "none":
+        return Work()
+    if family.cost == "vector":
         weights = VECTOR * shape.width + shape.width * shape.width
         return Work(2.0 * batch * weights, 2.0 * weights)
-    run = tokens + slots if family.encoder == "slots" else tokens
-    scores = family.encoder in ("scores", "contrast")
+    run = tokens + slots if family.cost == "slots" else tokens
+    scores = family.cost in ("scores", "contrast")
     once = shape.forward(run, batch=batch, logits=tokens if scores else 0, dtype=dtype)
-    return once * (2 if family.encoder == "contrast" else 1)
-
-
-def _answer(
-    shape: DecoderShape, load: Load, hardware: Hardware, run: int, past: int, wait: float
-) -> tuple[float, float, float]:
-    """Seconds to the first token, of each token after it, and of the whole answer."""
-    dtype = hardware.roofline.dtype
-    ttft = hardware.overhead + wait + hardware.seconds(shape.forward(run, past, dtype=dtype))
-    middle = run + past + load.answer_tokens // 2
-    decode = hardware.seconds(shape.forward(1, middle, dtype=dtype))
-    return ttft, decode, ttft + decode * (load.answer_tokens - 1)
+    return once * (2 if family.cost == "contrast" else 1)
 
 
 def _fits(shape: DecoderShape, load: Load, longest: int) -> bool:

@@ -1,8 +1,7 @@
-"""The two rates that bound every computation on a device: operations a second and bytes a second, measured in seconds.
+"""The two rates that bound every computation on a device: operations per second and bytes per second.
 
-A computation of F operations that moves B bytes takes at least max(F / matrix rate, B / bandwidth): the roofline. Both
-rates are the best of several sizes and repeats, as other work on the machine can only make them worse. A model whose
-weights stay in the processor's cache can be faster than its roofline, which is that of main memory.
+F operations that move B bytes take at least max(F / matrix rate, B / bandwidth), the roofline. Both rates are the best of
+several sizes and repeats. A model that fits into the processor's cache can beat it, as it is that of main memory.
 """
 
 from __future__ import annotations
@@ -28,10 +27,9 @@ class Roofline:
     """A device's rates.
 
     Attributes:
-        flops: floating-point operations a second in matrix products of `dtype`.
-        bandwidth: bytes a second between memory and chip, read and written together.
-        dtype: of the products.
-        source: `measured`, or `given` by the user.
+        flops: Floating-point operations per second in matrix products of `dtype`.
+        bandwidth: Bytes per second between memory and chip, read and written together.
+        source: `measured` or `given`.
     """
 
     flops: float
@@ -45,21 +43,15 @@ class Roofline:
                 raise ValueError(f"A device's {key} must be a positive number, got {value:g}.")
 
     def seconds(self, work: Work) -> float:
-        """The least time for some work."""
+        """Least time for some work."""
         return max(work.flops / self.flops, work.bytes / self.bandwidth)
 
 
 @functools.cache
 def measure(device: str, dtype: str, seconds: float = 3.0) -> Roofline:
-    """Measure a device, once in a process.
+    """Measure a device once per process, in about `seconds`.
 
-    Args:
-        device: as `torch` names it.
-        dtype: of the matrix products: float32, bfloat16 or float16.
-        seconds: about how long it may take, all sizes together; every size is tried at least twice.
-
-    Raises:
-        ValueError: for a dtype that is not floating, or a device that is not there.
+    Raises ValueError for a dtype that is not floating, or a device that does not exist.
     """
     import torch
 
@@ -118,7 +110,7 @@ def fastest(run: Callable[[], Any], device: torch.device, seconds: float) -> flo
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until a device has done what it was told; nothing to wait for on the CPU."""
+    """Wait for a device's pending work."""
     import torch
 
     if device.type == "cuda":

@@ -1,7 +1,6 @@
-"""Readers by their shape: the sizes of published models, with random weights.
+"""Readers by the sizes of published models, with random weights.
 
-Speed and memory do not depend on the values of weights, so a reader of a published shape is timed without its checkpoint.
-Its answers mean nothing, and every row that it makes says so (`weights` is `random`).
+Speed and memory do not depend on the values of weights. The answers mean nothing, and every row says so (`weights`).
 """
 
 from __future__ import annotations
@@ -54,10 +53,9 @@ def shape_config(name: str) -> Any:
 
 
 def find_shape(name: str) -> DecoderShape:
-    """The shape of a reader named by a shape, a shipped reader, a folder, a `config.json` or a hub id. Reads no weights.
+    """The shape of a reader named by a shape, a shipped reader, a folder, a `config.json` or a hub id; reads no weights.
 
-    Raises:
-        ValueError: if there is no such config, or its architecture's cost is not known.
+    Raises ValueError if there is no such config, or its architecture's cost is unknown.
     """
     if name in SHAPES:
         return decoder_shape(shape_config(name), name)
@@ -80,15 +78,9 @@ def find_shape(name: str) -> DecoderShape:
 
 
 def random_reader(name: str, *, device: str = "cpu", dtype: str = "auto", seed: int = 0) -> Reader:
-    """A reader of a shape whose weights are random, made in place on the device in the wanted dtype.
+    """A reader of a shape with random weights, made on the device, with the shipped reader's tokenizer.
 
-    Its tokenizer is the shipped reader's: each of its ids has a row in the table, and most rows are never met.
-
-    Args:
-        dtype: `auto` is bfloat16 on CUDA and float32 elsewhere.
-
-    Raises:
-        ValueError: for an unknown shape or dtype.
+    `dtype` `auto` is bfloat16 on CUDA, else float32. Raises ValueError for an unknown shape or dtype.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -109,6 +101,6 @@ def random_reader(name: str, *, device: str = "cpu", dtype: str = "auto", seed: 
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"{name!r} has {config.vocab_size} rows for a tokenizer of {len(tokenizer)} entries.")
     reader = Reader(model, tokenizer, name=f"{name}-random")
-    # Hashing gigabytes of random numbers would take longer than what is to be timed.
+    # hashing gigabytes of random numbers would take longer than the timing
     vars(reader.identity_card)["fingerprint"] = f"random-{name}-{seed}"
     return reader

@@ -1,7 +1,7 @@
-"""How much of the full text's gain is kept, pooled over question sets, from the rows of single sets.
+"""Recovered share pooled over question sets.
 
-A set's recovered share is (F1 - none) / (full - none); the pooled share is the mean over sets, so that large sets do not
-count for more. Its interval resamples the questions within each set, a question's scores under all three lines together.
+The pooled share is the mean of the sets' shares (F1 - none) / (full - none). Its interval resamples questions within each
+set, the scores of a question under all three lines together.
 """
 
 from __future__ import annotations
@@ -17,17 +17,7 @@ from ..rows import Row, clean
 
 POOLED = ("qa_dev_squad", "qa_dev_nq", "qa_dev_quoref", "qa_dev_fairytaleqa", "qa_dev_qamr")
 BUDGETS = (2, 4, 8, 16, 32)
-ONE_SLOT = 48  # from this ratio on a passage of these sets has one slot, or one a shard
-# What is aimed at, by budget and kind; `ONE_SLOT` on SQuAD alone.
-AIMS: dict[tuple[int, str], float] = {
-    (2, "soft"): 0.95,
-    (4, "soft"): 0.92,
-    (8, "soft"): 0.85,
-    (16, "soft"): 0.70,
-    (2, "text"): 0.92,
-    (4, "text"): 0.80,
-    (ONE_SLOT, "soft"): 0.15,
-}
+ONE_SLOT = 48  # from this ratio on, a passage of these sets has one slot
 
 Key = tuple[str, float | None, str | None]
 FULL: Key = ("full", None, None)
@@ -35,10 +25,10 @@ NONE: Key = ("none", None, None)
 
 
 def comparable(rows: Sequence[Row], half: str = "report") -> dict[str, dict[Key, Row]]:
-    """For each question set its newest rows, by (method, ratio asked for, whose budget).
+    """The newest rows of each question set, by (method, ratio asked for, budget of).
 
-    Only rows that keep the F1 of each question count, and of these only those of the questions and the reader that the set's
-    full text was last read with, so that all lines of a set are paired.
+    Only rows with the F1 of each question count, on the questions and with the reader of the set's last full text, so that
+    all lines of a set are paired.
     """
     rows = [
         row
@@ -55,13 +45,13 @@ def comparable(rows: Sequence[Row], half: str = "report") -> dict[str, dict[Key,
 
 
 def pool(rows: Sequence[Row]) -> list[Row]:
-    """The pooled rows of all lines that each of the `POOLED` sets has; sets that are not `tellable` are left out."""
+    """Pooled rows of all lines that each `tellable` set of `POOLED` has."""
     sets = tellable(rows)
     return [clean(row) for row in pooled_rows({name: sets[name] for name in POOLED if name in sets})]
 
 
 def tellable(rows: Sequence[Row], half: str = "report") -> dict[str, dict[Key, Row]]:
-    """`comparable` without the sets whose full text cannot be told from no context: a share of nothing is no share."""
+    """`comparable` without the sets whose full text cannot be told from no context."""
     return {
         name: lines
         for name, lines in comparable(rows, half).items()
@@ -70,7 +60,7 @@ def tellable(rows: Sequence[Row], half: str = "report") -> dict[str, dict[Key, R
 
 
 def pooled_rows(sets: dict[str, dict[Key, Row]]) -> list[Row]:
-    """One row for each line that every set has, the fixed ones first, then in order of appearance."""
+    """A row for each line that every set has, in order of appearance."""
     if not sets:
         return []
     first, *others = sets.values()
@@ -78,12 +68,11 @@ def pooled_rows(sets: dict[str, dict[Key, Row]]) -> list[Row]:
 
 
 def pooled_row(sets: dict[str, dict[Key, Row]], key: Key, seed: int = 0) -> Row:
-    """A line pooled over sets: `recovered_share` with `ci_low` and `ci_high`, mean `f1`, geometric mean `ratio`, mean TTFT.
+    """A line pooled over sets: `recovered_share` with `ci_low` and `ci_high`, mean F1 and TTFT, geometric mean ratio.
 
-    The full text of a method that tunes the reader is that of a reader tuned without compression (`full-text`), where every
-    set has that line; `against` then names it. The mean TTFT is the line's in relation to the full text's that it took turns
-    with, times that of the full text's own row. The share is absent where the full text of a set brings nothing that can be
-    told from chance.
+    A method that tunes the reader is compared with the full text of a reader tuned without compression, where every set has
+    that line; `against` then names it. The TTFT is the line's relative to the full text it took turns with, times that of the
+    full text's own row. The share is absent where the full text of a set cannot be told from no context.
     """
     rows = [lines[key] for lines in sets.values()]
     row: Row = {
@@ -102,7 +91,7 @@ def pooled_row(sets: dict[str, dict[Key, Row]], key: Key, seed: int = 0) -> Row:
         row["ratio"] = math.exp(sum(math.log(r["ratio"]) for r in rows) / len(rows))
     row["reader_tokens"] = sum(r["reader_tokens"] for r in rows) / len(rows)
     if all("ttft_ms" in r and "ttft_ms" in lines[FULL] for r, lines in zip(rows, sets.values())):
-        # Each line was timed in turns with the full text, at the machine's pace of that minute: that relation is what counts.
+        # each line was timed in turns with the full text, so the ratio of the two counts
         full = [lines[FULL]["ttft_ms"] for lines in sets.values()]
         times = [ms * r["ttft_ms"] / r["ttft_full_ms"] for ms, r in zip(full, rows)]
         row["ttft_ms"], row["ttft_full_ms"] = sum(times) / len(rows), sum(full) / len(rows)
@@ -119,13 +108,23 @@ def pooled_row(sets: dict[str, dict[Key, Row]], key: Key, seed: int = 0) -> Row:
 
 
 def _tuned_full_text(sets: dict[str, dict[Key, Row]]) -> Key | None:
-    """The line of full text read by a tuned reader that every set has."""
+    """The line of full text read by a tuned reader, if every set has it."""
     first, *others = sets.values()
-    return next((key for key in first if key[0] == "full-text" and all(key in lines for lines in others)), None)
+    return next(
+        (
+            key
+            for key in first
+            if key[0] != "full"
+            and kind_of(first[key]) == "fixed"
+            and first[key].get("reader_tuned")
+            and all(key in lines for lines in others)
+        ),
+        None,
+    )
 
 
 def budget_of(row: Row) -> int | None:
-    """The column of a pooled or quality row: 2, 4, 8, 16 or 32, the nearest to its ratio; `ONE_SLOT`; None for fixed lines."""
+    """Budget of a row: the nearest of `BUDGETS` to its ratio, or `ONE_SLOT`; None for fixed lines."""
     ratio = row.get("ratio_asked") or row.get("ratio")
     if kind_of(row) == "fixed" or not ratio:
         return None
@@ -133,10 +132,9 @@ def budget_of(row: Row) -> int | None:
 
 
 def best(rows: Sequence[Row], budget: int, kind: str, for_the_question: bool | None = None) -> Row | None:
-    """Of the rows of one kind at one budget the one of highest share; of methods that need the question, or of the others.
+    """The row of one kind at one budget with the highest share; of methods that need the question, or of the others.
 
-    Methods that tune the reader compete only if they were held against a reader tuned alike (`against`): what is gained by
-    tuning is no compression.
+    Methods that tune the reader count only if they are compared with a reader tuned alike (`against`).
     """
     there = [
         row

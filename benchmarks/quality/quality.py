@@ -1,8 +1,7 @@
-"""The quality suite: what the reader answers from compressed passages, between its two fixed lines.
+"""The quality suite: answers from compressed passages, between the full text and no context.
 
-`evaluate` runs every line of a table over the same records with the same prompt, and gives a row for each: the answers
-against the references (EM, F1, containment, ROUGE-L, token-level EM), the reader's probability of the reference answer
-(perplexity, KL to the full text), what the reader read, and how much of the full text's gain was kept.
+`evaluate` runs every line of a table over the same records with the same prompt and gives a row for each: answers against
+the references, the reader's probability of the reference answer, tokens read, and the share of the full text's gain.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from .. import metrics
 from ..methods import Compressed, EqualBudget, Method, Shuffled, Stored, reader_of
 from ..progress import progress_bar
 from ..rows import Row, clean, provenance
-from ..speed.first_token import first_token_times
+from ..speed.timing import first_token_times
 from .scoring import Likelihood, answers, kl_divergence, likelihoods
 from .source_hash import code_of
 
@@ -31,12 +30,11 @@ class Line:
     """One line of the table over all records.
 
     Attributes:
-        method: name of the method.
-        ratio: compression ratio asked for, None where none is.
-        predictions: the reader's answer to each record.
-        scores: per record `em`, `f1`, `containment`, `rouge_l`, `token_em`, `nll`, `kl`, `answer_tokens`,
-            `reader_tokens`, `source_tokens`, `slots`, each an array `[records]`.
-        row: the row for the results file.
+        ratio: Compression ratio asked for, if any.
+        predictions: The reader's answer to each record.
+        scores: Arrays `[records]`: `em`, `f1`, `containment`, `rouge_l`, `token_em`, `nll`, `kl`, `answer_tokens`,
+            `reader_tokens`, `source_tokens`, `slots`.
+        row: The row for the results file.
     """
 
     method: str
@@ -51,14 +49,14 @@ class Settings:
     """How a table is measured.
 
     Attributes:
-        dataset: name that the rows carry.
-        max_new_tokens: longest answer.
-        batch_size: prompts read at a time.
-        beta: weight of recall in ROUGE-L.
-        seed: seed of the baselines, the shuffled control and the bootstrap.
-        likelihood: also measure perplexity and KL of the reference answers.
-        ttft: questions whose time to the first token is measured, slots in memory; 0 measures none.
-        progress: show a progress bar.
+        dataset: Name in the rows.
+        max_new_tokens: Longest answer.
+        batch_size: Prompts read at a time.
+        beta: Weight of recall in ROUGE-L.
+        seed: Of baselines, the shuffled control and the bootstrap.
+        likelihood: Also measure perplexity and KL of the reference answers.
+        ttft: Questions to time to the first token, slots in memory.
+        progress: Show a progress bar.
     """
 
     dataset: str = ""
@@ -80,15 +78,14 @@ def evaluate(
 ) -> list[Line]:
     """Measure every method over the same records.
 
-    The first method must be the full text and the second no context (`methods.lines` builds such a list): all others
-    are judged between these two. Records whose full text the reader has no room for are left out of every line, and
-    counted in the rows as `skipped`.
+    The first method must be the full text and the second no context (`methods.lines` makes such a list). Records whose full
+    text does not fit into the reader are left out of every line and counted as `skipped`.
 
     Args:
-        on_line: called with each line as soon as it is measured.
+        on_line: Called with each line as soon as it is measured.
 
     Raises:
-        ValueError: if no record is left, a record has no reference answer, or the fixed lines do not lead.
+        ValueError: If no record is left, a record has no reference answer, or the fixed lines are not first.
     """
     if [method.name for method in methods[:2]] != ["full", "none"]:
         raise ValueError('The first two methods must be the lines "full" and "none"; methods.lines puts them there.')
@@ -118,47 +115,28 @@ def evaluate(
                 scores["nll"] = np.array([-float(item.log_probs.sum()) for item in likely])
                 scores["answer_tokens"] = np.array([len(item.log_probs) for item in likely])
                 scores["kl"] = np.array([kl_divergence(reader, a, b) for a, b in zip(full, likely)])
-            row = _row(method, scores, found, kept, settings)
+            row = _row(reader, method, scores, found, kept, settings)
             row |= _about(method) | {"questions": questions_hash(kept), "skipped": len(records) - len(kept)}
             if isinstance(method, Compressed):
-                sizes = [
-                    piece.nbytes for pieces in contexts for piece in pieces if isinstance(piece, CompressedPassage)
-                ]
+                sizes = [p.nbytes for pieces in contexts for p in pieces if isinstance(p, CompressedPassage)]
                 row["bytes_per_passage"] = sum(sizes) / max(1, len(sizes))
             if isinstance(method, Stored):
                 row |= _stored(method, predictions, scores, found, settings.seed)
             if settings.ttft:
-                row |= _first_token(method, kept, reads, prompts, reader, full_prompts, settings.ttft)
-            compressor = compressor_of(method)
-            row |= provenance(reader, settings.seed, compressor) | {"code": code_of(compressor)}
+                fresh = method.fresh_prompt(kept) if isinstance(method, Compressed) and method.query_aware else None
+                ours, theirs = first_token_times(
+                    reads, prompts, reader, full_prompts, requests=settings.ttft, fresh=fresh
+                )
+                row |= {"ttft_ms": ours, "ttft_full_ms": theirs, "ttft_speedup": theirs / ours}
+                row |= {} if fresh is None else {"ttft_compresses": True}
+            row["code"] = code_of(compressor_of(method))
             found.append(Line(method.name, method.ratio, predictions, scores, clean(row)))
             on_line(found[-1])
     return found
 
 
-def _first_token(
-    method: Method,
-    records: Sequence[Record],
-    reads: Reader,
-    prompts: Sequence[list[Piece]],
-    reader: Reader,
-    full: Sequence[list[Piece]],
-    requests: int,
-) -> Row:
-    fresh: Callable[[int], list[Piece]] | None = None
-    if isinstance(method, Compressed) and method.query_aware:
-        asking = method
-
-        def fresh(i: int) -> list[Piece]:
-            return question_prompt(asking.fresh(records[i]), records[i].question)
-
-    ours, theirs = first_token_times(reads, prompts, reader, full, requests=requests, fresh=fresh)
-    row: Row = {"ttft_ms": ours, "ttft_full_ms": theirs, "ttft_speedup": theirs / ours}
-    return row | ({} if fresh is None else {"ttft_compresses": True})
-
-
 def questions_hash(records: Sequence[Record]) -> str:
-    """Short hash of questions and their passages: rows of equal hash are paired question by question."""
+    """Short hash of questions and passages; rows of equal hash are paired question by question."""
     digest = hashlib.sha256()
     for record in records:
         for text in (record.question, *record.passages):
@@ -168,9 +146,9 @@ def questions_hash(records: Sequence[Record]) -> str:
 
 
 def readable(reader: Reader, records: Sequence[Record], max_new_tokens: int) -> list[Record]:
-    """The records whose full text and answer fit the reader's positions.
+    """The records whose full text and answer fit into the reader.
 
-    Raises ValueError if none is left, or if a record has no reference answer.
+    Raises ValueError if none is left, or a record has no reference answer.
     """
     if unanswered := [record.id or record.question for record in records if not record.answers]:
         raise ValueError(f"{len(unanswered)} records have no reference answer, the first is {unanswered[0]!r}.")
@@ -186,7 +164,7 @@ def readable(reader: Reader, records: Sequence[Record], max_new_tokens: int) -> 
 
 
 def label(method: Method) -> str:
-    """What a method is called on a progress bar: its name, the ratio asked for, and whose budget it has."""
+    """Name of a method on a progress bar, with its ratio and the method whose budget it has."""
     asked = f" {method.ratio:g}x" if method.ratio else ""
     return method.name + (f" (budget of {method.of.name}{asked})" if isinstance(method, EqualBudget) else asked)
 
@@ -194,38 +172,44 @@ def label(method: Method) -> str:
 def _text_scores(
     reader: Reader, predictions: Sequence[str], records: Sequence[Record], references: Sequence[list[int]], beta: float
 ) -> dict[str, np.ndarray]:
-    pairs = list(zip(predictions, records))
+    scorers = {"em": metrics.exact_match, "f1": metrics.f1, "containment": metrics.containment}
+    scorers["rouge_l"] = functools.partial(metrics.rouge_l_answer, beta=beta)
+    found = {name: np.array([f(g, r.answers) for g, r in zip(predictions, records)]) for name, f in scorers.items()}
     guesses = reader.tokenize_batch([" " + guess for guess in predictions])
-    return {
-        "em": np.array([metrics.exact_match(guess, r.answers) for guess, r in pairs]),
-        "f1": np.array([metrics.f1(guess, r.answers) for guess, r in pairs]),
-        "containment": np.array([metrics.containment(guess, r.answers) for guess, r in pairs]),
-        "rouge_l": np.array([metrics.rouge_l_answer(guess, r.answers, beta) for guess, r in pairs]),
-        "token_em": np.array([metrics.token_exact_match(guess, ids) for guess, ids in zip(guesses, references)]),
-    }
+    found["token_em"] = np.array([metrics.token_exact_match(guess, ids) for guess, ids in zip(guesses, references)])
+    return found
 
 
 def _size(reader: Reader, piece: Piece) -> int:
     return piece.slots if isinstance(piece, CompressedPassage) else len(reader.tokenize(piece))
 
 
-def _row(
-    method: Method, scores: dict[str, np.ndarray], found: Sequence[Line], records: Sequence[Record], settings: Settings
-) -> Row:
-    row: Row = {
+def head(reader: Reader, method: Method, records: Sequence[Record], settings: Settings) -> Row:
+    """What a row is about, without figures."""
+    return {
         "suite": "quality",
         "dataset": settings.dataset,
         "passages": round(float(np.mean([len(record.passages) for record in records])), 2),
         "method": method.name,
         "ratio_asked": method.ratio,
-        "ratio": metrics.compression_ratio(int(scores["source_tokens"].sum()), int(scores["slots"].sum())),
-        "rate": metrics.compression_rate(int(scores["source_tokens"].sum()), int(scores["slots"].sum())),
-        "reader_tokens": float(scores["reader_tokens"].mean()),
         "n": len(records),
-        **{name: float(scores[name].mean()) for name in ("em", "f1", "containment", "rouge_l", "token_em")},
-        "rouge_beta": settings.beta,
-        "max_new_tokens": settings.max_new_tokens,
+        **provenance(reader, settings.seed, compressor_of(method)),
     }
+
+
+def _row(
+    reader: Reader,
+    method: Method,
+    scores: dict[str, np.ndarray],
+    found: Sequence[Line],
+    records: Sequence[Record],
+    settings: Settings,
+) -> Row:
+    lengths = int(scores["source_tokens"].sum()), int(scores["slots"].sum())
+    means = ("reader_tokens", "em", "f1", "containment", "rouge_l", "token_em")
+    row = head(reader, method, records, settings) | {name: float(scores[name].mean()) for name in means}
+    row |= {"ratio": metrics.compression_ratio(*lengths), "rate": metrics.compression_rate(*lengths)}
+    row |= {"rouge_beta": settings.beta, "max_new_tokens": settings.max_new_tokens}
     row["f1_each"] = [int(score) if score in (0, 1) else round(float(score), 3) for score in scores["f1"]]
     row["f1_ci_low"], row["f1_ci_high"] = metrics.bootstrap_mean(scores["f1"], seed=settings.seed)
     if isinstance(method, EqualBudget):
@@ -235,29 +219,25 @@ def _row(
         row["answer_ppl_product"] = metrics.perplexity_product([-scores["nll"].mean()])
         row["kl_to_full"] = float(scores["kl"].mean())
     if len(found) >= 2:
-        full, none = found[0].scores["f1"], found[1].scores["f1"]
-        row |= metrics.recovered(scores["f1"], none, full, seed=settings.seed)
+        row |= metrics.recovered(scores["f1"], found[1].scores["f1"], found[0].scores["f1"], seed=settings.seed)
     return row
 
 
 def _about(method: Method) -> Row:
-    """What kind of line it is: what is read, whether the question was seen, whether the reader was tuned."""
+    """Interface of a line, whether the question was seen, whether the reader was tuned."""
     compressor = compressor_of(method)
     if compressor is None or isinstance(method, EqualBudget):
         return {"interface": "text"}
-    facts: Row = {"interface": compressor.interface}
     compressed = method.of if isinstance(method, Shuffled | Stored) else method
-    if getattr(compressed, "query_aware", False):
-        facts["query_aware"] = True
-    if compressor.reader is not compressor.base_reader:
-        facts["reader_tuned"] = True
-    return facts
+    facts: Row = {"interface": compressor.interface}
+    facts |= {"query_aware": True} if getattr(compressed, "query_aware", False) else {}
+    return facts | ({"reader_tuned": True} if compressor.reader is not compressor.base_reader else {})
 
 
 def _stored(
     method: Stored, predictions: Sequence[str], scores: dict[str, np.ndarray], found: Sequence[Line], seed: int
 ) -> Row:
-    """What a stored line adds: its precision and bytes and, question by question, what changed against the slots as made."""
+    """Precision and bytes of a stored line and, question by question, the change vs. the slots as made."""
     row: Row = {"store_precision": method.precision, "stored_of": method.of.name, "bytes_per_passage": method.nbytes}
     if method.encoding.quantize is not None:
         row["store_group"] = method.encoding.group
@@ -271,7 +251,7 @@ def _stored(
 
 
 def compressor_of(method: Method) -> Compressor | None:
-    """The compressor that a line is about, its own or that of the method whose control or budget it is."""
+    """The compressor of a line, or of the method whose control or budget it is."""
     if isinstance(method, EqualBudget | Shuffled | Stored):
         return compressor_of(method.of)
     return getattr(method, "compressor", None)

@@ -1,8 +1,7 @@
-"""Does the reader read? Two tests on the text itself, which a benchmark of compressors takes for granted.
+"""Whether the reader reads: the gold passage moved among its distractors, and the answer replaced in the passages.
 
-`gold_positions` moves the gold passage over the places among its distractors: a reader that only looks at the first or
-the last passage shows here. `answer_swap` puts another answer of like kind in the place of the right one throughout the
-passages: a reader that answers from memory keeps the old answer, one that reads gives the new one.
+A reader that only looks at the first or last passage shows in `gold_positions`. In `answer_swap` a reader that answers from
+memory keeps the old answer.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from ...recipes.data.corpus import Record
 from .. import metrics
 from ..methods import Method, prompts
 from ..progress import progress_bar
-from ..rows import Row, clean, provenance
-from .quality import Settings, compressor_of, readable
+from ..rows import Row, clean
+from .quality import Settings, head, readable
 from .scoring import answers
 
 
 @dataclass(frozen=True)
 class Swap:
-    """A record, and the same one with passages that tell another answer, now its only reference."""
+    """A record, and the same with another answer in its passages, now its only reference."""
 
     original: Record
     changed: Record
@@ -40,11 +39,10 @@ def gold_positions(
     settings: Settings,
     positions: Sequence[int] | None = None,
 ) -> list[Row]:
-    """A row for each method and position (`test` = "gold-position"): EM and F1 with the gold passage there.
+    """A row for each method and position of the gold passage (`test` = "gold-position"), default all positions.
 
-    Only records with a gold passage and the most common number of passages count; `positions` defaults to all of them.
-
-    Raises ValueError if no record has a gold passage among others, or a position does not exist.
+    Only records with a gold passage and the most common number of passages count. Raises ValueError if there is none, or a
+    position does not exist.
     """
     many = [record for record in records if record.gold is not None and len(record.passages) > 1]
     if not many:
@@ -60,18 +58,17 @@ def gold_positions(
         moved = [move_gold(record, place) for record in kept]
         for method, predictions in _answer(reader, methods, moved, settings, f"gold at {place}"):
             scores = _scores(predictions, [record.answers for record in moved])
-            rows.append(clean(_row(reader, method, settings, "gold-position", moved) | {"position": place} | scores))
+            rows.append(
+                clean(head(reader, method, moved, settings) | {"test": "gold-position", "position": place} | scores)
+            )
     return rows
 
 
 def answer_swap(reader: Reader, methods: Sequence[Method], records: Sequence[Record], settings: Settings) -> list[Row]:
     """A row for each method (`test` = "answer-swap").
 
-    `em` and `f1` compare with the new answer, `em_old` with the old one, which the passages no longer hold; `em_before`
-    is the score on the untouched passages, and `follows` the share of new answers given among the `n_right` questions
-    that were answered rightly before.
-
-    Raises ValueError if no answer could be replaced.
+    `em` and `f1` count the new answer, `em_old` the old one, `em_before` is the score on the unchanged passages, `follows` the
+    share of new answers among the `n_right` questions answered rightly before. Raises ValueError if nothing can be swapped.
     """
     swaps = swap_answers(readable(reader, records, settings.max_new_tokens), settings.seed)
     if not swaps:
@@ -81,7 +78,7 @@ def answer_swap(reader: Reader, methods: Sequence[Method], records: Sequence[Rec
     rows = []
     for method, predictions in _answer(reader, methods, changed, settings, "answers swapped"):
         right, follows = _matches(before[method], original), _matches(predictions, changed)
-        row = _row(reader, method, settings, "answer-swap", changed)
+        row = head(reader, method, changed, settings) | {"test": "answer-swap"}
         row |= _scores(predictions, [record.answers for record in changed])
         row |= {"em_old": float(_matches(predictions, original).mean()), "em_before": float(right.mean())}
         row |= {"follows": float(follows[right].mean()) if right.any() else None, "n_right": int(right.sum())}
@@ -104,11 +101,10 @@ def move_gold(record: Record, place: int) -> Record:
 
 
 def swap_answers(records: Sequence[Record], seed: int = 0) -> list[Swap]:
-    """Put another record's answer of like kind in the place of each record's own, wherever its passages have it.
+    """Replace each record's answer in its passages by another record's answer of the same kind and length.
 
-    Of several reference answers the shortest that the passages hold is replaced. A record is left out if there is none,
-    if its question gives the answer away, or if no other answer is of its kind and length; the new answer stands
-    neither in the passages nor in the question.
+    Of several reference answers the shortest in the passages is replaced. Records without one, with the answer in the
+    question, or without another answer of that kind are left out.
     """
     rng = random.Random(seed)
     pool: dict[tuple[str, int], set[str]] = {}
@@ -132,7 +128,7 @@ def swap_answers(records: Sequence[Record], seed: int = 0) -> list[Swap]:
 
 
 def _kind(answer: str) -> tuple[str, int]:
-    """Rough kind of an answer, and its number of words: a name does not become a year."""
+    """Rough kind of an answer, and its number of words."""
     words = answer.split()
     if re.fullmatch(r"\d{4}", answer):
         kind = "year"
@@ -168,27 +164,10 @@ def _answer(
 
 
 def _matches(predictions: Sequence[str], records: Sequence[Record]) -> np.ndarray:
-    """Whether each prediction is exactly right, a boolean array `[records]`."""
+    """Whether each prediction is an exact match, `[records]`."""
     return np.array([metrics.exact_match(guess, record.answers) == 1 for guess, record in zip(predictions, records)])
 
 
 def _scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Row:
-    pairs = list(zip(predictions, references))
-    return {
-        "em": float(np.mean([metrics.exact_match(*pair) for pair in pairs])),
-        "f1": float(np.mean([metrics.f1(*pair) for pair in pairs])),
-        "containment": float(np.mean([metrics.containment(*pair) for pair in pairs])),
-    }
-
-
-def _row(reader: Reader, method: Method, settings: Settings, test: str, records: Sequence[Record]) -> Row:
-    return {
-        "suite": "quality",
-        "test": test,
-        "dataset": settings.dataset,
-        "passages": round(float(np.mean([len(record.passages) for record in records])), 2),
-        "method": method.name,
-        "ratio_asked": method.ratio,
-        "n": len(records),
-        **provenance(reader, settings.seed, compressor_of(method)),
-    }
+    scorers = {"em": metrics.exact_match, "f1": metrics.f1, "containment": metrics.containment}
+    return {name: float(np.mean(list(map(f, predictions, references)))) for name, f in scorers.items()}

@@ -1,4 +1,4 @@
-"""Which lines of a table a results file does not hold yet, so that a long run can be stopped and gone on with."""
+"""The lines of a table that a results file does not hold yet, so that a long run can be resumed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ from .source_hash import code_of
 def remaining(
     methods: Sequence[Method], rows: Sequence[Row], reader: Reader, records: Sequence[Record], settings: Settings
 ) -> list[Method]:
-    """The methods that `rows` do not hold, measured by this code, with these weights, on these questions.
+    """The methods that `rows` do not hold, measured by this code with these weights on these questions.
 
-    The two fixed lines lead the list as they are always needed, unless nothing remains: then it is empty.
-
-    Raises ValueError as `quality.readable` does.
+    The two fixed lines come first, as they are always needed, unless nothing remains. Raises ValueError as `readable` does.
     """
     questions = questions_hash(readable(reader, records, settings.max_new_tokens))
     kept = [row for row in rows if row.get("questions") == questions]
@@ -32,7 +30,7 @@ def remaining(
 
 
 def holds(rows: Sequence[Row], method: Method, reader: Reader, settings: Settings) -> bool:
-    """Whether one of the rows is this line under these settings, whatever its questions."""
+    """Whether one of the rows is this line under these settings, on any questions."""
     wanted = _identity(method, reader, settings)
     needed = ["f1_each", *(["ttft_ms"] if settings.ttft else []), *(["kl_to_full"] if settings.likelihood else [])]
     return any(

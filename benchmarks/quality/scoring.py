@@ -1,4 +1,4 @@
-"""Running a reader over prompts: answers, and how likely the reference answers were, in batches of like length."""
+"""Answers of a reader, and its probabilities of reference answers, in batches of similar length."""
 
 from __future__ import annotations
 
@@ -17,12 +17,8 @@ _CHUNK_ELEMENTS = 2**25  # logits held at once while distributions are compared 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """The reader over the tokens of one reference answer.
-
-    Attributes:
-        hidden: `[tokens, hidden]` last hidden states that predict them, on the CPU.
-        log_probs: `[tokens]` natural logarithms of their probabilities.
-    """
+    """The reader over one reference answer: last hidden states `[tokens, hidden]` that predict its tokens (on the CPU), and
+    their log-probabilities `[tokens]`."""
 
     hidden: Tensor
     log_probs: Tensor
@@ -88,7 +84,7 @@ def kl_divergence(reader: Reader, full: Likelihood, other: Likelihood) -> float:
 
 
 def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of like length, the longest first, so that what does not fit in memory fails at once."""
+    """Indices in batches of similar length, the longest first, so that running out of memory shows at once."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])

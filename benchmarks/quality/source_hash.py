@@ -11,12 +11,12 @@ from pathlib import Path
 from ...compressors import Compressor
 from ..rows import PACKAGE
 
-# What every line of the quality suite runs; a compressor's own module comes on top.
+# modules that every line of the quality suite runs, besides a compressor's own
 ROOTS = ("benchmarks.quality.quality", "compressors.reader.reader", "recipes.data.templates")
 
 
 def code_of(compressor: Compressor | None = None) -> str:
-    """Hash of the code that measures a line of the quality suite, with a compressor if it has one.
+    """Hash of the code that measures a line of the quality suite, including its compressor's module.
 
     A compressor from outside this package counts by its name alone.
     """
@@ -32,15 +32,9 @@ def code_of(compressor: Compressor | None = None) -> str:
 def source_hash(modules: Sequence[str], root: Path = PACKAGE) -> str:
     """Hash of modules of a package and of all that they import from it by relative imports.
 
-    Only content counts: every top-level statement is hashed by itself, and the statements' hashes are sorted. So a file or
-    a definition may move without making rows stale. Imports, comments, docstrings, layout and packages' `__init__` files do
-    not count.
-
-    Args:
-        modules: dotted names below the package.
-        root: the package's folder.
-
-    Raises ValueError for a module that is not there.
+    Only content counts: every top-level statement is hashed by itself, and the sorted hashes are hashed, so that a definition
+    or a file may move. Imports, comments, docstrings, layout and `__init__` files do not count. Raises ValueError for a
+    module that does not exist.
     """
     found: dict[Path, tuple[str, ...]] = {}
     todo = [root.joinpath(*name.split(".")).with_suffix(".py") for name in modules]
@@ -57,7 +51,7 @@ def source_hash(modules: Sequence[str], root: Path = PACKAGE) -> str:
 
 @cache
 def _parsed(path: Path) -> tuple[tuple[str, ...], tuple[Path, ...]]:
-    """The hashes of a module's top-level statements, and the files that its relative imports name."""
+    """Hashes of a module's top-level statements, and the files that its relative imports name."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     imported: list[Path] = []
     for node in ast.walk(tree):
@@ -70,7 +64,7 @@ def _parsed(path: Path) -> tuple[tuple[str, ...], tuple[Path, ...]]:
 
 
 class _Plain(ast.NodeTransformer):
-    """Drops what does not count: imports and docstrings."""
+    """Drop imports and docstrings."""
 
     def visit_Import(self, node: ast.Import) -> None:
         return None

@@ -1,260 +1,114 @@
-"""The tables of speed and cost, from results rows: the same for the README and for the report."""
+"""Tables of speed and cost, the same in the report and on the page, from the newest row of each line."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
-from ..names import method_name
-from ..rows import Row
+from ..names import method_name, with_ratio
+from ..rows import Row, key_of
+from .table import Column, Table, build, columns, milliseconds
 
 FULL, RANDOM = "full", "random-slots"
-SAME = ("reader", "device", "dtype", "threads")  # rows that differ here were not measured alike
-ACCOUNT = ("reader_shape", "context_asked", "passages", "batch", "method", "interface", "ratio_asked")
+SAME = ("device", "dtype", "threads")  # rows that differ here cannot be compared
+CASE = ("reader_shape", "device", "context_asked", "passages", "batch")
+OBJECTIVES = {"ae": "AE", "lm": "LM", "kl": "KL, live teacher", "kl-cached": "KL, teacher's logits from disk"}
+SHAPES = ("llama-1b", "llama-3b", "llama-8b")
 
 
-@dataclass(frozen=True)
-class SpeedTable:
-    """A table: its title, one sentence on how to read it, the names of the columns and the lines."""
-
-    title: str
-    caption: str
-    columns: tuple[str, ...]
-    lines: tuple[tuple[str, ...], ...]
-
-
-def speed_tables(rows: Iterable[Row]) -> list[SpeedTable]:
-    """All tables that some row belongs in, from the newest row of each line."""
+def speed_tables(rows: Iterable[Row]) -> list[Table]:
+    """Every table that some row belongs to."""
     rows = list(rows)
-    makers: list[Callable[[list[Row]], SpeedTable | None]] = [
-        first_token, batches, compressing, selecting, training, loss_memory, store,
-    ]  # fmt: skip
-    return [table for make in makers if (table := make(rows)) is not None]
+    selection = [row | {"reader_shape": row.get("model")} for row in rows if row.get("suite") == "selection"]
+    stored = [row | {"test": "answer"} for row in rows if row.get("suite") == "store" and row.get("state") == "answer"]
+    losses = _newest(rows, "loss-memory", ("objective", "target_tokens_asked", "vocabulary"))
+    made = (
+        *_account_tables(rows),
+        build(
+            COMPRESS,
+            _newest(rows, "compress", ("reader_shape", "method", "ratio_asked", "passages")),
+            title="Compressing passages of mixed lengths",
+            caption="Share of the throughput of a bare forward pass over the same tokens and slots.",
+        ),
+        build(
+            SELECTION,
+            _newest(selection, "speed", ("method", "mode", "model", "tokens", "passages")),
+            title="Selecting tokens",
+            caption="To the same kept share as llmlingua 0.2.2, with the same weights, text and threads, in turns.",
+        ),
+        build(
+            STEP,
+            _newest(rows, "step", ("reader_shape", "method", "objective", "batch")),
+            title="A training step",
+            caption="Over a bare forward and backward pass of the same tokens; the teacher's time is not part of the step.",
+        ),
+        build(
+            LOSSES,
+            [row for row in losses if "extra_bytes" in row],
+            title="Memory of the losses",
+            caption="Extra memory, forward and backward, with the bound that the chunk sets and the size of all logits.",
+        ),
+        build(
+            STORE,
+            _newest(stored, "answer", ("reader_shape", "method", "passages")),
+            title="Reading from the store",
+            caption="Warm reads, vs. the time to first token with passages in memory and vs. a plain copy in memory.",
+        ),
+    )
+    return [table for table in made if table]
 
 
 def missing(rows: Iterable[Row]) -> list[str]:
-    """What the targets name and no row has measured yet, in sentences."""
+    """What has no row yet, in sentences."""
     account = [row for row in rows if row.get("test") == "account"]
     seen = {(row["reader_shape"], not str(row["device"]).startswith("cpu")) for row in account}
-    out = []
-    if gpu := [shape for shape in ("llama-1b", "llama-3b", "llama-8b") if (shape, True) not in seen]:
-        out.append(
-            f"On a GPU: readers of the shapes {', '.join(gpu)} at 2k to 32k tokens, beside their rooflines, in batches, and "
-            "the methods on them."
-        )
-    if ("llama-1b", False) not in seen:
-        out.append("On the CPU: a reader of the 1B shape.")
-    return out
+    gpu = [shape for shape in SHAPES if (shape, True) not in seen]
+    out = [f"On a GPU: readers of the shapes {', '.join(gpu)}."] if gpu else []
+    return out if ("llama-1b", False) in seen else [*out, "On the CPU: a reader of the 1B shape."]
 
 
-def first_token(rows: Sequence[Row]) -> SpeedTable | None:
-    """Time to the first token of one prompt, by context and ratio."""
-    found = _newest(
-        rows, "account", ("reader_shape", "context_asked", "passages", "batch", "method", "interface", "ratio_asked")
-    )
-    found = _in_order([row for row in found if row["batch"] == 1])
-    lines = [
-        (
-            _reader(row),
-            f"{row['context_tokens']:,.0f} in {row['passages']}",
-            _read_as(row),
-            f"{row['reader_tokens']:,.0f}",
-            _ms(row["ttft_ms"]),
-            "" if row["method"] == FULL else f"{row['ttft_speedup']:.1f}x",
-            f"{100 * row['roofline_share']:.0f} %",
-            "" if row["method"] == FULL else _reads(row),
-        )
+def _account_tables(rows: Sequence[Row]) -> list[Table]:
+    found = sorted(_newest(rows, "account", (*CASE, "method", "interface", "ratio_asked")), key=_place)
+    batches = {key_of(row, CASE[:-1]) for row in found if row["batch"] > 1}
+    full = {key_of(row, CASE): row["roofline_ms"] for row in found if row["method"] == FULL and "roofline_ms" in row}
+    predicted = [
+        row | {"predicted": full[key_of(row, CASE)] / row["roofline_ms"]}
         for row in found
+        if row["method"] != FULL and "roofline_ms" in row and key_of(row, CASE) in full
     ]
-    return _table(
-        "Time to the first token",
-        "Passages compressed ahead of time and loaded from disk; beside them 64 tokens of question and template. Of the "
-        "roofline: the least time that the device's own rates allow, over the time taken.",
-        (
-            "reader",
-            "tokens, passages",
-            "read as",
-            "positions",
-            "TTFT",
-            "faster",
-            "of the roofline",
-            "compressing pays after",
+    return [
+        build(
+            FIRST_TOKEN,
+            [row for row in found if row["batch"] == 1],
+            title="Time to the first token",
+            caption="Passages are compressed ahead of time and loaded from disk; question and template are 64 tokens. Of the "
+            "roofline: the least time that the device's rates allow, over the time taken.",
         ),
-        lines,
-    )
-
-
-def batches(rows: Sequence[Row]) -> SpeedTable | None:
-    """Several prompts at a time."""
-    found = _newest(
-        rows, "account", ("reader_shape", "context_asked", "passages", "batch", "method", "interface", "ratio_asked")
-    )
-    cases = {_case(row) for row in found if row["batch"] > 1}
-    found = _in_order([row for row in found if _case(row) in cases])
-    lines = [
-        (
-            _reader(row),
-            f"{row['context_tokens']:,.0f}",
-            f"{row['batch']}",
-            _read_as(row),
-            _ms(row["ttft_ms"]),
-            "" if row["method"] == FULL else f"{row['ttft_speedup']:.1f}x",
-            f"{row['requests_per_s']:.2f}",
-            f"{row['decode_ms_per_token']:.1f} ms",
-        )
-        for row in found
+        build(
+            BATCHES,
+            [row for row in found if key_of(row, CASE[:-1]) in batches],
+            title="Several prompts at a time",
+            caption="TTFT is of the whole batch. Requests are answered in as many tokens as their rows say (`decode_tokens`).",
+        ),
+        build(
+            MODEL,
+            predicted,
+            title="The cost model against measurements",
+            caption="Speedup of TTFT as `nutgraf plan` estimates it (operations and bytes of a prefill over the device's "
+            "rates), and as measured, with loading, tokenising and launching.",
+        ),
     ]
-    return _table(
-        "Several prompts at a time",
-        "TTFT is of the whole batch; requests are answered in as many tokens as the rows say (`decode_tokens`).",
-        ("reader", "tokens", "prompts", "read as", "TTFT", "faster", "requests/s", "a later token"),
-        lines,
-    )
 
 
-def compressing(rows: Sequence[Row]) -> SpeedTable | None:
-    """Compress throughput beside the bare encoder."""
-    found = _newest(rows, "compress", ("reader_shape", "method", "ratio_asked", "passages"))
-    lines = [
-        (
-            _named(row),
-            f"{row['passages']}",
-            f"{row['context_tokens']:,.0f}",
-            f"{row['tokens_per_s']:,.0f}",
-            f"{row['bare_share']:.2f}",
-            f"{row['plain_ms'] / row['compress_ms']:.2f}" if "plain_ms" in row else "",
-        )
-        for row in found
-    ]
-    return _table(
-        "Compressing passages of mixed lengths",
-        "Share of the throughput of a bare forward pass of the encoder's layers over the same tokens and slots, and of the "
-        "reader's layers without LoRA.",
-        ("method", "passages", "tokens", "tokens/s", "of the bare encoder", "of the reader's layers"),
-        lines,
-    )
+def _newest(rows: Sequence[Row], test: str, about: tuple[str, ...]) -> list[Row]:
+    chosen = [row for row in rows if row.get("test") == test]
+    last = {row.get("reader_shape"): row.get("reader") for row in chosen}  # a retrained reader replaces the older one
+    chosen = [row for row in chosen if row.get("reader") == last[row.get("reader_shape")]]
+    return list({key_of(row, (*SAME, *about)): row for row in chosen}.values())
 
 
-def selecting(rows: Sequence[Row]) -> SpeedTable | None:
-    """Token selection beside the package it comes from."""
-    about = ("method", "mode", "model", "tokens", "passages")
-    rows = [row | {"reader_shape": row.get("model")} for row in rows if row.get("suite") == "selection"]
-    lines = [
-        (
-            f"{method_name(row['method'])}{', as published' if row['mode'] == 'faithful' else ''}",
-            f"{row['passages']} x {row['tokens'] // row['passages']:,}",
-            row["model"],
-            f"{row['seconds']:.2f} s",
-            f"{row['speedup']:.2f}x as fast",
-            f"{row['over_bare']:.2f}",
-        )
-        for row in _newest(rows, "speed", about, "selection")
-    ]
-    return _table(
-        "Selecting tokens",
-        "To the same kept share as llmlingua 0.2.2, with the same weights, text and threads, taking turns; and over one bare "
-        "forward pass of the model. As published, both forward the same positions.",
-        ("method", "passages x tokens", "model", "took", "beside llmlingua", "over a bare forward"),
-        lines,
-    )
-
-
-def training(rows: Sequence[Row]) -> SpeedTable | None:
-    """A training step over its bare passes."""
-    found = _newest(rows, "step", ("reader_shape", "method", "objective", "batch"), suite="training")
-    names = {"ae": "AE", "lm": "LM", "kl": "KL, teacher beside it", "kl-cached": "KL, teacher's logits from disk"}
-    lines = [
-        (
-            str(row["method"]),
-            str(names.get(row["objective"], row["objective"])),
-            f"{row['step_cost']:.2f}",
-            _ms(row["step_ms"]),
-            _ms(row["teacher_ms"]) if "teacher_ms" in row else "",
-            f"{row['tokens_per_s']:,.0f}",
-            f"{row['peak_bytes'] / 1e6:,.0f} MB" if "peak_bytes" in row else "",
-        )
-        for row in found
-    ]
-    return _table(
-        "A training step",
-        "Over a bare forward and backward pass of the same tokens, without padding, data or optimiser; the teacher counts "
-        "apart.",
-        ("method", "objective", "step / bare", "step", "teacher", "tokens/s", "peak memory"),
-        lines,
-    )
-
-
-def loss_memory(rows: Sequence[Row]) -> SpeedTable | None:
-    """Memory of the losses at a large vocabulary."""
-    found = _newest(rows, "loss-memory", ("objective", "target_tokens_asked", "vocabulary"), suite="training")
-    lines = [
-        (
-            str(row["objective"]).upper(),
-            f"{row['target_tokens']:,}",
-            f"{row['vocabulary']:,}",
-            f"{row['extra_bytes'] / 1e6:,.0f} MB",
-            f"{row['bound_bytes'] / 1e6:,.0f} MB",
-            f"{row['whole_bytes'] / 1e6:,.0f} MB",
-        )
-        for row in found
-        if "extra_bytes" in row
-    ]
-    return _table(
-        "Memory of the losses",
-        "Extra memory, forward and backward, beside the bound that the chunk sets and what all logits at once would take.",
-        ("objective", "target tokens", "vocabulary", "measured", "bound", "without chunks"),
-        lines,
-    )
-
-
-def store(rows: Sequence[Row]) -> SpeedTable | None:
-    """What reading from a store adds to the first token."""
-    rows = [row for row in rows if row.get("suite") == "store" and row.get("state") == "answer"]
-    found = list(
-        {tuple(row.get(key) for key in (*SAME, "reader_shape", "method", "passages")): row for row in rows}.values()
-    )
-    lines = [
-        (
-            str(row["method"]),
-            f"{row['passages']} of {row['slots']:.0f} slots",
-            f"{row['read_ms']:.1f} ms",
-            _ms(row["ttft_memory_ms"]),
-            f"{100 * row['read_share_of_ttft']:.1f} %",
-            f"{row['read_gbps']:.2f} of {row['copy_gbps']:.2f} GB/s",
-        )
-        for row in found
-    ]
-    return _table(
-        "Reading from the store",
-        "Warm, beside the time to the first token from passages that are in memory, and beside a plain copy.",
-        ("store", "passages", "read", "TTFT", "adds", "of the copy rate"),
-        lines,
-    )
-
-
-# -- parts -----------------------------------------------------------------------------------------------------------
-
-
-def _newest(rows: Sequence[Row], test: str, about: tuple[str, ...], suite: str = "speed") -> list[Row]:
-    chosen = [row for row in rows if row.get("suite") == suite and row.get("test") == test]
-    readers = {
-        row.get("reader_shape"): row.get("reader") for row in chosen
-    }  # a reader that was retrained replaces itself
-    chosen = [row for row in chosen if row.get("reader") == readers[row.get("reader_shape")]]
-    keys = tuple(key for key in SAME if key != "reader")
-    return list({tuple(row.get(key) for key in (*keys, *about)): row for row in chosen}.values())
-
-
-def _in_order(rows: Sequence[Row]) -> list[Row]:
-    def place(row: Row) -> tuple[object, ...]:
-        kind = (row["method"] != FULL, row["method"] == RANDOM, row["method"], row.get("ratio_asked") or 0)
-        return (str(row["device"]), row["reader_shape"], row["context_asked"], row["passages"], row["batch"], *kind)
-
-    return sorted(rows, key=place)
-
-
-def _case(row: Row) -> tuple[object, ...]:
-    return (row["reader_shape"], row["device"], row["context_asked"], row["passages"])
+def _place(row: Row) -> tuple[object, ...]:
+    kind = (row["method"] != FULL, row["method"] == RANDOM, row["method"], row.get("ratio_asked") or 0)
+    return (str(row["device"]), *(row[key] for key in CASE if key != "device"), *kind)
 
 
 def _reader(row: Row) -> str:
@@ -266,27 +120,70 @@ def _reader(row: Row) -> str:
 def _read_as(row: Row) -> str:
     if row["method"] == FULL:
         return "full text"
-    name = "slots" if row["method"] == RANDOM else str(row["method"])
+    name = "slots" if row["method"] == RANDOM else f"slots of {row['method']}"
     kind = ", keys and values" if row["interface"] == "kv" else ""
-    return (
-        f"{row['slots']:,} {name}{kind} ({row['ratio']:.0f}x)"
-        if name == "slots"
-        else (f"{row['slots']:,} slots of {name}{kind} ({row['ratio']:.0f}x)")
-    )
+    return f"{row['slots']:,} {name}{kind} ({row['ratio']:.0f}x)"
 
 
-def _named(row: Row) -> str:
-    ratio = f" {row['ratio_asked']:g}x" if "ratio_asked" in row else ""
-    return f"{row['method']}{ratio}"
+def _pays(row: Row) -> str | None:
+    reads = f"{row['break_even_reads']:,.1f} reads" if "break_even_reads" in row else "never"
+    return None if row["method"] == FULL else reads
 
 
-def _reads(row: Row) -> str:
-    return f"{row['break_even_reads']:,.1f} reads" if "break_even_reads" in row else "never"
-
-
-def _ms(value: float) -> str:
-    return f"{value:,.0f} ms" if value >= 20 else f"{value:.1f} ms"
-
-
-def _table(title: str, caption: str, columns: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> SpeedTable | None:
-    return SpeedTable(title, caption, columns, tuple(lines)) if lines else None
+READER, READ_AS, TTFT = Column("reader", _reader), Column("read as", _read_as), milliseconds("TTFT", "ttft_ms")
+FASTER = Column("faster", lambda row: None if row["method"] == FULL else row["ttft_speedup"], "{:.1f}x")
+TOKENS = Column("tokens", "context_tokens", "{:,.0f}")
+FIRST_TOKEN = (
+    READER,
+    Column("tokens, passages", lambda row: f"{row['context_tokens']:,.0f} in {row['passages']}"),
+    READ_AS,
+    Column("positions", "reader_tokens", "{:,.0f}"),
+    TTFT,
+    FASTER,
+    Column("of the roofline", "roofline_share", "{:.0f} %", 100),
+    Column("compressing pays after", _pays),
+)
+LATER = Column("a later token", "decode_ms_per_token", "{:.1f} ms")
+PROMPTS = Column("prompts", "batch")
+BATCHES = (READER, TOKENS, PROMPTS, READ_AS, TTFT, FASTER, Column("requests/s", "requests_per_s", "{:.2f}"), LATER)
+MODEL = (READER, TOKENS, PROMPTS, READ_AS, *columns("{:.1f}x", {"predicted": "predicted", "measured": "ttft_speedup"}))
+COMPRESS = (
+    Column("method", with_ratio),
+    *columns("{:,.0f}", {"passages": "passages", "tokens": "context_tokens", "tokens/s": "tokens_per_s"}),
+    Column("of the bare encoder", "bare_share", "{:.2f}"),
+    Column(
+        "of the reader's layers, no LoRA",
+        lambda r: r["plain_ms"] / r["compress_ms"] if "plain_ms" in r else None,
+        "{:.2f}",
+    ),
+)
+SELECTION = (
+    Column("method", lambda row: method_name(row["method"]) + ", as published" * (row["mode"] == "faithful")),
+    Column("passages x tokens", lambda row: f"{row['passages']} x {row['tokens'] // row['passages']:,}"),
+    Column("model", "model"),
+    Column("took", "seconds", "{:.2f} s"),
+    Column("vs. llmlingua", "speedup", "{:.2f}x as fast"),
+    Column("over a bare forward", "over_bare", "{:.2f}"),
+)
+STEP = (
+    Column("method", "method"),
+    Column("objective", lambda row: OBJECTIVES.get(row["objective"], row["objective"])),
+    Column("step / bare", "step_cost", "{:.2f}"),
+    milliseconds("step", "step_ms"),
+    milliseconds("teacher", "teacher_ms"),
+    Column("tokens/s", "tokens_per_s", "{:,.0f}"),
+    Column("peak memory", "peak_bytes", "{:,.0f} MB", 1e-6),
+)
+LOSSES = (
+    Column("objective", lambda row: str(row["objective"]).upper()),
+    *columns("{:,}", {"target tokens": "target_tokens", "vocabulary": "vocabulary"}),
+    *columns("{:,.0f} MB", {"measured": "extra_bytes", "bound": "bound_bytes", "without chunks": "whole_bytes"}, 1e-6),
+)
+STORE = (
+    Column("store", "method"),
+    Column("passages", lambda row: f"{row['passages']} of {row['slots']:.0f} slots"),
+    Column("read", "read_ms", "{:.1f} ms"),
+    milliseconds("TTFT", "ttft_memory_ms"),
+    Column("adds", "read_share_of_ttft", "{:.1f} %", 100),
+    Column("of the copy rate", lambda row: f"{row['read_gbps']:.2f} of {row['copy_gbps']:.2f} GB/s"),
+)

@@ -1,125 +1,135 @@
-"""The one table of a benchmark: the same lines in the terminal and in the report."""
+"""Tables: columns over rows, shown in the terminal, in Markdown and in HTML."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader
 from rich import box
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from ..rows import Row
 
-COLUMNS = (
-    "method",
-    "compression ratio",
-    "tokens the reader read",
-    "TTFT",
-    "decode time",
-    "EM",
-    "F1",
-    "recovered share",
+_STYLES = {"fixed": "bold", "method": "cyan", "beside": "dim"}
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=lambda name: bool(name and name.endswith(".html")),
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
 )
-EM_DASH = "–"
-FIXED = {"full": "full text", "none": "no context"}
 
 
 @dataclass(frozen=True)
-class TableLine:
-    """A line of the table.
+class Column:
+    """A column of a table.
 
     Attributes:
-        cells: as many strings as `COLUMNS`.
-        kind: `fixed`, `method`, or `beside` for controls and baselines that belong to the method above.
-        row: the results row behind it.
+        title: Heading.
+        value: Key of the row, or a function of the row. A missing key or None gives an empty cell, a string stays as it is.
+        form: Format of a number, such as `{:.0f} ms`.
+        scale: Factor that numbers are multiplied by; 100 for per cent.
+        bold: Whether the cell of a row is bold (Markdown).
     """
 
-    cells: tuple[str, ...]
-    kind: str
-    row: Row
+    title: str
+    value: str | Callable[[Row], Any]
+    form: str = "{}"
+    scale: float = 1.0
+    bold: Callable[[Row], bool] | None = None
+
+    def cell(self, row: Row, missing: str = "") -> str:
+        """Text of the row's cell."""
+        value = row.get(self.value) if isinstance(self.value, str) else self.value(row)
+        if value is None or value == "":
+            return missing
+        text = value if isinstance(value, str) else self.form.format(value if self.scale == 1 else self.scale * value)
+        return f"**{text}**" if self.bold is not None and self.bold(row) else text
 
 
-def table_lines(rows: Sequence[Row], timed: Sequence[Row] | None = None) -> list[TableLine]:
-    """The lines of all plain quality rows (those of the reading tests stand elsewhere).
+@dataclass(frozen=True)
+class Table:
+    """A finished table; false without lines.
 
-    Times come from the rows themselves, else from speed rows among `timed` (default: among `rows`).
+    Attributes:
+        kinds: For each line `fixed`, `method` or `beside` (indented, belongs to the method above).
     """
-    speeds = [row for row in (rows if timed is None else timed) if row.get("suite") == "speed"]
-    quality = [row for row in rows if row.get("suite") == "quality" and "test" not in row]
-    return [_line(row | _times(row, speeds)) for row in quality]
+
+    columns: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+    kinds: tuple[str, ...]
+    title: str = ""
+    caption: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.lines)
 
 
-def terminal_table(rows: Sequence[Row], title: str = "", timed: Sequence[Row] | None = None) -> Table:
-    """The table for `rich`. Arguments as for `table_lines`."""
-    look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "title_justify": "left", "header_style": "bold"}
-    table = Table(title=title or None, collapse_padding=True, pad_edge=False, **look)
-    for number, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0, overflow="fold")
-    for line in table_lines(rows, timed):
-        style = {"fixed": "bold", "method": "cyan", "beside": "dim"}[line.kind]
-        cells = [("  " if line.kind == "beside" else "") + line.cells[0], *line.cells[1:]]
-        table.add_row(*cells, style=style)
-    return table
+def build(
+    given: Sequence[Column],
+    rows: Iterable[Row],
+    *,
+    title: str = "",
+    caption: str = "",
+    missing: str = "",
+    kind: Callable[[Row], str] = lambda row: "",
+) -> Table:
+    """One line per row. `missing` stands in empty cells."""
+    rows = list(rows)
+    lines = tuple(tuple(column.cell(row, missing) for column in given) for row in rows)
+    return Table(tuple(column.title for column in given), lines, tuple(map(kind, rows)), title, caption)
 
 
-def name_of(row: Row) -> str:
-    """What a line is called: the fixed lines in words, methods with the ratio asked for."""
-    method = str(row["method"])
-    if method in FIXED:
-        return FIXED[method]
-    if method.endswith("-shuffled"):
-        return "shuffled"
-    if "store_precision" in row:
-        return f"stored as {row['store_precision']}"
-    if "budget_of" in row:
-        return method.replace("-", " ")
-    return f"{method} {row['ratio_asked']:g}x" if row.get("ratio_asked") else method
+def row_table(rows: Sequence[Row], keys: str, title: str = "") -> RichTable:
+    """For the terminal: rows by some of their keys, those that no row has left out."""
 
+    def column(key: str) -> Column:
+        form = "{:,}" if all(isinstance(row.get(key, 0), int) for row in rows) else "{:,.4g}"
+        return Column(key.replace("_", "\n", 1), key, form)
 
-def kind_of(row: Row) -> str:
-    """`fixed`, `method` or `beside` (see `TableLine`)."""
-    if row["method"] in FIXED:
-        return "fixed"
-    beside = "budget_of" in row or "store_precision" in row or str(row["method"]).endswith("-shuffled")
-    return "beside" if beside else "method"
-
-
-def _line(row: Row) -> TableLine:
-    share = _number(_percent(row.get("recovered_share")), ".0f")
-    if "ci_low" in row and kind_of(row) != "fixed":
-        share += f" ({100 * row['ci_low']:.0f} to {100 * row['ci_high']:.0f})"
-    cells = (
-        name_of(row),
-        _number(row.get("ratio"), ".1f", "x") if row["method"] != "none" else EM_DASH,
-        _number(row.get("reader_tokens"), ".0f"),
-        _milliseconds(row.get("ttft_ms")),
-        _milliseconds(row.get("decode_ms_per_token")),
-        _number(_percent(row.get("em")), ".1f"),
-        _number(_percent(row.get("f1")), ".1f"),
-        share,
+    return rich_table(
+        build([column(key) for key in keys.split() if any(key in row for row in rows)], rows, title=title)
     )
-    return TableLine(cells, kind_of(row), row)
 
 
-def _times(row: Row, speeds: Sequence[Row]) -> Row:
-    """TTFT and decode time of the speed row with the same method, ratio and number of passages."""
-    if "ttft_ms" in row:
-        return {}
-    same = ("method", "ratio_asked", "passages", "reader")
-    for speed in speeds:
-        if all(speed.get(key) == row.get(key) for key in same):
-            return {key: speed[key] for key in ("ttft_ms", "decode_ms_per_token") if key in speed}
-    return {}
+def rich_table(table: Table) -> RichTable:
+    """The table for the terminal."""
+    look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "title_justify": "left", "header_style": "bold", "pad_edge": False}
+    shown = RichTable(title=table.title or None, collapse_padding=True, **look)
+    for number, name in enumerate(table.columns):
+        shown.add_column(name, justify="right" if number else "left", no_wrap=number == 0, overflow="fold")
+    for cells, kind in zip(table.lines, table.kinds):
+        indent = "  " if kind == "beside" else ""
+        shown.add_row(indent + cells[0], *cells[1:], style=_STYLES.get(kind))
+    return shown
 
 
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    return EM_DASH if value is None else f"{value:{form}}{unit}"
+def render(template: str, **context: Any) -> str:
+    """A page from its template in `templates/`."""
+    return _TEMPLATES.get_template(template).render(**context)
 
 
-def _percent(value: float | None) -> float | None:
-    return None if value is None else 100 * value
+def columns(form: str, keys: Mapping[str, str], scale: float = 1.0) -> list[Column]:
+    """Columns of one format, from title to key."""
+    return [Column(title, key, form, scale) for title, key in keys.items()]
 
 
-def _milliseconds(value: float | None) -> str:
-    return _number(value, ".0f" if value is not None and value >= 100 else ".1f", " ms")
+def milliseconds(title: str, key: str, whole_from: float = 20) -> Column:
+    """A column of times, with one decimal below `whole_from` ms."""
+
+    def shown(row: Row) -> str | None:
+        value = row.get(key)
+        return None if value is None else f"{value:,.0f} ms" if value >= whole_from else f"{value:.1f} ms"
+
+    return Column(title, shown)
+
+
+def interval(row: Row, key: str, low: str, high: str, scale: float, form: str, unit: str = "") -> str | None:
+    """A value with its interval, as `60 % (51 to 70)`; None if the row does not have it."""
+    if key not in row:
+        return None
+    value, a, b = (format(scale * row[name], form) for name in (key, low, high))
+    return f"{value}{unit} ({a} to {b})"

@@ -1,15 +1,13 @@
 """The account of an answer: where every millisecond and byte goes, at context lengths given by numbers.
 
-Full text and compressed passages are read in the same run, in turns. Every prompt is the passages, one after the other,
-and `PROMPT_TOKENS` tokens of question and template. Slots come from a compressor, or are random values where there is none
-for the reader: what is read costs the same. Then `compress_ms` is a bare pass of the reader's own body over the passages'
-tokens and slots, without a head, which is what an encoder of the reader's size takes at least; the row says so.
+Every prompt is the passages, one after the other, and `PROMPT_TOKENS` tokens of question and template. Slots come from a
+compressor, or are random values: reading them costs the same. `compress_ms` of random slots is one bare pass of the
+reader's body over passages and slots, the least that an encoder of the reader's size takes (`compress_is` says so).
 """
 
 from __future__ import annotations
 
 import functools
-import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,14 +16,34 @@ from typing import Any
 
 import torch
 
-from ...compressors import CompressedPassage, Reader
-from ..costs.costs import DecoderShape
+from ...compressors import Reader
+from ..costs.costs import DecoderShape, Work
 from ..costs.roofline import Roofline
-from ..rows import Row, clean, provenance
-from .account_rows import Case, Taken, figures, key_of, names
-from .clock import Clock, answer_parts, peak_memory
-from .entrants import FULL, PROMPT_TOKENS, Entrant, bare_encoder, make_passages, make_tail, random_passage, slots_of
-from .timing import forgetful, load
+from ..rows import Row, clean, key_of, provenance
+from .clock import peak_memory
+from .entrants import FULL, PROMPT_TOKENS, RANDOM, Entrant, bare_encoder, make_passages, make_tail, random_slots
+from .timing import Job, Taken, check_repeats, figures, forgetful, load, run_jobs, save
+
+KEY = (
+    "test", "reader_shape", "reader", "device", "dtype", "context_asked", "passages", "batch", "method", "interface",
+    "ratio_asked", "decode_tokens", "threads",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """Passages of `context` tokens together, in prompts read `batch` at a time."""
+
+    context: int
+    passages: int
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.passages < 1 or self.batch < 1 or self.context < self.passages:
+            raise ValueError(
+                f"A case needs at least one passage, one prompt and a token for each passage; got {self.context} tokens in "
+                f"{self.passages} passages, {self.batch} at a time."
+            )
 
 
 @dataclass(frozen=True)
@@ -33,16 +51,13 @@ class Measurement:
     """How an account is taken.
 
     Attributes:
-        reader: who reads the full text and, as a rule, what is compressed.
-        shape: what operations and bytes are counted from.
-        roofline: the device's rates.
-        repeats: rounds that count, over all entrants; `warmup` rounds come before them.
-        decode_tokens: length of the answers.
-        random_weights: the reader's weights are random; the rows say so.
-        seed: of random slots.
-
-    Raises:
-        ValueError: for bad numbers.
+        reader: Reads the full text and whatever is not compressed for a tuned reader.
+        shape: What operations and bytes are counted from.
+        roofline: The device's rates.
+        repeats: Rounds that count; `warmup` rounds come before them.
+        decode_tokens: Length of the answers.
+        random_weights: Whether the reader's weights are random; rows say so.
+        seed: Seed of random slots.
     """
 
     reader: Reader
@@ -55,14 +70,10 @@ class Measurement:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.repeats < 1 or self.warmup < 0 or self.decode_tokens < 2:
-            raise ValueError(
-                "The account needs repeats >= 1, warmup >= 0, decode_tokens >= 2; got "
-                f"{self.repeats}, {self.warmup}, {self.decode_tokens}."
-            )
+        check_repeats(self.repeats, self.warmup, self.decode_tokens)
 
-    def about(self) -> Row:
-        """What all rows say."""
+    def about(self, entrant: Entrant, case: Case) -> Row:
+        """What a row is about, without figures."""
         return {
             "suite": "speed",
             "test": "account",
@@ -74,6 +85,15 @@ class Measurement:
             "matrix_tflops": self.roofline.flops / 1e12,
             "copy_gbps": self.roofline.bandwidth / 1e9,
             "roofline_source": None if self.roofline.source == "measured" else self.roofline.source,
+            "method": entrant.method,
+            "ratio_asked": entrant.ratio,
+            "interface": entrant.interface,
+            "context_asked": case.context,
+            "passages": case.passages,
+            "batch": case.batch,
+            "slots_are": "random values" if entrant.method == RANDOM else None,
+            "compressor_weights": None if entrant.trained else "random",
+            **provenance(self.reader, self.seed, entrant.compressor),
         }
 
 
@@ -86,103 +106,86 @@ def account(
     keep: Callable[[list[Row]], None] = lambda rows: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
-    """Measure every entrant, and the full text beside them, in every case.
+    """Measure every entrant, and the full text with them, in every case.
 
     Args:
-        have: rows that are there already; what they measured is not measured again. The full text always is, as ratios are
-            formed inside one run.
-        keep: called with the new rows of each case as soon as they are there.
-        say: told what is left out and why.
+        have: Rows that exist; what they measured is not measured again. The full text always is, as ratios are formed
+            within one run.
+        keep: Called with the new rows of each case.
+        say: Told what is left out and why.
 
     Raises:
-        ValueError: if the reader has no room for any of the cases.
+        ValueError: If no case fits into the reader.
     """
-    reader = how.reader
-    cases = list(cases)
-    limit = reader.max_positions
-    fitting = [c for c in cases if limit is None or c.context + c.passages + PROMPT_TOKENS + how.decode_tokens <= limit]
-    if not fitting:
-        raise ValueError(f"{reader.name!r} has {limit} positions, too few for any of the contexts asked for.")
-    for case in cases:
-        if case not in fitting:
-            say(f"{case.context} tokens are left out: {reader.name} has {limit} positions.")
-    done = {key_of(row) for row in have}
-    about = how.about()
+    reader, limit = how.reader, how.reader.max_positions
+    done = {key_of(row, KEY) for row in have}
     found: list[Row] = []
-    for case in fitting:
-        heads = {e: about | names(e, case) | provenance(reader, how.seed, e.compressor) for e in (FULL, *entrants)}
-        wanted = [e for e in (FULL, *entrants) if key_of(clean(heads[e])) not in done]
+    fitted = False
+    for case in cases:
+        if limit is not None and case.context + case.passages + PROMPT_TOKENS + how.decode_tokens > limit:
+            say(f"{case.context} tokens are left out: {reader.name} has {limit} positions.")
+            continue
+        fitted = True
+        heads = {entrant: how.about(entrant, case) for entrant in (FULL, *entrants)}
+        wanted = [entrant for entrant, head in heads.items() if key_of(clean(head), KEY) not in done]
         if not wanted:
             continue
         with tempfile.TemporaryDirectory(prefix="nutgraf-account-") as folder, forgetful(wanted):
-            timed = list(dict.fromkeys([FULL, *wanted]))
-            taken = _measure(how, timed, case, Path(folder), say)
+            taken = _measure(how, list(dict.fromkeys([FULL, *wanted])), case, Path(folder), say)
         if FULL not in taken:
             say(f"{case} is left out: without the full text there is nothing to compare with.")
             continue
-        rows = [
-            clean(heads[e] | figures(e, taken[e], taken[FULL], case, how.shape, how.roofline, how.decode_tokens))
-            for e in wanted
-            if e in taken
-        ]
+        rows = [clean(heads[e] | _figures(how, e, taken[e], taken[FULL], case)) for e in wanted if e in taken]
         keep(rows)
         found += rows
+    if not fitted:
+        raise ValueError(f"{reader.name!r} has {limit} positions, too few for any of the contexts asked for.")
     return found
-
-
-# -- measuring -------------------------------------------------------------------------------------------------------
 
 
 def _measure(
     how: Measurement, entrants: Sequence[Entrant], case: Case, folder: Path, say: Callable[[str], None]
 ) -> dict[Entrant, Taken]:
-    """Times of each entrant that the device has room for, taken in turns."""
-    reader, repeats, warmup = how.reader, how.repeats, how.warmup
-    texts = make_passages(reader, case.passages, case.context // case.passages)
-    tail = make_tail(reader)
-    taken: dict[Entrant, Taken] = {}
-    asks: dict[Entrant, Callable[[], list[Any]]] = {}
-    packs: dict[Entrant, Callable[[], Any]] = {}
+    """Measurements of each entrant that the device has memory for."""
+    reader = how.reader
+    texts, tail = make_passages(reader, case.passages, case.context // case.passages), make_tail(reader)
+    jobs: dict[Entrant, Job] = {}
+
+    def drop(entrant: Entrant) -> None:
+        jobs.pop(entrant, None)
+        say(f"{entrant.method} {entrant.ratio or ''} at {case} is left out: the device has no memory for it.")
+
     for number, entrant in enumerate(entrants):
+        own = entrant.reads(reader)
         try:
             made = _compressed(reader, entrant, texts, how.seed)
-            files = _save(made, folder / str(number)) if entrant is not FULL else []
-            asks[entrant] = functools.partial(_prompts, entrant.reads(reader), texts, files, tail, case.batch)
-            packs[entrant] = _compress_call(reader, entrant, texts, made)
-            taken[entrant] = _sizes(entrant.reads(reader), made, [*made, tail])
+            files = save(made, folder / str(number)) if entrant is not FULL else None
+            prompts = functools.partial(_prompts, own, texts, files, tail, case.batch)
+            jobs[entrant] = Job(own, prompts, Taken(), _compress_call(reader, entrant, texts, made))
+            jobs[entrant].taken.measure(own, [made], [[*made, tail]])
         except torch.OutOfMemoryError:
-            say(f"{entrant.method} {entrant.ratio or ''} at {case} is left out: the device has no memory for it.")
-    for turn in range(warmup + repeats):
-        for entrant in list(taken):
-            try:
-                clock, own = Clock(reader.device), entrant.reads(reader)
-                parts = answer_parts(own, asks[entrant], how.decode_tokens)
-                spent = clock(packs[entrant])[0] if entrant is not FULL and turn < warmup + min(repeats, 3) else None
-            except torch.OutOfMemoryError:
-                del taken[entrant]
-                say(f"{entrant.method} {entrant.ratio or ''} at {case} is left out: the device has no memory for it.")
-                continue
-            if turn >= warmup:
-                taken[entrant].parts.append(parts)
-                taken[entrant].compress += [spent] if spent is not None else []
-    for entrant, its in taken.items():
-        own = entrant.reads(reader)
-        its.peak = peak_memory(own.device, functools.partial(_once, own, asks[entrant]))
-    return taken
+            drop(entrant)
+    run_jobs(
+        list(jobs.values()),
+        repeats=how.repeats,
+        warmup=how.warmup,
+        decode_tokens=how.decode_tokens,
+        compressions=min(how.repeats, 3),
+        out_of_memory=lambda job: drop(next(entrant for entrant, other in jobs.items() if other is job)),
+    )
+    for job in jobs.values():
+        job.taken.peak = peak_memory(job.reader.device, functools.partial(_once, job))
+    return {entrant: job.taken for entrant, job in jobs.items()}
 
 
-def _once(reader: Reader, ask: Callable[[], list[Any]]) -> None:
-    reader.generate(ask(), 1, min_new_tokens=1)
+def _once(job: Job) -> None:
+    job.reader.generate(job.prompts(), 1, min_new_tokens=1)
 
 
-def _prompts(reader: Reader, texts: list[str], files: list[Path], tail: str, batch: int) -> list[Any]:
-    """A batch of prompts, each with the same passages in another order, so that all are of one length."""
-    out = []
-    for k in range(batch):
-        pieces: list[Any] = list(load(files, reader)) if files else list(texts)
-        turn = k % len(pieces)
-        out.append([*pieces[turn:], *pieces[:turn], tail])
-    return out
+def _prompts(reader: Reader, texts: list[str], files: list[Path] | None, tail: str, batch: int) -> list[Any]:
+    """A batch of prompts of one length: the same passages, rotated."""
+    loaded = [load(files, reader, texts) for _ in range(batch)]
+    return [[*own[k % len(own) :], *own[: k % len(own)], tail] for k, own in enumerate(loaded)]
 
 
 def _compressed(reader: Reader, entrant: Entrant, texts: list[str], seed: int) -> list[Any]:
@@ -190,34 +193,41 @@ def _compressed(reader: Reader, entrant: Entrant, texts: list[str], seed: int) -
         return list(texts)
     if entrant.compressor is not None:
         return list(entrant.compressor.compress(texts, ratio=entrant.ratio))
-    generator = torch.Generator(device=reader.device).manual_seed(seed)
-    lengths = [len(ids) for ids in reader.tokenize_batch(texts)]
-    return [random_passage(reader, n, slots_of(n, entrant.ratio), entrant.interface, generator) for n in lengths]
+    return random_slots(reader, texts, entrant.ratio, entrant.interface, seed)
 
 
-def _save(made: Sequence[CompressedPassage], folder: Path) -> list[Path]:
-    files = [folder / f"{n}.safetensors" for n in range(len(made))]
-    for passage, file in zip(made, files):
-        passage.save(file)
-    return files
-
-
-def _compress_call(reader: Reader, entrant: Entrant, texts: list[str], made: list[Any]) -> Callable[[], Any]:
+def _compress_call(reader: Reader, entrant: Entrant, texts: list[str], made: list[Any]) -> Callable[[], Any] | None:
+    if entrant is FULL:
+        return None
     if entrant.compressor is not None:
         return functools.partial(entrant.compressor.compress, texts, ratio=entrant.ratio)
-    if entrant is FULL:
-        return lambda: None
     return functools.partial(bare_encoder, reader, texts, made[0].slots, entrant.interface == "kv")
 
 
-def _sizes(reader: Reader, made: list[Any], prompt: list[Any]) -> Taken:
-    soft = [p for p in made if isinstance(p, CompressedPassage)]
-    plain = [p for p in made if isinstance(p, str)]
-    slots = sum(p.slots for p in soft) + sum(map(len, reader.tokenize_batch(plain)))
-    nbytes = [p.nbytes for p in soft] + [len(p.encode()) for p in plain]
-    return Taken(
-        slots=slots,
-        kv_slots=sum(p.slots for p in soft if p.interface == "kv"),
-        prompt=reader.length(prompt),
-        nbytes=statistics.mean(nbytes),
-    )
+def _figures(how: Measurement, entrant: Entrant, taken: Taken, full: Taken, case: Case) -> Row:
+    """The figures of a row, with the least work of prefill, decoding and compression."""
+    shape, roofline, dtype, answer = how.shape, how.roofline, how.roofline.dtype, how.decode_tokens
+    prompt, kv_slots = int(taken.prompt), int(taken.kv_slots)
+    prefill = shape.forward(prompt - kv_slots, kv_slots, batch=case.batch, dtype=dtype)
+    steps = [shape.forward(1, prompt + t, batch=case.batch, dtype=dtype) for t in range(answer - 1)]
+    step = sum(steps, Work()) * (1 / len(steps))
+    floor, decode_floor = 1000 * roofline.seconds(prefill), 1000 * roofline.seconds(step)
+    row = figures(entrant, taken, full, case.batch, answer)
+    row |= {
+        "prompt_tokens": taken.prompt - taken.slots,
+        "slots": None if entrant is FULL else taken.slots,
+        "roofline_ms": floor,
+        "roofline_share": floor / row["ttft_ms"],
+        "decode_roofline_ms": decode_floor,
+        "decode_roofline_share": decode_floor / row["decode_ms_per_token"],
+        "flops": prefill.flops,
+        "decode_flops": step.flops,
+        "answer_tokens_per_s": answer * row["requests_per_s"],
+        "context_tokens_per_s": 1000 * case.batch * full.slots / row["ttft_ms"],
+    }
+    if entrant.method == RANDOM:
+        run = -(-int(full.slots + taken.slots) // case.passages)
+        bare = shape.forward(run, batch=case.passages, logits=0, dtype=dtype)
+        row |= {"compress_is": "bare encoder forward", "compress_flops": bare.flops}
+        row["compress_roofline_ms"] = 1000 * roofline.seconds(bare)
+    return row

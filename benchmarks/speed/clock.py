@@ -1,6 +1,6 @@
-"""The stopwatch: where the time of one answer goes, and how much memory it takes.
+"""Stopwatch: where the time of one answer goes, and how much memory it takes.
 
-The device is waited for at every mark, so that asynchronous work is booked where it was asked for.
+Every mark waits for the device, so that asynchronous work counts where it was started.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..costs.roofline import synchronise
 
 @dataclass(frozen=True)
 class Parts:
-    """Milliseconds of one batch of requests: `ttft` = `load` + `plan` + `prefill`, and `decode` for each later token."""
+    """Milliseconds of one batch of requests: `ttft` = `load` + `plan` + `prefill`; `decode` for each later token."""
 
     load: float
     plan: float
@@ -30,24 +30,21 @@ class Parts:
 
 
 def answer_parts(reader: Reader, prompts: Callable[[], list[Any]], tokens: int) -> Parts:
-    """Answer a batch once and say where the time went.
+    """Answer a batch once and time its parts.
 
     Args:
-        prompts: makes the prompts, loading or compressing what stands in them; its time is `load`.
-        tokens: how many tokens are decoded, whatever they are; with 1 there is no `decode` (0).
+        prompts: Makes the prompts; what it loads or compresses counts as `load`.
+        tokens: Tokens to decode, whatever they are; with 1, `decode` is 0.
     """
     device = reader.device
     first = _FirstToken(device)
-    synchronise(device)
-    start = time.perf_counter()
+    start = now(device)
     asked = prompts()
-    synchronise(device)
-    loaded = time.perf_counter()
+    loaded = now(device)
     plans = reader.plan(asked)
     planned = time.perf_counter()
     reader.generate(plans, tokens, min_new_tokens=tokens, stopping_criteria=StoppingCriteriaList([first]))
-    synchronise(device)
-    end = time.perf_counter()
+    end = now(device)
     if first.seen is None:
         raise RuntimeError(f"{reader.name!r} generated no token, so there is no time to the first one.")
     later = (end - first.seen) / (tokens - 1) if tokens > 1 else 0.0
@@ -56,7 +53,7 @@ def answer_parts(reader: Reader, prompts: Callable[[], list[Any]], tokens: int) 
 
 
 class _FirstToken(StoppingCriteria):
-    """Notes when the first token is there; stops nothing."""
+    """Note when the first token is there; stop nothing."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -65,16 +62,28 @@ class _FirstToken(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         if self.never is None:
-            synchronise(self.device)
-            self.seen = time.perf_counter()
+            self.seen = now(self.device)
             self.never = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         return self.never
 
 
-def peak_memory(device: torch.device, run: Callable[[], Any]) -> int | None:
-    """Most memory in use while something runs: of the device on CUDA, of the whole process on the CPU under Linux.
+def timed(device: torch.device, run: Callable[[], Any]) -> float:
+    """Milliseconds of a call, waiting for the device before and after it."""
+    start = now(device)
+    run()
+    return 1000 * (now(device) - start)
 
-    Weights and whatever else is in memory are part of it. None where it cannot be told.
+
+def now(device: torch.device) -> float:
+    """Seconds, after waiting for the device."""
+    synchronise(device)
+    return time.perf_counter()
+
+
+def peak_memory(device: torch.device, run: Callable[[], Any]) -> int | None:
+    """Peak memory in bytes while `run` runs, weights included: of the device on CUDA, of the process on the CPU (Linux).
+
+    None where it cannot be measured.
     """
     if not reset_peak(device):
         return None
@@ -83,7 +92,7 @@ def peak_memory(device: torch.device, run: Callable[[], Any]) -> int | None:
 
 
 def reset_peak(device: torch.device) -> bool:
-    """Set the high-water mark of memory back to what is in use now; False where it cannot be told."""
+    """Reset the peak to what is in use now; False where it cannot be measured."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -95,24 +104,10 @@ def reset_peak(device: torch.device) -> bool:
 
 
 def read_peak(device: torch.device) -> int | None:
-    """The high-water mark in bytes; see `peak_memory`."""
+    """The peak in bytes; see `peak_memory`."""
     synchronise(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status").read_text()
     found = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
     return 1024 * int(found[0]) if found else None
-
-
-class Clock:
-    """Milliseconds of a call, waiting for the device before and after, and what the call returned."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def __call__(self, run: Callable[[], Any]) -> tuple[float, Any]:
-        synchronise(self.device)
-        start = time.perf_counter()
-        result = run()
-        synchronise(self.device)
-        return (time.perf_counter() - start) * 1000, result

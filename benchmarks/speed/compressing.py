@@ -1,29 +1,28 @@
-"""How fast passages are compressed, beside a bare forward pass of the encoder's layers over the same tokens and slots.
+"""Compression throughput next to a bare forward pass of the encoder's layers over the same tokens and slots.
 
-Passages are of mixed lengths, as an index holds them. `compress_ms` is `compressor.compress` as a user calls it: tokenising,
-batching, the encoder, the projector, the checks. `bare_ms` is the encoder's layers, LoRA included, over as many sequences of
-the same total length without padding or mask, at the fastest of several batch sizes; `plain_ms` the same without LoRA.
-`bare_share` is bare / compress: the part of the encoder's own throughput that is left.
+`compress_ms` is `compressor.compress` on passages of mixed lengths, as a user calls it. `bare_ms` is the encoder's layers,
+LoRA included, over sequences of the same total length without padding or mask, at the fastest of several batch sizes;
+`plain_ms` the same with the reader's layers, without LoRA. `bare_share` is bare / compress.
 """
 
 from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...compressors import Reader
-from ...compressors.soft.xrag import XRAGCompressor
+from ...compressors.core.batching import watch_lengths
 from ..rows import Row, clean, provenance
-from .bare import encoded_lengths, encoder_body, rectangles, run_body
-from .clock import Clock
+from .clock import timed
 from .entrants import Entrant
 from .timing import forgetful
 
-BUDGETS = (1024, 4096, 16384)  # positions of one bare pass; the fastest counts
+BUDGETS = (1024, 4096, 16384)  # positions per bare pass; the fastest counts
 
 
 def compress_rows(
@@ -35,11 +34,7 @@ def compress_rows(
     warmup: int = 1,
     seed: int = 0,
 ) -> list[Row]:
-    """A row for each compressor that has an encoder; the others are left out.
-
-    Raises:
-        ValueError: if there are no texts, or repeats are fewer than 1.
-    """
+    """A row for each compressor with an encoder. Raises ValueError without texts or repeats."""
     if not texts or repeats < 1 or warmup < 0:
         raise ValueError(
             f"Compressing is timed over at least one text and repeat; got {len(texts)} texts, {repeats} repeats."
@@ -48,12 +43,18 @@ def compress_rows(
     rows = []
     with forgetful(entrants):
         for entrant in entrants:
-            if (found := _passes(reader, entrant, texts)) is None:
+            compressor: Any = entrant.compressor
+            body = None if compressor is None else compressor.encoder_body()
+            if body is None:
                 continue
-            lengths, bare, plain = found
-            compress = functools.partial(entrant.compressor.compress, list(texts), ratio=entrant.ratio)  # type: ignore[union-attr]
+            own = reader.model.get_decoder()
+            tuned = body is not own and type(body) is type(own)
+            lengths = encoded_lengths(compressor, texts, entrant.ratio)
+            compress = functools.partial(compressor.compress, list(texts), ratio=entrant.ratio)
+            bare = [functools.partial(_run, body, lengths, budget) for budget in BUDGETS]
+            plain = [functools.partial(_run, own, lengths, budget) for budget in BUDGETS if tuned]
             spent = _times([compress, *bare, *plain], reader, repeats, warmup)
-            fastest, fastest_plain = min(spent[1 : 1 + len(bare)]), min(spent[1 + len(bare) :], default=None)
+            fastest = min(spent[1 : 1 + len(bare)])
             row = {
                 "suite": "speed",
                 "test": "compress",
@@ -68,65 +69,48 @@ def compress_rows(
                 "n": repeats,
                 "compress_ms": spent[0],
                 "bare_ms": fastest,
-                "plain_ms": fastest_plain,
+                "plain_ms": min(spent[1 + len(bare) :], default=None),
                 "bare_share": fastest / spent[0],
                 "tokens_per_s": 1000 * tokens / spent[0],
             }
-            rows.append(clean(row | provenance(reader, seed, entrant.compressor)))
+            rows.append(clean(row | provenance(reader, seed, compressor)))
     return rows
 
 
 def _times(calls: Sequence[Callable[[], Any]], reader: Reader, repeats: int, warmup: int) -> list[float]:
-    """Medians in milliseconds, all calls taking turns."""
-    clock = Clock(reader.device)
-    taken: list[list[float]] = [[] for _ in calls]
+    """Medians in milliseconds, all calls in turns."""
     with torch.no_grad():
-        for turn in range(warmup + repeats):
-            for call, times in zip(calls, taken):
-                spent = clock(call)[0]
-                times += [spent] if turn >= warmup else []
-    return [statistics.median(times) for times in taken]
+        rounds = [[timed(reader.device, call) for call in calls] for _ in range(warmup + repeats)]
+    return [statistics.median(times) for times in zip(*rounds[warmup:])]
 
 
-def _passes(
-    reader: Reader, entrant: Entrant, texts: Sequence[str]
-) -> tuple[list[int], list[Callable[[], None]], list[Callable[[], None]]] | None:
-    """What the encoder reads, and bare passes over as much: of its own layers, and of the reader's where it is tuned."""
-    compressor: Any = entrant.compressor
-    if isinstance(compressor, XRAGCompressor):
-        return _embedder_passes(compressor, texts)
-    body = None if compressor is None else encoder_body(compressor)
-    if body is None:
-        return None
-    lengths = encoded_lengths(compressor, texts, entrant.ratio)
-    bodies = [body] if _same_tree(body, reader) else [body, reader.model.get_decoder()]
-    made: list[list[Callable[[], None]]] = [
-        [functools.partial(_run, each, lengths, reader, budget) for budget in BUDGETS] for each in bodies
-    ]
-    return lengths, made[0], made[1] if len(made) > 1 else []
-
-
-def _same_tree(body: Any, reader: Reader) -> bool:
-    """Whether the encoder is no tuned form of the reader, so that the reader's own layers say nothing about it."""
-    return body is reader.model.get_decoder() or type(body) is not type(reader.model.get_decoder())
-
-
-def _run(body: Any, lengths: list[int], reader: Reader, budget: int) -> None:
-    width = body.get_input_embeddings().weight.shape[1]
-    for embeds in rectangles(lengths, width, budget, reader.model.get_input_embeddings().weight):
+def _run(body: Any, lengths: list[int], budget: int) -> None:
+    table = body.get_input_embeddings().weight
+    for embeds in rectangles(lengths, table.shape[1], budget, table):
         run_body(body, embeds)
 
 
-def _embedder_passes(
-    compressor: XRAGCompressor, texts: Sequence[str]
-) -> tuple[list[int], list[Callable[[], None]], list[Callable[[], None]]]:
-    body: Any = compressor.embedder.model[0].auto_model
-    lengths = encoded_lengths(compressor, texts)
+# -- bare passes: a rectangle without padding or mask, of as many sequences of the mean length
+
+
+@torch.no_grad()
+def encoded_lengths(compressor: Any, texts: Sequence[str], ratio: float | None = None) -> list[int]:
+    """Tokens and slots of every sequence that the encoder reads for some passages."""
+    with watch_lengths() as lengths:
+        compressor.encode(list(texts), None, ratio)
+    return lengths
+
+
+def rectangles(lengths: Sequence[int], width: int, budget: int, like: Tensor) -> Iterator[Tensor]:
+    """Random embeddings `[n, mean length, width]` for sequences of these lengths, at most `budget` positions per pass."""
+    if not lengths:
+        return
     mean = -(-sum(lengths) // len(lengths))
-    ids = torch.full((len(lengths), mean), 5, device=body.device)
+    step = max(1, budget // mean)
+    for first in range(0, len(lengths), step):
+        yield torch.randn(min(step, len(lengths) - first), mean, width, device=like.device, dtype=like.dtype)
 
-    def run(budget: int) -> None:
-        for part in ids.split(max(1, budget // mean)):
-            body(input_ids=part)
 
-    return lengths, [functools.partial(run, budget) for budget in BUDGETS], []
+def run_body(body: Any, embeds: Tensor) -> Tensor:
+    """Last hidden states `[n, time, hidden]`."""
+    return body(inputs_embeds=embeds, use_cache=False).last_hidden_state

@@ -1,4 +1,4 @@
-"""What the account reads: the ways to hand passages over, and passages, questions and slots of a wanted size."""
+"""What is timed: ways to hand passages to the reader, and passages, questions and slots of a given size."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from ...compressors import COMPRESSORS, CompressedPassage, Compressor, Reader, m
 from ...compressors.kv.encode import kv_shapes
 from ..costs.roofline import synchronise
 from ..loading import SAMPLE_ARTICLES, CompressorSpec, find_compressor
+from ..methods import Compressed
 
 PROMPT_TOKENS = 64
-ENCODER_POSITIONS = 16384  # of one pass of the bare encoder
+ENCODER_POSITIONS = 16384  # per pass of the bare encoder
 RANDOM = "random-slots"
 
 
@@ -23,11 +24,11 @@ class Entrant:
     """One way to hand passages to the reader.
 
     Attributes:
-        method: `full`, `random-slots`, or what the rows call the compressor.
-        ratio: compression ratio; None for the full text, or for the compressor's own.
-        compressor: what compresses; None for the full text and for random slots.
+        method: `full`, `random-slots`, or the compressor's name in the rows.
+        ratio: Compression ratio; None for the full text, or for the compressor's own.
+        compressor: None for the full text and for random slots.
         interface: `text`, `embeds` or `kv`.
-        trained: False for a compressor whose weights are random, too.
+        trained: False for a compressor with random weights.
     """
 
     method: str
@@ -36,8 +37,13 @@ class Entrant:
     interface: str = "text"
     trained: bool = True
 
+    @classmethod
+    def of(cls, line: Compressed) -> Entrant:
+        """A line of the quality suite."""
+        return cls(line.name, line.ratio, line.compressor, line.compressor.interface)
+
     def reads(self, reader: Reader) -> Reader:
-        """Who reads: `reader`, or the one that was tuned together with the compressor."""
+        """`reader`, or the reader that was tuned together with the compressor."""
         return reader if self.compressor is None else self.compressor.reader
 
 
@@ -53,17 +59,15 @@ def find_entrants(
     untrained: bool,
     spec_ratios: Sequence[float] = (),
 ) -> list[Entrant]:
-    """Compressors that the command line names, and random slots at the ratios given.
+    """Random slots at `ratios` and `interfaces` (`embeds`, `kv`), then the compressors named by `specs`.
 
     Args:
-        specs: `NAME` or `NAME@RATIO,RATIO`, as `nutgraf bench quality` takes them.
-        ratios: of random slots.
-        interfaces: of random slots: `embeds`, `kv`.
-        spec_ratios: of compressors that name none.
-        untrained: names are methods, of which compressors with random weights are made for the reader.
+        specs: `NAME` or `NAME@RATIO,RATIO`.
+        spec_ratios: Ratios of compressors that name none.
+        untrained: Names are methods; their compressors get random weights.
 
     Raises:
-        ValueError: for a bad name, ratio or interface.
+        ValueError: For a bad name, ratio or interface.
     """
     if any(not (math.isfinite(ratio) and ratio >= 1) for ratio in ratios):
         raise ValueError(f"Ratios of random slots must be numbers of at least 1, got {list(ratios)}.")
@@ -78,17 +82,15 @@ def find_entrants(
                 f"methods are {', '.join(sorted(COMPRESSORS))}."
             )
         made = make_compressor(spec.name, reader).eval() if untrained else find_compressor(spec.name, reader)
-        method = made.config.method
-        found += [Entrant(method, ratio, made, made.interface, not untrained) for ratio in spec.ratios]
+        found += [Entrant(made.config.method, r, made, made.interface, not untrained) for r in spec.ratios]
     return found
 
 
 @torch.no_grad()
 def bare_encoder(reader: Reader, texts: list[str], slots: int, keep: bool = False) -> None:
-    """One pass of the reader's body over passages of like length and so many slots behind each; no head, no LoRA.
+    """One pass of the reader's body over passages of similar length and `slots` after each; no head, no LoRA.
 
-    Args:
-        keep: keep keys and values, as a compressor to KV does.
+    `keep`: keep keys and values, as a KV compressor does.
     """
     ids = reader.tokenize_batch(texts)
     longest = max(map(len, ids))
@@ -100,7 +102,7 @@ def bare_encoder(reader: Reader, texts: list[str], slots: int, keep: bool = Fals
 
 
 def make_passages(reader: Reader, count: int, tokens: int) -> list[str]:
-    """So many different passages of the shipped articles, each of about so many of the reader's tokens."""
+    """`count` different passages of the shipped articles, each of about `tokens` of the reader's tokens."""
     articles = SAMPLE_ARTICLES.read_text(encoding="utf-8") + "\n"
     size = 0
     offsets: list[tuple[int, int]] = []
@@ -112,7 +114,7 @@ def make_passages(reader: Reader, count: int, tokens: int) -> list[str]:
 
 
 def make_tail(reader: Reader, tokens: int = PROMPT_TOKENS) -> str:
-    """The end of a prompt: question and template in as many tokens as are left beside BOS, or one fewer."""
+    """The end of a prompt: question and template in `tokens` tokens with BOS, or one fewer."""
     end = "\nAnswer:"
     text = "\n\nQuestion: " + " ".join(SAMPLE_ARTICLES.read_text(encoding="utf-8")[:4000].split())
     offsets = reader.tokenize_with_offsets(text)[1]
@@ -131,30 +133,28 @@ def slots_of(tokens: int, ratio: float | None) -> int:
 def random_passage(
     reader: Reader, tokens: int, slots: int, interface: str, generator: torch.Generator
 ) -> CompressedPassage:
-    """A compressed passage of random values of a plausible size.
-
-    Raises ValueError for another interface than embeds and kv.
-    """
+    """A compressed passage of random values, of the reader's scale for `embeds`. Raises ValueError for `text`."""
 
     def draw(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator, device=reader.device).to(reader.dtype)
 
-    info = {"method": RANDOM}
+    made: dict[str, object]
     if interface == "embeds":
-        embeds = draw(slots, reader.width) * (reader.embedding_norm / reader.width**0.5)
-        return CompressedPassage("embeds", tokens, RANDOM, reader.fingerprint, embeds=embeds, info=info)
-    if interface != "kv":
+        made = {"embeds": draw(slots, reader.width) * (reader.embedding_norm / reader.width**0.5)}
+    elif interface == "kv":
+        shapes = kv_shapes(reader)
+        keys = tuple(draw(heads, slots, width) for heads, width, _ in shapes)
+        values = tuple(draw(heads, slots, width) for heads, _, width in shapes)
+        made = {"keys": keys, "values": values, "positions": torch.arange(slots)}
+    else:
         raise ValueError(f"Random slots are embeds or kv, got {interface!r}.")
-    shapes = kv_shapes(reader)
-    keys = tuple(draw(heads, slots, width) for heads, width, _ in shapes)
-    values = tuple(draw(heads, slots, width) for heads, _, width in shapes)
-    return CompressedPassage(
-        "kv",
-        tokens,
-        RANDOM,
-        reader.fingerprint,
-        keys=keys,
-        values=values,
-        positions=torch.arange(slots),
-        info=info,
-    )
+    return CompressedPassage(interface, tokens, RANDOM, reader.fingerprint, info={"method": RANDOM}, **made)  # type: ignore[arg-type]
+
+
+def random_slots(
+    reader: Reader, texts: list[str], ratio: float | None, interface: str, seed: int = 0
+) -> list[CompressedPassage]:
+    """A random passage for each text, at a ratio."""
+    generator = torch.Generator(device=reader.device).manual_seed(seed)
+    lengths = [len(ids) for ids in reader.tokenize_batch(texts)]
+    return [random_passage(reader, n, slots_of(n, ratio), interface, generator) for n in lengths]

@@ -1,20 +1,18 @@
-"""How fast stored passages are read: slabs beside the table against slots in the table, beside a plain copy of memory.
+"""How fast stored passages are read: `python -m nutgraf.benchmarks.speed.store --out benchmarks/results/store.jsonl`.
 
-Run it as ``python -m nutgraf.benchmarks.speed.store --out benchmarks/results/store.jsonl``. Every method reads the same batches
-of passages, drawn anew for each repeat; methods take turns, and the fastest repeat counts, which other work on the machine
-disturbed least. Reading ends with the slots of all passages copied into one tensor, as a prompt needs them, so that the
-pages of a mapped file are really touched. ``first`` rows read from a store that was just opened (files are in the page
-cache); the others are warm. ``copy_gbps`` is the same copy from tensors in memory, and ``share`` is the part of its rate
-that reading keeps. With ``--reader reader-small`` rows are of state ``answer``: what reading the passages of one prompt adds to
-the time to the first token from passages that are in memory.
+Slabs next to the table, slots within the table, and memory, next to a plain copy. All stores read the same batches, drawn
+for each repeat, in turns; the fastest repeat counts. Reading ends with the slots of all passages in one tensor, so that the
+pages of a mapped file are really touched. `first` rows read from a store that was just opened (files in the page cache),
+the others are `warm`. With `--reader` rows have the state `answer`: what reading adds to the time to first token of a prompt.
 """
 
 from __future__ import annotations
 
-import shutil
+import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,11 +20,13 @@ import torch
 import typer
 
 from ...adapters.store import Entry, LanceStore, MemoryStore, PassageKey, PassageStore
-from ...compressors import CompressedPassage
+from ...compressors import CompressedPassage, Reader
 from ..loading import find_reader
-from ..rows import append_rows, command, commit, device_name
-from .store_answers import first_token_rows
+from ..rows import Row, append_rows, command, commit, device_name
+from .clock import timed
+from .entrants import make_passages, make_tail, random_slots
 
+CPU = torch.device("cpu")
 STORES: dict[str, Callable[[Path], PassageStore]] = {
     "memory": lambda folder: MemoryStore(),
     "slabs": lambda folder: LanceStore(folder, layout="slabs"),
@@ -37,7 +37,7 @@ STORES: dict[str, Callable[[Path], PassageStore]] = {
 
 
 def entries(number: int, slots: int, width: int) -> list[Entry]:
-    """Made-up passages of float16 embeddings."""
+    """Random passages of float16 embeddings."""
     out = []
     for i in range(number):
         embeds = torch.randn(slots, width, generator=torch.Generator().manual_seed(i)).to(torch.float16)
@@ -52,8 +52,8 @@ def read(store: PassageStore, keys: Sequence[PassageKey]) -> torch.Tensor:
     return torch.cat([passage.embeds for passage in store.get_many(keys) if passage is not None])  # type: ignore[misc]
 
 
-def measure(number: int, batch: int, slots: int, width: int, repeats: int, folder: Path) -> list[dict[str, Any]]:
-    """Milliseconds and gigabytes a second of each store, warm and just opened, beside a copy in memory."""
+def store_rows(number: int, batch: int, slots: int, width: int, repeats: int, folder: Path) -> list[Row]:
+    """Milliseconds and GB/s of each store, warm and just opened, next to a copy in memory."""
     made = entries(number, slots, width)
     keys = [entry.key for entry in made]
     stores = {name: make(folder / name) for name, make in STORES.items()}
@@ -63,40 +63,100 @@ def measure(number: int, batch: int, slots: int, width: int, repeats: int, folde
         for first in range(0, number, 64):
             store.put_many(made[first : first + 64])
         write[name] = time.perf_counter() - start
-    copied: list[float] = []
-    warm: dict[str, list[float]] = {name: [] for name in stores}
-    cold: dict[str, list[float]] = {name: [] for name in stores if name != "memory"}
-    for store in stores.values():
         read(store, keys)
+    copied: list[float] = []
+    taken: dict[str, dict[str, list[float]]] = {
+        "warm": {name: [] for name in stores},
+        "first": {name: [] for name in stores if name != "memory"},
+    }
     for _ in range(repeats):
-        drawn = [keys[i] for i in torch.randperm(number)[:batch].tolist()]
-        tensors = [made[keys.index(key)].passage.embeds for key in drawn]
-        copied.append(_time(lambda tensors=tensors: torch.cat(tensors)))  # type: ignore[misc]
+        places = torch.randperm(number)[:batch].tolist()
+        drawn = [keys[i] for i in places]
+        copied.append(timed(CPU, partial(torch.cat, [made[i].passage.embeds for i in places])))
         for name, store in stores.items():
-            warm[name].append(_time(lambda store=store, drawn=drawn: read(store, drawn)))  # type: ignore[misc]
-        for name in cold:
+            taken["warm"][name].append(timed(CPU, partial(read, store, drawn)))
+        for name, times in taken["first"].items():
             opened = LanceStore(folder / name)
-            cold[name].append(_time(lambda opened=opened, drawn=drawn: read(opened, drawn)))  # type: ignore[misc]
+            times.append(timed(CPU, partial(read, opened, drawn)))
             opened.close()
-    size = batch * slots * width * 2  # of the slots as they are read, in float16
-    rate = size / min(copied) / 1e9
-    rows = []
-    for state, times in (("warm", warm), ("first", cold)):
-        for name, taken in times.items():
-            seconds = min(taken)
-            rows.append(
-                {
-                    "method": name,
-                    "state": state,
-                    "read_ms": seconds * 1e3,
-                    "read_gbps": size / seconds / 1e9,
-                    "copy_gbps": rate,
-                    "share": size / seconds / 1e9 / rate,
-                    "write_passages_per_s": number / write[name],
-                    "bytes_per_passage": stores[name].stats.nbytes / number,
-                }
-            )
-    return rows
+    size = batch * slots * width * 2  # as they are read, in float16
+    rate = size / min(copied) / 1e6
+    return [
+        {
+            "method": name,
+            "state": state,
+            "read_ms": min(times),
+            "read_gbps": size / min(times) / 1e6,
+            "copy_gbps": rate,
+            "share": size / min(times) / 1e6 / rate,
+            "write_passages_per_s": number / write[name],
+            "bytes_per_passage": stores[name].stats.nbytes / number,
+        }
+        for state, all_times in taken.items()
+        for name, times in all_times.items()
+    ]
+
+
+def answer_rows(
+    reader: Reader,
+    stores: Mapping[str, Callable[[Path], PassageStore]],
+    passages: int,
+    passage_tokens: int,
+    ratio: float,
+    repeats: int,
+    folder: Path,
+) -> list[Row]:
+    """What warm reads from each store add to the time to first token; medians of turns.
+
+    Passages have slots of random values in the reader's dtype. `ttft_memory_ms` is the first token of a prompt with its
+    passages in memory, `read_ms` is reading them onto the reader's device, `copy_gbps` a plain copy of the same slots.
+
+    Raises:
+        ValueError: If the prompt does not fit into the reader.
+    """
+    texts, tail = make_passages(reader, passages, passage_tokens), make_tail(reader)
+    made = random_slots(reader, texts, ratio, "embeds")
+    keys = [PassageKey.of(text, compressor=p.compressor, reader=p.reader) for text, p in zip(texts, made)]
+    opened = {name: make(folder / name) for name, make in stores.items()}
+    for store in opened.values():
+        store.put_many([Entry(key, p, text) for key, p, text in zip(keys, made, texts)])
+    tensors = [p.embeds for p in made if p.embeds is not None]
+    nbytes = sum(t.numel() * t.element_size() for t in tensors)
+    calls: dict[str, Callable[[], Any]] = {
+        "answer": lambda: reader.generate([[*made, tail]], 1, min_new_tokens=1),
+        "copy": lambda: torch.cat(tensors),
+        **{name: partial(_read_onto, store, keys, reader) for name, store in opened.items()},
+    }
+    rounds = [{name: timed(reader.device, call) for name, call in calls.items()} for _ in range(repeats + 2)][2:]
+    whole = statistics.median(times["answer"] for times in rounds)
+    rate = nbytes / min(times["copy"] for times in rounds) / 1e6
+    return [
+        {
+            "method": name,
+            "state": "answer",
+            "reader_shape": reader.name,
+            "slots": sum(len(t) for t in tensors) / passages,
+            "ratio_asked": ratio,
+            "context_tokens": sum(p.source_tokens for p in made),
+            "n": repeats,
+            "read_ms": (spent := statistics.median(times[name] for times in rounds)),
+            "ttft_memory_ms": whole,
+            "read_share_of_ttft": spent / whole,
+            "read_gbps": nbytes / spent / 1e6,
+            "copy_gbps": rate,
+            "share": nbytes / spent / 1e6 / rate,
+            "bytes_per_passage": store.stats.nbytes / passages,
+            "threads": torch.get_num_threads(),
+        }
+        for name, store in opened.items()
+    ]
+
+
+def _read_onto(store: PassageStore, keys: list[PassageKey], reader: Reader) -> list[Any]:
+    found = store.get_many(keys)
+    if any(p is None for p in found):
+        raise RuntimeError("The store lost a passage that was put into it.")
+    return [p.to(reader.device) for p in found if p is not None]
 
 
 def main(
@@ -106,27 +166,24 @@ def main(
     width: Annotated[int, typer.Option(help="Embedding width.")] = 2048,
     repeats: Annotated[int, typer.Option(help="Batches read.")] = 20,
     reader: Annotated[
-        str | None, typer.Option(help="Measure instead what reading adds to this reader's time to the first token.")
+        str | None, typer.Option(help="Measure instead what reading adds to this reader's time to first token.")
     ] = None,
     passage_tokens: Annotated[int, typer.Option(help="Tokens of a passage, with --reader.")] = 200,
-    ratio: Annotated[float, typer.Option(help="Tokens of a slot, with --reader.")] = 16.0,
-    folder: Annotated[Path | None, typer.Option(help="Where the stores are made; default: a temporary folder.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Results file that rows are appended to.")] = None,
+    ratio: Annotated[float, typer.Option(help="Tokens per slot, with --reader.")] = 16.0,
+    folder: Annotated[Path | None, typer.Option(help="Folder for the stores; default: a temporary one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Results file to append rows to.")] = None,
 ) -> None:
-    """Read stored passages in several layouts, and compare with a copy of memory or with the answer that waits for them."""
-    place = Path(tempfile.mkdtemp(dir=folder))
-    try:
+    """Read stored passages in several layouts; compare with a copy in memory, or with the time to first token."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
         if reader is not None:
             loaded = find_reader(reader, "cpu", "auto")
-            found = first_token_rows(loaded, STORES, batch, passage_tokens, ratio, repeats, place)
+            found = answer_rows(loaded, STORES, batch, passage_tokens, ratio, repeats, Path(place))
             passages, slots, width = batch, round(found[0]["slots"]), loaded.width
         else:
-            found = measure(passages, batch, slots, width, repeats, place)
-    finally:
-        shutil.rmtree(place)
-    about = {
+            found = store_rows(passages, batch, slots, width, repeats, Path(place))
+    about: Row = {
         "suite": "store",
-        "command": f"python -m nutgraf.benchmarks.{command()}",
+        "command": f"python -m nutgraf.benchmarks.speed.{command()}",
         "commit": commit(),
         "device": device_name("cpu"),
         "dtype": "float16" if reader is None else "float32",
@@ -137,26 +194,19 @@ def main(
         "slots": slots,
         "width": width,
     }
-    rows: list[dict[str, Any]] = [about | row for row in found]
+    rows = [about | row for row in found]
     for row in rows:
-        if reader is not None:
-            typer.echo(
-                f"{row['method']:12} read {row['read_ms']:7.2f} ms  TTFT {row['ttft_memory_ms']:8.1f} ms from memory  "
-                f"adds {100 * row['read_share_of_ttft']:5.1f} %  {row['read_gbps']:7.3f} GB/s beside {row['copy_gbps']:.2f}"
-            )
-            continue
+        adds = (
+            f"adds {100 * row['read_share_of_ttft']:.1f} % to TTFT"
+            if reader
+            else f"{row['bytes_per_passage']:,.0f} bytes"
+        )
         typer.echo(
-            f"{row['method']:12} {row['state']:6} {row['read_ms']:9.2f} ms  {row['read_gbps']:7.3f} GB/s  "
-            f"{100 * row['share']:5.1f} % of a copy ({row['copy_gbps']:.2f} GB/s)  {row['bytes_per_passage']:,.0f} bytes"
+            f"{row['method']:12} {row['state']:6} {row['read_ms']:9.2f} ms  {row['read_gbps']:7.3f} GB/s, "
+            f"{100 * row['share']:5.1f} % of a copy ({row['copy_gbps']:.2f} GB/s)  {adds}"
         )
     if out is not None:
         append_rows(out, rows)
-
-
-def _time(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Timing one request, part by part: compress, load, lay out, prefill, decode.
+"""Timing of requests part by part: compress, load, lay out, prefill, decode.
 
-The time to the first token (TTFT) is measured as a whole, from the request (question and passages in hand) to the first
-token out, and its parts are marks on the way of the same request, so that they add up to it. The device is waited for at
-every mark. Methods take turns within each repeat, so that a change of the machine's pace meets all of them, and what is
-reported is the median.
+The time to first token (TTFT) is measured as a whole, from the request (question and passages in hand) to the first token;
+its parts are marks within the same request, so they add up to it. Jobs take turns within each repeat, so that a change of
+the machine's pace affects all of them, and the median counts.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -19,137 +19,221 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ...compressors import CompressedPassage, Compressor, Reader
-from ...recipes.data.templates import question_prompt
-from .clock import Clock, answer_parts, peak_memory
+from ...compressors import CompressedPassage, Reader
+from ...recipes.data.templates import Piece, question_prompt
+from .. import metrics
+from ..rows import Row
+from .clock import Parts, answer_parts, peak_memory, timed
+from .entrants import FULL, Entrant
 
 
 @dataclass(frozen=True)
 class Request:
-    """What arrives: a question and its retrieved passages."""
+    """A question and its retrieved passages."""
 
     question: str
     passages: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Contender:
-    """What is timed: the full text (no compressor) or a compressor at a ratio."""
-
-    name: str
-    compressor: Compressor | None = None
-    ratio: float | None = None
-
-    def reads(self, reader: Reader) -> Reader:
-        """Who reads: `reader`, or the one that was tuned together with the compressor."""
-        return reader if self.compressor is None else self.compressor.reader
-
-
 @dataclass
-class Cost:
-    """What requests cost a contender, in milliseconds: medians over requests and repeats; 0 where there is no such part.
+class Taken:
+    """Measurements of one entrant.
 
     Attributes:
-        compress: all passages of a request, together.
-        load: their compressed forms from one safetensors file each (in the page cache).
-        plan: laying the prompt out: tokenising text and splicing slots.
-        prefill: running the model over the prompt, to the first token.
-        ttft: the stored request, measured as one: load, plan, prefill.
-        ttft_online: the same with compression in place of loading.
-        decode: each token after the first.
-        context_tokens: reader tokens of the passages as text. `reader_tokens`: positions of the prompt that was read.
-        bytes_per_passage: tensors (or text) of one compressed passage.
-        kv_slots: those of `slots` that are keys and values, which are not run.
-        flops: floating-point operations of one prefill, as `torch` counts them.
-        peak_bytes: most memory in use during a request (see `peak_memory`).
+        parts, compress, online: Times of each repeat in ms: of stored passages, of compressing, and the TTFT with
+            compression within the request.
+        slots, kv_slots, prompt: Per prompt: slots (tokens for text), those that are keys and values, positions read.
+        nbytes: Bytes per passage, compressed or as text.
+        flops: Of one prefill, as torch counts them. `peak`: peak memory of a request.
     """
 
-    compress: float = 0.0
-    load: float = 0.0
-    plan: float = 0.0
-    prefill: float = 0.0
-    ttft: float = 0.0
-    ttft_online: float = 0.0
-    decode: float = 0.0
-    context_tokens: float = 0.0
-    reader_tokens: float = 0.0
-    slots: float = 0.0
-    kv_slots: float = 0.0
-    bytes_per_passage: float = 0.0
-    flops: float = 0.0
-    peak_bytes: int | None = None
-
-
-@dataclass
-class _Samples:
-    """Every timing taken for a contender, by part."""
-
-    parts: dict[str, list[float]] = field(default_factory=dict)
-
-    def add(self, part: str, milliseconds: float) -> None:
-        self.parts.setdefault(part, []).append(milliseconds)
+    parts: list[Parts] = field(default_factory=list)
+    compress: list[float] = field(default_factory=list)
+    online: list[float] = field(default_factory=list)
+    slots: float = 0
+    kv_slots: float = 0
+    prompt: float = 0
+    nbytes: float = 0.0
+    flops: int = 0
+    peak: int | None = None
 
     def median(self, part: str) -> float:
-        return statistics.median(self.parts.get(part, [0.0]))
+        """Median of `load`, `plan`, `prefill`, `ttft` or `decode`."""
+        return statistics.median(getattr(parts, part) for parts in self.parts)
+
+    def measure(self, reader: Reader, pieces: Sequence[Sequence[Any]], prompts: Sequence[list[Any]]) -> None:
+        """Set the sizes to the means over prompts and their pieces (texts and compressed passages)."""
+        soft = [[p for p in own if isinstance(p, CompressedPassage)] for own in pieces]
+        plain = [[p for p in own if isinstance(p, str)] for own in pieces]
+        tokens = [sum(map(len, reader.tokenize_batch(own))) for own in plain]
+        self.slots = statistics.mean(n + sum(p.slots for p in own) for n, own in zip(tokens, soft))
+        self.kv_slots = statistics.mean(sum(p.slots for p in own if p.interface == "kv") for own in soft)
+        self.prompt = statistics.mean(map(reader.length, prompts))
+        self.nbytes = statistics.mean(
+            p.nbytes if isinstance(p, CompressedPassage) else len(p.encode()) for own in pieces for p in own
+        )
 
 
-def time_contenders(
+@dataclass(eq=False)
+class Job:
+    """What is run in each repeat; `compress` and `online` only where they are given."""
+
+    reader: Reader
+    prompts: Callable[[], list[Any]]
+    taken: Taken
+    compress: Callable[[], Any] | None = None
+    online: Callable[[], list[Any]] | None = None
+
+
+def check_repeats(repeats: int, warmup: int, decode_tokens: int) -> None:
+    """Raise ValueError for numbers that nothing can be timed with."""
+    if repeats < 1 or warmup < 0 or decode_tokens < 2:
+        raise ValueError(
+            f"Timing needs repeats >= 1, warmup >= 0 and decode_tokens >= 2, got {repeats}, {warmup} and {decode_tokens}."
+        )
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    *,
+    repeats: int,
+    warmup: int,
+    decode_tokens: int,
+    compressions: int | None = None,
+    out_of_memory: Callable[[Job], None] | None = None,
+    advance: Callable[[int], None] = lambda n: None,
+) -> None:
+    """Time all jobs in turns.
+
+    Args:
+        repeats: Rounds that count; `warmup` rounds come before them.
+        compressions: Most rounds that compression is timed in.
+        out_of_memory: Called with a job that ran out of memory, which is then dropped; None: raise.
+        advance: Called with 1 after each job.
+    """
+    waiting = list(jobs)
+    for turn in range(warmup + repeats):
+        for job in list(waiting):
+            compresses = job.compress is not None and (compressions is None or turn < warmup + compressions)
+            try:
+                spent = timed(job.reader.device, job.compress) if compresses and job.compress is not None else None
+                online = answer_parts(job.reader, job.online, 1).ttft if job.online is not None else None
+                parts = answer_parts(job.reader, job.prompts, decode_tokens)
+            except torch.OutOfMemoryError:
+                if out_of_memory is None:
+                    raise
+                waiting.remove(job)
+                out_of_memory(job)
+                continue
+            if turn >= warmup:
+                job.taken.parts.append(parts)
+                job.taken.compress += [spent] if spent is not None else []
+                job.taken.online += [online] if online is not None else []
+            advance(1)
+
+
+def time_requests(
     reader: Reader,
-    contenders: Sequence[Contender],
+    entrants: Sequence[Entrant],
     requests: Sequence[Request],
     *,
     repeats: int = 5,
     warmup: int = 2,
     decode_tokens: int = 16,
     advance: Callable[[int], None] = lambda n: None,
-) -> list[Cost]:
-    """Time every contender on every request.
+) -> list[Taken]:
+    """Time every entrant on every request; passages are compressed ahead of time and loaded from disk.
 
-    Args:
-        repeats: rounds that count, each over all requests and contenders; `warmup` rounds come before them.
-        decode_tokens: tokens decoded to time one.
-        advance: called with 1 after each timed request.
-
-    Raises:
-        ValueError: if there is nothing to time, or a prompt has no room in the reader.
+    Raises ValueError if there is nothing to time, or a prompt does not fit into the reader.
     """
-    if not contenders or not requests:
+    if not entrants or not requests:
         raise ValueError("Timing needs at least one contender and one request.")
-    if repeats < 1 or warmup < 0 or decode_tokens < 2:
-        raise ValueError(
-            f"Timing needs repeats >= 1, warmup >= 0 and decode_tokens >= 2, got {repeats}, {warmup} and {decode_tokens}."
+    check_repeats(repeats, warmup, decode_tokens)
+    found = [Taken() for _ in entrants]
+    with tempfile.TemporaryDirectory(prefix="nutgraf-timing-") as folder, forgetful(entrants):
+        jobs: list[list[Job]] = []
+        for k, request in enumerate(requests):
+            jobs.append([])
+            for i, (entrant, taken) in enumerate(zip(entrants, found)):
+                texts = list(request.passages)
+                make = functools.partial(_compress, entrant, texts)
+                files = None if entrant.compressor is None else save(make(), Path(folder) / f"{i}-{k}")
+                stored = functools.partial(
+                    _prompts, request, functools.partial(load, files, entrant.reads(reader), texts)
+                )
+                online = None if files is None else functools.partial(_prompts, request, make)
+                jobs[-1].append(Job(entrant.reads(reader), stored, taken, None if files is None else make, online))
+        run_jobs(
+            [j for row in jobs for j in row],
+            repeats=repeats,
+            warmup=warmup,
+            decode_tokens=decode_tokens,
+            advance=advance,
         )
-    samples = [_Samples() for _ in contenders]
-    with tempfile.TemporaryDirectory(prefix="nutgraf-timing-") as folder, forgetful(contenders):
-        stored = [
-            [store(contender, request, Path(folder) / f"{i}-{k}") for k, request in enumerate(requests)]
-            for i, contender in enumerate(contenders)
-        ]
-        for turn in range(warmup + repeats):
-            for k, request in enumerate(requests):
-                for i, contender in enumerate(contenders):
-                    taken = samples[i] if turn >= warmup else _Samples()
-                    _time_request(reader, contender, request, stored[i][k], decode_tokens, taken)
-                    advance(1)
-        return [
-            _cost(reader, contender, requests, files, taken)
-            for contender, files, taken in zip(contenders, stored, samples)
-        ]
+        for i, taken in enumerate(found):
+            own = [row[i] for row in jobs]
+            prompts = [job.prompts()[0] for job in own]
+            once = functools.partial(own[0].reader.generate, prompts[:1], 1)
+            taken.measure(own[0].reader, [_pieces(prompt, r) for prompt, r in zip(prompts, requests)], prompts)
+            taken.flops, taken.peak = count_flops(once), peak_memory(reader.device, once)
+    return found
 
 
-def store(contender: Contender, request: Request, folder: Path) -> list[Path]:
-    """Compress a request's passages ahead of time, one file each; nothing for the full text."""
-    if contender.compressor is None:
-        return []
-    made = contender.compressor.compress(list(request.passages), ratio=contender.ratio)
+def _compress(entrant: Entrant, texts: list[str]) -> list[Any]:
+    return list(entrant.compressor.compress(texts, ratio=entrant.ratio))  # type: ignore[union-attr]
+
+
+def _prompts(request: Request, pieces: Callable[[], list[Any]]) -> list[Any]:
+    return [question_prompt(pieces(), request.question)]
+
+
+def _pieces(prompt: Sequence[Any], request: Request) -> list[Any]:
+    soft = [piece for piece in prompt if isinstance(piece, CompressedPassage)]
+    return soft or list(request.passages)
+
+
+def save(made: Sequence[CompressedPassage], folder: Path) -> list[Path]:
+    """Store compressed passages, one file each."""
     files = [folder / f"{n}.safetensors" for n in range(len(made))]
     for passage, file in zip(made, files):
         passage.save(file)
     return files
 
 
+def load(files: Sequence[Path] | None, reader: Reader, texts: list[str]) -> list[Any]:
+    """The stored passages on the reader's device; the texts themselves without files."""
+    return list(texts) if files is None else [CompressedPassage.load(file).to(reader.device) for file in files]
+
+
+def figures(entrant: Entrant, taken: Taken, full: Taken, batch: int, decode_tokens: int) -> Row:
+    """The keys that rows of both speed suites share. Times are of the whole batch, `compress_ms` of one prompt's passages.
+
+    `break_even_reads`: reads that pay for compressing once, compress / (full TTFT - stored TTFT); absent if none do.
+    """
+    ttft, decode = taken.median("ttft"), taken.median("decode")
+    row: Row = {
+        "context_tokens": full.slots,
+        "reader_tokens": taken.prompt,
+        "ratio": metrics.compression_ratio(round(full.slots), round(taken.slots)),
+        "plan_ms": taken.median("plan"),
+        "prefill_ms": taken.median("prefill"),
+        "ttft_ms": ttft,
+        "decode_ms_per_token": decode,
+        "ttft_full_ms": full.median("ttft"),
+        "ttft_speedup": full.median("ttft") / ttft,
+        "bytes_per_passage": taken.nbytes,
+        "peak_bytes": taken.peak,
+        "requests_per_s": 1000 * batch / (ttft + decode * (decode_tokens - 1)),
+    }
+    if entrant.method != FULL.method:
+        compress, saved = statistics.median(taken.compress), (full.median("ttft") - ttft) / batch
+        row |= {"compress_ms": compress, "load_ms": taken.median("load")}
+        row["break_even_reads"] = compress / saved if saved > 0 else None
+    return row
+
+
 def count_flops(run: Callable[[], Any]) -> int:
-    """Floating-point operations of a call, those of attention on the CPU included, which `torch` alone leaves out."""
+    """Floating-point operations of a call, including attention on the CPU, which torch alone leaves out."""
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
     def flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
@@ -161,84 +245,59 @@ def count_flops(run: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def _time_request(
-    reader: Reader, contender: Contender, request: Request, files: Sequence[Path], decode_tokens: int, taken: _Samples
-) -> None:
-    clock = Clock(reader.device)
-    compressor = contender.compressor
-    reader = contender.reads(reader)
-    texts = list(request.passages)
-
-    def compressed() -> list[Any]:
-        return texts if compressor is None else list(compressor.compress(texts, ratio=contender.ratio))
-
-    def loaded() -> list[Any]:
-        return texts if compressor is None else load(files, reader)
-
-    def prompt(pieces: list[Any]) -> list[Any]:
-        return question_prompt(pieces, request.question)
-
-    if compressor is not None:
-        taken.add("compress", clock(compressed)[0])
-        taken.add("ttft_online", answer_parts(reader, lambda: [prompt(compressed())], 1).ttft)
-    parts = answer_parts(reader, lambda: [prompt(loaded())], decode_tokens)
-    for name in ("load", "plan", "prefill", "ttft", "decode"):
-        taken.add(name, getattr(parts, name))
-
-
-def load(files: Sequence[Path], reader: Reader) -> list[CompressedPassage]:
-    """Stored compressed passages, put where the reader reads."""
-    return [CompressedPassage.load(file).to(reader.device) for file in files]
-
-
-def _cost(
-    reader: Reader,
-    contender: Contender,
-    requests: Sequence[Request],
-    stored: Sequence[Sequence[Path]],
-    taken: _Samples,
-) -> Cost:
-    request, files = requests[0], stored[0]
-    reader = contender.reads(reader)
-    pieces = load(files, reader) if files else list(request.passages)
-    prompt = question_prompt(pieces, request.question)
-    lengths, slots, kv_slots, sizes = [], [], [], []
-    for each, its_files in zip(requests, stored):
-        its_pieces = load(its_files, reader) if its_files else list(each.passages)
-        lengths.append(reader.length(question_prompt(its_pieces, each.question)))
-        kv_slots.append(sum(p.slots for p in its_pieces if isinstance(p, CompressedPassage) and p.interface == "kv"))
-        sizes += [p.nbytes if isinstance(p, CompressedPassage) else len(p.encode()) for p in its_pieces]
-        slots.append(sum(p.slots if isinstance(p, CompressedPassage) else len(reader.tokenize(p)) for p in its_pieces))
-    cost = Cost(
-        compress=taken.median("compress"),
-        load=taken.median("load"),
-        plan=taken.median("plan"),
-        prefill=taken.median("prefill"),
-        ttft=taken.median("ttft"),
-        decode=taken.median("decode"),
-        ttft_online=taken.median("ttft_online") or taken.median("ttft"),
-        context_tokens=statistics.mean(sum(map(len, reader.tokenize_batch(list(r.passages)))) for r in requests),
-        reader_tokens=statistics.mean(lengths),
-        slots=statistics.mean(slots),
-        kv_slots=statistics.mean(kv_slots),
-        bytes_per_passage=statistics.mean(sizes),
-        flops=count_flops(lambda: reader.generate([prompt], 1)),
-    )
-    cost.peak_bytes = peak_memory(reader.device, lambda: reader.generate([prompt], 1))
-    return cost
-
-
 @contextlib.contextmanager
-def forgetful(contenders: Sequence[Any]) -> Iterator[None]:
-    """Embedders keep the vectors of texts they have seen; here every request is to be embedded anew."""
-    embedders = [getattr(contender.compressor, "embedder", None) for contender in contenders]
+def forgetful(entrants: Sequence[Entrant]) -> Iterator[None]:
+    """Switch off the caches of embedders, so that every request is embedded again."""
+    embedders = [getattr(entrant.compressor, "embedder", None) for entrant in entrants]
     found: dict[int, Any] = {id(e): e for e in embedders if hasattr(e, "cache_entries")}
     before = {key: embedder.cache_entries for key, embedder in found.items()}
     try:
         for embedder in found.values():
             embedder.cache_entries = 0
-            embedder.embed([""])  # lets what is kept go
+            embedder.embed([""])  # drops what is cached
         yield
     finally:
         for key, embedder in found.items():
             embedder.cache_entries = before[key]
+
+
+def first_token_times(
+    reads: Reader,
+    prompts: Sequence[list[Piece]],
+    reader: Reader,
+    full: Sequence[list[Piece]],
+    *,
+    requests: int,
+    repeats: int = 3,
+    fresh: Callable[[int], list[Piece]] | None = None,
+) -> tuple[float, float]:
+    """Median milliseconds of a line's prompts and of the full text's, one request at a time, after a warm-up round.
+
+    Laying out and prefill count; slots are in memory.
+
+    Args:
+        reads, prompts: The line's reader and its prompts of all questions.
+        reader, full: The full text's.
+        requests: Questions to time, evenly spread, `repeats` times each.
+        fresh: Makes the prompt of question i again, compressing its passages, for methods that need the question.
+
+    Raises:
+        ValueError: For no request, or lists that differ in length.
+    """
+    if requests < 1 or not prompts or len(prompts) != len(full):
+        raise ValueError(
+            f"Timing needs at least one request and as many full prompts as others, got {requests} of {len(prompts)} and "
+            f"{len(full)}."
+        )
+    count = min(requests, len(prompts))
+    ours, theirs = Taken(), Taken()
+    jobs = []
+    for i in (i * len(prompts) // count for i in range(count)):
+        jobs.append(Job(reads, functools.partial(_prompt, prompts, i, fresh), ours))
+        jobs.append(Job(reader, functools.partial(_prompt, full, i), theirs))
+    run_jobs(jobs, repeats=repeats, warmup=1, decode_tokens=1)
+    return ours.median("ttft"), theirs.median("ttft")
+
+
+def _prompt(prompts: Sequence[list[Piece]], i: int, fresh: Callable[[int], list[Piece]] | None = None) -> list[Any]:
+    return [prompts[i] if fresh is None else fresh(i)]

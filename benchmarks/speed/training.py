@@ -1,19 +1,16 @@
-"""What a training step costs beside a bare forward and backward pass over the same tokens.
+"""Cost of a training step next to a bare forward and backward pass over the same tokens.
 
-A step is everything that the trainer does between two steps: drawing the items, tokenising, compressing, reading, the
-objectives, the backward pass, clipping, the optimiser, the log. After each step the bare passes over its batch are timed:
-the encoder, LoRA included, over as many positions as it had to read, the reader over its prompts' positions, and the head
-with cross-entropy over the target tokens, forward and backward, without padding, masks or optimiser. The teacher's own
-passes are timed apart and are no part of the step.
+A step is everything the trainer does between two steps: items, tokenising, compressing, reading, objectives, backward pass,
+clipping, optimiser, log. After each step the bare passes over its batch are timed: the encoder with LoRA, the reader and the
+head with cross-entropy over as many positions, without padding, masks or optimiser. The teacher counts apart.
 """
 
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +28,15 @@ from ...recipes.tasks.items import NOT_READ
 from ...recipes.tasks.module import POSITIONS, CompressorBatch, CompressorModule
 from ...recipes.training.progress import RunBar
 from ...recipes.training.run import Run
-from ...recipes.training.schema import Recipe, parse_recipe
+from ...recipes.training.schema import Recipe, load_recipe, parse_recipe, recipe_names
 from ...recipes.training.stage import StageTrainer
-from ..costs.roofline import synchronise
 from ..loading import SAMPLE_ARTICLES, SAMPLE_QUESTIONS
 from ..rows import Row
-from .bare import encoded_lengths, encoder_body, rectangles, run_body
-from .clock import peak_memory, read_peak, reset_peak
+from .clock import now, peak_memory, read_peak, reset_peak, timed
+from .compressing import encoded_lengths, rectangles, run_body
 
-TOP_K = 64  # of the teacher's tokens that are kept
-HEAD_ROWS = 512  # whose logits the bare pass holds at a time
+TOP_K = 64  # teacher's tokens that are kept
+HEAD_ROWS = 512  # rows of logits that the bare pass holds at a time
 FAMILIES: dict[str, dict[str, Any]] = {
     "ae": {"objectives": {"ae": 1.0}, "mix": {"repeat": 1.0}},
     "lm": {"objectives": {"lm": 1.0}, "mix": {"continue": 1.0}},
@@ -51,18 +47,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Wanted:
-    """One row of the training account.
+    """One row: a method with random weights and `settings` of its config, trained by one family of objectives.
 
     Attributes:
-        method: of the compressor, made with random weights. `settings` are those of its config.
-        family: of objectives: `ae`, `lm`, `kl` (the teacher reads along), `kl-cached` (its logits are on disk).
-        steps: timed ones; `warmup` steps come before them. Items are drawn 16 batches at a time, so a multiple of 16 counts
-            the drawing as often as it happens.
+        family: `ae`, `lm`, `kl` (live teacher) or `kl-cached` (the teacher's logits are on disk).
+        steps: Timed steps, after `warmup` steps. Items are drawn 16 batches at a time, so use a multiple of 16.
     """
 
     method: str
     family: str
-    settings: tuple[tuple[str, Any], ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
     steps: int = 32
     warmup: int = 3
     batch_size: int = 8
@@ -78,44 +72,42 @@ class Wanted:
 
     def recipe(self, cache: Path, seed: int) -> Recipe:
         """One stage over the articles and questions that ship with the package."""
-        stage = {
-            "name": self.family,
-            "steps": self.warmup + self.steps,
-            "batch_size": self.batch_size,
-            "lr": 1e-4,
-            "schedule": "constant",
-            "ratios": [self.ratio],
-            "save_every": 10**9,
-            **FAMILIES[self.family],
-        }
-        if self.family == "kl-cached":
-            stage["teacher_cache"] = str(cache)
-        data = {"dir": str(SAMPLE_ARTICLES.parent), "texts": [SAMPLE_ARTICLES.name], "max_chars": 700}
+        stage = {"name": self.family, "steps": self.warmup + self.steps, "batch_size": self.batch_size, "lr": 1e-4}
+        stage |= {"schedule": "constant", "ratios": [self.ratio], "save_every": 10**9, **FAMILIES[self.family]}
+        stage |= {"teacher_cache": str(cache)} if self.family == "kl-cached" else {}
+        texts = {"dir": str(SAMPLE_ARTICLES.parent), "texts": [SAMPLE_ARTICLES.name], "max_chars": 700}
         return parse_recipe(
             {
                 "name": "training-account",
                 "kind": "compressor",
                 "seed": seed,
                 "reader": "given",
-                "data": {**data, "questions": [SAMPLE_QUESTIONS.name]},
-                "compressor": {"method": self.method, **dict(self.settings)},
+                "data": {**texts, "questions": [SAMPLE_QUESTIONS.name]},
+                "compressor": {"method": self.method, **self.settings},
                 "stages": [stage],
             }
         )
 
 
-def measure_step(
-    reader: Reader, wanted: Wanted, *, seed: int = 0, timer: Callable[[], float] = time.perf_counter
-) -> Row:
-    """The figures of one row: milliseconds of a step, of the teacher and of the bare passes, tokens a second, memory.
+def recipe_settings(method: str) -> dict[str, Any]:
+    """Settings of a method in its first shipped recipe; empty without one."""
+    for name in recipe_names():
+        found = load_recipe(name)
+        if found.kind == "compressor" and (found.compressor or {}).get("method") == method:
+            return {key: value for key, value in (found.compressor or {}).items() if key != "method"}
+    return {}
 
-    Raises:
-        ValueError: for a method that has no encoder to train, or that is made with settings it does not have.
+
+def measure_step(reader: Reader, wanted: Wanted, *, seed: int = 0) -> Row:
+    """Milliseconds of a step, of the teacher and of the bare passes, tokens per second, memory.
+
+    Raises ValueError for a method without an encoder that trains, or with settings that it does not have.
     """
     with tempfile.TemporaryDirectory(prefix="nutgraf-training-") as folder:
         recipe = wanted.recipe(Path(folder) / "teacher", seed)
         task = CompressorTask(recipe, reader)
-        if encoder_body(task.compressor) is None:
+        body = task.compressor.encoder_body()
+        if body is None or not any(parameter.requires_grad for parameter in body.parameters()):
             raise ValueError(f"{wanted.method!r} has no encoder that trains; choose another method.")
         run = Run(recipe, task, Path(folder) / "run", None)
         run.bar = RunBar(1, recipe.name, enabled=False)
@@ -125,7 +117,7 @@ def measure_step(
         if wanted.family == "kl-cached":
             with trainer.autocast_context():
                 _fill(task, recipe)
-        watch = _Stopwatch(trainer, task.module, wanted.warmup, timer)
+        watch = _Stopwatch(trainer, task.module, wanted.warmup)
         trainer.add_callback(watch)
         watch.start()
         trainer.train()
@@ -133,7 +125,7 @@ def measure_step(
 
 
 def _fill(task: CompressorTask, recipe: Recipe) -> None:
-    """Put everything that the stage will ask the teacher into the cache."""
+    """Fill the cache with all that the stage will ask the teacher."""
     stage = recipe.stages[0]
     data, collate = task.dataset(stage), task.collator(stage)
     with torch.no_grad():
@@ -144,88 +136,69 @@ def _fill(task: CompressorTask, recipe: Recipe) -> None:
 
 
 class _Stopwatch(TrainerCallback):
-    """Times each step, the teacher inside it, and after it the bare passes over the same batch."""
+    """Time each step, the teacher within it, and then the bare passes over the same batch."""
 
-    def __init__(
-        self, trainer: StageTrainer, module: CompressorModule, warmup: int, timer: Callable[[], float]
-    ) -> None:
-        self.trainer, self.module, self.warmup, self.timer = trainer, module, warmup, timer
+    def __init__(self, trainer: StageTrainer, module: CompressorModule, warmup: int) -> None:
+        self.trainer, self.module, self.warmup = trainer, module, warmup
         self.device = module.compressor.base_reader.device
-        self.steps: list[float] = []
-        self.teacher: list[float] = []
-        self.bares: list[float] = []
-        self.positions: list[int] = []
-        self.tokens: list[int] = []
-        self.peak: int | None = None
-        self._asleep = 0.0
-        self._batch: CompressorBatch | None = None
+        self.taken: list[tuple[float, ...]] = []  # step, teacher, bare in ms; positions, target tokens, peak bytes
+        self.teacher = 0.0
+        self.batch: CompressorBatch | None = None
         module.register_forward_pre_hook(self._see, with_kwargs=True)
         module._teacher_hidden = self._timed(module._teacher_hidden)  # type: ignore[method-assign]
         if (loss := module.losses.get("kl")) is not None:
             loss._held = (loss._held[0], self._timed(loss._held[1]))
 
     def _see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._batch = kwargs.get("batch", args[0] if args else None)
+        self.batch = kwargs.get("batch", args[0] if args else None)
 
     def _timed(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any) -> Any:
-            begin = self._now()
+        def timed_run(*args: Any) -> Any:
+            begin = now(self.device)
             out = run(*args)
-            self._asleep += self._now() - begin
+            self.teacher += 1000 * (now(self.device) - begin)
             return out
 
-        return timed
-
-    def _now(self) -> float:
-        synchronise(self.device)
-        return self.timer()
+        return timed_run
 
     def start(self) -> None:
-        """The next step begins now."""
-        self._asleep = 0.0
+        """Begin the next step."""
+        self.teacher = 0.0
         reset_peak(self.device)
-        self._begin = self._now()
+        self.begin = now(self.device)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Book the step, then time the bare passes over its batch."""
-        took = self._now() - self._begin
-        if self._batch is None:
+        """Record the step, then time the bare passes over its batch."""
+        took, peak = 1000 * (now(self.device) - self.begin), read_peak(self.device)
+        if self.batch is None:
             raise RuntimeError("The trainer ended a step without a batch.")
-        peak = read_peak(self.device)
-        sizes = _sizes(self.module, self._batch)
-        begin = self._now()
-        _bare(self.module, *sizes, self.trainer.autocast_context)
-        spent = self._now() - begin
+        encoded, read, targets = _sizes(self.module, self.batch)
+        bare = timed(self.device, lambda: _bare(self.module, encoded, read, targets, self.trainer.autocast_context))
         if state.global_step > self.warmup:
-            self.steps.append(took)
-            self.teacher.append(self._asleep)
-            self.bares.append(spent)
-            self.positions.append(sum(sizes[0]) + sum(sizes[1]))
-            self.tokens.append(sizes[2])
-            self.peak = max(self.peak or 0, peak or 0) or None
+            self.taken.append((took, self.teacher, bare, sum(encoded) + sum(read), targets, peak or 0))
         self.start()
 
     def row(self) -> Row:
-        """Sums over all timed steps, so that what happens in some of them alone is counted."""
-        n, teacher, bare = len(self.steps), sum(self.teacher), sum(self.bares)
-        step = sum(self.steps) - teacher
+        """Figures from sums over all timed steps, so that work done only in some of them counts."""
+        whole, teacher, bare, positions, targets, _ = map(sum, zip(*self.taken))
+        step, n = whole - teacher, len(self.taken)
         return {
-            "step_ms": 1000 * step / n,
-            "bare_ms": 1000 * bare / n,
+            "step_ms": step / n,
+            "bare_ms": bare / n,
             "step_cost": step / bare,
-            "teacher_ms": 1000 * teacher / n if teacher else None,
-            "positions": sum(self.positions) / n,
-            "target_tokens": sum(self.tokens) / n,
-            "tokens_per_s": sum(self.positions) / step,
-            "bare_tokens_per_s": sum(self.positions) / bare,
-            "peak_bytes": self.peak,
+            "teacher_ms": teacher / n if teacher else None,
+            "positions": positions / n,
+            "target_tokens": targets / n,
+            "tokens_per_s": 1000 * positions / step,
+            "bare_tokens_per_s": 1000 * positions / bare,
+            "peak_bytes": max(peak for *_, peak in self.taken) or None,
             "precision": "bfloat16 autocast" if self.trainer.autocast else None,
         }
 
 
 @torch.no_grad()
 def _sizes(module: CompressorModule, batch: CompressorBatch) -> tuple[list[int], list[int], int]:
-    """Lengths that the encoder and the reader run, without padding, and the number of scored target tokens."""
+    """Lengths that encoder and reader run, without padding, and the number of target tokens."""
     compressor = module.compressor
     encoded = encoded_lengths(compressor, batch.texts, batch.ratio) if batch.texts else []
     passages = compressor.encode(batch.texts, batch.queries, batch.ratio) if batch.texts else []
@@ -246,64 +219,52 @@ def _bare(
     targets: int,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
-    """Forward and backward over so many positions; the gradients that it makes are dropped."""
-    compressor = module.compressor
-    reader = compressor.reader
-    like, width = reader.model.get_input_embeddings().weight, reader.width
-    encoder, decoder = encoder_body(compressor), reader.model.get_decoder()
+    """Run forward and backward over as many positions; drop the gradients."""
+    compressor, reader = module.compressor, module.compressor.reader
+    like, width, left = reader.model.get_input_embeddings().weight, reader.width, targets
     with autocast():
-        states = [run_body(encoder, x) for x in rectangles(encoded, width, POSITIONS, like)]
-    left = targets
+        states = [run_body(compressor.encoder_body(), x) for x in rectangles(encoded, width, POSITIONS, like)]
     for embeds in rectangles(read, width, POSITIONS, like):
         with autocast():
-            hidden = run_body(decoder, embeds.requires_grad_()).flatten(0, 1)
-            rows = hidden[: min(left, len(hidden))]
-            gradient = _head_gradient(reader, rows)
-        left -= len(rows)
-        hidden.backward(F.pad(gradient, (0, 0, 0, len(hidden) - len(rows))))
+            hidden = run_body(reader.model.get_decoder(), embeds.requires_grad_()).flatten(0, 1)
+            gradients = [torch.zeros_like(hidden)]
+            for part in hidden.detach()[:left].split(HEAD_ROWS):
+                loss = F.cross_entropy(reader.head(part.requires_grad_()).float(), torch.zeros_like(part[:, 0]).long())
+                gradients += torch.autograd.grad(loss, part)
+        rows = sum(map(len, gradients[1:]))
+        left -= rows
+        hidden.backward(torch.cat([*gradients[1:], gradients[0][rows:]]))
     if states and states[0].requires_grad:
         torch.autograd.backward(states, [torch.full_like(x, 1e-3) for x in states])
     for parameter in module.parameters():
         parameter.grad = None
 
 
-def _head_gradient(reader: Reader, rows: Tensor) -> Tensor:
-    """The gradient of cross-entropy in hidden states, `HEAD_ROWS` at a time."""
-    found = [torch.zeros_like(rows[:0])]
-    for part in rows.detach().split(HEAD_ROWS):
-        part.requires_grad_()
-        ids = torch.zeros(len(part), dtype=torch.long, device=part.device)
-        found += torch.autograd.grad(F.cross_entropy(reader.head(part).float(), ids), part)
-    return torch.cat(found)
-
-
 def loss_memory(
     family: str, tokens: int, *, vocabulary: int = 128256, width: int = 64, chunk: int = 512, device: str = "cpu"
 ) -> Row:
-    """The extra memory of an objective over so many target tokens, forward and backward, at a large vocabulary.
+    """Extra memory of an objective over `tokens` target tokens, forward and backward, at a large vocabulary.
 
-    Hidden states and their gradients are there before; `bound_bytes` is what the objective's documentation promises.
-
-    Raises:
-        ValueError: for a family that is not `lm` or `kl`.
+    Hidden states and their gradients exist before; `bound_bytes` is the objective's documented bound. Raises ValueError for
+    another family than `lm` and `kl`.
     """
     if family not in ("lm", "kl"):
         raise ValueError(
             f"The losses with memory of their own are lm (and ae, which is the same) and kl; got {family!r}."
         )
     where = torch.device(device)
-    weight = torch.randn(vocabulary, width, device=where)
-
-    def head(hidden: Tensor) -> Tensor:
-        return hidden @ weight.T
-
+    weight, other = torch.randn(vocabulary, width, device=where), torch.randn(tokens, width, device=where)
     hidden = torch.randn(tokens, width, device=where, requires_grad=True)
     hidden.grad = torch.zeros_like(hidden)
+
+    def head(states: Tensor) -> Tensor:
+        return states @ weight.T
+
     loss: Any = LanguageModelingLoss(head, chunk) if family == "lm" else KLDistillationLoss(head, chunk=chunk)
-    other = torch.randn(tokens, width, device=where)
-    ids = torch.zeros(tokens, dtype=torch.long, device=where)
+    target = torch.zeros(tokens, dtype=torch.long, device=where) if family == "lm" else other
     before = peak_memory(where, lambda: None)
-    most = peak_memory(where, lambda: loss(hidden, ids if family == "lm" else other).backward())
+    most = peak_memory(where, lambda: loss(hidden, target).backward())
+    bytes_per_logit = 12 if family == "lm" else 24
     return {
         "objective": family,
         "target_tokens": tokens,
@@ -311,6 +272,6 @@ def loss_memory(
         "width": width,
         "chunk": chunk,
         "extra_bytes": None if before is None or most is None else most - before,
-        "bound_bytes": (12 if family == "lm" else 24) * min(tokens, chunk) * vocabulary,
-        "whole_bytes": (12 if family == "lm" else 24) * tokens * vocabulary,
+        "bound_bytes": bytes_per_logit * min(tokens, chunk) * vocabulary,
+        "whole_bytes": bytes_per_logit * tokens * vocabulary,
     }

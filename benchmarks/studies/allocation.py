@@ -1,7 +1,4 @@
-"""One budget of slots a question: the same ratio for every passage, or slots by retrieval score.
-
-The budget of a question is what the compressor makes of its passages at one ratio, so that both lines read as many slots.
-"""
+"""One budget of slots per question: the same ratio for every passage, or slots by retrieval score."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ SCORERS: dict[str, Scorer] = {"embedder": cosine, "bm25": bm25}
 
 
 def gold_score(record: Record) -> list[float]:
-    """1 for the passage that holds the answer, 0 for the others: the best retriever there can be."""
+    """1 for the passage that holds the answer, 0 for the others: a perfect retriever."""
     return [float(i == record.gold) for i in range(len(record.passages))]
 
 
@@ -34,10 +31,10 @@ class ByScore(Compressed):
 
     Attributes:
         scorer: `embedder`, `bm25`, or `gold` for the passage that is known to hold the answer.
-        temperature, lowest: see `compressors.allocation.allocate`.
+        temperature, lowest: See `adapters.llama_index.allocation.allocate`.
 
     Raises:
-        ValueError: for another scorer, or a compressor that makes text, whose length is not its own to choose.
+        ValueError: For another scorer, or a compressor that makes text.
     """
 
     scorer: str = "embedder"
@@ -88,29 +85,16 @@ def allocation_rows(
     lowest: float = 1.0,
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
-    """Rows of the fixed lines, of each method at its one ratio (`allocation` uniform), and of its slots by score.
+    """Rows of the fixed lines, of each method at one ratio (`allocation` = "uniform"), and of its slots by score.
 
-    Rows by score carry `score`, `temperature` and, against the uniform ones question by question, `f1_minus_uniform` and
-    `nll_minus_uniform` (nats of the reference answer, lower is better), each with a 95 % bootstrap interval.
-
-    Raises ValueError as `quality.evaluate` and `ByScore` do.
+    Rows by score carry `score`, `temperature` and, paired by question, `f1_minus_uniform` and `nll_minus_uniform` (nats of the
+    reference answer, lower is better) with 95 % bootstrap intervals. Raises ValueError as `evaluate` and `ByScore` do.
     """
     table: list[Method] = [FullText(), NoContext()]
     for method in methods:
         table.append(method)
-        table += [
-            ByScore(
-                method.compressor,
-                method.ratio,
-                method.name,
-                method.query_aware,
-                scorer=scorer,
-                temperature=temperature,
-                lowest=lowest,
-            )
-            for scorer in scorers
-            for temperature in temperatures
-        ]
+        shared = (method.compressor, method.ratio, method.name, method.query_aware)
+        table += [ByScore(*shared, scorer=s, temperature=t, lowest=lowest) for s in scorers for t in temperatures]
     rows: list[Row] = []
     last: list[Line] = []  # the uniform line that the ones by score follow
 

@@ -1,8 +1,7 @@
-"""The gate suite: which passages to send as text, against sending as many at random and against slots alone.
+"""The gate suite: passages sent as text by a fidelity gate, vs. random choices and vs. slots alone.
 
-A gate is calibrated on the questions of one half and judged on the other. There, for each share of passages sent as text,
-the reader answers all questions from the mix that the gate chooses and from mixes drawn at random that take as many reader
-tokens; the difference of F1 is paired by question.
+A gate is calibrated on the questions of one half and judged on the other: at each share of passages sent as text against
+random choices that take as many reader tokens, paired by question.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from ...compressors.fidelity.gate import LEVELS
 from ...compressors.fidelity.probes import Measured
 from ...recipes.data.corpus import Record
 from .. import metrics
-from ..methods import Compressed
-from ..quality.quality import Settings, readable
-from ..rows import Row, clean, provenance
+from ..methods import Compressed, Method, NoContext
+from ..quality.quality import Settings, head, readable
+from ..rows import Row, clean
 from .mixture import Mixture, Reading, Sent, mean_reading
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -34,21 +33,18 @@ def calibrate(
     by: str = "f1",
     priced: bool = True,
 ) -> FidelityGate:
-    """A gate fitted on questions about single passages: each record's gold one, or its only one.
+    """Fit a gate on questions about single passages: each record's gold one, or its only one.
 
-    A passage's target is one less what its questions lose, in the mean, when it is read compressed.
+    A passage's target is 1 minus the mean loss of its questions when it is read compressed.
 
     Args:
-        method: the compressor, and the ratio.
-        records: dev data.
-        settings: batch size, longest answer.
-        config: what the gate measures.
-        by: what is lost: ``"f1"`` of the answers, or ``"probability"`` of the reference answer (of a token, in the mean),
-            which tells more about a weak reader, whose answers are often wrong either way.
-        priced: passages that cost little as text come before others that lose as much.
+        config: What the gate measures.
+        by: The loss: `"f1"` of the answers, or `"probability"` of the reference answer (mean per token), which tells more about
+            a weak reader.
+        priced: Put passages that cost little as text before others that lose as much.
 
     Raises:
-        ValueError: if too few records have a passage that is known to hold the answer, or ``by`` is neither.
+        ValueError: If no record has a passage that is known to hold the answer, or for another `by`.
     """
     if by not in ("f1", "probability"):
         raise ValueError(f"A gate is calibrated by f1 or by probability, got {by!r}.")
@@ -74,24 +70,15 @@ def gate_rows(
     seeds: int = 20,
     slots_alone: Sequence[Compressed] = (),
 ) -> list[Row]:
-    """The curve from the share of passages sent as text to F1 and reader tokens.
+    """F1 and reader tokens against the share of passages sent as text.
 
-    Rows carry ``sending``: ``none`` (no context), ``slots``, ``text``, ``gate`` and ``random``, and ``level``: the share asked
-    for, a name that `FidelityGate.threshold` takes, ``curve`` (the mean over all shares asked for), or ``budget-of-R`` (as
-    many reader tokens as the compressor alone takes at a lower ratio R). Beside each of the gate's stand ``random`` and
-    ``shortest``: the passages that cost least as text, up to as many reader tokens, whatever they lost.
-
-    Args:
-        gate: calibrated on other questions.
-        method: the compressor and the ratio that the gate was calibrated with.
-        records: the questions to report on.
-        settings: dataset, batch size, seed of the bootstrap.
-        shares: of passages sent as text.
-        seeds: random sendings for each of the gate's.
-        slots_alone: the same compressor at lower ratios.
+    Rows carry `sending`: `none` (no context), `slots`, `text`, `gate`, `random` (mean over `seeds` draws) or `shortest` (the
+    passages that are cheapest as text), the last two at the gate's reader tokens; and `level`: the share asked for, a name
+    that `FidelityGate.threshold` takes, `curve` (mean over all shares), or `budget-of-R` (the reader tokens of the compressor
+    alone at a lower ratio R, one of `slots_alone`).
 
     Raises:
-        ValueError: if a share is not between 0 and 1, or ``seeds`` is below 1.
+        ValueError: If a share is not between 0 and 1, or `seeds` is below 1.
     """
     if bad := [share for share in shares if not 0 < share < 1]:
         raise ValueError(f"Shares sent as text lie between 0 and 1, got {bad}.")
@@ -111,16 +98,12 @@ def gate_rows(
     slots, full = mixture.read([(), texts])
     for name, other in alone.items():
         sendings[name] = mixture.within(float((other.tokens - slots.tokens).sum()), order, skip=False)
-    drawn = {
-        name: [mixture.at_random(sent, f"{settings.seed}/{name}/{i}") for i in range(seeds)]
-        for name, sent in sendings.items()
-    }
+    seeded = [(name, [f"{settings.seed}/{name}/{i}" for i in range(seeds)]) for name in sendings]
+    drawn = {name: [mixture.at_random(sendings[name], seed) for seed in each] for name, each in seeded}
     short = sorted(texts, key=lambda text: (mixture.saved[text], text))
-    shortest = {
-        name: mixture.within(sum(mixture.extra[text] for text in sent), short, skip=True)
-        for name, sent in sendings.items()
-    }
-    # All of them in common batches.
+    spent = {name: sum(mixture.extra[text] for text in sent) for name, sent in sendings.items()}
+    shortest = {name: mixture.within(budget, short, skip=True) for name, budget in spent.items()}
+    # all in common batches
     mixture.read([*sendings.values(), *shortest.values(), *(sent for some in drawn.values() for sent in some)])
 
     rows = [
@@ -145,21 +128,15 @@ def gate_rows(
         rows.append(report.row("random", by_chance, (), full) | {"level": name, "share": share, "seeds": seeds})
         rows.append(report.row("shortest", cheapest, shortest[name], full) | {"level": name})
     if differences:
-        mean = np.mean(differences, axis=0)
-        low, high = clustered_interval(mean, [record.passages for record in kept], settings.seed)
-        summary = {"f1_minus_random": float(mean.mean()), "f1_minus_random_low": low, "f1_minus_random_high": high}
-        rows.append(
-            report.about("gate")
-            | {"level": "curve", "seeds": seeds}
-            | summary
-            | _ranking(gate, mixture, scores, measured)
-        )
+        summary = report.interval("f1_minus_random", np.mean(differences, axis=0))
+        ranking = _ranking(gate, mixture, scores, measured)
+        rows.append(report.about("gate") | {"level": "curve", "seeds": seeds} | summary | ranking)
     return [clean(row) for row in rows]
 
 
 @dataclass(frozen=True)
 class _Report:
-    """What all rows share, and how a reading becomes one."""
+    """Rows of readings."""
 
     mixture: Mixture
     none: Reading
@@ -167,20 +144,11 @@ class _Report:
     skipped: int
 
     def about(self, sending: str) -> Row:
-        records, method = self.mixture.records, self.mixture.method
-        return {
-            "suite": "quality",
-            "test": "gate",
-            "dataset": self.settings.dataset,
-            "passages": round(float(np.mean([len(record.passages) for record in records])), 2),
-            "method": "none" if sending == "none" else method.name,
-            "ratio_asked": None if sending == "none" else method.ratio,
-            "sending": sending,
-            "n": len(records),
-            "skipped": self.skipped,
-            "max_new_tokens": self.settings.max_new_tokens,
-            **provenance(self.mixture.reader, self.settings.seed, method.compressor),
-        }
+        mixture, settings = self.mixture, self.settings
+        method: Method = NoContext() if sending == "none" else mixture.method
+        about = {"test": "gate", "sending": sending, "skipped": self.skipped, "max_new_tokens": settings.max_new_tokens}
+        row = head(mixture.reader, method, mixture.records, settings) | about
+        return row | {"compressor": mixture.method.compressor.fingerprint}
 
     def row(
         self, sending: str, found: Reading, sent: Collection[str] | None = None, full: Reading | None = None
@@ -196,16 +164,13 @@ class _Report:
         return row
 
     def difference(self, name: str, chosen: Reading, other: Reading) -> Row:
-        paired = chosen.f1 - other.f1
+        interval = self.interval(f"f1_minus_{name}", chosen.f1 - other.f1)
+        return {f"{name}_f1": float(other.f1.mean()), f"{name}_reader_tokens": float(other.tokens.mean())} | interval
+
+    def interval(self, key: str, values: np.ndarray) -> Row:
         groups = [record.passages for record in self.mixture.records]
-        low, high = clustered_interval(paired, groups, self.settings.seed)
-        return {
-            f"{name}_f1": float(other.f1.mean()),
-            f"{name}_reader_tokens": float(other.tokens.mean()),
-            f"f1_minus_{name}": float(paired.mean()),
-            f"f1_minus_{name}_low": low,
-            f"f1_minus_{name}_high": high,
-        }
+        low, high = clustered_interval(values, groups, self.settings.seed)
+        return {key: float(values.mean()), f"{key}_low": low, f"{key}_high": high}
 
 
 def _single(record: Record) -> Record:
@@ -214,7 +179,7 @@ def _single(record: Record) -> Record:
 
 
 def _kept(mixture: Mixture, by: str = "f1") -> dict[str, float]:
-    """For each passage of records with one each: one less what its questions lose by reading it compressed."""
+    """For records with one passage each: per passage, 1 minus the mean loss of its questions when it is read compressed."""
     if by == "f1":
         slots, full = (reading.f1 for reading in mixture.read([(), list(mixture.passages)]))
     else:
@@ -238,7 +203,7 @@ def _measure(gate: FidelityGate, mixture: Mixture, texts: Sequence[str]) -> list
 def _ranking(
     gate: FidelityGate, mixture: Mixture, scores: Mapping[str, float], measured: Sequence[Measured | None]
 ) -> Row:
-    """How well score and signals tell passages that lost answers from the others, where each record has one passage."""
+    """How well score and signals separate passages that lost answers, for records with one passage each."""
     if any(len(record.passages) != 1 for record in mixture.records):
         return {}
     kept = _kept(mixture)
@@ -258,10 +223,7 @@ def _ranking(
 def clustered_interval(
     values: np.ndarray, groups: Sequence[Hashable], seed: int, *, repeats: int = 2000, level: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of ``values``, whole groups resampled.
-
-    Questions about the same passages are sent together, so that they are no independent draws.
-    """
+    """Percentile bootstrap interval of the mean of `values`, resampling whole groups (questions about the same passages)."""
     places = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     of = np.array([places[group] for group in groups])
     sums, sizes = np.bincount(of, weights=values), np.bincount(of)
@@ -272,27 +234,8 @@ def clustered_interval(
 
 
 def auc(values: np.ndarray, lost: np.ndarray) -> float | None:
-    """The chance that a passage that lost nothing has a higher value than one that did; ties count half; None without both."""
+    """Area under the ROC curve: chance that a passage without loss has a higher value than one with; None without both."""
     good, bad = values[~lost], values[lost]
     if not len(good) or not len(bad):
         return None
     return float(np.mean((good[:, None] > bad) + 0.5 * (good[:, None] == bad)))
-
-
-def gate_line(row: Row) -> str:
-    """A row in one line of the terminal."""
-    name = f"{row['method']} {row.get('ratio_asked') or 0:g}x" if row.get("ratio_asked") else str(row["method"])
-    parts = [f"{name:20}", f"{row['sending']:7}", f"{row.get('level', ''):14}"]
-    if "share" in row:
-        parts.append(f"as text {100 * row['share']:5.1f} %")
-    if "f1" in row:
-        parts.append(f"tokens {row['reader_tokens']:6.1f}  F1 {100 * row['f1']:5.1f}")
-    for other in ("random", "shortest", "slots"):
-        if f"f1_minus_{other}" in row:
-            low, high = (100 * row[f"f1_minus_{other}_{end}"] for end in ("low", "high"))
-            parts.append(f"F1 - {other} {100 * row[f'f1_minus_{other}']:+5.2f} ({low:+.2f} to {high:+.2f})")
-    if "auc" in row:
-        parts.append(
-            "AUC " + ", ".join(f"{k.removeprefix('auc_')} {v:.2f}" for k, v in row.items() if k.startswith("auc"))
-        )
-    return "  ".join(parts)

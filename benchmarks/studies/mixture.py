@@ -1,4 +1,4 @@
-"""Questions read from mixes of text and compressed passages: who is sent as text, and what the reader makes of it."""
+"""Questions read from mixes of text and compressed passages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Sent = frozenset[str]  # the passages that are read as text
 
 @dataclass(frozen=True)
 class Reading:
-    """What the reader made of all questions: F1, EM, containment and reader tokens, each an array ``[records]``."""
+    """Scores and reader tokens of all questions, arrays `[records]`."""
 
     f1: np.ndarray
     em: np.ndarray
@@ -32,12 +32,11 @@ class Reading:
 
 
 class Mixture:
-    """Records whose passages are read as text or compressed; a prompt that comes again is not read again.
+    """Records with passages read as text or compressed; no prompt is read twice.
 
     Args:
-        method: compresses the passages, without the question.
-        records: all of them fit the reader as full text.
-        settings: how long answers are, and how many prompts are read at a time.
+        method: Compresses the passages, without the question.
+        records: All of them fit into the reader as full text.
     """
 
     def __init__(self, method: Compressed, records: Sequence[Record], settings: Settings) -> None:
@@ -56,7 +55,7 @@ class Mixture:
         self._read: dict[tuple[int, tuple[bool, ...]], tuple[float, float, float, int]] = {}
 
     def read(self, sendings: Sequence[Collection[str]]) -> list[Reading]:
-        """The reader's answers under each sending, the prompts of all of them in common batches."""
+        """Read the questions under each choice of passages sent as text, in common batches."""
         wanted = [[(i, self._mask(r, sent)) for i, r in enumerate(self.records)] for sent in map(frozenset, sendings)]
         new = list(dict.fromkeys(key for keys in wanted for key in keys if key not in self._read))
         prompts = [self._prompt(*key) for key in new]
@@ -77,7 +76,7 @@ class Mixture:
         return [Reading(*column) for column in columns]
 
     def probabilities(self, sent: Collection[str]) -> np.ndarray:
-        """``[records]``: the reader's probability of each first reference answer under a sending, a token in the mean."""
+        """`[records]`: geometric mean probability per token of the first reference answer."""
         sent = frozenset(sent)
         prompts = [self._prompt(i, self._mask(record, sent)) for i, record in enumerate(self.records)]
         references = [self.reader.tokenize(" " + record.answers[0]) for record in self.records]
@@ -85,9 +84,9 @@ class Mixture:
         return np.exp([float(item.log_probs.mean()) for item in found])
 
     def within(self, budget: float, order: Iterable[str], *, skip: bool) -> Sent:
-        """Passages, in order, whose texts cost at most ``budget`` more reader tokens.
+        """Passages, in order, whose texts cost at most `budget` more reader tokens.
 
-        It ends at the first that does not fit or, with ``skip``, leaves that one out and goes on.
+        Stops at the first that does not fit, or with `skip` leaves it out and continues.
         """
         sent, left = set(), budget
         for text in order:
@@ -99,7 +98,7 @@ class Mixture:
         return frozenset(sent)
 
     def first(self, share: float, order: Iterable[str]) -> Sent:
-        """The first passages of an order that are together a share of all passages read, as nearly as they can be."""
+        """The first passages of an order that make up about a share of all passages read."""
         wanted, sent, seen = share * sum(self.counts.values()), set(), 0
         for text in order:
             if seen + self.counts[text] / 2 > wanted:
@@ -109,13 +108,13 @@ class Mixture:
         return frozenset(sent)
 
     def at_random(self, like: Sent, seed: str) -> Sent:
-        """Passages drawn at random that cost as many reader tokens as ``like``, as nearly as whole passages allow."""
+        """Random passages that cost about as many reader tokens as `like`."""
         order = sorted(self.passages)
         random.Random(seed).shuffle(order)
         return self.within(sum(self.extra[text] for text in like), order, skip=True)
 
     def share(self, sent: Collection[str]) -> float:
-        """The share of all passages read that is read as text."""
+        """Share of all passages read that is read as text."""
         return sum(self.counts[text] for text in sent) / max(sum(self.counts.values()), 1)
 
     @staticmethod
@@ -129,6 +128,6 @@ class Mixture:
 
 
 def mean_reading(readings: Sequence[Reading]) -> Reading:
-    """Question by question, the mean over readings."""
+    """Mean over readings, question by question."""
     names = ("f1", "em", "containment", "tokens")
     return Reading(*(np.mean([getattr(reading, name) for reading in readings], axis=0) for name in names))

@@ -23,6 +23,7 @@ class KVMemoryConfig(ReaderTuningSettings, KVSlotConfig):
     """Settings of 500xCompressor."""
 
     method: ClassVar[str] = "500x"
+    title: ClassVar[str] = "500xCompressor"
     retired: ClassVar[Mapping[str, Any]] = {
         **KVSlotConfig.retired,
         **{"init": "tokens", "reference_positions": False, "pad_to": None},

@@ -24,6 +24,7 @@ class GistConfig(KVSlotConfig):
     """Settings of gist tokens."""
 
     method: ClassVar[str] = "gist"
+    title: ClassVar[str] = "gist tokens"
 
     n_gist: int = setting(10, "gist tokens: the most slots of a segment")
     shared_embedding: bool = setting(True, "one embedding for all gist tokens, as in the paper; false: one each")

@@ -37,6 +37,8 @@ class KVMatchConfig(CompressorConfig):
     """Settings of KV matching; none of them needs training."""
 
     method: ClassVar[str] = "kv-match"
+    title: ClassVar[str] = "KV matching"
+    cost: ClassVar[str] = "states"
 
     ratio: float = field(default=4.0, metadata={"help": "compression ratio unless another one is asked for"})
     score: Literal["probes", "kvzip", "snapkv", "keydiff", "expected", "random", "first"] = field(

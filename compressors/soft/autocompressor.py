@@ -28,6 +28,7 @@ class AutoCompressorConfig(SegmentSettings, LoRASettings, CompressorConfig):
     """Settings of AutoCompressor."""
 
     method: ClassVar[str] = "autocompressor"
+    title: ClassVar[str] = "AutoCompressor"
     retired: ClassVar[Mapping[str, Any]] = {
         **{"fixed_slots": False, "equal_segments": True, "scale": "matched"},
         **{"positions": "count", "bos": True, "as_prompt": False},

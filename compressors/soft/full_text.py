@@ -22,6 +22,8 @@ class FullTextConfig(ReaderTuningSettings, CompressorConfig):
     """Settings of full text. The reader is tuned unless ``tune_reader=False``."""
 
     method: ClassVar[str] = "full-text"
+    title: ClassVar[str] = "full text, tuned reader"
+    cost: ClassVar[str] = "none"
 
     tune_reader: bool = setting(True, "tune the reader; false: leave it as it is", kw_only=True)
 

@@ -29,6 +29,7 @@ class ICAEConfig(SegmentSettings, LoRASettings, QuerySettings, ReaderTuningSetti
     """Settings of ICAE."""
 
     method: ClassVar[str] = "icae"
+    title: ClassVar[str] = "ICAE"
     retired: ClassVar[dict[str, Any]] = {
         **{"fixed_slots": False, "special_tokens": False, "truncate": None},
         **{"bos": True, "bos_once": False, "as_prompt": False},

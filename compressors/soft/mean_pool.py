@@ -28,6 +28,8 @@ class MeanPoolConfig(LoRASettings, QuerySettings, ReaderTuningSettings, Compress
     """Settings of mean-pooled windows."""
 
     method: ClassVar[str] = "mean-pool"
+    title: ClassVar[str] = "mean-pooled windows"
+    cost: ClassVar[str] = "states"
     retired: ClassVar[Mapping[str, Any]] = {
         **{"bos": True, "embedder": "all-MiniLM-L6-v2"},
         **{"state_size": None, "embedder_hash": None},

@@ -29,6 +29,7 @@ class PISCOConfig(SegmentSettings, LoRASettings, QuerySettings, CompressorConfig
     """Settings of PISCO."""
 
     method: ClassVar[str] = "pisco"
+    title: ClassVar[str] = "PISCO"
     retired: ClassVar[Mapping[str, Any]] = {
         **{"slots": "proportional", "scale": "matched"},
         **{"prefix": None, "suffix": [], "as_prompt": False},

@@ -27,6 +27,8 @@ class SalientPoolConfig(CompressorConfig, TokenClassifierSettings):
     """Settings of salient windows."""
 
     method: ClassVar[str] = "salient-pool"
+    title: ClassVar[str] = "salient windows"
+    cost: ClassVar[str] = "states"
 
     ratio: float = setting(4.0, "tokens per slot if no ratio is asked for")
     query_aware: bool = setting(False, "the classifier reads the question before the passage")

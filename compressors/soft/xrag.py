@@ -28,6 +28,8 @@ class XRAGConfig(ReaderTuningSettings, CompressorConfig):
     """Settings of xRAG."""
 
     method: ClassVar[str] = "xrag"
+    title: ClassVar[str] = "xRAG"
+    cost: ClassVar[str] = "vector"
     retired: ClassVar[Mapping[str, Any]] = {"normalize": True, "scale": "matched", "pooling": "own"}
 
     embedder: str = setting(MINILM, "sentence-transformers id or folder of the frozen embedder")
@@ -110,6 +112,9 @@ class XRAGCompressor(SoftCompressor):
     def load_embedder(self) -> Embedder:
         """Loads ``config.embedder``."""
         return load_embedder(self.config.embedder, self.reader.device)
+
+    def encoder_body(self) -> Any:
+        return self.embedder.model[0].auto_model
 
     def _check_embedder(self, embedder: Embedder) -> None:
         wanted = self.config.embedder_hash

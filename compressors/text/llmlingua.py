@@ -23,6 +23,7 @@ class LLMLinguaConfig(LMSelectionConfig):
     """Settings of LLMLingua."""
 
     method: ClassVar[str] = "llmlingua"
+    title: ClassVar[str] = "LLMLingua"
     options_class: ClassVar[type[CompressorConfig] | None] = LLMLinguaOptions
     retired: ClassVar[dict[str, Any]] = {"share": "equal"}
 

@@ -33,6 +33,7 @@ class LLMLingua2Config(SelectionConfig, TokenClassifierSettings):
     """Settings of LLMLingua-2. The paper's force tokens are ``keep``, its reserved digits ``keep_digits``."""
 
     method: ClassVar[str] = "llmlingua2"
+    title: ClassVar[str] = "LLMLingua-2"
     options_class: ClassVar[type[CompressorConfig] | None] = LLMLingua2Options
 
     unit: str = field(default="word", metadata={"help": "kept or dropped as a whole"})

@@ -24,6 +24,8 @@ class LongLLMLinguaConfig(LLMLinguaConfig):
     """Settings of LongLLMLingua. ``dynamic_ratio`` is 0 by default; the paper's examples use 0.25 to 0.3."""
 
     method: ClassVar[str] = "longllmlingua"
+    title: ClassVar[str] = "LongLLMLingua"
+    cost: ClassVar[str] = "contrast"
     options_class: ClassVar[type[CompressorConfig] | None] = LongLLMLinguaOptions
     retired: ClassVar[dict[str, Any]] = {**LLMLinguaConfig.retired, "statement": STATEMENT}
 

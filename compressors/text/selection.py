@@ -52,6 +52,7 @@ class SelectionConfig(SelectionSettings, CompressorConfig):
     """
 
     method: ClassVar[str]
+    cost: ClassVar[str] = "scores"
     options_class: ClassVar[type[CompressorConfig] | None] = None
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ class SelectiveContextConfig(LMSelectionConfig):
     """Settings of Selective Context."""
 
     method: ClassVar[str] = "selective-context"
+    title: ClassVar[str] = "Selective Context"
     retired: ClassVar[dict[str, Any]] = {"context": "passage"}
 
     def __post_init__(self) -> None:

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nutgraf.benchmarks import loading, rows
+from nutgraf.benchmarks import loading, names, rows
 from nutgraf.benchmarks import methods as lines
 from nutgraf.benchmarks.cli.app import bench_app
 from nutgraf.benchmarks.quality import quality
-from nutgraf.benchmarks.report import table
 from nutgraf.compressors import Compressor, Reader, make_compressor
 from nutgraf.recipes.data.corpus import Record
 from typer.testing import CliRunner
@@ -49,9 +48,9 @@ def test_stored_slots_are_read_as_the_store_gives_them_back(reader: Reader, comp
     encodings = [loading.store_encoding(name) for name in ("int8", "int4", "float32")]
     methods = lines.lines([compressed], baselines=[], shuffled=False, encodings=encodings)
     found = {line.method: line for line in quality.evaluate(reader, methods, RECORDS, QUIET)}
-    names = ["mean-pool", "mean-pool-int8", "mean-pool-int4", "mean-pool-float32"]
-    assert list(found) == ["full", "none", *names]
-    plain, eight, four, exact = (found[name] for name in names)
+    made = ["mean-pool", "mean-pool-int8", "mean-pool-int4", "mean-pool-float32"]
+    assert list(found) == ["full", "none", *made]
+    plain, eight, four, exact = (found[name] for name in made)
 
     stored = lines.prompts(methods[4], reader, RECORDS)
     assert four.predictions == [a.strip() for a in reader.generate(stored, 4, stop=["\n"])]
@@ -73,8 +72,8 @@ def test_stored_slots_are_read_as_the_store_gives_them_back(reader: Reader, comp
         assert line.row["same_answers"] == pytest.approx(np.mean(same))
     assert exact.row["same_answers"] == 1
     assert four.row["bytes_per_passage"] < eight.row["bytes_per_passage"] < exact.row["bytes_per_passage"]
-    assert [table.kind_of(line.row) for line in (plain, eight)] == ["method", "beside"]
-    assert table.name_of(eight.row) == "stored as int8"
+    assert [names.is_beside(line.row) for line in (plain, eight)] == [False, True]
+    assert names.line_name(eight.row) == "stored as int8"
 
 
 def test_a_tuned_reader_reads_its_own_keys_and_values_quantised(reader: Reader) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from nutgraf.benchmarks.distractors import with_passages
+from nutgraf.benchmarks.loading import with_passages
 from nutgraf.recipes.data.corpus import Record
 
 

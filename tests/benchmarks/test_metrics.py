@@ -116,20 +116,16 @@ def test_bootstrap_blocks_do_not_change_the_draw_count() -> None:
     assert 0.48 < low < 0.5 < high < 0.52
 
 
-def test_bootstrap_recovered_share_is_paired() -> None:
+def test_the_interval_of_a_recovered_share_is_paired() -> None:
     rng = np.random.default_rng(0)
     full = rng.uniform(0.5, 1, 200)
     none = np.zeros(200)
     # the method always gives exactly half of what the full text gives: paired resampling leaves no spread
-    low, high = metrics.bootstrap_recovered_share(full / 2, none, full)
-    assert low == pytest.approx(0.5)
-    assert high == pytest.approx(0.5)
-    assert metrics.bootstrap_recovered_share(full, full, none) is None
-    # One question in twelve that the text helps with: some resamples have none of it.
+    assert metrics.pooled_recovered_share([(full / 2, none, full)]) == pytest.approx((0.5, 0.5, 0.5))
+    assert metrics.pooled_recovered_share([(full, full, none)]) is None
+    # one question in twelve gains from the text: some resamples have none of it
     full, none = np.eye(1, 12)[0], np.zeros(12)
-    assert metrics.bootstrap_recovered_share(full, none, full) is None
-    with pytest.raises(ValueError, match="paired"):
-        metrics.bootstrap_recovered_share([1.0], [0.0, 0.0], [1.0])
+    assert metrics.pooled_recovered_share([(full, none, full)]) is None
 
 
 def test_no_answers_is_refused() -> None:

@@ -1,19 +1,21 @@
-"""The report and the table, from made-up rows: self-contained, escaped, honest."""
+"""The HTML report and the pages of results, from made-up rows: self-contained, escaped, honest, those of the rows."""
 
 from __future__ import annotations
 
-import html
 import io
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from nutgraf.benchmarks.report import report
-from nutgraf.benchmarks.report.table import COLUMNS, table_lines, terminal_table
+from nutgraf.benchmarks.quality import pooled
+from nutgraf.benchmarks.report import __main__ as pages
+from nutgraf.benchmarks.report import html, plots, quality_tables, speed_tables
+from nutgraf.benchmarks.report.table import Column, build, render, rich_table
 from rich.console import Console
 
 COMMON = {"suite": "quality", "dataset": "toy", "passages": 1, "n": 80, "command": "nutgraf bench quality toy.jsonl"}
+CPU = {"device": "cpu (x86_64, 2 cores)", "dtype": "float32", "threads": 2, "reader": "a"}
 
 
 def quality(method: str, f1: float, tokens: float, ratio: float | None = None, **more: Any) -> dict[str, Any]:
@@ -45,49 +47,192 @@ ROWS = [
 ]  # fmt: skip
 
 
-def test_table_has_the_columns_and_the_times() -> None:
-    lines = table_lines(ROWS)
-    assert [line.cells[0] for line in lines] == [
+def account(method: str, tokens: int = 2000, **more: Any) -> dict[str, Any]:
+    full = method == "full"
+    row = {
+        "suite": "speed", "test": "account", "reader_shape": "reader-small", **CPU, "method": method, "batch": 1,
+        "interface": "text" if full else "embeds", "context_asked": tokens, "context_tokens": tokens - 5, "passages": 10,
+        "reader_tokens": tokens if full else 194, "ttft_ms": 250.4 if full else 29.0, "roofline_share": 0.54, "ratio": 15.7,
+        "ttft_speedup": 1.0 if full else 8.63, "requests_per_s": 4.0, "decode_ms_per_token": 5.5,
+        "roofline_ms": 135.0 if full else 9.0,
+    }  # fmt: skip
+    return row | ({} if full else {"slots": 130, "ratio_asked": 16.0, "break_even_reads": 0.97}) | more
+
+
+SPEED = [
+    account("full", ttft_ms=999.0),
+    account("full"),
+    account("mean-pool"),
+    account("mean-pool", batch=4, requests_per_s=7.0),
+    account("mean-pool", reader="an older reader", ttft_ms=1.0) | {"reader_shape": "other"},
+    {"suite": "speed", "test": "compress", **CPU, "method": "icae", "ratio_asked": 4.0, "passages": 64, "reader_shape": "r",
+     "context_tokens": 11567, "tokens_per_s": 9000.4, "bare_share": 0.91, "plain_ms": 50.0, "compress_ms": 100.0},
+    {"suite": "training", "test": "step", **CPU, "reader_shape": "r", "method": "icae", "objective": "kl", "batch": 8,
+     "step_cost": 1.124, "step_ms": 512.0, "teacher_ms": 13.25, "tokens_per_s": 4000.0, "peak_bytes": 6e8},
+    {"suite": "training", "test": "loss-memory", "objective": "lm", "target_tokens": 2048, "target_tokens_asked": 2048,
+     "vocabulary": 128256, "extra_bytes": 7.9e8, "bound_bytes": 7.88e8, "whole_bytes": 3.15e9, **CPU},
+    {"suite": "store", "state": "answer", **CPU, "reader_shape": "r", "method": "slabs", "passages": 64, "slots": 13.0,
+     "read_ms": 1.5, "ttft_memory_ms": 90.0, "read_share_of_ttft": 0.0167, "read_gbps": 1.9, "copy_gbps": 8.0},
+    *({"suite": "selection", "test": "speed", **CPU, "method": "llmlingua", "mode": mode, "model": model, "tokens": 800,
+       "passages": 4, "seconds": 0.5, "speedup": speedup, "over_bare": 1.1, "reader": model}
+      for mode, model, speedup in (("fast", "a", 9.0), ("fast", "a", 2.5), ("faithful", "b", 1.0))),
+]  # fmt: skip
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_cells_are_formatted_bold_or_missing() -> None:
+    given = [Column("a", "a", "{:.1f} %", 100, bold=lambda row: row["a"] > 0.5), Column("b", "b")]
+    table = build(given, [{"a": 0.5}, {"a": 0.75, "b": "text"}], missing="–")
+    assert table.lines == (("50.0 %", "–"), ("**75.0 %**", "text"))
+    assert not build(given, [])
+
+
+def test_the_table_of_lines_has_names_kinds_and_times() -> None:
+    table = quality_tables.line_table(ROWS, "A table")
+    assert [cells[0] for cells in table.lines] == [
         "full text", "no context", "soft 8x", "shuffled", "truncate", "extract", "soft 4x"
     ]  # fmt: skip
-    assert [line.kind for line in lines] == ["fixed", "fixed", "method", "beside", "beside", "beside", "method"]
-    soft = dict(zip(COLUMNS, lines[2].cells))
-    assert soft == {
-        "method": "soft 8x",
-        "compression ratio": "7.2x",
-        "tokens the reader read": "40",
-        "TTFT": "6.0 ms",
-        "decode time": "5.0 ms",
-        "EM": "17.5",
-        "F1": "35.0",
-        "recovered share": "50 (40 to 60)",
-    }
-    assert lines[1].cells[1] == "–"
+    assert table.kinds == ("fixed", "fixed", "method", "beside", "beside", "beside", "method")
+    assert table.lines[2] == ("soft 8x", "7.2x", "40", "6.0 ms", "5.0 ms", "17.5", "35.0", "50 (40 to 60)")
+    assert table.lines[1][1] == "–"
     out = io.StringIO()
-    Console(file=out, width=120).print(terminal_table(ROWS, "A table"))
-    for name in ("full text", "soft 8x", "recovered share", "50 (40 to 60)"):
-        assert name in out.getvalue()
+    Console(file=out, width=120).print(rich_table(table))
+    for text in ("A table", "full text", "soft 8x", "recovered share", "50 (40 to 60)"):
+        assert text in out.getvalue()
+
+
+def test_speed_tables_hold_the_newest_figures() -> None:
+    tables = {table.title: table for table in speed_tables.speed_tables(SPEED)}
+    assert len(tables) == 8
+    first = tables["Time to the first token"].lines
+    assert ("reader-small, CPU, 2 threads", "1,995 in 10", "full text", "2,000", "250 ms", "", "54 %", "") in first
+    assert first[-1][2:] == ("130 slots of mean-pool (16x)", "194", "29 ms", "8.6x", "54 %", "1.0 reads")
+    assert [line[2] for line in tables["Several prompts at a time"].lines] == ["1", "1", "4"]
+    assert tables["The cost model against measurements"].lines[0][-2:] == ("15.0x", "8.6x")
+    assert tables["Compressing passages of mixed lengths"].lines == (
+        ("icae 4x", "64", "11,567", "9,000", "0.91", "0.50"),
+    )
+    step = ("icae", "KL, live teacher", "1.12", "512 ms", "13.2 ms", "4,000", "600 MB")
+    assert tables["A training step"].lines == (step,)
+    assert tables["Memory of the losses"].lines[0][3:] == ("790 MB", "788 MB", "3,150 MB")
+    assert tables["Selecting tokens"].lines == (
+        ("LLMLingua", "4 x 200", "a", "0.50 s", "2.50x as fast", "1.10"),
+        ("LLMLingua, as published", "4 x 200", "b", "0.50 s", "1.00x as fast", "1.10"),
+    )
+    assert tables["Reading from the store"].lines[0][4] == "1.7 %"
+    assert speed_tables.speed_tables([{"suite": "quality"}]) == []
+
+
+def test_what_is_missing_is_named() -> None:
+    found = " ".join(speed_tables.missing(SPEED))
+    assert "llama-1b, llama-3b, llama-8b" in found
+    assert "On the CPU" in found
+    gpu = [account("full", device="NVIDIA H100", reader_shape=f"llama-{n}b") for n in (1, 3, 8)]
+    assert speed_tables.missing([*gpu, account("full", reader_shape="llama-1b")]) == []
+
+
+def test_tables_of_earlier_studies_hold_the_newest_rows() -> None:
+    gate = {
+        "test": "gate", "sending": "gate", "level": "0.2", "dataset": "qa_dev_squad + qa_dev_qamr", "n": 90, "share": 0.2,
+        "method": "mean-pool", "ratio_asked": 4.0, "reader_tokens": 80.0, "f1": 0.2, "calibrated_by": "probability",
+        "priced": True, "f1_minus_random": 0.01, "f1_minus_random_low": -0.004, "f1_minus_random_high": 0.02,
+    }  # fmt: skip
+    (line,) = quality_tables.gate_table([gate | {"f1": 0.9}, gate, gate | {"sending": "random"}]).lines
+    assert line[:7] == (
+        "SQuAD + QAMR (90)", "mean-pooled windows 4x", "probability per token", "0.2", "20 %", "80", "20.0"
+    )  # fmt: skip
+    assert line[7:] == ("+1.0 (-0.4 to +2.0)", "", "")
+    cell = {
+        "suite": "sweep", "recipe": "icae", "settings": {"a.b": "1", "c": "{x: 2}"}, "cell": "0f", "dataset": "qa_dev_squad",
+        "n": 50, "ratio_asked": 4.0, "steps": 9, "f1": 0.1, "f1_se": 0.02, "f1_full": 0.3, "f1_none": 0.01,
+    }  # fmt: skip
+    table = quality_tables.sweep_table([cell, cell | {"cell": "1f", "f1": 0.12}, {"suite": "sweep", "diverged": "nan"}])
+    assert table.lines[1] == (
+        "icae", "`a.b=1`, `c={x: 2}`", "SQuAD (50)", "4x", "9", "12.0 ± 2.0", "30.0", "1.0"
+    )  # fmt: skip
+    stored = quality("mean-pool-int8", 0.2, 40, 8, store_precision="int8", stored_of="mean-pool", same_answers=0.9)
+    assert quality_tables.precision_table([stored]).lines[0][1:3] == ("mean-pooled windows 8x", "int8")
+    uniform = quality("mean-pool", 0.2, 40, 8, allocation="uniform")
+    by_score = uniform | {"allocation": "score", "score": "bm25", "temperature": 1.0}
+    assert [line[2] for line in quality_tables.allocation_table([uniform, by_score]).lines] == [
+        "one ratio for all", "BM25, T = 1"
+    ]  # fmt: skip
+
+
+# -- pages -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_pages_and_the_picture_are_those_of_the_committed_rows() -> None:
+    assert pages.main(["--check"]) == 0, "run python -m nutgraf.benchmarks.report"
+    assert pages.main(["--wrong"]) == 2
+
+
+def test_the_quality_page_names_the_best_and_has_every_line() -> None:
+    rows = pages.rows_of("tradeoff")
+    found, sets = pooled.pool(rows), pooled.comparable(rows)
+    page = pages.quality_page(found, sets)
+    assert page.count("\n| mean-pooled windows |") == 6 + sum(
+        key[0] == "mean-pool" for lines in sets.values() for key in lines
+    )
+    assert "are compared with the full text of a reader tuned alike" in page
+    budget = next(line for line in page.splitlines() if line.startswith("| 4x |"))
+    assert budget.count("**") == 2
+    assert "full text, tuned reader" in page
+    assert "| passages | no context | full text |" in page
+    without = [row for row in rows if row["dataset"] != "qa_dev_nq" and row["method"] != "full-text"]
+    page = pages.quality_page(pooled.pool(without), pooled.comparable(without))
+    assert "are not ranked" in page
+    assert "Not measured: NQ.\n" in page
+
+
+def test_one_number_per_method_is_that_of_the_nearest_ratio() -> None:
+    numbers = pages.method_numbers(pooled.pool(pages.rows_of("smollm2")))
+    assert numbers["icae"]["ratio"] == 4
+    assert numbers["icae"]["ci_low"] < numbers["icae"]["recovered_share"] < numbers["icae"]["ci_high"]
+    assert numbers["xrag"]["ratio"] > 100
+    assert "truncate" not in numbers
+
+
+def test_the_picture_carries_its_rows_and_draws_no_controls() -> None:
+    rows = pooled.pool(pages.rows_of("smollm2"))
+    image = plots.trade_off(rows)
+    assert image is not None
+    assert image.startswith(b"\x89PNG")
+    assert len(image) < 250_000
+    assert plots.hash_in(image) == plots.rows_hash(rows)
+    assert plots.rows_hash([row | {"ttft_ms": 1.0} for row in rows]) != plots.rows_hash(rows)
+    assert plots.hash_in(b"no picture") is None
+    assert plots.trade_off([]) is None
+    names = [line["name"] for line in plots.drawn_series(rows)]
+    assert len(names) == len(set(names))
+    assert not any("another question" in name for name in names)
+
+
+# -- the HTML report -------------------------------------------------------------------------------------------------
 
 
 def test_report_is_one_self_contained_page(tmp_path: Path) -> None:
     examples = [
-        report.Example("Who <b>signed</b> it?", ("Ann",), {"full text": "Ann", "soft 8x": "Bob"}, "passage & more"),
-        report.Example("When?", ("1648",), {"full text": "in 1648", "soft 8x": ""}),
+        html.Example("Who <b>signed</b> it?", ("Ann",), {"full text": "Ann", "soft 8x": "Bob"}, "passage & more"),
+        html.Example("When?", ("1648",), {"full text": "in 1648", "soft 8x": ""}),
     ]
-    path = report.write_report(tmp_path / "out" / "report.html", ROWS, examples=examples, notes=["A <note>."])
+    path = html.write_report(tmp_path / "out" / "report.html", ROWS, examples=examples, notes=["A <note>."])
     page = path.read_text(encoding="utf-8")
     assert page.count("data:image/svg+xml;base64,") == 3
     assert not re.search(r"<script|https?://|src=\"(?!data:)|@import|url\(", page)
     assert "Who &lt;b&gt;signed&lt;/b&gt; it?" in page
     assert "A &lt;note&gt;." in page
-    for name in (*COLUMNS, "Answers side by side", "Notes", "How it was measured", "nutgraf bench quality toy.jsonl"):
-        assert name in page
+    titles = [column.title for column in quality_tables.LINES]
+    for text in (*titles, "Answers side by side", "Notes", "How it was measured", "nutgraf bench quality toy.jsonl"):
+        assert text in page
     assert page.count('class="right"') == 1
     assert list(tmp_path.glob("out/*")) == [path]
 
 
 def test_notes_say_what_speaks_against() -> None:
-    notes = report.honest_notes(ROWS)
+    notes = html.honest_notes(ROWS)
     assert (
         "soft 8x (F1 35.0) is behind the best plain-text baseline with as many reader tokens, extract (F1 40.0)."
         in notes
@@ -95,21 +240,26 @@ def test_notes_say_what_speaks_against() -> None:
     assert any("another question" in note and "12.0" in note for note in notes)
     assert any("80 questions are few" in note for note in notes)
     assert any("slower than reading the full text" in note for note in notes)
-    lead = report.summary(ROWS)
+    lead = html.summary(ROWS)
     assert "full text scores F1 60.0 and no context 10.0" in lead
     assert "Of what the passages bring in 190 tokens, soft 8x keeps 50 % in 40 tokens." in lead
 
 
 def test_report_of_speed_rows_alone(tmp_path: Path) -> None:
-    page = report.write_report(tmp_path / "r.html", [row for row in ROWS if row["suite"] == "speed"]).read_text("utf-8")
+    page = html.write_report(tmp_path / "r.html", [row for row in ROWS if row["suite"] == "speed"]).read_text("utf-8")
     assert "Time to first token" in page
-    assert "<table>" not in html.unescape(page)
+    assert "<table>" not in page
+    page = html.write_report(tmp_path / "account.html", SPEED).read_text("utf-8")
+    assert page.count("<h3>") == 8
+    assert "130 slots of mean-pool (16x)" in page
+    with pytest.raises(ValueError, match="at least one"):
+        html.write_report(tmp_path / "none.html", [])
 
 
 def test_datasets_stand_apart_and_newer_rows_replace(tmp_path: Path) -> None:
     other = [row | {"dataset": "other", "f1": 0.3} for row in ROWS if row["suite"] == "quality"]
     newer = [quality("full", 0.77, 190) | {"ratio": 1.0}]
-    page = report.write_report(tmp_path / "r.html", [*ROWS, *other, *newer]).read_text("utf-8")
+    page = html.write_report(tmp_path / "r.html", [*ROWS, *other, *newer]).read_text("utf-8")
     assert page.count('class="set"') == 3  # toy, other, and the speed rows that name none
     assert page.count("<td>full text</td>") == 2
     assert "77.0" in page
@@ -121,13 +271,15 @@ def test_lines_of_an_older_reader_and_of_other_questions_are_left_out(tmp_path: 
     new = [row | {"reader": "b", "questions": "q"} for row in ROWS if row["method"] in ("full", "none")]
     few = [quality("full", 0.99, 190) | {"reader": "b", "questions": "few"}]
     few += [quality("soft", 0.88, 40, 8) | {"reader": "b", "half": "report"}]
-    page = report.write_report(tmp_path / "r.html", [*old, *new, *few]).read_text("utf-8")
+    page = html.write_report(tmp_path / "r.html", [*old, *new, *few]).read_text("utf-8")
     assert "33.3" not in page
     assert "99.0" not in page
     assert "88.0" not in page
     assert "60.0" in page
 
 
-def test_an_empty_report_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at least one"):
-        report.write_report(tmp_path / "r.html", [])
+def test_templates_escape_html_only() -> None:
+    table = build([Column("a<b", "a")], [{"a": "x & y"}])
+    context = {"title": "t", "lead": "", "sets": [], "examples": [], "notes": [], "origins": [], "costs": [table]}
+    assert "x &amp; y" in render("report.html", **context)
+    assert "x & y" in render("speed.md", tables=[table], missing=[])

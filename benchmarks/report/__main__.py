@@ -1,0 +1,119 @@
+"""Write the pages of results from the committed rows: `python -m nutgraf.benchmarks.report`.
+
+With `--check` nothing is written; the exit status is 1 if a page is not that of the rows.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..names import dataset_title, kind_of, method_name
+from ..quality.pooled import FULL, NONE, Key, comparable, pool
+from ..rows import PACKAGE, RESULTS, Row, read_rows
+from . import quality_tables as quality
+from .plots import hash_in, rows_hash, trade_off
+from .speed_tables import missing, speed_tables
+from .table import build, render
+
+PAGES = PACKAGE / "docs" / "results"
+PICTURE = PAGES / "quality.png"
+PRETRAINED, TOY = "smollm2", "tradeoff"  # results files of the two readers
+RATIO = 4.0  # of the one number per method
+
+
+def rows_of(*names: str) -> list[Row]:
+    """The committed rows of results files."""
+    return read_rows([path for name in names if (path := RESULTS / f"{name}.jsonl").is_file()])
+
+
+def pages() -> dict[Path, str]:
+    """Every text file that follows from the rows, by path."""
+    rows, toy = rows_of(PRETRAINED), pool(rows_of(TOY))
+    pooled, sets = pool(rows), comparable(rows)
+    return {
+        PAGES / "quality.md": quality_page(pooled, sets),
+        PAGES / "speed.md": speed_page(rows_of("speed", "store", "training_speed", "selection")),
+        PAGES / "studies.md": studies_page(toy),
+        PAGES / "methods.json": json.dumps(method_numbers(pooled), indent=2) + "\n",
+        RESULTS / f"{PRETRAINED}_pooled.jsonl": "".join(json.dumps(row) + "\n" for row in pooled),
+        RESULTS / "pooled.jsonl": "".join(json.dumps(row) + "\n" for row in toy),
+    }
+
+
+def quality_page(pooled: Sequence[Row], sets: dict[str, dict[Key, Row]]) -> str:
+    """The page about answers of the pretrained reader."""
+    return render(
+        "quality.md",
+        about=quality.about(pooled, sets),
+        one_slot=quality.one_slot(sets.get("qa_dev_squad", {})),
+        short=quality.short_table(pooled),
+        pooled=build(quality.POOLED_COLUMNS, quality.in_order(pooled)),
+        several=quality.several_table(sets),
+        sets=[
+            {"title": quality.set_title(name, lines), "full": lines[FULL], "none": lines[NONE]}
+            | {"table": build(quality.SET_COLUMNS, quality.in_order(lines.values()))}
+            for name, lines in sets.items()
+        ],
+    )
+
+
+def speed_page(rows: Sequence[Row]) -> str:
+    """The page about speed and cost."""
+    return render("speed.md", tables=speed_tables(rows), missing=missing(rows))
+
+
+def studies_page(pooled: Sequence[Row]) -> str:
+    """The page about the earlier studies on the small reader."""
+    return render(
+        "studies.md",
+        about=quality.about(pooled, pooled[0]["datasets"]),
+        pooled=build(quality.POOLED_COLUMNS, quality.in_order(pooled)),
+        gate=quality.gate_table(rows_of("gate")),
+        allocation=quality.allocation_table(rows_of("allocation")),
+        precision=quality.precision_table(rows_of("store_precision")),
+        sweeps=quality.sweep_table(rows_of("sweeps")),
+    )
+
+
+def method_numbers(pooled: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """For each method its recovered share at 4x or, if it has no such row, at the nearest ratio."""
+    found: dict[str, Row] = {}
+    for row in pooled:
+        if kind_of(row) in ("soft", "text") and "recovered_share" in row:
+            ratio = row.get("ratio_asked") or row["ratio"]
+            if row["method"] not in found or abs(ratio - RATIO) < abs(found[row["method"]]["ratio"] - RATIO):
+                found[row["method"]] = row | {"ratio": ratio}
+    keys = ("interface", "query_aware", "ratio", "recovered_share", "ci_low", "ci_high", "n")
+    return {
+        method: {"title": method_name(method), "sets": [dataset_title(name) for name in row["datasets"]]}
+        | {key: row[key] for key in keys if key in row}
+        for method, row in found.items()
+    }
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write everything, or with `--check` compare; 1 if something differs."""
+    if unknown := set(arguments) - {"--check"}:
+        print(f"Unknown argument {min(unknown)!r}; the only one is --check.", file=sys.stderr)
+        return 2
+    files, pooled = pages(), pool(rows_of(PRETRAINED))
+    if "--check" not in arguments:
+        PAGES.mkdir(parents=True, exist_ok=True)
+        for path, text in files.items():
+            path.write_text(text, encoding="utf-8")
+        PICTURE.write_bytes(trade_off(pooled) or b"")
+        return 0
+    stale = [path for path, text in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    if not PICTURE.is_file() or hash_in(PICTURE.read_bytes()) != rows_hash(pooled):
+        stale.append(PICTURE)
+    for path in stale:
+        print(f"{path.relative_to(PACKAGE)} is not that of the rows.", file=sys.stderr)
+    return int(bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
