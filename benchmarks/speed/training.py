@@ -147,7 +147,7 @@ class _Stopwatch(TrainerCallback):
         module.register_forward_pre_hook(self._see, with_kwargs=True)
         module._teacher_hidden = self._timed(module._teacher_hidden)  # type: ignore[method-assign]
         if (loss := module.losses.get("kl")) is not None:
-            loss._held = (loss._held[0], self._timed(loss._held[1]))
+            loss.teacher_head = self._timed(loss.teacher_head)
 
     def _see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.batch = kwargs.get("batch", args[0] if args else None)

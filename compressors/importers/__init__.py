@@ -1,13 +1,11 @@
-"""Importers: compressors that others trained and published, in the layouts that their authors' code writes.
+"""Imports published checkpoints in the layouts of their authors' code.
 
-`import_checkpoint` gives a `Compressor` that computes what the authors' code computes from the same weights; `import_to`
-writes it as a folder that `load_compressor` loads. Nothing is unpickled but tensors, every key of a checkpoint is used,
-left out for a reason that is reported, or refused by name, and damage is refused before anything is made of it.
+`import_checkpoint` returns a `Compressor` that computes what the authors' code computes from the same weights; `import_to`
+writes it as a folder for `load_compressor`. Only tensors are unpickled. Every key of a checkpoint is used, left out for a
+reported reason, or refused by name.
 
-An imported compressor answers as its authors' did if it is asked as they asked it. Their prompts, token for token:
-xRAG `xrag_reference.xrag_prompt`, ICAE `icae_reference.icae_prompt`, AutoCompressor `prefix_reference.slots_first`, gist
-tokens `prefix_reference.gist_source` and ``gist_prompt``, 500xCompressor `prefix_reference.fivehundred_prompt`, COCOM and
-PISCO `pisco_reference` (all in `nutgraf.compressors`).
+Use the authors' prompts, token for token: `prompts.xrag_prompt`, `prompts.icae_prompt`, `prompts.pisco_prompt` (COCOM too),
+`prompts.slots_first` (AutoCompressor), `prompts.gist_source` and `prompts.gist_prompt`, `prompts.fivehundred_prompt`.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from .layout import MissingOption, Source, listed
 if TYPE_CHECKING:
     from ..reader.reader import Reader
 
-# Name a user types -> module. The order is that in which `recognise` asks them.
+# Name -> module, in the order in which `recognise` asks them.
 IMPORTERS = {
     "xrag": "xrag",
     "pisco": "pisco",
@@ -76,13 +74,13 @@ def published_class(method: str, settings: Mapping[str, Any]) -> type[Compressor
 
 
 def options(name: str) -> dict[str, Any]:
-    """The hyper-parameters that an importer takes, each with its default (``None``: read from the checkpoint, or asked for)."""
+    """Hyper-parameters of an importer, with their defaults (``None``: read from the checkpoint, or required)."""
     parameters = list(inspect.signature(_module(name).load).parameters.values())[1:]
     return {p.name: p.default for p in parameters}
 
 
 def recognise(path: str | Path) -> str | None:
-    """The importer whose layout a file or folder has, or ``None``."""
+    """Name of the importer for the layout of a file or folder, or ``None``."""
     path = Path(path)
     return next((name for name in IMPORTERS if _module(name).recognises(path)), None)
 
@@ -95,22 +93,22 @@ def import_checkpoint(
     device: str | torch.device = "auto",
     **hyper_parameters: Any,
 ) -> Compressor:
-    """A compressor out of a published checkpoint.
+    """Loads a compressor from a published checkpoint.
 
     Args:
         name: the importer: a key of `IMPORTERS`.
         path: the checkpoint's file or folder, or a hub id.
-        reader: the reader it was trained for, or its folder or hub id; not needed where the checkpoint holds the reader.
-        device: where the models go that are built from the checkpoint: ``"auto"`` is CUDA if there is one.
-        hyper_parameters: what the checkpoint does not say of itself (see `options`).
+        reader: the reader it was trained for, or its folder or hub id; not needed if the checkpoint holds the reader.
+        device: device of models built from the checkpoint; ``"auto"``: CUDA if available.
+        hyper_parameters: what the checkpoint does not say (see `options`).
 
     Returns:
-        The compressor, in eval mode. Its ``reader`` is the one given, or the one that the checkpoint holds.
+        The compressor, in eval mode. Its ``reader`` is the one given or the one in the checkpoint.
 
     Raises:
         ValueError: for an unknown importer or hyper-parameter.
         MissingOption: if a hyper-parameter or the reader must be given.
-        CheckpointError: if files or keys are missing, unknown, misshapen, not finite or not safe to load.
+        CheckpointError: if files or keys are missing, unknown, misshapen, not finite or unsafe to load.
     """
     return _load(name, path, reader, device, hyper_parameters)[0]
 
@@ -144,24 +142,24 @@ def import_to(
     device: str | torch.device = "auto",
     **hyper_parameters: Any,
 ) -> dict[str, str]:
-    """Imports a checkpoint and writes it as a folder for `load_compressor`, whole or not at all.
+    """Imports a checkpoint and writes it atomically as a folder for `load_compressor`.
 
-    The folder holds ``config.json``, ``model.safetensors`` and, where the checkpoint holds weights of the reader, that
-    reader as a Hugging Face folder ``reader``, which `load_compressor` then takes by itself.
+    The folder holds ``config.json``, ``model.safetensors`` and, if the checkpoint holds weights of the reader, that reader as
+    a Hugging Face folder ``reader``, which `load_compressor` then uses.
 
     Args:
-        out: the folder to write, which must not exist or be empty.
+        out: the folder to write; it must not exist or be empty.
         name, path, reader, device, hyper_parameters: as in `import_checkpoint`.
 
     Returns:
-        The keys that were left out, each with the reason.
+        Keys that were left out, with the reason.
 
     Raises:
         ValueError: if ``out`` is taken; and as in `import_checkpoint`.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already and holds something; name a new folder.")
+        raise ValueError(f"{out} exists already and is not empty; name a new folder.")
     compressor, source = _load(name, path, reader, device, hyper_parameters)
     whole = out.parent / f".{out.name}.{secrets.token_hex(4)}"
     whole.mkdir(parents=True)
@@ -188,13 +186,13 @@ def save_reader(reader: Reader, folder: Path) -> None:
 
 
 def import_recognised(path: Path, reader: Reader | None, **hyper_parameters: Any) -> Compressor | None:
-    """`import_checkpoint` for whatever layout a file or folder has; ``None`` if it has none that is known."""
+    """Imports a file or folder of any known layout; ``None`` if the layout is unknown."""
     name = recognise(path)
     return None if name is None else import_checkpoint(name, path, reader, **hyper_parameters)
 
 
 def describe_ignored(ignored: dict[str, str]) -> list[str]:
-    """One line a reason, with the keys that were left out for it."""
+    """One line per reason, with the keys left out for it."""
     reasons: dict[str, list[str]] = {}
     for key, reason in ignored.items():
         reasons.setdefault(reason, []).append(key)

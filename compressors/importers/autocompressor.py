@@ -97,10 +97,10 @@ def load(
 
     Args:
         source: a Hugging Face folder with ``embed_summary.weight`` among the weights.
-        segment_tokens: longest segment; the authors' code leaves it to the caller, and trained on up to 2,048.
-        equal_segments: cut a passage into equally long segments; default: as the authors' code cuts, every segment but the
-            last of ``segment_tokens``. (`PublishedAutoCompressor.encode_lengths` takes any lengths.)
-        accumulate_summary: default: as the config says.
+        segment_tokens: longest segment; the authors' code leaves it to the caller and trained on up to 2,048.
+        equal_segments: cut a passage into equally long segments; default: full segments and a shorter last one, as in the
+            authors' code. (`PublishedAutoCompressor.encode_lengths` takes any lengths.)
+        accumulate_summary: default: the config's.
     """
     path = source.path
     settings = source.config()

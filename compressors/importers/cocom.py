@@ -1,4 +1,4 @@
-"""COCOM and the first PISCO: two LoRA adapters of one decoder, and its embedding rows with <MEM> tokens among them."""
+"""COCOM and PISCO v1 checkpoints: two LoRA adapters of one decoder, and its embedding rows with <MEM> tokens."""
 
 from __future__ import annotations
 
@@ -48,15 +48,14 @@ def load(
     """Imports COCOM or PISCO v1.
 
     Args:
-        source: the folder, with ``adapters.pth`` and ``decoder_first_last_layers.pth`` or with the whole decoder's weights;
-            it needs the reader (the base decoder).
-        compr_rate: source tokens a slot; default: as the config says.
-        doc_max_length: longest segment; default: as the config says, or 128. Where the config says it (PISCO v1 and late
-            COCOM), every segment gets ``doc_max_length // compr_rate`` slots, however short it is; else (the first COCOM)
-            a segment of L tokens gets ``ceil(L / compr_rate)``. A longer passage becomes several segments, where the
-            authors' code cuts it off.
-        different_mem_tokens: one <MEMi> a place, and all of them for every segment; default: as the config says, or whether
-            the tokenizer knows <MEM0>.
+        source: the folder, with ``adapters.pth`` and ``decoder_first_last_layers.pth`` or the whole decoder's weights; it needs
+            the reader (the base decoder).
+        compr_rate: source tokens per slot; default: the config's.
+        doc_max_length: longest segment; default: the config's, or 128. If the config has it (PISCO v1 and late COCOM), every
+            segment gets ``doc_max_length // compr_rate`` slots; else (the first COCOM) a segment of L tokens gets
+            ``ceil(L / compr_rate)``. A longer passage becomes several segments; the authors' code cuts it off.
+        different_mem_tokens: a <MEMi> per place, and all of them for every segment; default: the config's, or whether the
+            tokenizer knows <MEM0>.
         lora_alpha: default: twice the rank, as in the authors' code.
     """
     path = source.path
@@ -119,7 +118,7 @@ def load(
 
 
 def _tokenizer(source: Source, base: Reader, several: bool | None, n: int) -> Any:
-    """The folder's tokenizer, or the base's with the tokens that the authors' code adds, in its order."""
+    """The folder's tokenizer, or the base's with the tokens that the authors' code adds."""
     if has_tokenizer(source.path):
         return load_tokenizer(source.path, source)
     if several is None:
@@ -153,7 +152,7 @@ def _adapters(source: Source, base: Reader, tokenizer: Any) -> tuple[Reader, dic
 
 
 def _row(keys: Keys, name: str, optional: bool = False) -> Tensor | None:
-    """Rows by the name of their module; ``optional``: ``None`` where they are not there, as tied ones are written once."""
+    """Rows of a module; ``optional``: ``None`` if missing, because tied ones are written once."""
     found = keys.take_all(rf"(?:.*\.)?{name}\.(?=weight$)")
     if not found and not optional:
         raise CheckpointError(f"{keys.where} lacks {name}.weight.")
@@ -161,7 +160,7 @@ def _row(keys: Keys, name: str, optional: bool = False) -> Tensor | None:
 
 
 def _whole(source: Source, base: Reader, tokenizer: Any) -> tuple[Reader, dict[str, dict[str, Tensor]]]:
-    """The decoder's own weights, with its LoRA apart."""
+    """The reader from the decoder's own weights, and its LoRA."""
     keys = source.keys(load_model_state(source.path))
     names = {part for name in keys if ".lora_" in name for part in [name.split(".lora_")[1].split(".")[1]]}
     adapters = {name: take_lora(keys, r"decoder\.(?:.*?\.)?(?=layers\.)", name) for name in sorted(names)}

@@ -95,9 +95,9 @@ def load(
     Args:
         source: a file, or a folder with one file, of ``memory_embeddings`` and ``llama.*``; it needs the reader.
         lora_alpha: the release has 32.
-        pad_to: pad each passage with EOS to this length and attend to the padding, as the release does (to 500, say); it
-            changes what the slots hold. Longer passages become several segments.
-        bos: passages open with BOS, which the authors' code leaves out.
+        pad_to: pad each passage with EOS to this length and attend to the padding, as the release does (to 500). It changes the
+            slots. Longer passages become several segments.
+        bos: passages start with BOS; the authors' code leaves it out.
     """
     path = source.path
     reader = source.need_reader("holds a 500xCompressor without its reader")

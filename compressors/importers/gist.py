@@ -41,7 +41,7 @@ def recognises(path: Path) -> bool:
 
 
 def load(source: Source, *, n_gist: int | None = None, diff: bool | None = None) -> PublishedGist:
-    """Imports gist tokens; the checkpoint holds its reader, or with the base model it makes it.
+    """Imports gist tokens; the checkpoint holds its reader, or its difference to the base model.
 
     Its source and prompt: ``gist_source`` and ``gist_prompt`` of `nutgraf.compressors.importers.prompts`; with
     ``stripped=True`` for the released models. The authors' controls (``pos_control``, ``neg_control``) have the same layout,
@@ -49,9 +49,9 @@ def load(source: Source, *, n_gist: int | None = None, diff: bool | None = None)
 
     Args:
         source: a Hugging Face folder whose tokenizer knows ``<GIST>``.
-        n_gist: gist tokens after each passage: what the model was trained with (the released ones' names say it).
-        diff: the weights are differences to the base model, which is the reader to give. Default: no, but weights that look
-            like differences are refused.
+        n_gist: gist tokens after each passage: as the model was trained with (see the names of the released ones).
+        diff: the weights are differences to the base model, which is the reader to give. Default: no; weights that look like
+            differences are refused.
     """
     path = source.path
     settings = source.config()
@@ -88,13 +88,13 @@ def load(source: Source, *, n_gist: int | None = None, diff: bool | None = None)
 
 
 def _looks_like_a_difference(state: dict[str, Tensor]) -> bool:
-    """Norm weights lie around one in a model and around zero in a difference."""
+    """Norm weights are around one in a model and around zero in a difference."""
     norms = [t.float().abs().mean() for name, t in state.items() if "norm" in name and name.endswith("weight")]
     return bool(norms) and float(torch.stack(norms).mean()) < 0.1
 
 
 def _added(source: Source, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Base weights plus differences; the rows that the base lacks count as zero there."""
+    """Base weights plus differences; missing rows of the base count as zero."""
     base = source.need_reader("holds differences to a base model")
     own = dict(base.model.state_dict())
     if differ := own.keys() ^ state.keys():

@@ -1,4 +1,4 @@
-"""ICAE checkpoints: version 2 (LoRA and memory embeddings alone) and version 1 (base weights too)."""
+"""ICAE checkpoints: version 2 (LoRA and memory embeddings) and version 1 (base weights too)."""
 
 from __future__ import annotations
 
@@ -128,12 +128,12 @@ def load(
     Args:
         source: a file, or a folder with one file, of ``icae.*`` and ``memory_token_embed.weight``; it needs the reader (the
             base model), whose weights a version 1 checkpoint may replace.
-        mean_compression_rate: source tokens a slot: with ``mem_size`` it says how long a segment may be. Version 2 needs it.
-        version: 1 or 2; default: 1 where base weights are there in version 1's form, that is without a second copy of the
-            model (``decoder.*``) and without ``base_layer`` in their names; else 2.
+        mean_compression_rate: source tokens per slot; with ``mem_size`` it limits a segment. Version 2 needs it.
+        version: 1 or 2; default: 1 if there are base weights in version 1's form, without a second copy of the model
+            (``decoder.*``) and without ``base_layer`` in their names; else 2.
         lora_alpha: the authors' code always has 32.
-        max_tokens: version 1 reads so many tokens of a passage, BOS counted, and no more; default: 512.
-        bos: passages open with BOS, as in pretraining and inference (the authors' instruction tuning leaves it out).
+        max_tokens: version 1 reads at most this many tokens of a passage, including BOS; default: 512.
+        bos: passages start with BOS, as in pretraining and inference (the authors' instruction tuning leaves it out).
     """
     path = source.path
     base_reader = source.need_reader("holds an ICAE without its reader")
@@ -188,7 +188,7 @@ def load(
 
 
 def _own_rows(name: str, tensor: Tensor, mem_size: int, given: Reader, path: Path) -> Tensor:
-    """A weight of version 2, without the rows behind the base model's vocabulary, which are never trained or read."""
+    """A weight of version 2, without the rows after the base model's vocabulary, which are never trained or read."""
     if not name.endswith(("embed_tokens.weight", "lm_head.weight")):
         return tensor
     rows, added = given.model.get_input_embeddings().weight.shape[0], 1 + mem_size + len(TASKS)
@@ -200,7 +200,7 @@ def _own_rows(name: str, tensor: Tensor, mem_size: int, given: Reader, path: Pat
 
 
 def _reader(source: Source, base: dict[str, Tensor], given: Reader) -> Reader:
-    """The reader of the checkpoint's own base weights, or the one given where these were zeroed for the release."""
+    """The reader of the checkpoint's base weights, or the given one if these were zeroed for the release."""
     matrices = [t for t in base.values() if t.dim() > 1]
     if matrices and not any(bool(t.any()) for t in matrices):
         source.ignored |= dict.fromkeys(base, "base weights that were zeroed for the release")

@@ -1,4 +1,4 @@
-"""Reading published checkpoints: files are opened safely, every key is accounted for, damage is named."""
+"""Reads published checkpoints safely and accounts for every key."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _FREQUENCIES = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
 
 class MissingOption(CheckpointError):
-    """A hyper-parameter that the checkpoint does not hold and that must be given by name."""
+    """A hyper-parameter that the checkpoint does not hold and the caller must give by name."""
 
 
 @dataclass
 class Source:
-    """What is imported: a file or folder, the reader given for it, and what became of each key.
+    """A checkpoint to import, with its reader and the keys left out.
 
     Attributes:
         path: the checkpoint's file or folder.
         reader: the reader given, or ``None``.
-        device: where models that are built from the checkpoint go.
+        device: device of models built from the checkpoint.
         ignored: keys that were left out, each with the reason.
     """
 
@@ -45,7 +45,7 @@ class Source:
     ignored: dict[str, str] = field(default_factory=dict)
 
     def need_reader(self, why: str) -> Reader:
-        """The reader given. Raises `MissingOption` if there is none."""
+        """The given reader. Raises `MissingOption` if there is none."""
         if self.reader is None:
             raise MissingOption(f"{self.path} {why}; give its reader: reader=... (on the command line --reader).")
         return self.reader
@@ -55,17 +55,17 @@ class Source:
         return read_json(self.path / "config.json")
 
     def keys(self, state: Mapping[str, Tensor], where: Path | None = None) -> Keys:
-        """An account of a state's keys that reports what it ignores here."""
+        """`Keys` of a state; ignored keys are noted here."""
         return Keys(dict(state), where or self.path, self.ignored)
 
 
 class Keys:
-    """The tensors of a checkpoint, each to be taken or ignored once.
+    """Tensors of a checkpoint; each must be taken or ignored once.
 
     Args:
         state: the tensors by name.
-        where: what error messages call the checkpoint.
-        ignored: where ignored names and reasons are noted.
+        where: the checkpoint's name in error messages.
+        ignored: collects ignored names and reasons.
     """
 
     def __init__(self, state: dict[str, Tensor], where: Path, ignored: dict[str, str] | None = None) -> None:
@@ -84,7 +84,7 @@ class Keys:
         """One tensor by name.
 
         Args:
-            shape: the shape wanted, ``None`` for a free axis.
+            shape: expected shape; ``None`` for a free axis.
 
         Raises:
             CheckpointError: if it is missing or has another shape.
@@ -100,40 +100,40 @@ class Keys:
         return tensor
 
     def take_all(self, pattern: str | re.Pattern[str]) -> dict[str, Tensor]:
-        """The tensors whose names match a pattern from their start, by the rest of the name after the match."""
+        """Takes the tensors whose names start with a pattern, keyed by the rest of the name."""
         pattern = re.compile(pattern)
         found = {name: m.end() for name in self._left if (m := pattern.match(name))}
         return {name[end:]: self._left.pop(name) for name, end in found.items()}
 
     def ignore(self, pattern: str | re.Pattern[str], reason: str) -> None:
-        """Leaves out the tensors in whose names a pattern is found, and notes why."""
+        """Leaves out tensors whose names contain a pattern, and notes why."""
         pattern = re.compile(pattern)
         for name in [n for n in self._left if pattern.search(n)]:
             del self._left[name]
             self.ignored[name] = reason
 
     def done(self) -> None:
-        """Raises ``CheckpointError`` with the names if a key was neither taken nor ignored."""
+        """Raises ``CheckpointError`` if a key was neither taken nor ignored."""
         if self._left:
-            raise CheckpointError(f"{self.where} holds keys that belong to no known part: {listed(self._left)}.")
+            raise CheckpointError(f"{self.where} holds unknown keys: {listed(self._left)}.")
 
 
 def need(value: Any, name: str, what: str, path: Path) -> Any:
-    """The value, or `MissingOption` that asks for it by name."""
+    """Returns the value, or raises `MissingOption` for its name."""
     if value is None:
         raise MissingOption(f"{path} does not say {what}; give {name}=... .")
     return value
 
 
 def listed(names: Any, limit: int = 8) -> str:
-    """Names for an error message: the first ones, and how many more there are."""
+    """Names for an error message: the first ones and the number of the rest."""
     names = sorted(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ``CheckpointError`` if the file is missing or holds none."""
+    """Reads a JSON object. Raises ``CheckpointError`` if the file is missing or holds none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -144,7 +144,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def peek_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where there is none to read."""
+    """Reads a JSON object; empty if there is none."""
     try:
         return read_json(path)
     except CheckpointError:
@@ -152,17 +152,17 @@ def peek_json(path: Path) -> dict[str, Any]:
 
 
 def load_pickle(path: Path) -> Any:
-    """What a torch file holds, read with ``weights_only=True``.
+    """Loads a torch file with ``weights_only=True``.
 
     Raises:
-        CheckpointError: if the file is damaged, or holds anything that only running its pickled code could restore.
+        CheckpointError: if the file is damaged, or holds pickled objects other than tensors.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if path.is_file() and path.stat().st_size and _is_pickle(path):
             raise CheckpointError(
-                f"{path} holds pickled objects other than tensors, and loading those could run any code; it is refused. "
+                f"{path} holds pickled objects other than tensors; loading them could run any code. "
                 f"Save its tensors as safetensors, or with torch.save as a dict of tensors. ({_first_line(error)})"
             ) from error
         raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
@@ -181,7 +181,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors or torch file, on the CPU.
+    """Loads the tensors of one safetensors or torch file, on the CPU.
 
     Raises:
         CheckpointError: if it is damaged, is no flat dict of dense tensors, or a tensor holds NaN or infinity.
@@ -197,7 +197,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_state(state: Any, where: Path) -> dict[str, Tensor]:
-    """A state dict that holds dense, finite tensors alone. Raises ``CheckpointError`` otherwise."""
+    """Returns a state dict of dense, finite tensors. Raises ``CheckpointError`` otherwise."""
     if not isinstance(state, Mapping) or not state:
         raise CheckpointError(f"{where} must hold a dict of tensors by name, got {type(state).__name__}.")
     for name, tensor in state.items():
@@ -211,7 +211,7 @@ def check_state(state: Any, where: Path) -> dict[str, Tensor]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a Hugging Face model's weights: safetensors before pickles, sharded or whole; or none."""
+    """Weight files of a Hugging Face model, safetensors preferred, sharded or whole; or none."""
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = folder / f"{stem}.{suffix}.index.json"
         if index.is_file():
@@ -227,10 +227,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def load_model_state(folder: Path) -> dict[str, Tensor]:
-    """All weights of a Hugging Face folder.
+    """Loads all weights of a Hugging Face folder.
 
     Raises:
-        CheckpointError: if there are none, a shard is missing, or the shards do not hold what their index says.
+        CheckpointError: if there are none, a shard is missing, or shards and index differ.
     """
     files = weight_files(folder)
     if not files:
@@ -252,7 +252,7 @@ def load_model_state(folder: Path) -> dict[str, Tensor]:
 
 
 def single_file(path: Path, suffixes: set[str] | None = None) -> Path:
-    """The one file of tensors that a path names: itself, or the only one in a folder.
+    """The file of tensors at a path: itself, or the only one in a folder.
 
     Raises:
         CheckpointError: if there is none, or several.

@@ -1,4 +1,4 @@
-"""Readers out of checkpoints: a causal LM from its weights, new embedding rows, LoRA put in or merged."""
+"""Builds readers from checkpoints: models, embedding rows, LoRA."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 
 def model_config(settings: Mapping[str, Any], where: Path, drop: Iterable[str] = ()) -> Any:
-    """A ``transformers`` config of a dict, without settings that are not the model's own.
+    """Builds a ``transformers`` config from a dict, without settings that are not the model's.
 
     Raises:
-        CheckpointError: if the dict names no model type that is known.
+        CheckpointError: if the model type is unknown.
     """
     kind = str(settings.get("model_type"))
     if kind not in CONFIG_MAPPING:
@@ -40,7 +40,7 @@ def model_config(settings: Mapping[str, Any], where: Path, drop: Iterable[str] =
 
 
 def build_model(config: Any, state: Mapping[str, Tensor], where: Path, auto: Any = AutoModelForCausalLM) -> Any:
-    """A model of exactly these weights, in the dtype they are stored in.
+    """Builds a model of exactly these weights, in their stored dtype.
 
     Raises:
         CheckpointError: with the names, if weights are missing, left over or misshapen.
@@ -56,7 +56,7 @@ def build_model(config: Any, state: Mapping[str, Tensor], where: Path, auto: Any
                 state_dict=dict(state),
                 dtype=dtype,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, all at once
+                ignore_mismatched_sizes=True,  # refused below, all at once
             )
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{where} does not load as a {cls.__name__}: {error}") from error
@@ -72,12 +72,12 @@ def build_model(config: Any, state: Mapping[str, Tensor], where: Path, auto: Any
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer's files."""
+    """Whether a folder holds a tokenizer."""
     return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def load_tokenizer(folder: Path, source: Source) -> Any:
-    """The tokenizer of a folder, or the given reader's where the folder has none."""
+    """The tokenizer of a folder, or the given reader's."""
     if has_tokenizer(folder):
         try:
             return AutoTokenizer.from_pretrained(str(folder))
@@ -87,7 +87,7 @@ def load_tokenizer(folder: Path, source: Source) -> Any:
 
 
 def make_reader(model: Any, tokenizer: Any, source: Source) -> Reader:
-    """A reader of a model that was built from a checkpoint. Raises ``CheckpointError`` if it cannot be one."""
+    """Makes a reader of a model built from a checkpoint. Raises ``CheckpointError`` if that fails."""
     try:
         return Reader(model.to(source.device), tokenizer, name=source.path.name)
     except (TypeError, ValueError) as error:
@@ -97,12 +97,12 @@ def make_reader(model: Any, tokenizer: Any, source: Source) -> Reader:
 def graft_rows(
     reader: Reader, source: Source, embed: Tensor | None, head: Tensor | None, tokenizer: Any = None
 ) -> Reader:
-    """The reader with other embedding rows, as many as there are; every other weight is shared with it.
+    """Copies a reader with other embedding rows, sharing all other weights.
 
     Args:
         embed: ``[rows, width]`` input embeddings, or ``None`` to keep them.
-        head: ``[rows, hidden]`` output rows; ``None``: the input embeddings where the reader ties them, else as they are.
-        tokenizer: in place of the reader's own.
+        head: ``[rows, hidden]`` output rows; ``None``: the input embeddings if the reader ties them, else unchanged.
+        tokenizer: replaces the reader's.
     """
     model = share(reader.model)
     text = model.config.get_text_config()
@@ -127,7 +127,7 @@ def graft_rows(
             output.weight = table.weight
     if head is not None:
         put(output, head, "the head's rows")
-        if tied:  # from here on they are two
+        if tied:  # now two tables
             model.config.tie_word_embeddings = text.tie_word_embeddings = False
     output.out_features = output.weight.shape[0]
     if output.weight.shape[0] != table.weight.shape[0]:
@@ -142,24 +142,24 @@ def graft_rows(
 
 
 def body_prefix(model: Any) -> str:
-    """Where the decoder's body stands in a causal LM, as ``"model."``."""
+    """Path of the decoder's body in a causal LM, such as ``"model."``."""
     body = model.get_decoder()
     name = next(name for name, module in model.named_modules() if module is body)
     return f"{name}." if name else ""
 
 
 def take_lora(keys: Keys, start: str, adapter: str = r"\w+") -> dict[str, Tensor]:
-    """LoRA matrices out of a checkpoint, by their module's path and side, as ``layers.0.self_attn.q_proj.lora_A``.
+    """Takes LoRA matrices from a checkpoint, keyed like ``layers.0.self_attn.q_proj.lora_A``.
 
     Args:
-        start: regular expression of what stands before the path in the decoder's body.
+        start: regular expression before the path in the decoder's body.
         adapter: regular expression of the adapter's name.
     """
     found = {}
     for name, tensor in keys.take_all(rf"{start}(?=.*\.lora_[AB](\.{adapter})?(\.weight)?$)").items():
         match = _LORA.match(name)
         if match is None:
-            raise CheckpointError(f"{keys.where}: {name} is no LoRA matrix of a known name.")
+            raise CheckpointError(f"{keys.where}: {name} is not a LoRA matrix with a known name.")
         short = f"{match['module']}.lora_{match['side']}"
         if short in found:
             raise CheckpointError(f"{keys.where} holds {short} twice, for several adapters.")
@@ -203,7 +203,7 @@ def fill_lora(twin: LoRATwin, lora: Mapping[str, Tensor], where: Path) -> None:
 
 
 def merge_lora(reader: Reader, source: Source, lora: Mapping[str, Tensor], scale: float) -> Reader:
-    """The reader with ``W + scale * B A`` in place of each ``W`` that has LoRA; every other weight is shared with it.
+    """Copies a reader with LoRA merged (``W + scale * B A``), sharing all other weights.
 
     Raises:
         CheckpointError: if a module does not exist, or matrices are missing or misshapen.
@@ -213,7 +213,7 @@ def merge_lora(reader: Reader, source: Source, lora: Mapping[str, Tensor], scale
     for path in sorted({name.rsplit(".lora_", 1)[0] for name in lora}):
         module: Any = modules.get(path)
         if not isinstance(module, nn.Linear):
-            raise CheckpointError(f"{source.path}: LoRA on {path}, which is no linear layer of {reader.name!r}.")
+            raise CheckpointError(f"{source.path}: LoRA on {path}, which is not a linear layer of {reader.name!r}.")
         pair = [lora.get(f"{path}.lora_{side}") for side in "AB"]
         if pair[0] is None or pair[1] is None:
             raise CheckpointError(f"{source.path} lacks {path}.lora_{'A' if pair[0] is None else 'B'}.")
@@ -230,9 +230,9 @@ def merge_lora(reader: Reader, source: Source, lora: Mapping[str, Tensor], scale
 
 
 def as_prompt(prompts: PromptTokenizer, before: Sequence[int] = (), text: str = "a b") -> bool:
-    """Whether a tokenizer spells a text behind special tokens as it spells the start of a prompt.
+    """Whether a tokenizer treats text after special tokens like the start of a prompt.
 
-    SentencePiece tokenizers put a space in front there, which they do not inside a prompt.
+    SentencePiece tokenizers then put a space before it, unlike inside a prompt.
     """
     tokenizer = prompts.tokenizer
     opening = prompts.encode(text, opens=True)

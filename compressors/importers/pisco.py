@@ -129,8 +129,8 @@ def load(
 
     Args:
         source: the folder; it needs the reader (the base decoder).
-        compr_rate: source tokens a slot; default: as the config says.
-        segment_tokens: longest piece, in the compressor's tokens, that is read at once; the release was tuned on 128.
+        compr_rate: source tokens per slot; default: the config's.
+        segment_tokens: longest segment, in the compressor's tokens; the release was tuned on 128.
         lora_alpha: of the decoder's LoRA; default: twice its rank, as in the authors' code.
     """
     path = source.path
@@ -194,7 +194,7 @@ def _encoder(source: Source, path: Path) -> tuple[SmallLMEncoder, Tensor]:
 
 
 def _decoder(source: Source, base: Reader, lora_alpha: float | None) -> Reader:
-    """The reader: base decoder, its LoRA merged, with the trained embedding rows."""
+    """The reader: the base decoder with merged LoRA and the trained embedding rows."""
     path = source.path / "decoder_state.pt"
     keys: Keys = source.keys(load_tensors(path), path)
     keys.ignore(r"\.original_module\.", "the embedding rows as they were before training")
@@ -208,7 +208,7 @@ def _decoder(source: Source, base: Reader, lora_alpha: float | None) -> Reader:
 
 
 def _rows(keys: Keys, name: str) -> Tensor | None:
-    """Trained rows of a module, out of peft's copies or as they are."""
+    """Trained rows of a module, from peft's copies or directly."""
     for pattern in (rf"(?:.*\.)?{name}\.modules_to_save\.\w+\.", rf"(?:.*\.)?{name}\."):
         if found := keys.take_all(rf"{pattern}(?=weight$)"):
             return found["weight"]

@@ -1,4 +1,4 @@
-"""xRAG checkpoints: the whole reader with its projector, or the projector with the embedding rows alone."""
+"""xRAG checkpoints: the whole reader with its projector, or only the projector and the embedding rows."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from ..core.config import check_choices, setting
 from ..core.errors import CheckpointError
 from ..encoders.embedder import Embedder, load_embedder
 from ..reader.reader import Reader
-from ..soft.xrag import UNKNOWN, XRAGCompressor, XRAGConfig
+from ..soft.xrag import XRAGCompressor, XRAGConfig
 from .last_token import load_last_token_embedder
 from .layout import PICKLES, Keys, Source, load_model_state, load_tensors, peek_json, weight_files
 from .models import build_model, graft_rows, load_tokenizer, make_reader, model_config
 from .prompts import XRAG_TOKEN as TOKEN
 
+UNKNOWN = "unknown"  # hash of an embedder that was not loaded at import
 EMBEDDER = "Salesforce/SFR-Embedding-Mistral"
 _PROJECTOR = "projector.projector."
 _OWN_SETTINGS = ("projector_type", "retriever_hidden_size", "retriever_type")
@@ -58,6 +59,11 @@ class PublishedXRAG(XRAGCompressor):
         load = load_last_token_embedder if self.config.pooling == "last" else load_embedder
         return load(self.config.embedder, self.reader.device)
 
+    def check_embedder(self, embedder: Embedder) -> None:
+        """Accepts any embedder of the right width if none was loaded at import."""
+        if self.config.embedder_hash != UNKNOWN or embedder.dim != self.config.vector_size:
+            super().check_embedder(embedder)
+
     def standardise(self, vectors: Tensor) -> Tensor:
         """Raw vectors without ``normalize``."""
         return super().standardise(vectors) if self.config.normalize else vectors
@@ -81,14 +87,13 @@ def load(
     """Imports xRAG. Its prompts: `nutgraf.compressors.importers.prompts.xrag_prompt`.
 
     Args:
-        source: a folder with ``config.json`` and the whole model's weights, or a file (or a folder with a ``ckpt.pth``) of
-            the projector and the embedding rows, which needs the reader.
+        source: a folder with ``config.json`` and the whole model's weights, or a file (or a folder with a ``ckpt.pth``) of the
+            projector and the embedding rows, which needs the reader.
         embedder: the retriever: an id or folder; default: SFR-Embedding-Mistral, loaded when first needed.
-        added_rows: projector alone: give the reader the rows of ``<pad>`` and ``<xRAG>`` too, and its tokenizer these tokens,
-            as the authors' code does, so that its softmax runs over them and its prompt is tokenised as one; without them
-            the reader stays as it is, and is not written again.
-        shard_tokens: longest piece, in the retriever's tokens, that one slot stands for.
-        layers: linear layers of the projector; default: as the config says, or as many as there are.
+        added_rows: without the whole model: add the rows of ``<pad>`` and ``<xRAG>`` to the reader and the tokens to its
+            tokenizer, as the authors' code does; otherwise the reader stays as it is.
+        shard_tokens: longest piece per slot, in the retriever's tokens.
+        layers: linear layers of the projector; default: the config's, or as many as there are.
     """
     path = source.path
     whole = path.is_dir() and bool(weight_files(path))
@@ -149,7 +154,7 @@ def _whole_reader(source: Source, keys: Keys) -> Reader:
 
 
 def _with_rows(source: Source, keys: Keys, added_rows: bool) -> Reader:
-    """The reader given, with the checkpoint's rows behind its own; these must be the same."""
+    """The given reader, with the checkpoint's additional rows; its own rows must be the same."""
     reader = source.need_reader("holds an xRAG projector without its reader")
     output = reader.model.get_output_embeddings().weight
     table = reader.model.get_input_embeddings().weight
@@ -170,7 +175,7 @@ def _with_rows(source: Source, keys: Keys, added_rows: bool) -> Reader:
 
 
 def _with_names(tokenizer: Any, rows: int) -> Any:
-    """A tokenizer that knows ``<pad>`` and ``<xRAG>``, added as the authors' code adds them; as it is if no row is left."""
+    """The tokenizer with ``<pad>`` and ``<xRAG>``, as the authors' code adds them; unchanged if no row is left."""
     if TOKEN in tokenizer.get_vocab():
         return tokenizer
     named = copy.deepcopy(tokenizer)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..core.hidden import hide
 from .teacher import TeacherLogits
 
 Head = Callable[[Tensor], Tensor]
@@ -49,19 +50,20 @@ class _SumOfChunks(torch.autograd.Function):
 
 
 class ChunkedLoss(nn.Module):
-    """Sums a loss over rows, `chunk` rows at a time."""
+    """Sums a loss over rows, `chunk` rows at a time.
+
+    Attributes:
+        head: hidden states ``[n, d]`` to logits ``[n, vocabulary]``.
+    """
+
+    head: Head
 
     def __init__(self, head: Head, chunk: int = 512) -> None:
         super().__init__()
         if chunk < 1:
             raise ValueError(f"chunk is a number of rows and must be at least 1, got {chunk}.")
-        self._held: tuple[Head, ...] = (head,)  # in a tuple, a head that is a module stays unregistered
+        hide(self, "head", head)
         self.chunk = chunk
-
-    @property
-    def head(self) -> Head:
-        """Hidden states ``[n, d]`` to logits ``[n, vocabulary]``."""
-        return self._held[0]
 
     def _logits(self, hidden: Tensor, head: Head | None = None) -> Tensor:
         """Logits in at least float32, which a softmax over a large vocabulary needs."""

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.hidden import hide
 from .chunked import ChunkedLoss, Head, Other
 from .registry import Objective, Scored, Setup, register_objective
 from .teacher import TeacherLogits, with_tail
@@ -55,6 +56,7 @@ class KLDistillationLoss(ChunkedLoss, Objective):
     """
 
     targets = frozenset({"answer", "continuation"})
+    teacher_head: Head
     teacher = True
 
     def __init__(
@@ -66,7 +68,7 @@ class KLDistillationLoss(ChunkedLoss, Objective):
         teacher_head: Head | None = None,
     ) -> None:
         super().__init__(head, chunk)
-        self._held = (head, teacher_head or head)
+        hide(self, "teacher_head", teacher_head or head)
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}.")
         if top_k is not None and top_k < 1:
@@ -88,7 +90,7 @@ class KLDistillationLoss(ChunkedLoss, Objective):
             student = with_tail(self._logits(hidden) / self.temperature, other.ids)
             return self._divergence(student, other.logprobs)
         with torch.no_grad():
-            teacher = self._logits(other, self._held[1]) / self.temperature
+            teacher = self._logits(other, self.teacher_head) / self.temperature
         student = self._logits(hidden) / self.temperature
         if self.top_k is not None and self.top_k < teacher.shape[-1]:
             kept = teacher.topk(self.top_k, dim=-1).indices

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.hidden import hide
 from ..core.passage import CompressedPassage
 from ..reader.reader import Reader
 from ..slots.segments import slot_of_token
@@ -39,12 +40,13 @@ class SlotMatchingLoss(nn.Module, Objective):
     """
 
     targets = frozenset({"slots"})
+    reader: Reader
 
     def __init__(self, reader: Reader, counts: Tensor, documents: int) -> None:
         super().__init__()
         if counts.shape != (reader.vocab_size,):
             raise ValueError(f"counts must be [{reader.vocab_size}], one a token, got {list(counts.shape)}.")
-        self._held = (reader,)
+        hide(self, "reader", reader)
         self.weights = torch.log(documents / (1.0 + counts.float())).clamp(min=0).square()
 
     @classmethod
@@ -72,7 +74,7 @@ class SlotMatchingLoss(nn.Module, Objective):
         Raises:
             ValueError: for passages of another interface.
         """
-        (reader,) = self._held
+        reader = self.reader
         if wrong := [p.interface for p in passages if p.embeds is None]:
             raise ValueError(
                 f"The objective match needs slots of interface 'embeds', got {wrong[0]!r}; remove it from the recipe."
@@ -89,7 +91,7 @@ class SlotMatchingLoss(nn.Module, Objective):
     @torch.no_grad()
     def _pooled(self, ids: Tensor, owner: Tensor, slots: int) -> Tensor:
         """``[slots, width]`` weighted sums over the rarest different tokens of each slot."""
-        (reader,) = self._held
+        reader = self.reader
         pairs = (owner * reader.vocab_size + ids).unique()  # a token counts once per slot
         owner, ids = pairs // reader.vocab_size, pairs % reader.vocab_size
         weights = self.weights[ids]

@@ -31,15 +31,12 @@ class PISCOConfig(SegmentSettings, LoRASettings, QuerySettings, CompressorConfig
     method: ClassVar[str] = "pisco"
     title: ClassVar[str] = "PISCO"
     retired: ClassVar[Mapping[str, Any]] = {
-        **{"slots": "proportional", "scale": "matched"},
-        **{"prefix": None, "suffix": [], "as_prompt": False},
+        **{"slots": "proportional", "scale": "matched", "prefix": None, "suffix": [], "as_prompt": False}
     }
 
     ratio: float = setting(16.0, "compression ratio if none is asked for", kw_only=True)
     segment_tokens: int = setting(128, "longest segment, in encoder tokens", kw_only=True)
-    memory_tokens: int = setting(
-        1, "different <MEM> embeddings; 1: the same one everywhere; else the most of a segment"
-    )
+    memory_tokens: int = setting(1, "different <MEM> embeddings: the most of a segment; 1: the same one everywhere")
     encoder: str = setting("lora", "'lora': the reader plus LoRA; else the id or folder of a smaller causal LM")
     connector: Literal["none", "mlp"] | None = setting(
         None, "'mlp': Linear-ReLU-Linear; default: 'mlp' for a smaller LM, else 'none'"
@@ -56,8 +53,6 @@ class PISCOConfig(SegmentSettings, LoRASettings, QuerySettings, CompressorConfig
         self.check_segments()
         self.check_lora()
         self.check_query()
-        if not isinstance(self.encoder, str) or not self.encoder:
-            raise ValueError(f"encoder must be 'lora' or the name of a causal LM, got {self.encoder!r}.")
 
 
 @register_compressor
@@ -68,9 +63,8 @@ class PISCOCompressor(MemoryTokenCompressor):
     through the connector, are the segment's slots. The encoder is the reader with LoRA, or a smaller causal LM that is trained
     whole. The reader is tuned with a second LoRA: use ``compressor.reader``.
 
-    Training is sequence-level distillation: a teacher answers from the full text, and the loss is language modelling on its
-    answers. That is the objective ``lm`` alone on records with answers by ``base_reader.generate`` over the passages as text.
-    PISCO v1 has no KL and no pretraining; COCOM and the version of 2026 pretrain with ``ae`` and ``lm`` (continuation).
+    Training is sequence-level distillation: the objective ``lm`` alone, on answers of a teacher that reads the full text
+    (``base_reader.generate``). COCOM and the version of 2026 also pretrain with ``ae`` and ``lm`` (continuation).
 
     Beyond the papers: a passage gets ``ceil(L / ratio)`` slots, shared evenly among its segments, so that it never grows and
     nothing is cut off. Slots start on the scale of the reader's embeddings.
@@ -82,7 +76,6 @@ class PISCOCompressor(MemoryTokenCompressor):
         encoder: a `LoRATwin` of the reader, or a `SmallLMEncoder`.
         memory: ``[memory_tokens, encoder width]`` embeddings of the <MEM> tokens.
         connector: ``[n, encoder width] -> [n, width]``, or ``None``.
-        log_scale: logarithm of the output factor.
         decoder: the `LoRATwin` that ``reader`` reads with (``decoder="lora"`` only).
 
     Raises:
@@ -103,12 +96,10 @@ class PISCOCompressor(MemoryTokenCompressor):
         longest, vocabulary = self.longest_segment(None), self.source.vocab_size
         with torch.no_grad():
             rows = self.source.embed(torch.randperm(vocabulary)[: config.memory_tokens].to(reader.device)).float()
-            rows = rows[torch.arange(config.memory_tokens) % len(rows)]
-        self.memory = nn.Parameter(rows.clone())
+            self.memory = nn.Parameter(rows[torch.arange(config.memory_tokens) % len(rows)].clone())
         self.connector: nn.Sequential | None = None
         if (config.connector or ("none" if config.encoder == "lora" else "mlp")) == "mlp":
-            widths = (rows.shape[-1], config.connector_width, reader.width)
-            self.connector = mlp(widths, nn.ReLU).to(reader.device)
+            self.connector = mlp((rows.shape[-1], config.connector_width, reader.width), nn.ReLU).to(reader.device)
         self.log_scale: nn.Parameter | None = None
         with torch.no_grad():
             found = self._project(self.states_at_memory([probe(vocabulary, longest, 1, [])]))
@@ -149,8 +140,7 @@ class PISCOCompressor(MemoryTokenCompressor):
 
     def encode_segments(self, segments: list[Segment]) -> Sequence[Tensor]:
         """Projected states at the <MEM> tokens."""
-        found = self._project(self.states_at_memory(segments))
-        return found.split([segment.slots for segment in segments])
+        return self._project(self.states_at_memory(segments)).split([segment.slots for segment in segments])
 
     def _project(self, hidden: Tensor) -> Tensor:
         if self.connector is not None:

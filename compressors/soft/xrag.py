@@ -19,7 +19,6 @@ from ..reader.reader import Reader
 from ..registry import register_compressor
 from ..slots.projector import learned_scale, matching_factor, mlp, scaled
 
-UNKNOWN = "unknown"
 _PROBES = 256  # random inputs on which the output scale is matched
 
 
@@ -79,7 +78,7 @@ class XRAGCompressor(SoftCompressor):
             found = self.embedder
             self.config = replace(config, vector_size=found.dim, embedder_hash=found.fingerprint)
         if self._embedder is not None:
-            self._check_embedder(self._embedder)
+            self.check_embedder(self._embedder)
         self.vector_size = int(self.config.vector_size or 0)
         widths = [self.vector_size, *[config.hidden or reader.width] * (config.layers - 1), reader.width]
         self.projector = mlp(widths, nn.GELU)
@@ -97,15 +96,11 @@ class XRAGCompressor(SoftCompressor):
 
     @property
     def embedder(self) -> Embedder:
-        """The frozen embedder, loaded at first use; a compressor that only gets vectors never loads it.
-
-        Raises:
-            ValueError: if it is not the one that the compressor was trained with.
-        """
+        """The frozen embedder, loaded at first use; a compressor that only gets vectors never loads it."""
         with self._lock:
             if self._embedder is None:
                 found = self.load_embedder()
-                self._check_embedder(found)
+                self.check_embedder(found)
                 self._embedder = found
             return self._embedder
 
@@ -116,10 +111,9 @@ class XRAGCompressor(SoftCompressor):
     def encoder_body(self) -> Any:
         return self.embedder.model[0].auto_model
 
-    def _check_embedder(self, embedder: Embedder) -> None:
+    def check_embedder(self, embedder: Embedder) -> None:
+        """Raises ``ValueError`` if an embedder is not the one of training."""
         wanted = self.config.embedder_hash
-        if wanted == UNKNOWN and embedder.dim == self.config.vector_size:
-            return  # imported without its embedder
         if wanted is not None and embedder.fingerprint != wanted:
             raise ValueError(
                 f"The embedder {embedder.name!r} ({embedder.fingerprint}, {embedder.dim} wide) is not the one this xRAG "
@@ -128,14 +122,10 @@ class XRAGCompressor(SoftCompressor):
             )
 
     def encode_passages(self, passages: Passages, ratio: float | None) -> Sequence[Tensor]:
-        """Projected vectors, embedded here unless given.
+        """Projected vectors, embedded here unless given as ``[dim]`` or ``[shards, dim]``.
 
-        ``passages.vectors`` holds per passage its vector ``[dim]``, vectors of its shards ``[shards, dim]``, or ``None``. Given
-        vectors decide the number of slots; if there are more than the passage has reader tokens, neighbours are averaged.
-        ``ratio`` is at most this many reader tokens per slot. A passage without embedder tokens gets zero slots.
-
-        Raises:
-            ValueError: if a vector has another shape, or holds NaN or infinity.
+        Given vectors decide the number of slots; if there are more than the passage has reader tokens, neighbours are averaged.
+        A passage without embedder tokens gets zero slots. Raises ``ValueError`` for vectors of another shape, NaN or infinity.
         """
         texts, lengths = passages.texts, [len(ids) for ids in passages.ids]
         found: list[Tensor] = [torch.zeros(0, self.vector_size)] * len(texts)
