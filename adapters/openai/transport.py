@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import httpx
 
@@ -20,7 +21,6 @@ from .errors import (
     UnexpectedAnswerError,
 )
 
-AnswerT = TypeVar("AnswerT")
 _MAX_ANSWER = 2**26  # bytes of an unstreamed answer
 _MAX_WAIT = 30.0  # seconds between two attempts
 _QUOTED = 500  # characters quoted from a server's message
@@ -57,7 +57,16 @@ class Transport:
         Raises:
             ServingError: when the last attempt fails, or at once if a retry would not help.
         """
-        return self._retry(lambda: self._post(path, body), self.retries if retries is None else retries)
+        left = self.retries if retries is None else retries
+        delays = self._delays()
+        while True:
+            try:
+                return self._post(path, body)
+            except ServingError as error:
+                if not error.transient or not left:
+                    raise
+                time.sleep(_wait(error, next(delays)))
+            left -= 1
 
     def stream(self, path: str, body: Mapping[str, Any], *, retries: int | None = None) -> Iterator[Any]:
         """Yield the events of a streamed answer; retried only before the first event.
@@ -81,17 +90,6 @@ class Transport:
                 time.sleep(_wait(error, next(delays)))
             left -= 1
 
-    def _retry(self, attempt: Callable[[], AnswerT], retries: int) -> AnswerT:
-        delays = self._delays()
-        for left in range(retries, -1, -1):
-            try:
-                return attempt()
-            except ServingError as error:
-                if not error.transient or not left:
-                    raise
-                time.sleep(_wait(error, next(delays)))
-        raise AssertionError("unreachable")
-
     def _delays(self) -> Iterator[float]:
         delay = self.backoff
         while True:
@@ -101,7 +99,7 @@ class Transport:
     def _post(self, path: str, body: Mapping[str, Any]) -> Any:
         deadline = time.monotonic() + self.timeout
         data = bytearray()
-        with _translated(self), self._client.stream("POST", path, json=body) as response:
+        with _translated(self.root, self.timeout), self._client.stream("POST", path, json=body) as response:
             self._check(response)
             for chunk in response.iter_bytes():
                 data += chunk
@@ -117,7 +115,10 @@ class Transport:
             ) from error
 
     def _events(self, path: str, body: Mapping[str, Any]) -> Iterator[Any]:
-        with _translated(self), self._client.stream("POST", path, json={**body, "stream": True}) as response:
+        with (
+            _translated(self.root, self.timeout),
+            self._client.stream("POST", path, json={**body, "stream": True}) as response,
+        ):
             self._check(response)
             for line in response.iter_lines():
                 if not line.startswith("data:"):
@@ -155,23 +156,17 @@ class Transport:
         raise RequestRefusedError(f"{self.root} refused the request ({status}): {said}{_hint(said)}", status)
 
 
-class _translated:
-    """Converts httpx's errors."""
-
-    def __init__(self, transport: Transport) -> None:
-        self.transport = transport
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        root, timeout = self.transport.root, self.transport.timeout
-        if isinstance(error, httpx.TimeoutException):
-            raise ServerTimeoutError(f"{root} did not answer within {timeout:g} s ({type(error).__name__}).") from error
-        if isinstance(error, httpx.RemoteProtocolError | httpx.ReadError):
-            raise StreamCutError(f"{root} cut the connection before the answer was complete: {error}") from error
-        if isinstance(error, httpx.HTTPError):
-            raise ServerUnavailableError(f"{root} cannot be reached: {error or type(error).__name__}") from error
+@contextlib.contextmanager
+def _translated(root: str, timeout: float) -> Iterator[None]:
+    """Convert httpx's errors."""
+    try:
+        yield
+    except httpx.TimeoutException as error:
+        raise ServerTimeoutError(f"{root} did not answer within {timeout:g} s ({type(error).__name__}).") from error
+    except (httpx.RemoteProtocolError, httpx.ReadError) as error:
+        raise StreamCutError(f"{root} cut the connection before the answer was complete: {error}") from error
+    except httpx.HTTPError as error:
+        raise ServerUnavailableError(f"{root} cannot be reached: {error or type(error).__name__}") from error
 
 
 def _wait(error: ServingError, delay: float) -> float:

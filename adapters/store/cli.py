@@ -12,7 +12,7 @@ import typer
 
 from ...console import friendly_errors
 from ...shipped import locate
-from .base import MakerStats, StoreError
+from .base import StoreError
 
 store_app = typer.Typer(no_args_is_help=True, help="Maintain a store of compressed passages.")
 
@@ -111,7 +111,17 @@ def show(folder: Folder) -> None:
         ):
             table.add_column(name, justify="left" if name in ("compressor", "reader", "interface") else "right")
         for made in stats.makers:
-            table.add_row(*_cells(made))
+            maker = made.maker
+            table.add_row(
+                maker.compressor[:12],
+                "any" if maker.reader is None else maker.reader[:12],
+                "its own" if maker.ratio is None else f"{maker.ratio:g}",
+                made.interface,
+                f"{made.passages:,}",
+                f"{made.slots:,}",
+                f"{made.ratio:.2f}",
+                f"{made.nbytes / made.passages:,.0f}",
+            )
         console = Console()
         console.print(table)
         console.print(", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in stats.info.items()))
@@ -201,20 +211,6 @@ def _recompress(store: Any, compressor: Any, ratio: float | None, batch_size: in
         if made.maker != ours:
             drop(store, made.maker)
             typer.echo(f"{made.passages:,} passages of the compressor {made.maker.compressor} deleted.")
-
-
-def _cells(made: MakerStats) -> list[str]:
-    maker = made.maker
-    return [
-        maker.compressor[:12],
-        "any" if maker.reader is None else maker.reader[:12],
-        "its own" if maker.ratio is None else f"{maker.ratio:g}",
-        made.interface,
-        f"{made.passages:,}",
-        f"{made.slots:,}",
-        f"{made.ratio:.2f}",
-        f"{made.nbytes / made.passages:,.0f}",
-    ]
 
 
 def _open(folder: str) -> Any:

@@ -20,7 +20,7 @@ _LARGEST = float(np.finfo(np.float16).max)
 
 
 class Quantised(NamedTuple):
-    """int8 numbers ``[..., g, group]`` (4 bits: ``[..., g, ceil(group / 2)]``) and float16 scales ``[..., g]``."""
+    """int8 ``[..., g, group]`` (4 bits: two per byte, ``[..., g, ceil(group / 2)]``) and float16 scales ``[..., g]``."""
 
     numbers: Tensor
     scales: Tensor
