@@ -271,6 +271,7 @@ class LMSelectingCompressor(SelectingCompressor):
         scorer: the causal LM that scores.
     """
 
+    training_free = True
     config: LMSelectionConfig
     scorer: Reader
 
