@@ -272,6 +272,7 @@ class LMSelectingCompressor(SelectingCompressor):
         scorer: the causal LM that scores.
     """
 
+    training_free = True
     config: LMSelectionConfig
     scorer: Reader
 
