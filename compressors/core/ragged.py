@@ -6,7 +6,6 @@ A ragged passage stores one tensor per kind. The pairs of layer 0, head 0 come f
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -45,11 +44,3 @@ def check_ragged(
         )
     if pairs and int(counts.max()) > length:
         raise ValueError(f"A head keeps {int(counts.max())} pairs of a passage of {length} positions.")
-
-
-def pad_heads(flat: Tensor, counts: Tensor, fill: float = 0.0) -> Tensor:
-    """One layer's pairs ``[pairs, ...]`` as ``[kv_heads, longest, ...]``, padded at the end of each head."""
-    columns = torch.arange(int(counts.max()), device=flat.device)
-    padded = flat.new_full((*counts.shape, len(columns), *flat.shape[1:]), fill)
-    padded[columns < counts.to(flat.device)[..., None]] = flat
-    return padded

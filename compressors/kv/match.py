@@ -183,15 +183,15 @@ class KVMatchCompressor(Compressor):
         """Of each passage the keys, values, bias and positions of the kept pairs, and ``[layers, kv_heads]`` counts."""
         config, placement = self.config, self.base_reader.kv_placement
         score, device = SCORES[config.score][0], evidence.tokens.device
-        scores = [score(layer, evidence, placement, i).to(device) for i, layer in enumerate(evidence.layers)]
+        scores = [score(layer, evidence, placement, i) for i, layer in enumerate(evidence.layers)]
         stacked = torch.stack(scores, 1)  # [batch, layers, kv_heads, n]
         kept = select(stacked, evidence.tokens.sum(1), ratio, config.budget, sink=not evidence.start)
         fitted = []
         for i, layer in enumerate(evidence.layers):
-            bias, values = torch.zeros_like(stacked[:, i]), wide(layer.values.to(device))
+            bias, values = torch.zeros_like(stacked[:, i]), wide(layer.values)
             if config.repair != "none":
-                bias, values = repair(attention(layer, evidence).to(device), values, kept[:, i], config.repair)
-            fitted.append((layer.keys.to(device), values.to(layer.values.dtype), bias.to(layer.values.dtype)))
+                bias, values = repair(attention(layer, evidence), values, kept[:, i], config.repair)
+            fitted.append((layer.keys, values.to(layer.values.dtype), bias.to(layer.values.dtype)))
         keys, values, bias = (torch.stack(part, 1) for part in zip(*fitted))
         at = (torch.arange(kept.shape[-1], device=device, dtype=torch.int32) + evidence.start).expand_as(kept)
         for row, chosen in enumerate(kept):

@@ -60,18 +60,11 @@ class Evidence:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Records a layer and changes nothing (a `Door`)."""
-        passage = slice(self.start, self.start + self.tokens.shape[1])
-        self.layers.append(
-            LayerEvidence(
-                key[:, :, : self.start],
-                key[:, :, passage],
-                value[:, :, passage],
-                query[:, :, passage],
-                query[:, :, passage.stop :],
-                options.get("scaling") or query.shape[-1] ** -0.5,
-                options.get("softcap"),
-            )
-        )
+        passage, device = slice(self.start, self.start + self.tokens.shape[1]), self.tokens.device
+        found = (key[:, :, : self.start], key[:, :, passage], value[:, :, passage], query[:, :, passage])
+        scaling = options.get("scaling") or query.shape[-1] ** -0.5
+        tensors = [tensor.to(device) for tensor in (*found, query[:, :, passage.stop :])]
+        self.layers.append(LayerEvidence(*tensors, scaling, options.get("softcap")))
         return key, value, mask
 
 

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..core.passage import CompressedPassage
-from ..core.ragged import pad_heads
 from .kv import ROTARY, KVPlacement
 from .plan import PromptPlan
 
@@ -111,6 +111,62 @@ for _name in IMPLEMENTATIONS:
     _register(_name)
 
 
+@dataclass
+class _Part:
+    """One KV passage of a batch: its pairs layer by layer, head after head.
+
+    Attributes:
+        row: of the batch.
+        start: first position in the prompt.
+        counts: ``[layers, kv_heads]`` pairs, on the CPU.
+        keys, values, bias: of each layer ``[pairs, head_dim]`` and ``[pairs]``.
+        shift: of each layer ``[pairs]``, the positions by which the keys move, on the CPU.
+    """
+
+    row: int
+    start: int
+    counts: Tensor
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    bias: Sequence[Tensor]
+    shift: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, placement: KVPlacement, row: int, start: int, passage: CompressedPassage) -> _Part:
+        """Takes a dense or ragged passage apart; raises ``ValueError`` if the reader has other layers or fixed keys."""
+        keys, values, home = passage.keys or (), passage.values or (), passage.positions
+        if passage.counts is not None and passage.span is not None:
+            counts = passage.counts.cpu().long()
+            sizes = counts.sum(1).tolist()
+            shift = [torch.full((n,), start - passage.span[0]) for n in sizes]
+            bias = keys[0].new_zeros(len(keys[0])) if passage.bias is None else passage.bias
+            pairs = keys[0].split(sizes), values[0].split(sizes), bias.split(sizes)
+        else:
+            counts = torch.tensor([[k.shape[1]] * k.shape[0] for k in keys])
+            moves = torch.arange(start, start + passage.slots) - home.cpu()  # type: ignore[union-attr]
+            shift = [moves.repeat(k.shape[0]) for k in keys]
+            pairs = (
+                tuple(k.flatten(0, 1) for k in keys),
+                tuple(v.flatten(0, 1) for v in values),
+                tuple(k.new_zeros(k.shape[:2]).flatten() for k in keys),
+            )
+        if len(counts) != len(placement.kinds):
+            raise ValueError(f"The KV passage has {len(counts)} layers, the reader {len(placement.kinds)}.")
+        if any(bool(moved.any()) for moved in shift[:1]):
+            placement.check_move(int(home[0]) if passage.span is None else passage.span[0], start)  # type: ignore[index]
+        return cls(row, start, counts, *pairs, shift)
+
+    def places(self, offset: Tensor, widths: Tensor) -> tuple[Tensor, ...]:
+        """Of each layer ``[pairs]`` indices into ``batch x kv_heads x width``, given ``[layers]`` offsets and widths."""
+        layers, heads = self.counts.shape
+        each = self.counts.flatten()
+        layer = torch.arange(layers).repeat_interleave(heads).repeat_interleave(each)
+        head = torch.arange(heads).repeat(layers).repeat_interleave(each)
+        within = torch.arange(len(layer)) - (each.cumsum(0) - each).repeat_interleave(each)
+        found = (self.row * heads + head) * widths[layer] + offset[layer] + within
+        return found.split(self.counts.sum(1).tolist())
+
+
 class Prefix:
     """The KV passages of a batch of prompts: pairs that every layer attends to besides its own.
 
@@ -125,11 +181,44 @@ class Prefix:
 
     def __init__(self, placement: KVPlacement, plans: Sequence[PromptPlan], rows: Tensor) -> None:
         self.rows = rows
-        placed = [[(start, _pairs(placement, passage, start)) for start, passage in plan.kv] for plan in plans]
+        parts = [
+            _Part.of(placement, row, start, passage) for row, plan in enumerate(plans) for start, passage in plan.kv
+        ]
+        heads = parts[0].counts.shape[1]
+        if bad := [part.counts.shape[1] for part in parts if part.counts.shape[1] != heads]:
+            raise ValueError(f"The KV passages of a batch must have the same heads, got {heads} and {bad[0]}.")
+        # Columns of a layer: the passages of a row stand one after another, each as wide as its longest head.
+        widths = torch.zeros(len(plans), len(placement.kinds), dtype=torch.long)
+        offsets = []
+        for part in parts:
+            offsets.append(widths[part.row].clone())
+            widths[part.row] += part.counts.amax(1)
+        widest = widths.amax(0)
+        where = [part.places(offset, widest) for part, offset in zip(parts, offsets)]
         self.layers = [
-            _stack([[(start, *pairs[layer]) for start, pairs in row] for row in placed], rows.device)
+            self._layer(placement, parts, [places[layer] for places in where], layer, int(widest[layer]))
             for layer in range(len(placement.kinds))
         ]
+
+    def _layer(
+        self, placement: KVPlacement, parts: Sequence[_Part], where: Sequence[Tensor], layer: int, width: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keys and values ``[batch, kv_heads, width, head_dim]``, bias and first positions ``[batch, kv_heads, width]``."""
+        device, places = self.rows.device, torch.cat(list(where)).to(self.rows.device)
+        keys, values, bias = (
+            torch.cat([pairs[layer].to(device) for pairs in kind])
+            for kind in zip(*[(part.keys, part.values, part.bias) for part in parts])
+        )
+        shift = torch.cat([part.shift[layer] for part in parts])
+        if placement.kinds[layer] == ROTARY and bool(shift.any()):
+            keys = placement.rotate(keys[None], shift.to(device), layer)[0]
+        starts = torch.cat([torch.full((len(at),), part.start) for part, at in zip(parts, where)]).to(device)
+
+        def spread(flat: Tensor, fill: float = 0.0) -> Tensor:
+            whole = flat.new_full((len(self.rows) * parts[0].counts.shape[1] * width, *flat.shape[1:]), fill)
+            return whole.index_copy(0, places, flat).view(len(self.rows), -1, width, *flat.shape[1:])
+
+        return spread(keys), spread(values), spread(bias.float(), torch.finfo(torch.float32).min), spread(starts)
 
     def enter(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Mapping[str, Any]
@@ -147,11 +236,10 @@ class Prefix:
         rows = rows[:, first : first + time]
         rows = nn.functional.pad(rows, (0, time - rows.shape[1]), value=_LATER)  # the answer's tokens see all
         low = torch.finfo(query.dtype).min
-        past = bias[:, :, None].masked_fill((starts[:, None] >= rows[:, :, None])[:, None], low)
-        past = past.repeat_interleave(heads // past.shape[1], dim=1)
+        past = bias[:, :, None].masked_fill(starts[:, :, None] >= rows[:, None, :, None], low).clamp(min=low)
+        past = past.repeat_interleave(heads // past.shape[1], dim=1).to(query)
         own = _additive(mask, time, length, low, query).expand(batch, heads, -1, -1)
-        joined = torch.cat([past.to(query.dtype), own], dim=-1)
-        return torch.cat([keys.to(key.dtype), key], 2), torch.cat([values.to(value.dtype), value], 2), joined
+        return torch.cat([keys.to(key), key], 2), torch.cat([values.to(value), value], 2), torch.cat([past, own], -1)
 
 
 def _additive(mask: Tensor | None, time: int, length: int, low: float, like: Tensor) -> Tensor:
@@ -160,54 +248,3 @@ def _additive(mask: Tensor | None, time: int, length: int, low: float, like: Ten
         mask = torch.ones(time, length, dtype=torch.bool, device=like.device).tril(length - time)[None, None]
     mask = mask[..., :length]
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, low) if mask.dtype == torch.bool else mask
-
-
-def _pairs(placement: KVPlacement, passage: CompressedPassage, start: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Of each layer: keys moved to ``start`` and values ``[kv_heads, pairs, head_dim]``, and bias ``[kv_heads, pairs]``."""
-    if passage.counts is None or passage.span is None or not passage.keys or not passage.values:
-        dense = zip(*placement.place(passage, start))
-        return [(k, v, torch.zeros(k.shape[:2], device=k.device)) for k, v in dense]
-    counts, device = passage.counts, placement.device
-    if len(counts) != len(placement.kinds):
-        raise ValueError(f"The KV passage has {len(counts)} layers, the reader {len(placement.kinds)}.")
-    delta = torch.tensor([start - passage.span[0]], device=device)
-    placement.check_move(passage.span[0], start)
-    sizes = counts.sum(1).tolist()
-    keys, values = passage.keys[0].to(device), passage.values[0].to(device)
-    bias = torch.zeros(len(keys), device=device) if passage.bias is None else passage.bias.to(device).float()
-    out = []
-    for layer, (k, v, b) in enumerate(zip(keys.split(sizes), values.split(sizes), bias.split(sizes))):
-        if placement.kinds[layer] == ROTARY and start != passage.span[0]:
-            k = placement.rotate(k[None], delta, layer)[0]
-        heads = counts[layer]
-        out.append((pad_heads(k, heads), pad_heads(v, heads), pad_heads(b, heads, torch.finfo(b.dtype).min)))
-    return out
-
-
-def _stack(
-    rows: Sequence[Sequence[tuple[int, Tensor, Tensor, Tensor]]], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One layer of a batch.
-
-    Returns:
-        Keys and values ``[batch, kv_heads, pairs, head_dim]``, bias ``[batch, kv_heads, pairs]`` and the first position
-        ``[batch, pairs]`` of each pair's passage; shorter rows are padded at the end.
-    """
-    widths = [sum(part[1].shape[1] for part in row) for row in rows]
-    longest = max(widths)
-    _, key, value, _ = next(part for row in rows for part in row)
-    heads = key.shape[0]
-    keys = key.new_zeros(len(rows), heads, longest, key.shape[2])
-    values = value.new_zeros(len(rows), heads, longest, value.shape[2])
-    bias = torch.full((len(rows), heads, longest), torch.finfo(torch.float32).min, device=device)
-    starts = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
-    for i, (row, n) in enumerate(zip(rows, widths)):
-        if not row:
-            continue
-        if bad := [part[1].shape[0] for part in row if part[1].shape[0] != heads]:
-            raise ValueError(f"The KV passages of a batch must have the same heads, got {heads} and {bad[0]}.")
-        keys[i, :, :n] = torch.cat([part[1] for part in row], 1)
-        values[i, :, :n] = torch.cat([part[2] for part in row], 1)
-        bias[i, :, :n] = torch.cat([part[3] for part in row], 1)
-        starts[i, :n] = torch.cat([torch.full((part[1].shape[1],), part[0], device=device) for part in row])
-    return keys, values, bias, starts

@@ -123,8 +123,8 @@ class KVPlacement:
         return self.model.get_input_embeddings().weight.device
 
     def check_move(self, home: int, start: int) -> None:
-        """Raises ``ValueError`` if keys computed at position ``home`` cannot be read at ``start``."""
-        if home != start and FIXED in self.kinds:
+        """Raises ``ValueError`` if keys cannot move; ``home`` and ``start`` are where they are and where they should be."""
+        if FIXED in self.kinds:
             raise ValueError(
                 f"{type(self.model).__name__} mixes positions into its keys (learned positions or an unknown rotation), "
                 f"so a KV passage computed at position {home} cannot be read at position {start}; "
