@@ -63,7 +63,7 @@ class Evidence:
         passage, device = slice(self.start, self.start + self.tokens.shape[1]), self.tokens.device
         found = (key[:, :, : self.start], key[:, :, passage], value[:, :, passage], query[:, :, passage])
         scaling = options.get("scaling") or query.shape[-1] ** -0.5
-        tensors = [tensor.to(device) for tensor in (*found, query[:, :, passage.stop :])]
+        tensors: Any = [tensor.to(device) for tensor in (*found, query[:, :, passage.stop :])]
         self.layers.append(LayerEvidence(*tensors, scaling, options.get("softcap")))
         return key, value, mask
 
