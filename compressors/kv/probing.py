@@ -63,8 +63,9 @@ class Evidence:
         passage, device = slice(self.start, self.start + self.tokens.shape[1]), self.tokens.device
         found = (key[:, :, : self.start], key[:, :, passage], value[:, :, passage], query[:, :, passage])
         scaling = options.get("scaling") or query.shape[-1] ** -0.5
-        tensors: Any = [tensor.to(device) for tensor in (*found, query[:, :, passage.stop :])]
-        self.layers.append(LayerEvidence(*tensors, scaling, options.get("softcap")))
+        tensors = [tensor.to(device) for tensor in (*found, query[:, :, passage.stop :])]
+        front, keys, values, own, queries = tensors
+        self.layers.append(LayerEvidence(front, keys, values, own, queries, scaling, options.get("softcap")))
         return key, value, mask
 
 
