@@ -115,16 +115,8 @@ def run_demo(
     console.rule("Benchmark on the retrieved passages")
     rows = benchmark(reader, compressed, retrieved, settings)
     sizes = [n for n in settings.sizes if n <= n_passages]
-    rows += speed(
-        reader,
-        [*map(Entrant.of, compressed)],
-        records,
-        passages=sizes,
-        requests=1,
-        repeats=3,
-        decode_tokens=4,
-        dataset="demo",
-    )
+    few: dict[str, Any] = {"requests": 1, "repeats": 3, "decode_tokens": 4}
+    rows += speed(reader, [*map(Entrant.of, compressed)], records, passages=sizes, dataset="demo", **few)
     console.print(rich_table(line_table(rows, f"{rows[0]['n']} questions, {settings.top_k} retrieved passages each")))
 
     notes = [
@@ -157,9 +149,9 @@ def draw(records: Sequence[Record], settings: DemoSettings) -> list[Record]:
 def build_index(records: Sequence[Record], embed_model: Any, console: Console) -> tuple[VectorStoreIndex, int]:
     """A vector index over all passages of the records, one node a passage, and how many there are."""
     passages = {text: title for record in records for text, title in zip(record.passages, record.titles)}
+    hidden = ["title"]
     nodes = [
-        TextNode(text=text, metadata={"title": title}, excluded_llm_metadata_keys=["title"])
-        for text, title in passages.items()
+        TextNode(text=t, metadata={"title": name}, excluded_llm_metadata_keys=hidden) for t, name in passages.items()
     ]
     with console.status(f"Embedding {len(nodes)} passages ..."):
         return VectorStoreIndex(nodes, embed_model=embed_model), len(nodes)

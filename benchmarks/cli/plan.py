@@ -15,8 +15,12 @@ from ..costs.costs import item_bytes
 from ..costs.plan import Hardware, Line, Load, best, work_out
 from ..costs.roofline import Roofline, measure
 from ..costs.shapes import find_shape
-from ..report.table import Column, Table, build, rich_table
+from ..report.table import row_table
 from .expand import takes, wide_console
+
+COLUMNS = (
+    "family ratio slots compress_ms ttft_ms ttft_speedup decode_ms bytes_per_passage store_bytes break_even_reads pays"
+)
 
 
 @dataclass(kw_only=True)
@@ -76,13 +80,20 @@ def plan(asked: PlanOptions) -> None:
         f"{asked.dtype}; {roofline.flops / 1e12:.4g} TFLOP/s and {roofline.bandwidth / 1e9:.4g} GB/s, {roofline.source}.",
         highlight=False,
     )
-    console.print(rich_table(plan_table(lines, load)))
+    tokens = sum(load.passage_tokens) / len(load.passage_tokens)
+    title = f"{load.passages} passages of {tokens:,.0f} tokens per query, each read {load.hits:g} times"
+    rows = [dataclasses.asdict(line) | {"pays": _pays(line, lines[0])} for line in lines]
+    console.print(row_table(rows, COLUMNS, title))
     console.print(verdict, highlight=False, style="bold")
     console.print(
         "Times are lower bounds: the work over the device's rates. `nutgraf bench speed` measures them; `nutgraf bench "
         "quality` measures what answers lose, which is not part of this.",
         highlight=False,
     )
+
+
+def _pays(line: Line, full: Line) -> str:
+    return ("" if line is full else "yes" if line.pays else "no") + ("" if line.fits else " (no room)")
 
 
 def _device(name: str) -> str:
@@ -106,41 +117,6 @@ def sentence(lines: Sequence[Line], load: Load) -> str:
         + (f" These pay too: {', '.join(paying)}." if paying else "")
         + room
     )
-
-
-def plan_table(lines: Sequence[Line], load: Load) -> Table:
-    """A line for the full text and for every family and ratio."""
-    tokens = sum(load.passage_tokens) / len(load.passage_tokens)
-    rows = [dataclasses.asdict(line) | {"full": line is lines[0]} for line in lines]
-
-    def compressed(title: str, key: str, form: str = "{:,.1f}", scale: float = 1.0) -> Column:
-        return Column(title, lambda row: None if row["full"] else row[key], form, scale)
-
-    def time(title: str, key: str, always: bool = True) -> Column:
-        return Column(title, lambda row: _number(row[key]) if always or not row["full"] else None)
-
-    def pays(row: dict[str, object]) -> str:
-        verdict = "" if row["full"] else "yes" if row["pays"] else "no"
-        return verdict + ("" if row["fits"] else " (no room)")
-
-    def paid(row: dict[str, object]) -> object:
-        return None if row["full"] else "never" if row["break_even_reads"] is None else row["break_even_reads"]
-
-    columns = (
-        Column("family", lambda row: row["family"] if row["full"] else f"{row['family']} {row['ratio']:.3g}x"),
-        Column("slots", "slots", "{:,.0f}"),
-        time("compress\nms", "compress_ms", False),
-        time("load\nms", "load_ms", False),
-        time("TTFT\nms", "ttft_ms"),
-        Column("x full", "ttft_speedup", "{:.2f}"),
-        time("token\nms", "decode_ms"),
-        compressed("passage\nKB", "bytes_per_passage", scale=1e-3),
-        compressed("store\nGB", "store_bytes", "{:,.2f}", 1e-9),
-        Column("paid at\nreads", paid, "{:,.1f}"),
-        Column("pays", pays),
-    )
-    title = f"{load.passages} passages of {tokens:,.0f} tokens per query, each read {load.hits:g} times"
-    return build(columns, rows, title=title)
 
 
 def _number(value: float) -> str:
