@@ -86,13 +86,14 @@ def build(
 def row_table(rows: Sequence[Row], keys: str, title: str = "") -> RichTable:
     """For the terminal: rows by some of their keys, those that no row has left out."""
 
-    def column(key: str) -> Column:
-        form = "{:,}" if all(isinstance(row.get(key, 0), int) for row in rows) else "{:,.4g}"
-        return Column(key.replace("_", "\n", 1), key, form)
+    def shown(value: Any) -> str | None:
+        if not isinstance(value, int | float):
+            return value
+        return f"{value:,.0f}" if abs(value) >= 1000 or isinstance(value, int) else f"{value:.4g}"
 
-    return rich_table(
-        build([column(key) for key in keys.split() if any(key in row for row in rows)], rows, title=title)
-    )
+    kept = [key for key in keys.split() if any(key in row for row in rows)]
+    given = [Column(key.replace("_", "\n", 1), lambda row, key=key: shown(row.get(key))) for key in kept]  # type: ignore[misc]
+    return rich_table(build(given, rows, title=title))
 
 
 def rich_table(table: Table) -> RichTable:
