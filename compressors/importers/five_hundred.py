@@ -57,9 +57,6 @@ class PublishedKVMemory(PublishedCompressor, KVMemoryCompressor):
 
     def __init__(self, config: PublishedKVMemoryConfig, reader: Reader) -> None:
         super().__init__(config, reader)
-        if config.init == "normal":
-            with torch.no_grad():
-                self.memory.normal_()
         if config.pad_to is not None and reader.eos_id is None:
             raise ValueError(f"{reader.name!r} has no end-of-sequence token to pad with; set pad_to to None.")
 

@@ -73,7 +73,7 @@ class PublishedICAE(PublishedCompressor, ICAECompressor):
         return super().cut(n_tokens, ratio, question_tokens, source_tokens)
 
     def segments_of(
-        self, ids: list[int], ratio: float | None, question: list[int], source_tokens: int, number: int = 0
+        self, ids: list[int], question: list[int], source_tokens: int, ratio: float | None, number: int
     ) -> list[Segment]:
         """Segments of the passage with its own BOS."""
         if self.config.bos_once and self.config.bos and ids:
@@ -85,7 +85,7 @@ class PublishedICAE(PublishedCompressor, ICAECompressor):
                 "passages, or import it with a larger max_tokens.",
                 stacklevel=2,
             )
-        return super().segments_of(ids, ratio, question, source_tokens, number)
+        return super().segments_of(ids, question, source_tokens, ratio, number)
 
     def task_marker(self, task: str) -> CompressedPassage:
         """The one-slot passage that tells the reader its task.
