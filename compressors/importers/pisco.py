@@ -164,10 +164,7 @@ def load(
         suffix=_after(encoder.prompts.tokenizer),
         as_prompt=True,
     )
-    try:
-        compressor = PublishedPISCO(config, reader, encoder_model=encoder)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    compressor = PublishedPISCO(config, reader, encoder_model=encoder)
     with torch.no_grad():
         compressor.memory.copy_(memory)
         for name, parameter in compressor.connector.named_parameters():  # type: ignore[union-attr]
