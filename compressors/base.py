@@ -225,7 +225,7 @@ class Passages:
     """A batch of passages to compress.
 
     Attributes:
-        texts: the passages.
+        texts: the passages; empty if only token ids are given.
         queries: the question per passage, or ``None``.
         ids: the reader's token ids of each passage, without special tokens.
         vectors: retrieval vectors per passage, or ``None``.

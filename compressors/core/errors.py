@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 class ReaderMismatchError(ValueError):
     """A compressed passage or a compressor meets a reader that it was not made for."""

@@ -54,14 +54,7 @@ class LoRASettings:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}.")
         if not self.alpha > 0:
             raise ValueError(f"alpha must be positive, got {self.alpha!r}.")
-        if self.target_modules is None:
-            return
-        if isinstance(self.target_modules, str) or not self.target_modules:
-            raise ValueError(
-                f"target_modules must be a list of at least one module name, got {self.target_modules!r}; leave it out for "
-                "the default."
-            )
-        self.target_modules = tuple(self.target_modules)
+        self.target_modules = module_names("target_modules", self.target_modules)
 
 
 @dataclass(kw_only=True)
@@ -86,11 +79,14 @@ class ReaderTuningSettings:
         check_counts(self, {"reader_r": 1})
         if not self.reader_alpha > 0:
             raise ValueError(f"reader_alpha must be positive, got {self.reader_alpha!r}.")
-        if self.reader_target_modules is None:
-            return
-        if isinstance(self.reader_target_modules, str) or not self.reader_target_modules:
-            raise ValueError(f"reader_target_modules must be a list of names, got {self.reader_target_modules!r}.")
-        self.reader_target_modules = tuple(self.reader_target_modules)
+        self.reader_target_modules = module_names("reader_target_modules", self.reader_target_modules)
+
+
+def module_names(setting_name: str, value: Any) -> tuple[str, ...] | None:
+    """A tuple of module names, or ``None``. Raises ``ValueError`` for a string or an empty list."""
+    if value is not None and (isinstance(value, str) or not value):
+        raise ValueError(f"{setting_name} must be a list of module names, got {value!r}; leave it out for the default.")
+    return None if value is None else tuple(value)
 
 
 def tuned_reader(compressor: Compressor) -> LoRATwin | None:

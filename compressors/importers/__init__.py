@@ -17,18 +17,17 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..base import Compressor
 from ..core.checkpoint import READER_FOLDER, download
+from ..core.errors import CheckpointError
 from ..reader.quiet import quiet_loading
+from ..reader.reader import Reader
 from ..registry import compressor_class
 from .layout import MissingOption, Source, listed
-
-if TYPE_CHECKING:
-    from ..reader.reader import Reader
 
 # Name -> module, in the order in which `recognise` asks them.
 IMPORTERS = {
@@ -126,11 +125,14 @@ def _load(
     if not folder.exists():
         folder = download(str(path), pickles=True)
     if reader is not None and isinstance(reader, str | Path):
-        from ..reader.reader import Reader
-
         reader = Reader.from_pretrained(reader, device=device)
     source = Source(folder, reader, device=device)
-    return module.load(source, **hyper_parameters).eval(), source
+    try:
+        return module.load(source, **hyper_parameters).eval(), source
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{folder} cannot be imported as {name}: {error}") from error
 
 
 def import_to(

@@ -137,10 +137,7 @@ def load(
         adapt_reader=False,
         target_modules=None,
     )
-    try:
-        compressor = PublishedAutoCompressor(settled, reader)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    compressor = PublishedAutoCompressor(settled, reader)
     with torch.no_grad():
         compressor.summary.copy_(summary)
     return compressor

@@ -106,10 +106,7 @@ def load(
         suffix=() if tok.eos_token_id is None else (tok.eos_token_id,),
         as_prompt=as_prompt(reader.prompts, prefix),
     )
-    try:
-        compressor = PublishedPISCO(config, reader)
-    except ValueError as error:
-        raise CheckpointError(f"{path} does not fit the reader {reader.name!r}: {error}") from error
+    compressor = PublishedPISCO(config, reader)
     fill_lora(compressor.encoder, encoder, path)  # type: ignore[arg-type]
     fill_lora(compressor.decoder, decoder, path)  # type: ignore[arg-type]
     with torch.no_grad():

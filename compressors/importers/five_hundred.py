@@ -10,13 +10,12 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from ..core.config import check_choices, check_counts, setting
-from ..core.errors import CheckpointError
 from ..encoders.lora_twin import short_name
 from ..kv.encode import KVSlots
 from ..kv.five_hundred import KVMemoryCompressor, KVMemoryConfig
 from ..reader.reader import Reader
 from ..slots.segments import Segment
-from .layout import PICKLES, Source, load_tensors, single_file
+from .layout import Source, holds_key, load_tensors, single_file
 from .models import body_prefix, fill_lora, lora_shape, take_lora
 from .published import PublishedCompressor, PublishedSettings
 
@@ -57,9 +56,6 @@ class PublishedKVMemory(PublishedCompressor, KVMemoryCompressor):
 
     def __init__(self, config: PublishedKVMemoryConfig, reader: Reader) -> None:
         super().__init__(config, reader)
-        if config.init == "normal":
-            with torch.no_grad():
-                self.memory.normal_()
         if config.pad_to is not None and reader.eos_id is None:
             raise ValueError(f"{reader.name!r} has no end-of-sequence token to pad with; set pad_to to None.")
 
@@ -80,11 +76,7 @@ class PublishedKVMemory(PublishedCompressor, KVMemoryCompressor):
 
 def recognises(path: Path) -> bool:
     """Whether it has 500xCompressor's layout."""
-    try:
-        file = single_file(path)
-        return file.suffix in {".safetensors", *PICKLES} and _MEMORY in load_tensors(file)
-    except CheckpointError:
-        return False
+    return holds_key(path, _MEMORY)
 
 
 def load(
@@ -120,10 +112,7 @@ def load(
         bos=bos,
         as_prompt=True,
     )
-    try:
-        compressor = PublishedKVMemory(config, reader)
-    except ValueError as error:
-        raise CheckpointError(f"{path} does not fit the reader {reader.name!r}: {error}") from error
+    compressor = PublishedKVMemory(config, reader)
     decoder = compressor.encoder.decoder
     idle = {short_name(n) for n, _ in decoder.named_parameters() if "lora_" in n} - set(compressor.encoder.lora)  # type: ignore[arg-type]
     for name in [n for n in lora if short_name(n) in idle]:

@@ -77,11 +77,8 @@ def load(source: Source, *, n_gist: int | None = None, diff: bool | None = None)
         held = None if rows is None else len(rows)
         raise CheckpointError(f"{path}: the tokenizer gives {GIST} the id {index}, and there are {held} embeddings.")
     reader: Reader = make_reader(build_model(config, state, path), tokenizer, source)
-    try:
-        settled = PublishedGistConfig(n_gist=n_gist, tuning="none", fixed_slots=True, as_prompt=True)
-        compressor = PublishedGist(settled, reader)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    settled = PublishedGistConfig(n_gist=n_gist, tuning="none", fixed_slots=True, as_prompt=True)
+    compressor = PublishedGist(settled, reader)
     with torch.no_grad():
         compressor.gist.copy_(reader.embed(torch.tensor([index], device=reader.device)))
     return compressor

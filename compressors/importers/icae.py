@@ -19,7 +19,7 @@ from ..reader.reader import Reader
 from ..slots.memory_tokens import random_token_rows
 from ..slots.segments import Segment
 from ..soft.icae import ICAECompressor, ICAEConfig
-from .layout import PICKLES, Source, load_tensors, need, single_file
+from .layout import Source, holds_key, load_tensors, need, single_file
 from .models import body_prefix, build_model, fill_lora, lora_shape, make_reader, take_lora
 from .published import PublishedCompressor, PublishedSettings
 
@@ -73,7 +73,7 @@ class PublishedICAE(PublishedCompressor, ICAECompressor):
         return super().cut(n_tokens, ratio, question_tokens, source_tokens)
 
     def segments_of(
-        self, ids: list[int], ratio: float | None, question: list[int], source_tokens: int, number: int = 0
+        self, ids: list[int], question: list[int], source_tokens: int, ratio: float | None, number: int
     ) -> list[Segment]:
         """Segments of the passage with its own BOS."""
         if self.config.bos_once and self.config.bos and ids:
@@ -85,7 +85,7 @@ class PublishedICAE(PublishedCompressor, ICAECompressor):
                 "passages, or import it with a larger max_tokens.",
                 stacklevel=2,
             )
-        return super().segments_of(ids, ratio, question, source_tokens, number)
+        return super().segments_of(ids, question, source_tokens, ratio, number)
 
     def task_marker(self, task: str) -> CompressedPassage:
         """The one-slot passage that tells the reader its task.
@@ -107,11 +107,7 @@ class PublishedICAE(PublishedCompressor, ICAECompressor):
 
 def recognises(path: Path) -> bool:
     """Whether it has ICAE's layout."""
-    try:
-        file = single_file(path)
-        return file.suffix in {".safetensors", *PICKLES} and _MEMORY in load_tensors(file)
-    except CheckpointError:
-        return False
+    return holds_key(path, _MEMORY)
 
 
 def load(
@@ -176,10 +172,7 @@ def load(
         as_prompt=True,
         truncate=(max_tokens or 512) if version == 1 else None,
     )
-    try:
-        compressor = PublishedICAE(config, reader)
-    except ValueError as error:
-        raise CheckpointError(f"{path} does not fit the reader {reader.name!r}: {error}") from error
+    compressor = PublishedICAE(config, reader)
     fill_lora(compressor.encoder, lora, path)
     with torch.no_grad():
         compressor.memory.copy_(memory[:mem_size])

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,9 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..core.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from ..reader.reader import Reader
+from ..reader.reader import Reader
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 _FREQUENCIES = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
@@ -249,6 +247,15 @@ def load_model_state(folder: Path) -> dict[str, Tensor]:
         if differ := wanted ^ state.keys():
             raise CheckpointError(f"{index} and its shards differ in {listed(differ)}.")
     return state
+
+
+def holds_key(path: Path, start: str) -> bool:
+    """Whether a file, or the only file of a folder, holds tensors with a name that starts so."""
+    try:
+        file = single_file(path)
+        return file.suffix in {".safetensors", *PICKLES} and any(name.startswith(start) for name in load_tensors(file))
+    except CheckpointError:
+        return False
 
 
 def single_file(path: Path, suffixes: set[str] | None = None) -> Path:

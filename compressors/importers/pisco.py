@@ -81,12 +81,12 @@ class PublishedPISCO(PISCOCompressor):
 
     def token_ids(self, passages: Passages) -> list[list[int]]:
         """The encoder's token ids, tokenised as the release does."""
-        if not self.config.as_prompt:
+        if not self.config.as_prompt or not passages.texts:
             return super().token_ids(passages)
         return self.tokenizer.encode_batch([(text, True) for text in passages.texts])
 
     def segments_of(
-        self, ids: list[int], ratio: float | None, question: list[int], source_tokens: int, number: int = 0
+        self, ids: list[int], question: list[int], source_tokens: int, ratio: float | None, number: int
     ) -> list[Segment]:
         """Segments with prefix and suffix."""
         suffix = list(self.config.suffix)
@@ -94,7 +94,7 @@ class PublishedPISCO(PISCOCompressor):
             ids = [*self.prefix, *ids, *suffix] if ids else []
         # The authors' code counts the encoder's tokens.
         source_tokens = len(ids) if self.config.as_prompt else source_tokens
-        found = super().segments_of(ids, ratio, question, source_tokens, number)
+        found = super().segments_of(ids, question, source_tokens, ratio, number)
         for segment in found:
             segment.ids += [] if whole else suffix
         return found
@@ -164,10 +164,7 @@ def load(
         suffix=_after(encoder.prompts.tokenizer),
         as_prompt=True,
     )
-    try:
-        compressor = PublishedPISCO(config, reader, encoder_model=encoder)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    compressor = PublishedPISCO(config, reader, encoder_model=encoder)
     with torch.no_grad():
         compressor.memory.copy_(memory)
         for name, parameter in compressor.connector.named_parameters():  # type: ignore[union-attr]

@@ -39,7 +39,7 @@ class PublishedCompressor(SegmentCompressor):
 
     def token_ids(self, passages: Passages) -> list[list[int]]:
         """Token ids, tokenised as the release does."""
-        if not self.config.as_prompt:
+        if not self.config.as_prompt or not passages.texts:
             return super().token_ids(passages)
         return self.tokenizer.encode_batch([(text, True) for text in passages.texts])
 

@@ -18,7 +18,7 @@ from ..encoders.embedder import Embedder, load_embedder
 from ..reader.reader import Reader
 from ..soft.xrag import XRAGCompressor, XRAGConfig
 from .last_token import load_last_token_embedder
-from .layout import PICKLES, Keys, Source, load_model_state, load_tensors, peek_json, weight_files
+from .layout import Keys, Source, holds_key, load_model_state, load_tensors, peek_json, weight_files
 from .models import build_model, graft_rows, load_tokenizer, make_reader, model_config
 from .prompts import XRAG_TOKEN as TOKEN
 
@@ -73,12 +73,7 @@ def recognises(path: Path) -> bool:
     """Whether it has xRAG's layout."""
     if path.is_dir():
         return "projector_type" in peek_json(path / "config.json") or (path / "ckpt.pth").is_file()
-    if path.suffix not in {".safetensors", *PICKLES}:
-        return False
-    try:
-        return any(name.startswith(_PROJECTOR) for name in load_tensors(path))
-    except CheckpointError:
-        return False
+    return holds_key(path, _PROJECTOR)
 
 
 def load(
@@ -136,10 +131,7 @@ def load(
         vector_size=width,
         embedder_hash=found.fingerprint if found else UNKNOWN,
     )
-    try:
-        compressor = PublishedXRAG(config, reader, embedder=found)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    compressor = PublishedXRAG(config, reader, embedder=found)
     with torch.no_grad():
         for name, parameter in compressor.projector.named_parameters():
             parameter.copy_(tensors[name])

@@ -109,7 +109,7 @@ class SegmentCompressor(SoftCompressor):
 
     def token_ids(self, passages: Passages) -> list[list[int]]:
         """Token ids of the passages as the encoder reads them, without special tokens."""
-        if self.source is self.base_reader:
+        if self.source is self.base_reader or not passages.texts:
             return passages.ids
         return self.tokenizer.encode_batch([(text, False) for text in passages.texts])
 
@@ -154,39 +154,26 @@ class SegmentCompressor(SoftCompressor):
     def encode_passages(self, passages: Passages, ratio: float | None) -> list[Any]:
         """Slots of each passage: those of its segments, joined."""
         questions = question_ids(self.config, self.tokenizer, passages.queries)
-        return self._encode(self.token_ids(passages), ratio, questions, [len(ids) for ids in passages.ids])
-
-    def encode_ids(
-        self,
-        ids: Sequence[Sequence[int]],
-        ratio: float | None = None,
-        questions: Sequence[Sequence[int]] | None = None,
-    ) -> list[CompressedPassage]:
-        """`encode` for passages and questions given as token ids, without special tokens."""
-        sources = [len(passage) for passage in ids]
-        made = self._encode(ids, self.ratio_or_default(ratio), questions or [()] * len(ids), sources)
-        return self.package(made, sources, ratio)
-
-    def _encode(
-        self,
-        ids: Sequence[Sequence[int]],
-        ratio: float | None,
-        questions: Sequence[Sequence[int]],
-        sources: Sequence[int],
-    ) -> list[Any]:
+        sources = [len(ids) for ids in passages.ids]
         segments: list[Segment] = []
-        for number, (passage, question, source) in enumerate(zip(ids, questions, sources, strict=True)):
-            segments += self.segments_of(list(passage), ratio, list(question), source, number)
-        made: list[list[Any]] = [[] for _ in ids]
+        for number, parts in enumerate(zip(self.token_ids(passages), questions, sources, strict=True)):
+            segments += self.segments_of(*parts, ratio, number)
+        made: list[list[Any]] = [[] for _ in sources]
         if segments:
             for segment, slots in zip(segments, self.encode_segments(segments), strict=True):
                 made[segment.passage].append(slots)
         return [self.join(parts) for parts in made]
 
+    def encode_ids(self, ids: Sequence[Sequence[int]], ratio: float | None = None) -> list[CompressedPassage]:
+        """`encode` for passages given as the encoder's token ids, without special tokens."""
+        passages = Passages([], [None] * len(ids), [list(passage) for passage in ids])
+        made = self.encode_passages(passages, self.ratio_or_default(ratio))
+        return self.package(made, [len(passage) for passage in ids], ratio)
+
     def segments_of(
-        self, ids: list[int], ratio: float | None, question: list[int], source_tokens: int, number: int = 0
+        self, ids: list[int], question: list[int], source_tokens: int, ratio: float | None, number: int
     ) -> list[Segment]:
-        """The segments of one passage."""
+        """The segments of passage ``number``."""
         found: list[Segment] = []
         start = 0
         for length, slots in self.segments(len(ids), ratio, len(question), source_tokens):

@@ -83,7 +83,7 @@ def test_full_text_is_the_text(reader):
         ({"tune_reader": "yes"}, "tune_reader must be true or false"),
         ({"reader_r": 0}, "reader_r"),
         ({"reader_alpha": 0.0}, "reader_alpha"),
-        ({"reader_target_modules": "q_proj"}, "list of names"),
+        ({"reader_target_modules": "q_proj"}, "list of module names"),
         ({"reader_target_modules": ["nowhere"]}, "nowhere"),
     ],
 )
