@@ -46,8 +46,10 @@ def on_config(config: Any) -> Any:
     return config
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace markers, each on a line of its own, and equations."""
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Replace markers, each on a line of its own, and equations. Wide tables of results get the whole page."""
+    if page.file.src_uri.startswith("results/"):
+        page.meta["hide"] = ["toc"]
     fill = {
         "include": lambda name: (ROOT / name).read_text().replace("](docs/", "]("),
         "settings": settings_table,
