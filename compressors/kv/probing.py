@@ -6,6 +6,7 @@ after the passage; so one pass reads every probe as if it were the only one.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..fidelity.questions import make_questions
 from ..reader.attention import attending
 from ..reader.kv import position_arguments
 from ..reader.reader import Reader
+
+QUESTION = "\n\nQuestion: {}\nAnswer:"
+REPEAT = "\n\nRepeat the passage:\n"
 
 
 @dataclass
@@ -60,12 +65,37 @@ class Evidence:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Records a layer and changes nothing (a `Door`)."""
-        passage, device = slice(self.start, self.start + self.tokens.shape[1]), self.tokens.device
-        found = (key[:, :, : self.start], key[:, :, passage], value[:, :, passage], query[:, :, passage])
-        scaling = options.get("scaling") or query.shape[-1] ** -0.5
-        tensors: Any = [tensor.to(device) for tensor in (*found, query[:, :, passage.stop :])]
-        self.layers.append(LayerEvidence(*tensors, scaling, options.get("softcap")))
+        passage = slice(self.start, self.start + self.tokens.shape[1])
+        q, k, v = (tensor.to(self.tokens.device) for tensor in (query, key, value))
+        self.layers.append(
+            LayerEvidence(
+                front=k[:, :, : self.start],
+                keys=k[:, :, passage],
+                values=v[:, :, passage],
+                own=q[:, :, passage],
+                queries=q[:, :, passage.stop :],
+                scaling=options.get("scaling") or q.shape[-1] ** -0.5,
+                softcap=options.get("softcap"),
+            )
+        )
         return key, value, mask
+
+
+def write_probes(reader: Reader, text: str, needs: str, count: int, query: str | None) -> list[list[int]]:
+    """Token ids of what is read after a passage: rule-made questions, the passage again, or the user's question.
+
+    Args:
+        reader: whose tokens.
+        text: the passage.
+        needs: ``"questions"``, ``"repetition"`` or ``"query"``.
+        count: questions at most; a passage that none can be made of is repeated.
+        query: the user's question.
+    """
+    if needs == "query":
+        return reader.tokenize_batch([QUESTION.format(query)])
+    made = make_questions(text, count, random.Random(0)) if needs == "questions" else []
+    written = [f"{QUESTION.format(question)} {answer}" for question, answer in made]
+    return reader.tokenize_batch(written or [REPEAT + text])
 
 
 def read(reader: Reader, passages: Sequence[Sequence[int]], probes: Sequence[Sequence[Sequence[int]]]) -> Evidence:

@@ -95,6 +95,7 @@ def check_reachable(model: Any) -> str:
 def _register(name: str) -> None:
     functions, masks = AttentionInterface(), AttentionMaskInterface()
 
+    @torch.compiler.disable  # a compiled model would not see that the door changes
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any) -> Any:
         door = _open.get()
         if door is not None:
