@@ -20,7 +20,7 @@ from ..reader.kv import position_arguments
 from ..reader.reader import Reader
 
 QUESTION = "\n\nQuestion: {}\nAnswer:"
-REPEAT = "\n\nRepeat the passage:\n"
+REPEAT = ("\n\nRepeat the previous context exactly.", "\n")  # as in KVzip
 
 
 @dataclass
@@ -32,6 +32,7 @@ class LayerEvidence:
         keys, values: ``[batch, kv_heads, n, head_dim]`` of the passages, padded at the end.
         own: ``[batch, heads, n, head_dim]`` queries of the passages.
         queries: ``[batch, heads, m, head_dim]`` queries of the probes, padded at the end.
+        asked: ``[batch, kv_heads, m, head_dim]`` keys of the probes.
         scaling: factor of the scores.
         softcap: limit of the scores, as in Gemma 2, or ``None``.
     """
@@ -41,6 +42,7 @@ class LayerEvidence:
     values: Tensor
     own: Tensor
     queries: Tensor
+    asked: Tensor
     scaling: float
     softcap: float | None
 
@@ -53,12 +55,14 @@ class Evidence:
         start: position of the passages' first token.
         tokens: ``[batch, n]`` bool, false at padding.
         rows: ``[batch, m]`` bool, false at padding.
+        seen: ``[batch, m, m]`` bool, which tokens of the probes each of them sees.
         layers: in order.
     """
 
     start: int
     tokens: Tensor
     rows: Tensor
+    seen: Tensor
     layers: list[LayerEvidence] = field(default_factory=list)
 
     def enter(
@@ -74,6 +78,7 @@ class Evidence:
                 values=v[:, :, passage],
                 own=q[:, :, passage],
                 queries=q[:, :, passage.stop :],
+                asked=k[:, :, passage.stop :],
                 scaling=options.get("scaling") or q.shape[-1] ** -0.5,
                 softcap=options.get("softcap"),
             )
@@ -95,7 +100,7 @@ def write_probes(reader: Reader, text: str, needs: str, count: int, query: str |
         return reader.tokenize_batch([QUESTION.format(query)])
     made = make_questions(text, count, random.Random(0)) if needs == "questions" else []
     written = [f"{QUESTION.format(question)} {answer}" for question, answer in made]
-    return reader.tokenize_batch(written or [REPEAT + text])
+    return reader.tokenize_batch(written) or [[i for part in reader.tokenize_batch([*REPEAT, text]) for i in part]]
 
 
 def read(reader: Reader, passages: Sequence[Sequence[int]], probes: Sequence[Sequence[Sequence[int]]]) -> Evidence:
@@ -129,7 +134,8 @@ def read(reader: Reader, passages: Sequence[Sequence[int]], probes: Sequence[Seq
     causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
     allowed = causal & (own | (block[:, None] == 0))
     mask = reader.kv_placement.additive(allowed[:, None], reader.dtype)
-    evidence = Evidence(start, block[:, start : start + n] == 0, block[:, start + n :] > 0)
+    after = slice(start + n, None)
+    evidence = Evidence(start, block[:, start : start + n] == 0, block[:, after] > 0, allowed[:, after, after])
     decoder = reader.model.get_decoder()
     with attending(reader.model, evidence):
         decoder(
