@@ -21,9 +21,18 @@ def pretrained(name: str) -> str:
 
 
 def locate(name: str) -> str:
-    """Return the folder of a shipped model, or ``name`` itself if it is a folder, a hub id or `SMOLLM2`.
+    """Return the folder of a shipped model, or ``name`` itself: a folder, a hub id, `SMOLLM2` or a training-free method.
 
     Raises:
         ValueError: if it is none of these.
     """
-    return name if "/" in name or name == SMOLLM2 or Path(name).exists() else pretrained(name)
+    if "/" in name or name == SMOLLM2 or Path(name).exists():
+        return name
+    try:
+        return pretrained(name)
+    except ValueError:
+        from .compressors import COMPRESSORS  # torch takes seconds to import, and shipped names do not need it
+
+        if name in COMPRESSORS and COMPRESSORS[name].training_free:
+            return name
+        raise

@@ -15,7 +15,7 @@ from ..adapters.store import Encoding
 from ..adapters.store.codec import round_trip
 from ..compressors import CompressedPassage, Compressor, Reader
 from ..recipes.data.corpus import Record
-from ..recipes.data.templates import Piece, question_prompt
+from ..recipes.data.templates import Piece, Prompt, question_prompt
 from .baselines import BASELINES
 from .loading import CompressorSpec, find_compressor
 
@@ -245,3 +245,9 @@ def named_methods(reader: Reader, specs: Sequence[str], ratios: Sequence[float])
             together.append(Compressed(loaded, ratio, name, loaded.query_aware, together=together))
         found += together
     return found
+
+
+def prompt_size(reader: Reader, prompt: Prompt) -> int:
+    """Tokens and slots of a prompt; a ragged KV passage counts its pairs per head, not the positions that it spans."""
+    (plan,) = reader.plan([prompt])
+    return len(plan) - sum(passage.places - passage.slots for _, passage in plan.kv)

@@ -17,7 +17,7 @@ from ...compressors import CompressedPassage, Compressor, Reader
 from ...recipes.data.corpus import Record
 from ...recipes.data.templates import Piece, question_prompt
 from .. import metrics
-from ..methods import Compressed, EqualBudget, Method, Shuffled, Stored, reader_of
+from ..methods import Compressed, EqualBudget, Method, Shuffled, Stored, prompt_size, reader_of
 from ..progress import progress_bar
 from ..rows import Row, clean, provenance
 from ..speed.timing import first_token_times
@@ -106,7 +106,7 @@ def evaluate(
                 reads, prompts, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size, advance=advance
             )
             scores = _text_scores(reader, predictions, kept, references, settings.beta)
-            scores["reader_tokens"] = np.array([reads.length(prompt) for prompt in prompts])
+            scores["reader_tokens"] = np.array([prompt_size(reads, prompt) for prompt in prompts])
             scores["slots"] = np.array([sum(_size(reader, piece) for piece in pieces) for pieces in contexts])
             scores["source_tokens"] = sources
             if settings.likelihood:

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ...compressors import CompressedPassage, Reader
 from ...recipes.data.templates import Piece, question_prompt
 from .. import metrics
+from ..methods import prompt_size
 from ..rows import Row
 from .clock import Parts, answer_parts, peak_memory, timed
 from .entrants import FULL, Entrant
@@ -68,7 +69,7 @@ class Taken:
         tokens = [sum(map(len, reader.tokenize_batch(own))) for own in plain]
         self.slots = statistics.mean(n + sum(p.slots for p in own) for n, own in zip(tokens, soft))
         self.kv_slots = statistics.mean(sum(p.slots for p in own if p.interface == "kv") for own in soft)
-        self.prompt = statistics.mean(map(reader.length, prompts))
+        self.prompt = statistics.mean(prompt_size(reader, prompt) for prompt in prompts)
         self.nbytes = statistics.mean(
             p.nbytes if isinstance(p, CompressedPassage) else len(p.encode()) for own in pieces for p in own
         )

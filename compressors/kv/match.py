@@ -7,7 +7,6 @@ what it gave over all of them (Attention Matching, arXiv 2602.16284). Other scor
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -19,17 +18,13 @@ from ..base import Compressor, Query
 from ..core.batching import pack, pass_positions
 from ..core.config import CompressorConfig, check_choices, check_counts, check_ratio
 from ..core.passage import CompressedPassage, Interface
-from ..fidelity.questions import make_questions
 from ..reader.attention import check_reachable
 from ..reader.reader import Reader
 from ..registry import register_compressor
 from .encode import check_movable, kv_shapes
-from .probing import Evidence, read
+from .probing import Evidence, read, write_probes
 from .repair import repair
 from .selection import BUDGETS, SCORES, attention, select, wide
-
-QUESTION = "\n\nQuestion: {}\nAnswer:"
-REPEAT = "\n\nRepeat the passage:\n"
 
 
 @dataclass
@@ -139,7 +134,7 @@ class KVMatchCompressor(Compressor):
             raise TypeError(f"kv-match has no options {sorted(options)}.")
         reader = self.base_reader
         ids = reader.tokenize_batch(texts)
-        probes = [self._probes(*item) for item in zip(texts, ids, queries)]
+        probes = [self._probes(text, query) if tokens else [] for text, tokens, query in zip(texts, ids, queries)]
         for passage, asked in zip(ids, probes):
             self._check_room(len(passage) + max(map(len, asked), default=0))
         sizes = [len(passage) + sum(map(len, asked)) + len(reader.bos_ids) for passage, asked in zip(ids, probes)]
@@ -157,18 +152,15 @@ class KVMatchCompressor(Compressor):
                 out[i] = self._package(pairs, len(ids[i]), wanted)
         return [out[i] for i in range(len(texts))]
 
-    def _probes(self, text: str, ids: list[int], query: str | None) -> list[list[int]]:
-        """Token ids of what is read after a passage."""
+    def _probes(self, text: str, query: str | None) -> list[list[int]]:
         needs = SCORES[self.config.score][1]
-        if not ids or (needs == "nothing" and self.config.repair == "none"):
-            return []
-        if needs == "query":
-            if not query:
-                raise ValueError(f"The score {self.config.score!r} needs the question: compress(texts, query=...).")
-            return self.base_reader.tokenize_batch([QUESTION.format(query)])
-        asked = [] if needs == "repetition" else make_questions(text, self.config.probes, random.Random(0))
-        written = [f"{QUESTION.format(question)} {answer}" for question, answer in asked]
-        return self.base_reader.tokenize_batch(written) or [[*self.base_reader.tokenize(REPEAT), *ids]]
+        if needs == "query" and not query:
+            raise ValueError(f"The score {self.config.score!r} needs the question: compress(texts, query=...).")
+        if needs == "nothing":
+            if self.config.repair == "none":
+                return []
+            needs = "questions"
+        return write_probes(self.base_reader, text, needs, self.config.probes, query)
 
     def _check_room(self, tokens: int) -> None:
         reader = self.base_reader

@@ -6,6 +6,7 @@ after the passage; so one pass reads every probe as if it were the only one.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..fidelity.questions import make_questions
 from ..reader.attention import attending
 from ..reader.kv import position_arguments
 from ..reader.reader import Reader
+
+QUESTION = "\n\nQuestion: {}\nAnswer:"
+REPEAT = ("\n\nRepeat the previous context exactly.", "\n")  # as in KVzip
 
 
 @dataclass
@@ -27,6 +32,7 @@ class LayerEvidence:
         keys, values: ``[batch, kv_heads, n, head_dim]`` of the passages, padded at the end.
         own: ``[batch, heads, n, head_dim]`` queries of the passages.
         queries: ``[batch, heads, m, head_dim]`` queries of the probes, padded at the end.
+        asked: ``[batch, kv_heads, m, head_dim]`` keys of the probes.
         scaling: factor of the scores.
         softcap: limit of the scores, as in Gemma 2, or ``None``.
     """
@@ -36,6 +42,7 @@ class LayerEvidence:
     values: Tensor
     own: Tensor
     queries: Tensor
+    asked: Tensor
     scaling: float
     softcap: float | None
 
@@ -48,25 +55,52 @@ class Evidence:
         start: position of the passages' first token.
         tokens: ``[batch, n]`` bool, false at padding.
         rows: ``[batch, m]`` bool, false at padding.
+        seen: ``[batch, m, m]`` bool, which tokens of the probes each of them sees.
         layers: in order.
     """
 
     start: int
     tokens: Tensor
     rows: Tensor
+    seen: Tensor
     layers: list[LayerEvidence] = field(default_factory=list)
 
     def enter(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Records a layer and changes nothing (a `Door`)."""
-        passage, device = slice(self.start, self.start + self.tokens.shape[1]), self.tokens.device
-        found = (key[:, :, : self.start], key[:, :, passage], value[:, :, passage], query[:, :, passage])
-        scaling = options.get("scaling") or query.shape[-1] ** -0.5
-        tensors = [tensor.to(device) for tensor in (*found, query[:, :, passage.stop :])]
-        front, keys, values, own, queries = tensors
-        self.layers.append(LayerEvidence(front, keys, values, own, queries, scaling, options.get("softcap")))
+        passage = slice(self.start, self.start + self.tokens.shape[1])
+        q, k, v = (tensor.to(self.tokens.device) for tensor in (query, key, value))
+        self.layers.append(
+            LayerEvidence(
+                front=k[:, :, : self.start],
+                keys=k[:, :, passage],
+                values=v[:, :, passage],
+                own=q[:, :, passage],
+                queries=q[:, :, passage.stop :],
+                asked=k[:, :, passage.stop :],
+                scaling=options.get("scaling") or q.shape[-1] ** -0.5,
+                softcap=options.get("softcap"),
+            )
+        )
         return key, value, mask
+
+
+def write_probes(reader: Reader, text: str, needs: str, count: int, query: str | None) -> list[list[int]]:
+    """Token ids of what is read after a passage: rule-made questions, the passage again, or the user's question.
+
+    Args:
+        reader: whose tokens.
+        text: the passage.
+        needs: ``"questions"``, ``"repetition"`` or ``"query"``.
+        count: questions at most; a passage that none can be made of is repeated.
+        query: the user's question.
+    """
+    if needs == "query":
+        return reader.tokenize_batch([QUESTION.format(query)])
+    made = make_questions(text, count, random.Random(0)) if needs == "questions" else []
+    written = [f"{QUESTION.format(question)} {answer}" for question, answer in made]
+    return reader.tokenize_batch(written) or [[i for part in reader.tokenize_batch([*REPEAT, text]) for i in part]]
 
 
 def read(reader: Reader, passages: Sequence[Sequence[int]], probes: Sequence[Sequence[Sequence[int]]]) -> Evidence:
@@ -100,7 +134,8 @@ def read(reader: Reader, passages: Sequence[Sequence[int]], probes: Sequence[Seq
     causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
     allowed = causal & (own | (block[:, None] == 0))
     mask = reader.kv_placement.additive(allowed[:, None], reader.dtype)
-    evidence = Evidence(start, block[:, start : start + n] == 0, block[:, start + n :] > 0)
+    after = slice(start + n, None)
+    evidence = Evidence(start, block[:, start : start + n] == 0, block[:, after] > 0, allowed[:, after, after])
     decoder = reader.model.get_decoder()
     with attending(reader.model, evidence):
         decoder(

@@ -23,20 +23,24 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def attention(layer: LayerEvidence, evidence: Evidence) -> Tensor:
-    """Attention of the probes ``[batch, kv_heads, rows, n]`` over BOS and passage, at least in float32.
+def attention(layer: LayerEvidence, evidence: Evidence, *, own: bool = False) -> Tensor:
+    """Attention of the probes ``[batch, kv_heads, rows, n]`` to the passage, at least in float32.
 
-    Rows are those of all query heads that share the KV head; they are zero at padding.
+    Rows are those of all query heads that share the KV head; they are zero at padding. The softmax runs over BOS and passage,
+    with ``own`` also over the probe itself.
     """
     batch, heads = layer.keys.shape[:2]
+    groups, start, n = layer.queries.shape[1] // heads, layer.front.shape[2], layer.keys.shape[2]
     queries = wide(layer.queries).reshape(batch, heads, -1, layer.queries.shape[-1])
-    scores = queries @ wide(torch.cat([layer.front, layer.keys], 2)).mT * layer.scaling
+    keys = [layer.front, layer.keys, *([layer.asked] if own else [])]
+    scores = queries @ wide(torch.cat(keys, 2)).mT * layer.scaling
     if layer.softcap is not None:
         scores = layer.softcap * (scores / layer.softcap).tanh()
-    start = layer.front.shape[2]
-    scores[..., start:].masked_fill_(~evidence.tokens[:, None, None], -torch.inf)
-    rows = evidence.rows.repeat(1, layer.queries.shape[1] // heads)[:, None, :, None]
-    return scores.softmax(-1)[..., start:].masked_fill(~rows, 0.0)
+    scores[..., start : start + n].masked_fill_(~evidence.tokens[:, None, None], -torch.inf)
+    if own:
+        scores[..., start + n :].masked_fill_(~evidence.seen.repeat(1, groups, 1)[:, None], -torch.inf)
+    rows = evidence.rows.repeat(1, groups)[:, None, :, None]
+    return scores.softmax(-1)[..., start : start + n].masked_fill(~rows, 0.0)
 
 
 def count_rows(layer: LayerEvidence, evidence: Evidence) -> Tensor:
@@ -50,13 +54,13 @@ def root_mean_square(layer: LayerEvidence, evidence: Evidence, placement: KVPlac
 
 
 def largest(layer: LayerEvidence, evidence: Evidence, placement: KVPlacement, index: int) -> Tensor:
-    """Largest attention of any row of any head (KVzip, arXiv 2505.23416, over the passage's own keys)."""
-    return attention(layer, evidence).amax(2)
+    """Largest attention of any row of any head (KVzip, arXiv 2505.23416)."""
+    return attention(layer, evidence, own=True).amax(2)
 
 
 def pooled_mean(layer: LayerEvidence, evidence: Evidence, placement: KVPlacement, index: int) -> Tensor:
     """Mean attention of the rows, averaged over five neighbours (SnapKV, arXiv 2404.14469, as in kvpress)."""
-    mean = attention(layer, evidence).sum(2) / count_rows(layer, evidence)
+    mean = attention(layer, evidence, own=True).sum(2) / count_rows(layer, evidence)
     return F.avg_pool1d(mean, 5, stride=1, padding=2)
 
 

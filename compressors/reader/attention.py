@@ -95,13 +95,16 @@ def check_reachable(model: Any) -> str:
 def _register(name: str) -> None:
     functions, masks = AttentionInterface(), AttentionMaskInterface()
 
-    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any) -> Any:
+    @torch.compiler.disable  # a compiled model would not see that the door changes
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *more: Any, **options: Any
+    ) -> Any:
         door = _open.get()
         if door is not None:
             key, value, attention_mask = door.enter(module.layer_idx, query, key, value, attention_mask, options)
         # eager attention is a function of the model's own module
         own = functions.get(name) or sys.modules[type(module).__module__].eager_attention_forward
-        return own(module, query, key, value, attention_mask, **options)
+        return own(module, query, key, value, attention_mask, *more, **options)
 
     AttentionInterface.register(_PREFIX + name, attend)
     AttentionMaskInterface.register(_PREFIX + name, masks[name])

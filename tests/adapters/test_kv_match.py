@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from llama_index.core import MockEmbedding, VectorStoreIndex
 from llama_index.core.ingestion import IngestionPipeline
@@ -15,6 +17,9 @@ from nutgraf.adapters.llama_index import (
 )
 from nutgraf.adapters.openai.embeddings import EmbeddingTable
 from nutgraf.adapters.store import LanceStore
+from nutgraf.cli import app
+from nutgraf.shipped import locate
+from typer.testing import CliRunner
 
 TEXTS = [
     f"In {1600 + i} delegate number {i} signed the treaty of Westphalia, said John {name}."
@@ -51,3 +56,17 @@ def test_a_serving_engine_refuses_them_with_a_sentence(zoo):
     (passage,) = load_compressor("kv-match", reader=reader, probes=2).compress(TEXTS[:1])
     with pytest.raises(ValueError, match="keys and values cannot be sent"):
         EmbeddingTable.of(reader).plan([[passage, QUESTION]])
+
+
+def test_the_commands_take_it_by_its_name(zoo, tmp_path):
+    folder = str(zoo.saved("llama", tmp_path / "reader"))
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    files = [str(tmp_path / "corpus.jsonl"), "--store", str(tmp_path / "s"), "--quantize", "int8"]
+    done = CliRunner().invoke(app, ["compress", *files, "-c", "kv-match", "--reader", folder])
+    assert done.exit_code == 0, done.output
+    assert "2 passages compressed" in " ".join(done.output.split())
+    done = CliRunner().invoke(app, ["inspect", TEXTS[0], "-c", "kv-match", "--reader", folder, "--query", QUESTION])
+    assert done.exit_code == 0, done.output
+    assert "kv" in done.output
+    with pytest.raises(ValueError, match="No shipped artefact is called 'kv-matched'"):
+        locate("kv-matched")

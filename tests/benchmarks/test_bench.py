@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -88,6 +88,23 @@ def test_evaluate_gives_a_row_for_each_line(reader: Reader, compressor: Strided)
     for name in baselines.BASELINES:
         assert by_name[name]["reader_tokens"] <= soft["reader_tokens"]
         assert by_name[name]["budget_of"] == "strided-test"
+
+
+def test_ragged_passages_count_their_pairs_and_give_the_full_answers_at_ratio_1(reader: Reader) -> None:
+    made = lines.named_methods(reader, ["kv-match@1,4", "kv-match:repair=none,probes=2"], [3.0])
+    alone = [replace(one, passages=one.passages[:1], titles=("",), gold=0) for one in RECORDS]
+    found = quality.evaluate(reader, lines.lines(made, baselines=[], shuffled=False), alone, QUIET)
+    full, _, whole, quarter, plain = found
+    assert [line.method for line in found[2:]] == ["kv-match", "kv-match", "kv-match:repair=none,probes=2"]
+    assert whole.predictions == full.predictions
+    assert whole.row["kl_to_full"] < 1e-5
+    assert whole.row["reader_tokens"] == full.row["reader_tokens"]
+    assert plain.ratio == 3.0
+    assert 3 < quarter.row["ratio"] < 4.5
+    assert quarter.row["reader_tokens"] < plain.row["reader_tokens"] < full.row["reader_tokens"]
+    assert quarter.row["bytes_per_passage"] < 0.4 * whole.row["bytes_per_passage"]
+    with pytest.raises(ValueError, match="'repair' is no setting"):
+        lines.named_methods(reader, ["kv-match:repair@4"], [])
 
 
 def test_a_tuned_reader_reads_its_own_lines_and_no_others(reader: Reader) -> None:

@@ -37,7 +37,10 @@ def recorded(reader: Reader):
 
 
 def plain_attention(reader: Reader, ids: list[int], probes: list[list[int]]) -> list[torch.Tensor]:
-    """Per layer ``[heads, rows, n]``: each probe read alone after the passage, by the model's own eager attention."""
+    """Per layer ``[2, heads, rows, n]``: each probe read alone after the passage, by the model's own eager attention.
+
+    Twice: as it is, with the probe's attention to itself left out, and with the rest scaled to 1.
+    """
     bos, layers = list(reader.bos_ids), []
     model = copy.deepcopy(reader.model)
     model.set_attn_implementation("eager")
@@ -46,8 +49,8 @@ def plain_attention(reader: Reader, ids: list[int], probes: list[list[int]]) -> 
         with torch.no_grad():
             found = model(input_ids=torch.tensor([[*bos, *ids, *probe]]), output_attentions=True).attentions
         seen = [weights[0, :, end:, :end] for weights in found]
-        layers.append([(part / part.sum(-1, keepdim=True))[..., start:] for part in seen])
-    return [torch.cat(parts, 1) for parts in zip(*layers)]
+        layers.append([torch.stack([part, part / part.sum(-1, keepdim=True)])[..., start:] for part in seen])
+    return [torch.cat(parts, 2) for parts in zip(*layers)]
 
 
 @pytest.mark.parametrize("name", MOVABLE)
@@ -61,12 +64,12 @@ def test_probes_read_in_one_batch_attend_as_each_does_alone(zoo, name):
             got = attention(layer, evidence)[row].unflatten(1, (-1, evidence.rows.shape[1]))
             rows = int(evidence.rows[row].sum())
             got = got[:, :, :rows, : len(ids[row])].flatten(0, 1)
-            assert close(got, want[index])
-            grouped = want[index].unflatten(0, (heads, -1)).flatten(1, 2)
+            assert close(got, want[index][1])
+            own, grouped = (part.unflatten(0, (heads, -1)).flatten(1, 2) for part in want[index])
             for score, plain in (
                 ("probes", grouped.square().mean(1).sqrt()),
-                ("kvzip", grouped.amax(1)),
-                ("snapkv", neighbours(grouped.mean(1))),
+                ("kvzip", own.amax(1)),
+                ("snapkv", neighbours(own.mean(1))),
             ):
                 found = SCORES[score][0](layer, evidence, reader.kv_placement, index)[row]
                 assert close(found[:, : len(ids[row])], plain), score
