@@ -3,6 +3,7 @@
 Markers in a page:
 
 - ``<!-- settings: METHOD -->``: the settings of a method, from its config dataclass.
+- ``<!-- methods -->``: the table of all methods, from the front matter of their pages.
 - ``<!-- shared settings -->``: the groups of settings that several methods share.
 - ``<!-- results: LINE, LINE -->``: recovered share on the pretrained reader, from benchmarks/results.
 - ``<!-- commands -->``: the help of every command.
@@ -20,6 +21,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from latex2mathml.converter import convert
 
 ROOT = Path(__file__).parents[1]
@@ -30,8 +32,8 @@ import commands  # noqa: E402
 POOLED = ROOT / "benchmarks" / "results" / "smollm2_pooled.jsonl"
 
 
-def on_config(config: Any) -> Any:
-    """Make the repository importable as `nutgraf`, for this process and for mkdocstrings.
+def on_startup(**_: Any) -> None:
+    """Make the repository importable as `nutgraf`, for this process and for mkdocstrings, which drops missing paths early.
 
     The folder holds links to the package's own files only: mkdocstrings searches it whole, and a link to the root would lead
     it into virtual environments.
@@ -43,6 +45,12 @@ def on_config(config: Any) -> Any:
         if not (link := package / path.name).is_symlink():
             link.symlink_to(f"../../../{path.name}")
     sys.path.insert(0, str(package.parent))
+
+
+def on_config(config: Any) -> Any:
+    """List the pages of methods in the menu."""
+    methods = next(entry for entry in config.nav if "Methods" in entry)
+    methods["Methods"] = ["methods/index.md", *(f"methods/{name}" for name, _ in method_pages())]
     return config
 
 
@@ -53,6 +61,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     fill = {
         "include": lambda name: (ROOT / name).read_text().replace("](docs/", "]("),
         "settings": settings_table,
+        "methods": methods_table,
         "shared settings": shared_tables,
         "results": lambda names: results_table(names.split(", ")),
         "commands": commands.markdown,
@@ -78,6 +87,28 @@ def equations(markdown: str) -> str:
 def mathml(latex: str, display: str) -> str:
     """One equation on one line."""
     return convert(" ".join(latex.split()), display=display).replace("\n", "")
+
+
+def method_pages() -> list[tuple[str, dict[str, str]]]:
+    """File name and front matter of every method's page, by interface and name."""
+    found = []
+    for path in (ROOT / "docs" / "methods").glob("*.md"):
+        if path.name != "index.md":
+            found.append((path.name, yaml.safe_load(path.read_text().split("---\n")[1])))
+    return sorted(found, key=lambda page: (page[1]["interface"], page[1]["method"].lower()))
+
+
+def methods_table() -> str:
+    """All methods, one row each."""
+    lines = [
+        "| method | interface | needs training | question-aware | tunes the reader | source |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, about in method_pages():
+        source = re.sub(r"\d{4}\.\d{5}", r"[\g<0>](https://arxiv.org/abs/\g<0>)", about["source"])
+        facts = [about[key] for key in ("training", "question", "tunes_reader")]
+        lines.append(f"| [{about['method']}]({name}) | `{about['interface']}` | {' | '.join(facts)} | {source} |")
+    return "\n".join(lines) + "\n"
 
 
 def config_class(method: str) -> Any:
