@@ -24,10 +24,9 @@ class KVMemoryConfig(ReaderTuningSettings, KVSlotConfig):
 
     method: ClassVar[str] = "500x"
     title: ClassVar[str] = "500xCompressor"
-    retired: ClassVar[Mapping[str, Any]] = {
-        **KVSlotConfig.retired,
-        **{"init": "tokens", "reference_positions": False, "pad_to": None},
-    }
+    retired: ClassVar[Mapping[str, Any]] = dict(
+        **KVSlotConfig.retired, init="tokens", reference_positions=False, pad_to=None
+    )
 
     ratio: float | None = setting(
         4.0, "compression ratio if none is asked for; null: num_mem slots, however long the segment", kw_only=True

@@ -29,10 +29,9 @@ class AutoCompressorConfig(SegmentSettings, LoRASettings, CompressorConfig):
 
     method: ClassVar[str] = "autocompressor"
     title: ClassVar[str] = "AutoCompressor"
-    retired: ClassVar[Mapping[str, Any]] = {
-        **{"fixed_slots": False, "equal_segments": True, "scale": "matched"},
-        **{"positions": "count", "bos": True, "as_prompt": False},
-    }
+    retired: ClassVar[Mapping[str, Any]] = dict(
+        fixed_slots=False, equal_segments=True, scale="matched", positions="count", bos=True, as_prompt=False
+    )
 
     summary_length: int = setting(64, "summary tokens: the most slots of a segment")
     accumulate_summary: bool = setting(True, "keep the summaries of all segments so far; false: of the last one only")

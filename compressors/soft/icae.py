@@ -30,10 +30,9 @@ class ICAEConfig(SegmentSettings, LoRASettings, QuerySettings, ReaderTuningSetti
 
     method: ClassVar[str] = "icae"
     title: ClassVar[str] = "ICAE"
-    retired: ClassVar[dict[str, Any]] = {
-        **{"fixed_slots": False, "special_tokens": False, "truncate": None},
-        **{"bos": True, "bos_once": False, "as_prompt": False},
-    }
+    retired: ClassVar[dict[str, Any]] = dict(
+        fixed_slots=False, special_tokens=False, truncate=None, bos=True, bos_once=False, as_prompt=False
+    )
 
     mem_size: int = setting(128, "memory tokens: the most slots of a segment")
     projector: Literal["none", "scale", "linear"] = setting(

@@ -30,10 +30,9 @@ class MeanPoolConfig(LoRASettings, QuerySettings, ReaderTuningSettings, Compress
     method: ClassVar[str] = "mean-pool"
     title: ClassVar[str] = "mean-pooled windows"
     cost: ClassVar[str] = "states"
-    retired: ClassVar[Mapping[str, Any]] = {
-        **{"bos": True, "embedder": "all-MiniLM-L6-v2"},
-        **{"state_size": None, "embedder_hash": None},
-    }
+    retired: ClassVar[Mapping[str, Any]] = dict(
+        bos=True, embedder="all-MiniLM-L6-v2", state_size=None, embedder_hash=None
+    )
     retired_unhashed: ClassVar[Mapping[str, Any]] = {"segment_overlap": 0}
 
     encoder: Literal["reader", "embeddings"] = setting(

@@ -30,9 +30,9 @@ class PISCOConfig(SegmentSettings, LoRASettings, QuerySettings, CompressorConfig
 
     method: ClassVar[str] = "pisco"
     title: ClassVar[str] = "PISCO"
-    retired: ClassVar[Mapping[str, Any]] = {
-        **{"slots": "proportional", "scale": "matched", "prefix": None, "suffix": [], "as_prompt": False}
-    }
+    retired: ClassVar[Mapping[str, Any]] = dict(
+        slots="proportional", scale="matched", prefix=None, suffix=[], as_prompt=False
+    )
 
     ratio: float = setting(16.0, "compression ratio if none is asked for", kw_only=True)
     segment_tokens: int = setting(128, "longest segment, in encoder tokens", kw_only=True)
