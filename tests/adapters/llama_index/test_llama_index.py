@@ -313,7 +313,7 @@ def test_a_passage_larger_than_the_window_is_refused(zoo, make_index):
     compressor = Identity(reader)
     index = make_index(["1648 " + "peace " * 800])
     llm = CompressedContextLLM(reader, max_new_tokens=16, context_window=700)
-    with pytest.raises(ValueError, match=r"Node node-0 takes \d+ slots"):
+    with pytest.raises(ValueError, match=r"Node node-0 takes \d+ positions"):
         index.as_query_engine(llm=llm, node_postprocessors=[CompressedContextPostprocessor(compressor)]).query("x")
 
 
