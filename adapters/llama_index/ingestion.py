@@ -15,7 +15,15 @@ from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.events.base import BaseEvent
-from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle, TextNode, TransformComponent
+from llama_index.core.schema import (
+    BaseNode,
+    NodeRelationship,
+    NodeWithScore,
+    QueryBundle,
+    RelatedNodeInfo,
+    TextNode,
+    TransformComponent,
+)
 
 from ...compressors import Compressor, FidelityGate
 from ..checks import check_compressor
@@ -26,7 +34,7 @@ if TYPE_CHECKING:
     from ..store import LanceStore
 
 _dispatcher = get_dispatcher(__name__)
-_ABOUT = ("node_id", "metadata", "excluded_llm_metadata_keys", "excluded_embed_metadata_keys")
+_ABOUT = ("node_id", "ref_doc_id", "metadata", "excluded_llm_metadata_keys", "excluded_embed_metadata_keys")
 
 
 class PassagesStoredEvent(BaseEvent):
@@ -36,6 +44,7 @@ class PassagesStoredEvent(BaseEvent):
     compressed: int
     source_tokens: int
     slots: int
+    updated: int
     ms: float
 
     @classmethod
@@ -47,9 +56,9 @@ class CompressPassages(TransformComponent):
     """Compresses nodes into a store during ingestion and returns them unchanged.
 
     Put it after the splitter, and after the embedding if the store is to hold retrieval vectors too. A
-    `CompressedContextPostprocessor` with the same ``store`` finds the passages by the nodes' texts. Stored passages are
-    skipped and every batch is saved when it is done, so a stopped ingestion continues where it was. Nodes without text and
-    images are skipped.
+    `CompressedContextPostprocessor` with the same ``store`` finds the passages by the nodes' texts. Stored passages are not
+    compressed again: their embedding, id, metadata and source document become the node's. Every batch is saved when it is
+    done, so a stopped ingestion continues where it was. Nodes without text and images are skipped.
 
     Args:
         compressor: compresses the nodes' texts; must not be query-aware.
@@ -210,4 +219,6 @@ def _node(text: str, about: dict[str, Any]) -> TextNode:
     fields = {name: about[name] for name in _ABOUT if name in about}
     if "node_id" in fields:
         fields["id_"] = fields.pop("node_id")
+    if document := fields.pop("ref_doc_id", None):
+        fields["relationships"] = {NodeRelationship.SOURCE: RelatedNodeInfo(node_id=document)}
     return TextNode(text=text, **fields)
