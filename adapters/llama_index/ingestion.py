@@ -28,6 +28,7 @@ from llama_index.core.schema import (
 from ...compressors import Compressor, FidelityGate
 from ..checks import check_compressor
 from ..store import Maker, PassageStore, fill
+from ..threads import in_thread
 from .nodes import text_of
 
 if TYPE_CHECKING:
@@ -135,6 +136,13 @@ class CompressPassages(TransformComponent):
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Compress what is not stored yet and return the nodes unchanged."""
+        return self._run(nodes, threading.Event())
+
+    def _run(self, nodes: Sequence[BaseNode], stopped: threading.Event) -> Sequence[BaseNode]:
+        def after_batch(number: int) -> None:
+            if stopped.is_set():
+                raise asyncio.CancelledError
+
         start = time.perf_counter()
         found = [(node, text) for node in nodes if (text := text_of(node)) is not None]
         with self._running:
@@ -148,13 +156,14 @@ class CompressPassages(TransformComponent):
                 abouts=[_about(node) for node, _ in found],
                 gate=self._gate,
                 batch_size=self.batch_size,
+                done=after_batch,
             )
         _dispatcher.event(PassagesStoredEvent(**asdict(filled), ms=(time.perf_counter() - start) * 1e3))
         return nodes
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """Compress in a worker thread."""
-        return await asyncio.to_thread(self.__call__, nodes, **kwargs)
+        """Compress in a worker thread; ends after the current batch when the task is cancelled."""
+        return await in_thread(lambda stopped: self._run(nodes, stopped))
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
