@@ -18,6 +18,7 @@ from ..compressors import Compressor
 from .checks import check_reader
 from .placeholders import PlaceholderStore, read_placeholders
 from .placeholders.documents import TextsForReading
+from .threads import agenerate
 
 ORIGINAL_TEXT = "original_text"
 
@@ -81,3 +82,9 @@ class CompressedContextGenerator:
         """Return ``{"replies": [answer]}``; ``generation_kwargs`` override the component's options."""
         read = read_placeholders(prompt, self._reader.fingerprint)
         return {"replies": self._reader.generate([read], **{**self._options, **(generation_kwargs or {})})}
+
+    @component.output_types(replies=list[str])
+    async def run_async(self, prompt: str, generation_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
+        """`run` in a worker thread; generation ends when the task is cancelled."""
+        read = read_placeholders(prompt, self._reader.fingerprint)
+        return {"replies": [await agenerate(self._reader, read, **{**self._options, **(generation_kwargs or {})})]}

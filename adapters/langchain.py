@@ -8,11 +8,12 @@ a compressor to ``text`` the content is the shorter text, for any LLM. With one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 try:
-    from langchain_core.callbacks import CallbackManagerForLLMRun, Callbacks
+    from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
     from langchain_core.documents import Document
     from langchain_core.documents.compressor import BaseDocumentCompressor
     from langchain_core.language_models import LLM, BaseChatModel
@@ -26,6 +27,7 @@ from ..compressors import Compressor
 from .checks import check_reader
 from .placeholders import PlaceholderStore, read_placeholders
 from .placeholders.documents import TextsForReading, count_positions
+from .threads import agenerate, astream
 
 ORIGINAL_TEXT = "original_text"
 _ROLES = {"human": "user", "ai": "assistant", "system": "system"}
@@ -142,6 +144,31 @@ class CompressedContextLLM(_Reading, LLM):
                 run_manager.on_llm_new_token(piece, chunk=chunk)
             yield chunk
 
+    async def _acall(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> str:
+        read = read_placeholders(prompt, self.reader.fingerprint)
+        return await agenerate(self.reader, read, **self._settings(stop, kwargs))
+
+    async def _astream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[GenerationChunk]:
+        read = read_placeholders(prompt, self.reader.fingerprint)
+        async with aclosing(astream(self.reader, read, **self._settings(stop, kwargs))) as pieces:  # type: ignore[type-var]
+            async for piece in pieces:
+                chunk = GenerationChunk(text=piece)
+                if run_manager:
+                    await run_manager.on_llm_new_token(piece, chunk=chunk)
+                yield chunk
+
 
 class CompressedContextChatModel(_Reading, BaseChatModel):
     """A reader with a chat template as a LangChain chat model that reads placeholders as compressed passages.
@@ -185,6 +212,31 @@ class CompressedContextChatModel(_Reading, BaseChatModel):
             if run_manager:
                 run_manager.on_llm_new_token(piece, chunk=chunk)
             yield chunk
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        text = await agenerate(self.reader, self._read(messages), **self._settings(stop, kwargs))
+        return ChatResult(generations=[ChatGeneration(message=AIMessage(content=text))])
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        settings = self._settings(stop, kwargs)
+        async with aclosing(astream(self.reader, self._read(messages), **settings)) as pieces:  # type: ignore[type-var]
+            async for piece in pieces:
+                chunk = ChatGenerationChunk(message=AIMessageChunk(content=piece))
+                if run_manager:
+                    await run_manager.on_llm_new_token(piece, chunk=chunk)
+                yield chunk
 
     def _read(self, messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
         read = []

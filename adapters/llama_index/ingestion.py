@@ -15,18 +15,27 @@ from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.events.base import BaseEvent
-from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle, TextNode, TransformComponent
+from llama_index.core.schema import (
+    BaseNode,
+    NodeRelationship,
+    NodeWithScore,
+    QueryBundle,
+    RelatedNodeInfo,
+    TextNode,
+    TransformComponent,
+)
 
 from ...compressors import Compressor, FidelityGate
 from ..checks import check_compressor
 from ..store import Maker, PassageStore, fill
+from ..threads import in_thread
 from .nodes import text_of
 
 if TYPE_CHECKING:
     from ..store import LanceStore
 
 _dispatcher = get_dispatcher(__name__)
-_ABOUT = ("node_id", "metadata", "excluded_llm_metadata_keys", "excluded_embed_metadata_keys")
+_ABOUT = ("node_id", "ref_doc_id", "metadata", "excluded_llm_metadata_keys", "excluded_embed_metadata_keys")
 
 
 class PassagesStoredEvent(BaseEvent):
@@ -36,6 +45,7 @@ class PassagesStoredEvent(BaseEvent):
     compressed: int
     source_tokens: int
     slots: int
+    updated: int
     ms: float
 
     @classmethod
@@ -47,9 +57,9 @@ class CompressPassages(TransformComponent):
     """Compresses nodes into a store during ingestion and returns them unchanged.
 
     Put it after the splitter, and after the embedding if the store is to hold retrieval vectors too. A
-    `CompressedContextPostprocessor` with the same ``store`` finds the passages by the nodes' texts. Stored passages are
-    skipped and every batch is saved when it is done, so a stopped ingestion continues where it was. Nodes without text and
-    images are skipped.
+    `CompressedContextPostprocessor` with the same ``store`` finds the passages by the nodes' texts. Stored passages are not
+    compressed again: their embedding, id, metadata and source document become the node's. Every batch is saved when it is
+    done, so a stopped ingestion continues where it was. Nodes without text and images are skipped.
 
     Args:
         compressor: compresses the nodes' texts; must not be query-aware.
@@ -126,6 +136,13 @@ class CompressPassages(TransformComponent):
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Compress what is not stored yet and return the nodes unchanged."""
+        return self._run(nodes, threading.Event())
+
+    def _run(self, nodes: Sequence[BaseNode], stopped: threading.Event) -> Sequence[BaseNode]:
+        def after_batch(number: int) -> None:
+            if stopped.is_set():
+                raise asyncio.CancelledError
+
         start = time.perf_counter()
         found = [(node, text) for node in nodes if (text := text_of(node)) is not None]
         with self._running:
@@ -139,13 +156,14 @@ class CompressPassages(TransformComponent):
                 abouts=[_about(node) for node, _ in found],
                 gate=self._gate,
                 batch_size=self.batch_size,
+                done=after_batch,
             )
         _dispatcher.event(PassagesStoredEvent(**asdict(filled), ms=(time.perf_counter() - start) * 1e3))
         return nodes
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """Compress in a worker thread."""
-        return await asyncio.to_thread(self.__call__, nodes, **kwargs)
+        """Compress in a worker thread; ends after the current batch when the task is cancelled."""
+        return await in_thread(lambda stopped: self._run(nodes, stopped))
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -210,4 +228,6 @@ def _node(text: str, about: dict[str, Any]) -> TextNode:
     fields = {name: about[name] for name in _ABOUT if name in about}
     if "node_id" in fields:
         fields["id_"] = fields.pop("node_id")
+    if document := fields.pop("ref_doc_id", None):
+        fields["relationships"] = {NodeRelationship.SOURCE: RelatedNodeInfo(node_id=document)}
     return TextNode(text=text, **fields)

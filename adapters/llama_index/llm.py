@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import threading
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -30,9 +30,11 @@ from ..checks import check_reader
 from ..openai import ServedReader
 from ..placeholders import read_placeholders
 from ..placeholders.placeholder import ReadingLLM
-from ..threads import from_thread
+from ..threads import from_thread, in_thread
 from .prompt_helper import SlotAwarePromptHelper
 from .reading import Answer, ReaderCall, ReaderRefusedError, check_served
+
+T = TypeVar("T")
 
 
 class CompressedContextLLM(CustomLLM):
@@ -154,14 +156,15 @@ class CompressedContextLLM(CustomLLM):
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        """`complete` in a worker thread."""
-        return _completion(await asyncio.to_thread(lambda: self._completion_call(prompt, formatted, kwargs).run()))
+        """`complete` in a worker thread; ends when the task is cancelled."""
+        return _completion(
+            await in_thread(lambda stopped: self._completion_call(prompt, formatted, kwargs).run(stopped))
+        )
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """`stream_complete` in a worker thread."""
-        stream = from_thread(lambda: self._completion_call(prompt, formatted, kwargs).stream())
-        return (_completion(answer) async for answer in stream)
+        return _in_steps(lambda: self._completion_call(prompt, formatted, kwargs), _completion)
 
     # -- chatting --------------------------------------------------------------------------------------------------
 
@@ -178,14 +181,13 @@ class CompressedContextLLM(CustomLLM):
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """`chat` in a worker thread."""
-        return _reply(await asyncio.to_thread(lambda: self._chat_call(messages, kwargs).run()))
+        """`chat` in a worker thread; ends when the task is cancelled."""
+        return _reply(await in_thread(lambda stopped: self._chat_call(messages, kwargs).run(stopped)))
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """`stream_chat` in a worker thread."""
-        stream = from_thread(lambda: self._chat_call(messages, kwargs).stream())
-        return (_reply(answer) async for answer in stream)
+        return _in_steps(lambda: self._chat_call(messages, kwargs), _reply)
 
     # -- scoring ---------------------------------------------------------------------------------------------------
 
@@ -229,6 +231,11 @@ class CompressedContextLLM(CustomLLM):
     def _call(self, make_prompt: Callable[[], list[Any]], chat: bool, kwargs: dict[str, Any]) -> ReaderCall:
         settings = {"max_new_tokens": self.max_new_tokens, "stop": self.stop, **self.generation_kwargs, **kwargs}
         return ReaderCall(self._reader, make_prompt, chat, settings)
+
+
+def _in_steps(make: Callable[[], ReaderCall], wrap: Callable[[Answer], T]) -> AsyncGenerator[T, None]:
+    stopped = threading.Event()
+    return from_thread(lambda: (wrap(answer) for answer in make().stream(stopped)), stopped)  # type: ignore[return-value]
 
 
 def _completion(answer: Answer) -> CompletionResponse:

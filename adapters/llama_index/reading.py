@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from ...compressors import CompressedPassage, Reader
 from ...compressors.reader.plan import PromptPlan
 from ..openai import ServedReader
+from ..threads import ends_with
 
 
 class ReaderRefusedError(RuntimeError):
@@ -45,22 +47,24 @@ class ReaderCall:
         self.make_prompt = make_prompt
         self.options = {**settings, "chat": chat}
 
-    def run(self) -> Answer:
-        """Return the whole answer."""
+    def run(self, stopped: threading.Event | None = None) -> Answer:
+        """Return the whole answer, or what there is when ``stopped`` is set."""
         given = self.options.get("num_beams") or getattr(self.options.get("generation_config"), "num_beams", None)
         if (given or 1) > 1:
-            return self._run_beams()
+            return self._run_beams(stopped)
         answer = Answer("", "", {})
-        for answer in self.stream():  # noqa: B007
-            pass
+        with closing(self.stream(stopped)) as answers:  # type: ignore[type-var]
+            for answer in answers:  # noqa: B007
+                if stopped is not None and stopped.is_set():
+                    break
         return answer
 
-    def stream(self) -> Iterator[Answer]:
+    def stream(self, stopped: threading.Event | None = None) -> Iterator[Answer]:
         """Yield the growing answer, at least once. Refusals are raised at the call, not at the first item."""
         start = time.perf_counter()
         with _refusals():
             plan, counts = self._plan()
-            pieces = self.reader.stream(plan, **self.options)
+            pieces = self.reader.stream(plan, **ends_with(self.reader, stopped, self.options))
         return self._grow(counts, pieces, start)
 
     def _grow(self, counts: dict[str, int | float], pieces: Iterator[str], start: float) -> Iterator[Answer]:
@@ -80,11 +84,11 @@ class ReaderCall:
         finally:
             pieces.close()  # type: ignore[attr-defined]
 
-    def _run_beams(self) -> Answer:
+    def _run_beams(self, stopped: threading.Event | None) -> Answer:
         start = time.perf_counter()
         with _refusals():
             plan, counts = self._plan()
-            text = self.reader.generate([plan], **self.options)[0]
+            text = self.reader.generate([plan], **ends_with(self.reader, stopped, self.options))[0]
         now = (time.perf_counter() - start) * 1e3
         return Answer(text, text, {**counts, "ttft_ms": now, "ms": now})
 

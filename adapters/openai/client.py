@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
+import httpx
 import torch
 
 from ...compressors import Reader
@@ -165,13 +166,7 @@ class ServedReader:
             ServingError: if the server gives no answer; the subclass says why.
             ValueError: if a passage cannot be sent, or an option is unknown.
         """
-        if isinstance(prompts, str):
-            raise TypeError("prompts must be a list of prompts, got one string; write [prompt].")
-        settings = Settings.of(max_new_tokens, stop, options)
-        given = [None] * len(prompts) if texts is None else list(texts)
-        if len(given) != len(prompts):
-            raise ValueError(f"texts must have one list per prompt: got {len(given)} for {len(prompts)} prompts.")
-        calls = [Call(prompt, chat, template or {}, settings, own) for prompt, own in zip(prompts, given)]
+        calls = _calls(prompts, max_new_tokens, chat, stop, template, texts, options)
         if len(calls) <= 1:
             return [self._answer(call) for call in calls]
         with ThreadPoolExecutor(min(self.concurrency, len(calls)), "nutgraf-served") as pool:
@@ -202,13 +197,49 @@ class ServedReader:
         call = Call(prompt, chat, template or {}, Settings.of(max_new_tokens, stop, options), texts)
         return self._stream(self._request(call), call)
 
-    async def agenerate(self, prompts: Sequence[Prompt], max_new_tokens: int = 32, **options: Any) -> list[str]:
-        """`generate` in a worker thread."""
-        return await asyncio.to_thread(self.generate, prompts, max_new_tokens, **options)
+    async def agenerate(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int = 32,
+        *,
+        chat: bool = False,
+        stop: str | Sequence[str] | None = None,
+        template: Mapping[str, Any] | None = None,
+        texts: Sequence[Texts] | None = None,
+        **options: Any,
+    ) -> list[str]:
+        """`generate` without blocking the event loop. If the task is cancelled, its requests are closed."""
+        calls = _calls(prompts, max_new_tokens, chat, stop, template, texts, options)
+        free = asyncio.Semaphore(self.concurrency)
+
+        async def answer(call: Call) -> str:
+            async with free:
+                return await self._aanswer(client, call)
+
+        async with self._transport.connect() as client:
+            asked = [asyncio.ensure_future(answer(call)) for call in calls]
+            try:
+                return list(await asyncio.gather(*asked))
+            finally:
+                for task in asked:
+                    task.cancel()
+                await asyncio.gather(*asked, return_exceptions=True)
 
     def astream(self, prompt: Prompt, max_new_tokens: int = 32, **options: Any) -> AsyncIterator[str]:
-        """`stream` in a worker thread."""
+        """`stream` in a worker thread; its request is closed after the next piece when the iterator is closed."""
         return from_thread(lambda: self.stream(prompt, max_new_tokens, **options))
+
+    async def _aanswer(self, client: httpx.AsyncClient, call: Call) -> str:
+        path, post = self._format.path, self._transport.apost
+        request = await asyncio.to_thread(self._request, call)
+        try:
+            if request is not None:
+                return self._format.answer(await post(client, path, request))
+        except ServingError as error:
+            if not self._falls_back(call, error):
+                raise
+        plain = await asyncio.to_thread(self._body, call.as_text())
+        return self._format.answer(await post(client, path, plain, retries=0))
 
     def _answer(self, call: Call) -> str:
         request = self._request(call)
@@ -280,3 +311,23 @@ class ServedReader:
             self._checked = True
         for sentence in found:
             warnings.warn(sentence, KnownBugWarning, stacklevel=4)
+
+
+def _calls(
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    chat: bool,
+    stop: str | Sequence[str] | None,
+    template: Mapping[str, Any] | None,
+    texts: Sequence[Texts] | None,
+    options: Mapping[str, Any],
+) -> list[Call]:
+    if isinstance(prompts, str):
+        raise TypeError("prompts must be a list of prompts, got one string; write [prompt].")
+    settings = Settings.of(max_new_tokens, stop, options)
+    if isinstance(texts, str):
+        raise TypeError("texts must be a list of lists of texts, one per prompt, got one string.")
+    given = [None] * len(prompts) if texts is None else list(texts)
+    if len(given) != len(prompts):
+        raise ValueError(f"texts must have one list per prompt: got {len(given)} for {len(prompts)} prompts.")
+    return [Call(prompt, chat, template or {}, settings, own) for prompt, own in zip(prompts, given)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import random
@@ -90,6 +91,25 @@ class Transport:
                 time.sleep(_wait(error, next(delays)))
             left -= 1
 
+    def connect(self) -> httpx.AsyncClient:
+        """Make an asynchronous client for `apost`, which belongs to one event loop."""
+        return httpx.AsyncClient(base_url=self.root, headers=self._client.headers, timeout=self.timeout)
+
+    async def apost(
+        self, client: httpx.AsyncClient, path: str, body: Mapping[str, Any], *, retries: int | None = None
+    ) -> Any:
+        """`post` whose connection is closed when the task is cancelled."""
+        left = self.retries if retries is None else retries
+        delays = self._delays()
+        while True:
+            try:
+                return await self._apost(client, path, body)
+            except ServingError as error:
+                if not error.transient or not left:
+                    raise
+                await asyncio.sleep(_wait(error, next(delays)))
+            left -= 1
+
     def _delays(self) -> Iterator[float]:
         delay = self.backoff
         while True:
@@ -100,13 +120,34 @@ class Transport:
         deadline = time.monotonic() + self.timeout
         data = bytearray()
         with _translated(self.root, self.timeout), self._client.stream("POST", path, json=body) as response:
+            if not response.is_success:
+                response.read()
             self._check(response)
             for chunk in response.iter_bytes():
                 data += chunk
-                if time.monotonic() > deadline:  # httpx limits only the time between chunks
-                    raise ServerTimeoutError(f"{self.root} had not answered in full after {self.timeout:g} s.")
-                if len(data) > _MAX_ANSWER:
-                    raise UnexpectedAnswerError(f"{self.root} answered with more than {_MAX_ANSWER:,} bytes.")
+                self._check_bounds(data, deadline)
+        return self._parse(data)
+
+    async def _apost(self, client: httpx.AsyncClient, path: str, body: Mapping[str, Any]) -> Any:
+        deadline = time.monotonic() + self.timeout
+        data = bytearray()
+        with _translated(self.root, self.timeout):
+            async with client.stream("POST", path, json=body) as response:
+                if not response.is_success:
+                    await response.aread()
+                self._check(response)
+                async for chunk in response.aiter_bytes():
+                    data += chunk
+                    self._check_bounds(data, deadline)
+        return self._parse(data)
+
+    def _check_bounds(self, data: bytearray, deadline: float) -> None:
+        if time.monotonic() > deadline:  # httpx limits only the time between chunks
+            raise ServerTimeoutError(f"{self.root} had not answered in full after {self.timeout:g} s.")
+        if len(data) > _MAX_ANSWER:
+            raise UnexpectedAnswerError(f"{self.root} answered with more than {_MAX_ANSWER:,} bytes.")
+
+    def _parse(self, data: bytearray) -> Any:
         try:
             return json.loads(data)
         except ValueError as error:
@@ -119,6 +160,8 @@ class Transport:
             _translated(self.root, self.timeout),
             self._client.stream("POST", path, json={**body, "stream": True}) as response,
         ):
+            if not response.is_success:
+                response.read()
             self._check(response)
             for line in response.iter_lines():
                 if not line.startswith("data:"):
@@ -145,11 +188,10 @@ class Transport:
         if response.is_success:
             return
         status = response.status_code
-        data = response.read()
         try:
-            said = _message(json.loads(data))
+            said = _message(json.loads(response.content))
         except ValueError:
-            said = data.decode("utf-8", "replace")
+            said = response.content.decode("utf-8", "replace")
         said = said[:_QUOTED] or response.reason_phrase
         if status == 429 or status >= 500:
             raise ServerFaultError(f"{self.root} answered {status}: {said}", status, _seconds(response))

@@ -7,14 +7,15 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, TypeVar
 
 try:
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, Response, StreamingResponse
     from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
 except ImportError as error:  # an extra of the package
     raise ImportError("Serving needs FastAPI and uvicorn: pip install 'nutgraf[serve]'.") from error
 
@@ -23,7 +24,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from ...compressors import Reader
 from ...compressors.reader.checks import check_reads_slots
 from ...compressors.reader.plan import PromptPlan
-from ..threads import from_thread
+from ..threads import astream
 from .batching import Answered, AnswerOptions, Batcher
 from .errors import RequestError
 from .limits import Limits
@@ -31,6 +32,7 @@ from .replies import Reply
 from .requests import ChatRequest, CompletionRequest, Prompts, parse
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 READER_HEADER = "X-Nutgraf-Reader"
 _FAILED = "The reader failed; the server's log says why."
 
@@ -69,6 +71,10 @@ def create_app(
     async def refused(request: Request, error: RequestError) -> JSONResponse:
         headers = {"Retry-After": "1"} if error.status in (429, 503) else None
         return JSONResponse(error.body(), error.status, headers)
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # as nginx logs it; sent to no one
 
     @app.exception_handler(HTTPException)
     async def no_such_page(request: Request, error: HTTPException) -> JSONResponse:
@@ -132,6 +138,9 @@ class _Server:
         self.check_key(http)
         request = parse(kind, await self._json(http))
         self._check_who(request, http)
+        return await _while_connected(http, self._respond(request, kind, make))
+
+    async def _respond(self, request: Any, kind: type[Any], make: Callable[[Any], list[PromptPlan]]) -> Response:
         plans = await asyncio.to_thread(make, request)
         options = self.prompts.options(request, plans)
         reply = Reply(self.name, chat=kind is ChatRequest)
@@ -145,9 +154,10 @@ class _Server:
         return JSONResponse(reply.whole(answers, sum(map(len, plans))))
 
     async def _read(self, plans: list[PromptPlan], options: AnswerOptions) -> list[Answered]:
-        futures = [asyncio.wrap_future(future) for future in self.batcher.submit(plans, options)]
+        futures = self.batcher.submit(plans, options)
         try:
-            return list(await asyncio.wait_for(asyncio.gather(*futures), self.limits.timeout_s))
+            waits = asyncio.gather(*map(asyncio.wrap_future, futures))
+            return list(await asyncio.wait_for(waits, self.limits.timeout_s))
         except TimeoutError as error:
             raise RequestError(f"There was no answer after {self.limits.timeout_s:g} s.", 504) from error
         except RequestError:
@@ -155,6 +165,9 @@ class _Server:
         except Exception as error:  # beyond this point the connection would be closed without an answer
             _log.error("A batch failed", exc_info=error)
             raise RequestError(_FAILED, 500) from error
+        finally:
+            for future in futures:  # after a timeout, a closed connection or the failure of one prompt
+                future.cancel()
 
     async def _events(
         self, plan: PromptPlan, options: AnswerOptions, reply: Reply, usage: bool
@@ -169,8 +182,9 @@ class _Server:
             try:
                 for event in reply.opening():
                     yield _sse(event)
-                async for piece in from_thread(lambda: self.reader.stream(plan, **kwargs)):
-                    yield _sse(reply.piece(piece))
+                async with aclosing(astream(self.reader, plan, **kwargs)) as pieces:  # type: ignore[type-var]
+                    async for piece in pieces:
+                        yield _sse(reply.piece(piece))
             except Exception as error:
                 _log.error("A stream failed", exc_info=error)
                 yield _sse(RequestError(_FAILED, 500).body())
@@ -215,6 +229,26 @@ class _Steps(LogitsProcessor):
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         self.taken += 1
         return scores
+
+
+async def _while_connected(http: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Await work; cancel it and raise ``ClientDisconnect`` when the client closes the connection."""
+
+    async def closed() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(closed())
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        watch.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
 
 
 def _sse(event: dict[str, Any]) -> bytes:

@@ -6,8 +6,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,14 +54,22 @@ class Answered:
 class _Job:
     plan: PromptPlan
     options: AnswerOptions
-    future: Future[Answered] = field(default_factory=Future)
+    future: Future[Answered] = field(default_factory=Future)  # never "running", so that it can be cancelled at any time
+
+    def settle(self, answer: Answered | BaseException) -> None:
+        with suppress(InvalidStateError):  # it was cancelled
+            if isinstance(answer, BaseException):
+                self.future.set_exception(answer)
+            else:
+                self.future.set_result(answer)
 
 
 class Batcher:
     """A thread that reads queued prompts in batches. Thread-safe.
 
-    The oldest prompt is always in the next batch; later ones with equal options join it, within ``limits``. The attribute
-    ``batches`` has the sizes of recent batches.
+    The oldest prompt is always in the next batch; later ones with equal options join it, within ``limits``. A prompt whose
+    future is cancelled leaves the queue, and its generation ends after the current step. The attribute ``batches`` has the
+    sizes of recent batches.
     """
 
     def __init__(self, reader: Reader, limits: Limits) -> None:
@@ -76,7 +85,12 @@ class Batcher:
     @property
     def waiting(self) -> int:
         """Number of queued prompts."""
-        return len(self._jobs)
+        with self._changed:
+            self._drop_cancelled()
+            return len(self._jobs)
+
+    def _drop_cancelled(self) -> None:
+        self._jobs = deque(job for job in self._jobs if not job.future.cancelled())
 
     @property
     def alive(self) -> bool:
@@ -89,6 +103,7 @@ class Batcher:
         with self._changed:
             if not self.alive:
                 raise RequestError("The server is shutting down.", 503)
+            self._drop_cancelled()
             if len(self._jobs) + len(jobs) > self.limits.max_queue:
                 raise RequestError(f"{len(self._jobs)} prompts are waiting already; try again later.", 429)
             self._jobs.extend(jobs)
@@ -103,32 +118,37 @@ class Batcher:
             self._jobs.clear()
             self._changed.notify()
         for job in left:
-            if job.future.set_running_or_notify_cancel():
-                job.future.set_exception(RequestError("The server is shutting down.", 503))
+            job.settle(RequestError("The server is shutting down.", 503))
         self._thread.join()
 
     def _work(self) -> None:
         while batch := self._next():
             self.batches.append(len(batch))
             try:
-                answers = generate(self.reader, [job.plan for job in batch], batch[0].options)
+                answers = self._generate(batch)
             except BaseException as error:
                 if len(batch) == 1:
-                    batch[0].future.set_exception(error)
+                    batch[0].settle(error)
                 else:
                     self._one_by_one(batch, error)
                 continue
             for job, answer in zip(batch, answers):
-                job.future.set_result(answer)
+                job.settle(answer)
+
+    def _generate(self, batch: Sequence[_Job]) -> list[Answered]:
+        plans = [job.plan for job in batch]
+        return generate(self.reader, plans, batch[0].options, lambda i: batch[i].future.cancelled())
 
     def _one_by_one(self, batch: Sequence[_Job], error: BaseException) -> None:
         """Retry a failed batch prompt by prompt: one bad prompt, or too little memory, must not affect the others."""
         _log.warning("A batch of %d prompts failed (%s); they are read one by one.", len(batch), error)
         for job in batch:
+            if job.future.cancelled():
+                continue
             try:
-                job.future.set_result(generate(self.reader, [job.plan], job.options)[0])
+                job.settle(self._generate([job])[0])
             except BaseException as own:
-                job.future.set_exception(own)
+                job.settle(own)
 
     def _next(self) -> list[_Job]:
         """Wait for the next batch; empty when closed."""
@@ -140,6 +160,7 @@ class Batcher:
         with self._changed:
             while not self._jobs and not self._closed:
                 self._changed.wait()
+            self._drop_cancelled()
             until = time.monotonic() + self.limits.max_wait_ms / 1e3
             while not self._closed and len(self._jobs) < self.limits.max_batch:
                 left = until - time.monotonic()
@@ -155,17 +176,22 @@ class Batcher:
                 fits = fits and (not batch or widest * (len(batch) + 1) <= self.limits.max_batch_positions)
                 if not fits or (batch and job.options != batch[0].options):
                     later.append(job)
-                elif job.future.set_running_or_notify_cancel():
+                elif not job.future.cancelled():
                     batch.append(job)
                     longest = widest
             self._jobs.extend(later)
             return batch
 
 
-def generate(reader: Reader, plans: Sequence[PromptPlan], options: AnswerOptions) -> list[Answered]:
-    """Answer prompts of equal options in one batch."""
+def generate(
+    reader: Reader,
+    plans: Sequence[PromptPlan],
+    options: AnswerOptions,
+    cancelled: Callable[[int], bool] = lambda place: False,
+) -> list[Answered]:
+    """Answer prompts of equal options in one batch, which ends when all prompts that are left are ``cancelled``."""
     order = sorted(range(len(plans)), key=lambda i: len(plans[i]))  # the reader's own order
-    seen = _Seen()
+    seen = _Seen(lambda: [cancelled(i) for i in order])
     texts = reader.generate(
         [plans[i] for i in order], **options.to_kwargs(), stopping_criteria=StoppingCriteriaList([seen])
     )
@@ -180,16 +206,17 @@ def generate(reader: Reader, plans: Sequence[PromptPlan], options: AnswerOptions
 
 
 class _Seen(StoppingCriteria):
-    """Records the generated ids; never stops."""
+    """Records the generated ids; stops the cancelled prompts."""
 
-    def __init__(self) -> None:
+    def __init__(self, cancelled: Callable[[], list[bool]]) -> None:
+        self.cancelled = cancelled
         self.steps = 0
         self.ids: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         self.steps += 1
         self.ids = input_ids
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        return torch.tensor(self.cancelled(), dtype=torch.bool, device=input_ids.device)
 
     def rows(self) -> list[list[int]]:
         """Return the new ids of each prompt."""

@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
@@ -74,6 +75,37 @@ class PassageKey:
         return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What a store keeps of a passage besides its slots: text, retrieval vector, the caller's facts. ``None``: not given."""
+
+    text: str | None = None
+    vector: Sequence[float] | None = None
+    about: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        # As a store gives them back, so that equal facts compare equal.
+        if self.vector is not None:
+            object.__setattr__(self, "vector", tuple(array("f", self.vector)))
+        object.__setattr__(self, "about", json.loads(json.dumps(dict(self.about))) if self.about else None)
+
+    def over(self, older: Facts) -> Facts:
+        """Return these facts, completed by older ones."""
+        return Facts(
+            older.text if self.text is None else self.text,
+            older.vector if self.vector is None else self.vector,
+            older.about if self.about is None else self.about,
+        )
+
+    def check(self, key: PassageKey) -> Facts:
+        """Return themselves. Raises ``ValueError`` if the text is not the key's, or a number is NaN or infinite."""
+        if self.text is not None and sha256(self.text) != key.text:
+            raise ValueError("The entry's text is not the one that its key was made of.")
+        if self.vector is not None and not all(map(math.isfinite, self.vector)):
+            raise ValueError("The entry's retrieval vector holds NaN or infinite numbers; embed the text again.")
+        return self
+
+
 @dataclass(frozen=True, eq=False)
 class Entry:
     """A stored passage.
@@ -106,12 +138,18 @@ class Entry:
             )
         if passage.reader is not None and passage.reader != key.reader:
             raise ValueError(f"The passage was made for the reader {passage.reader}, but its key names {key.reader}.")
-        if self.text is not None and sha256(self.text) != key.text:
-            raise ValueError("The entry's text is not the one that its key was made of.")
-        if self.vector is not None and not all(map(math.isfinite, self.vector)):
-            raise ValueError("The entry's retrieval vector holds NaN or infinite numbers; embed the text again.")
+        self.facts.check(key)
         passage.check()
         return self
+
+    @property
+    def facts(self) -> Facts:
+        """What is stored besides the slots."""
+        return Facts(self.text, self.vector, self.about)
+
+    def with_facts(self, facts: Facts) -> Entry:
+        """Return a copy with other facts."""
+        return replace(self, text=facts.text, vector=facts.vector, about=facts.about)
 
 
 class Hit(NamedTuple):
@@ -180,7 +218,7 @@ class PassageStore(ABC):
 
     @abstractmethod
     def put_many(self, entries: Sequence[Entry]) -> None:
-        """Store entries whose key is new. When it returns, they are durable.
+        """Store entries. Of a stored key the slots stay, and the facts given replace those stored. Durable on return.
 
         Raises:
             ValueError: if an entry does not match its key (see `Entry.check`); then none was stored.
@@ -190,6 +228,42 @@ class PassageStore(ABC):
     @abstractmethod
     def missing(self, keys: Iterable[PassageKey]) -> list[PassageKey]:
         """Return the distinct keys that are not stored, in order."""
+
+    @abstractmethod
+    def facts(self, keys: Iterable[PassageKey]) -> dict[PassageKey, Facts]:
+        """Return what is stored besides the slots, for the stored ones of the keys."""
+
+    @abstractmethod
+    def _replace_facts(self, facts: Mapping[PassageKey, Facts]) -> None:
+        """Overwrite the facts of stored keys."""
+
+    @abstractmethod
+    def delete(self, keys: Iterable[PassageKey]) -> int:
+        """Delete the passages under the keys; return how many were stored.
+
+        Raises:
+            StoreError: if the store cannot be written.
+        """
+
+    def describe(self, facts: Mapping[PassageKey, Facts], *, keep: bool = False) -> int:
+        """Bring the facts of stored passages up to date; return how many changed. Keys that are not stored are skipped.
+
+        Args:
+            facts: what is known now; ``None`` in it changes nothing.
+            keep: only add what is missing.
+
+        Raises:
+            ValueError: if a text is not its key's, or a vector has another size or NaN.
+            StoreError: if the store cannot be written.
+        """
+        changed = {}
+        for key, old in self.facts(facts).items():
+            new = old.over(facts[key]) if keep else facts[key].over(old)
+            if new != old:
+                changed[key] = new.check(key)
+        if changed:
+            self._replace_facts(changed)
+        return len(changed)
 
     @abstractmethod
     def entries(self, maker: Maker | None = None) -> Iterator[Entry]:
@@ -216,6 +290,16 @@ class PassageStore(ABC):
 def sha256(text: str) -> str:
     """SHA-256 of a text in UTF-8 (lone surrogates pass), 64 hexadecimal digits."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def merged(entries: Iterable[Entry]) -> dict[PassageKey, Entry]:
+    """Check entries and join those of one key: the first one's passage, the newest facts."""
+    found: dict[PassageKey, Entry] = {}
+    for entry in entries:
+        entry.check()
+        before = found.get(entry.key)
+        found[entry.key] = entry if before is None else before.with_facts(entry.facts.over(before.facts))
+    return found
 
 
 def batched(items: Iterable[ItemT], size: int, weigh: Callable[[ItemT], int] = lambda item: 1) -> Iterator[list[ItemT]]:

@@ -86,7 +86,7 @@ def compress(
                 )
         typer.echo(
             f"{filled.compressed:,} passages compressed ({filled.source_tokens:,} tokens to {filled.slots:,} slots), "
-            f"{filled.found:,} were stored already, in {store}."
+            f"{filled.found:,} were stored already{_updated(filled)}, in {store}."
         )
 
 
@@ -164,6 +164,20 @@ def compact(
 
 
 @store_app.command()
+def delete(
+    folder: Folder,
+    about: Annotated[list[str], typer.Option("--about", help="NAME=VALUE stored with the passages: file=a.jsonl.")],
+) -> None:
+    """Delete the passages of a document, or of other facts stored with them; `compact` then frees their bytes."""
+    with _errors(), _open(folder) as store:
+        from .upkeep import forget
+
+        if wrong := [pair for pair in about if "=" not in pair]:
+            raise ValueError(f"--about takes NAME=VALUE, got {wrong[0]!r}.")
+        typer.echo(f"{forget(store, **dict(pair.split('=', 1) for pair in about)):,} passages deleted.")
+
+
+@store_app.command()
 def migrate(
     folder: Folder,
     to: Annotated[str | None, typer.Option(help="Copy to a new store, in the given encoding.")] = None,
@@ -227,6 +241,10 @@ def _load(compressor: str, reader: str, device: str) -> Any:
     if method is not None and method.interface == "text":
         return make_compressor(compressor, loaded)
     return load_compressor(locate(compressor), loaded)
+
+
+def _updated(filled: Any) -> str:
+    return f" ({filled.updated:,} of them brought up to date)" if filled.updated else ""
 
 
 def _bytes(number: float) -> str:

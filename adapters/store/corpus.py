@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from ...compressors import Compressor, FidelityGate, Reader, load_compressor
 from . import Filled, LanceStore, PassageStore, fill, keys_for
-from .base import batched
+from .base import Facts, batched
 from .fill import BATCH
 
 LINES = (".jsonl", ".ndjson")
@@ -170,10 +170,11 @@ def compress_corpus_with_ray(
     for some in batched(passages, batch_size * workers * _AHEAD):
         keys = keys_for(local, [p.text for p in some], ratio=ratio)
         by_key = dict(zip(keys, some))
-        missing = store.missing(keys)
+        missing = set(store.missing(keys))
+        stored = {key: Facts(p.text, about=p.about) for key, p in by_key.items() if key not in missing}
         rows = [{"text": by_key[key].text, "about": json.dumps(dict(by_key[key].about))} for key in missing]
         tell(len(some) - len(rows))
-        total += Filled(found=len(by_key) - len(rows))
+        total += Filled(found=len(stored), updated=store.describe(stored))
         if not rows:
             continue
         made = ray.data.from_items(rows).map_batches(
@@ -184,7 +185,7 @@ def compress_corpus_with_ray(
             compute=ray.data.ActorPoolStrategy(size=workers),
         )
         for row in made.iter_rows():
-            total += Filled(*(int(row[name]) for name in ("found", "compressed", "source_tokens", "slots")))
+            total += Filled(*(int(row[name]) for name in ("found", "compressed", "source_tokens", "slots", "updated")))
             tell(int(row["texts"]))
     return total
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
 from ...compressors import CompressedPassage, Compressor, FidelityGate
-from .base import Entry, Maker, PassageKey, PassageStore, StoreError, batched
+from .base import Entry, Facts, Maker, PassageKey, PassageStore, StoreError, batched
 
 _log = logging.getLogger(__name__)
 BATCH = 64
+_DESCRIBED = 1000  # stored passages compared at a time
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,14 @@ class Filled:
         compressed: passages compressed now.
         source_tokens: reader tokens of the texts compressed now.
         slots: reader positions of the passages compressed now.
+        updated: passages stored before whose vector, text or facts were brought up to date.
     """
 
     found: int = 0
     compressed: int = 0
     source_tokens: int = 0
     slots: int = 0
+    updated: int = 0
 
     def __add__(self, other: Filled) -> Filled:
         return Filled(*(a + b for a, b in zip(astuple(self), astuple(other))))
@@ -42,6 +46,8 @@ def keys_for(
     query: str | None = None,
 ) -> list[PassageKey]:
     """Return the keys of a compressor's passages, one per text."""
+    if isinstance(texts, str):
+        raise TypeError("texts must be a list of passages, got one string; write [text].")
     maker = Maker.of(compressor, ratio)
     return [PassageKey.of(text, **maker._asdict(), query=query) for text in texts]
 
@@ -61,13 +67,16 @@ def fill(
 ) -> Filled:
     """Compress and store the texts that are not stored, a batch at a time. After a stop, run it again to continue.
 
+    Passages stored already are not compressed again; their vectors and facts are replaced by those given.
+
     Args:
         store: where the passages go.
         compressor: compresses them.
         texts: the passages; a repeated text is compressed once.
         ratio: compression ratio L / l; default: the compressor's own.
         vectors: retrieval vectors (or ``None``) to store, one per text.
-        reuse_vectors: pass the vectors to the compressor, which must take those of its own embedder (xRAG).
+        reuse_vectors: pass the vectors to the compressor, which must take those of its own embedder (xRAG); a passage
+            stored with another vector is compressed again.
         abouts: JSON-able facts (or ``None``) to store, one per text.
         gate: measures what survived of each passage compressed now; stored with it. Passages stored without a gate are
             measured when they are read.
@@ -75,46 +84,59 @@ def fill(
         done: called with the number of texts finished, after each batch.
 
     Raises:
+        TypeError: if ``texts`` is one string.
         ValueError: if a list does not have one entry per text, or ``batch_size`` is below 1.
         StoreError: if the store cannot be read or written.
     """
-    for name, given in (("vectors", vectors), ("abouts", abouts)):
-        if given is not None and len(given) != len(texts):
-            raise ValueError(f"{name} must have one entry per text: got {len(given)} for {len(texts)} texts.")
+    for name, sized in (("vectors", vectors), ("abouts", abouts)):
+        if sized is not None and len(sized) != len(texts):
+            raise ValueError(f"{name} must have one entry per text: got {len(sized)} for {len(texts)} texts.")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     keys = keys_for(compressor, texts, ratio=ratio)
-    first = {key: place for place, key in reversed(list(enumerate(keys)))}
-    wanted = sorted(first[key] for key in store.missing(keys))
+    facts: dict[PassageKey, Facts] = {}
+    for i, (key, text) in enumerate(zip(keys, texts)):
+        own = Facts(text, None if vectors is None else vectors[i], None if abouts is None else abouts[i])
+        facts[key] = own.over(facts[key]) if key in facts else own
+    missing = store.missing(facts)
+    stored = {key: facts[key] for key in facts.keys() - set(missing)}
+    updated = 0
+    for some in batched(stored, _DESCRIBED):
+        if reuse_vectors:
+            missing += (changed := _of_another_vector(store, {key: stored[key] for key in some}))
+            store.delete(changed)
+        updated += store.describe({key: stored[key] for key in some})
     tell = done or (lambda number: None)
-    if len(texts) > len(wanted):
-        tell(len(texts) - len(wanted))
-    filled = Filled(found=len(first) - len(wanted))
-    for places in batched(wanted, batch_size or BATCH):
-        given = [vectors[i] for i in places] if vectors is not None and reuse_vectors else None
+    if len(texts) > len(missing):
+        tell(len(texts) - len(missing))
+    filled = Filled(found=len(facts) - len(missing), updated=updated)
+    for batch in batched(missing, batch_size or BATCH):
+        given = [facts[key].vector if reuse_vectors else None for key in batch]
+        sources = [facts[key].text or "" for key in batch]
         passages = compressor.compress(
-            [texts[i] for i in places],
-            ratio=ratio,
-            vectors=given if given and any(vector is not None for vector in given) else None,
+            sources, ratio=ratio, vectors=given if any(vector is not None for vector in given) else None
         )
         if gate is not None:
-            passages = gate.mark(passages, [texts[i] for i in places])
-        store.put_many(
-            [
-                Entry(
-                    keys[i],
-                    passage,
-                    texts[i],
-                    None if vectors is None else vectors[i],
-                    None if abouts is None else abouts[i],
-                )
-                for i, passage in zip(places, passages, strict=True)
-            ]
-        )
-        tell(len(places))
+            passages = gate.mark(passages, sources)
+        store.put_many([Entry(key, passage, **vars(facts[key])) for key, passage in zip(batch, passages, strict=True)])
+        tell(len(batch))
         sizes = (sum(p.source_tokens for p in passages), sum(p.slots for p in passages))
-        filled += Filled(0, len(places), *sizes)
+        filled += Filled(0, len(batch), *sizes)
     return filled
+
+
+def _of_another_vector(store: PassageStore, facts: Mapping[PassageKey, Facts]) -> list[PassageKey]:
+    """Keys of passages stored with a vector unlike the one given; their slots may be of that vector."""
+    found = []
+    for key, old in store.facts(facts).items():
+        new = facts[key].vector
+        if old.vector is not None and new is not None and not _close(old.vector, new):
+            found.append(key)
+    return found
+
+
+def _close(a: Sequence[float], b: Sequence[float]) -> bool:
+    return len(a) == len(b) and math.dist(a, b) <= 1e-3 * math.hypot(*a, 1e-6)  # an embedder's batches differ a little
 
 
 def get_or_compress(

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...compressors import CompressedPassage
-from .base import Entry, Hit, Maker, PassageKey, PassageStore, StoreError, StoreStats
+from .base import Entry, Facts, Hit, Maker, PassageKey, PassageStore, StoreError, StoreStats, batched, merged
 from .codec import Encoding, decode, encode
-from .rows import PLACE, Place, key_of, row_of, text_and_about
-from .table import FIELDS, VECTOR, PassageTable, of_maker, writable
+from .rows import PLACE, Place, facts_of, key_of, row_of, text_columns
+from .table import FIELDS, VECTOR, PassageTable, of_maker, quoted, writable
 
 Layout = Literal["slabs", "table"]
 _MAX_REFS = 2**16
@@ -183,26 +183,62 @@ class LanceStore(PassageStore):
         return [key for key in unknown if key.id not in stored]
 
     def put_many(self, entries: Sequence[Entry]) -> None:
-        if self.read_only:
-            raise StoreError(f"The store {self.uri} is read-only: it was opened so, or its folder may not be written.")
-        distinct: dict[PassageKey, Entry] = {}
-        for entry in entries:
-            distinct.setdefault(entry.key, entry.check())
+        self._check_writable()
+        distinct = merged(entries)
         encoded = {key: encode(entry.passage, self.encoding) for key, entry in distinct.items()}
         with self._writing:
             new = self.missing(distinct)
-            if not new:
-                return
-            sizes = {len(entry.vector) for key in new if (entry := distinct[key]).vector is not None}
-            if len(sizes) > 1:
-                raise ValueError(f"Retrieval vectors of one store have one size, got {sorted(sizes)}.")
-            if sizes:
-                self._table.hold_vectors(*sizes)
-            rows = [
-                row_of(distinct[key], *encoded[key]) | ({VECTOR: distinct[key].vector} if sizes else {}) for key in new
-            ]
-            self._place(rows, [encoded[key][1] for key in new])
-            self._table.add(rows)
+            if new:
+                vectors = self._vector_columns([distinct[key].facts for key in new])
+                rows = [row_of(distinct[key], *encoded[key]) | vector for key, vector in zip(new, vectors)]
+                self._place(rows, [encoded[key][1] for key in new])
+                self._table.add(rows)
+        if len(new) < len(distinct):
+            self.describe({key: entry.facts for key, entry in distinct.items() if key not in set(new)})
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise StoreError(f"The store {self.uri} is read-only: it was opened so, or its folder may not be written.")
+
+    def _vector_columns(self, facts: Sequence[Facts]) -> list[dict[str, Any]]:
+        """The column of retrieval vectors, if there are any; the table gets one."""
+        sizes = {len(one.vector) for one in facts if one.vector is not None}
+        if len(sizes) > 1:
+            raise ValueError(f"Retrieval vectors of one store have one size, got {sorted(sizes)}.")
+        if sizes:
+            self._table.hold_vectors(*sizes)
+        return [{VECTOR: one.vector} if sizes else {} for one in facts]
+
+    def facts(self, keys: Iterable[PassageKey]) -> dict[PassageKey, Facts]:
+        by_id = {key.id: key for key in keys}
+        self._table.refresh()
+        columns = ["key", "text", "about", *([VECTOR] if self._table.vector_size else [])]
+        found: dict[PassageKey, Facts] = {}
+        for row in self._table.look_up(list(by_id), columns):
+            key, facts = by_id[row["key"]], facts_of(row, row.get(VECTOR))
+            found[key] = facts.over(found[key]) if key in found else facts  # two writers may have stored it
+        return found
+
+    def _replace_facts(self, facts: Mapping[PassageKey, Facts]) -> None:
+        self._check_writable()
+        with self._writing:
+            self._write_facts(facts)
+
+    def _write_facts(self, facts: Mapping[PassageKey, Facts]) -> None:
+        vectors = self._vector_columns(list(facts.values()))
+        rows = [{"key": key.id, **text_columns(one), **vector} for (key, one), vector in zip(facts.items(), vectors)]
+        self._table.replace(rows, [name for name in rows[0] if name != "key"])
+
+    def delete(self, keys: Iterable[PassageKey]) -> int:
+        self._check_writable()
+        wanted = list(dict.fromkeys(key.id for key in keys))
+        with self._writing:
+            self._table.refresh()
+            stored = {row["key"] for row in self._table.look_up(wanted, ["key"])}
+            for some in batched(sorted(stored), 256):
+                self._table.delete(f"key IN ({', '.join(map(quoted, some))})")
+            self._forget()
+        return len(stored)
 
     def _place(self, rows: list[dict[str, Any]], runs: list[bytes]) -> None:
         """Write the slots and enter their places in the rows."""
@@ -251,8 +287,9 @@ class LanceStore(PassageStore):
 
     def _entry(self, row: Mapping[str, Any]) -> Entry:
         key = key_of(row)
-        text, about = text_and_about(row)
-        return Entry(key, self._passage(key, Place.of(row), row.get("data")), text, row.get(VECTOR), about)
+        facts = facts_of(row, row.get(VECTOR))
+        passage = self._passage(key, Place.of(row), row.get("data"))
+        return Entry(key, passage, facts.text, facts.vector, facts.about)
 
     @property
     def stats(self) -> StoreStats:

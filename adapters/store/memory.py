@@ -5,11 +5,11 @@ from __future__ import annotations
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ...compressors import CompressedPassage
-from .base import Entry, Maker, MakerStats, PassageKey, PassageStore, StoreStats
+from .base import Entry, Facts, Maker, MakerStats, PassageKey, PassageStore, StoreStats, merged
 
 GIBIBYTE = 2**30
 
@@ -41,18 +41,39 @@ class MemoryStore(PassageStore):
             return [entry.passage if (entry := self._entries.get(key)) is not None else None for key in keys]
 
     def put_many(self, entries: Sequence[Entry]) -> None:
-        checked = [entry.check() for entry in entries]
+        given = merged(entries)
         with self._lock:
-            for entry in checked:
+            stored = given.keys() & self._entries.keys()
+            for key, entry in given.items():
                 own = replace(entry, passage=_own(entry.passage))
-                size = _size(own)
-                if entry.key in self._entries or size > self.max_bytes:
-                    continue
-                self._entries[entry.key] = own
-                self._nbytes += size
-            while self._nbytes > self.max_bytes:
-                _, oldest = self._entries.popitem(last=False)
-                self._nbytes -= _size(oldest)
+                if key not in stored and _size(own) <= self.max_bytes:
+                    self._entries[key] = own
+                    self._nbytes += _size(own)
+            self._evict()
+        self.describe({key: given[key].facts for key in stored})
+
+    def _evict(self) -> None:
+        while self._nbytes > self.max_bytes:
+            _, oldest = self._entries.popitem(last=False)
+            self._nbytes -= _size(oldest)
+
+    def facts(self, keys: Iterable[PassageKey]) -> dict[PassageKey, Facts]:
+        with self._lock:
+            return {key: self._entries[key].facts for key in keys if key in self._entries}
+
+    def _replace_facts(self, facts: Mapping[PassageKey, Facts]) -> None:
+        with self._lock:
+            for key in facts.keys() & self._entries.keys():
+                before, after = self._entries[key], self._entries[key].with_facts(facts[key])
+                self._entries[key] = after
+                self._nbytes += _size(after) - _size(before)
+            self._evict()
+
+    def delete(self, keys: Iterable[PassageKey]) -> int:
+        with self._lock:
+            gone = [entry for key in set(keys) if (entry := self._entries.pop(key, None)) is not None]
+            self._nbytes -= sum(map(_size, gone))
+        return len(gone)
 
     def missing(self, keys: Iterable[PassageKey]) -> list[PassageKey]:
         with self._lock:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .base import Entry, PassageKey
+from .base import Entry, Facts, PassageKey
 
 PLACE = ("header", "slab", "start", "nbytes", "crc")
 _TEXT = "nutgraf:text"  # key in ``about`` for a text that Arrow cannot hold
@@ -34,10 +34,6 @@ class Place:
 def row_of(entry: Entry, header: str, data: bytes) -> dict[str, Any]:
     """Return an entry's row without the place of its slots and its retrieval vector."""
     key, passage = entry.key, entry.passage
-    about = dict(entry.about or {})
-    text = entry.text
-    if text is not None and not _is_utf8(text):
-        about[_TEXT], text = text, None  # JSON can hold lone surrogates, Arrow cannot
     return {
         "key": key.id,
         "text_hash": key.text,
@@ -48,12 +44,20 @@ def row_of(entry: Entry, header: str, data: bytes) -> dict[str, Any]:
         "interface": passage.interface,
         "source_tokens": passage.source_tokens,
         "slots": passage.slots,
-        "text": text,
-        "about": json.dumps(about) if about else None,
+        **text_columns(entry.facts),
         "header": header,
         "nbytes": len(data),
         "crc": zlib.crc32(data),
     }
+
+
+def text_columns(facts: Facts) -> dict[str, str | None]:
+    """Return the columns of the text and of the caller's facts."""
+    about = dict(facts.about or {})
+    text = facts.text
+    if text is not None and not _is_utf8(text):
+        about[_TEXT], text = text, None  # JSON can hold lone surrogates, Arrow cannot
+    return {"text": text, "about": json.dumps(about) if about else None}
 
 
 def key_of(row: Mapping[str, Any]) -> PassageKey:
@@ -61,11 +65,11 @@ def key_of(row: Mapping[str, Any]) -> PassageKey:
     return PassageKey(row["text_hash"], row["compressor"], row["reader"], row["ratio"], row["query_hash"])
 
 
-def text_and_about(row: Mapping[str, Any]) -> tuple[str | None, dict[str, Any] | None]:
-    """Return a row's original text and the caller's facts."""
+def facts_of(row: Mapping[str, Any], vector: Any = None) -> Facts:
+    """Return what a row holds besides the slots."""
     about = json.loads(row["about"]) if row["about"] else {}
     text = about.pop(_TEXT, row["text"])
-    return text, about or None
+    return Facts(text, vector, about)
 
 
 def _is_utf8(text: str) -> bool:

@@ -187,9 +187,11 @@ class PassageTable:
 
     def replace(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
         """Overwrite columns of rows, matched by ``key``, in one commit."""
-        fields = [field for field in FIELDS if field.name in ("key", *columns)]
+        fields = [field for field in self._table.schema if field.name in ("key", *columns)]
         data = pa.Table.from_pylist(list(rows), schema=pa.schema(fields))
-        self._write(lambda: self._table.merge_insert("key").when_matched_update_all().execute(data))
+        # "null", because lancedb takes a missing vector for a bad one; entries are checked for NaN before
+        found = self._table.merge_insert("key").when_matched_update_all()
+        self._write(lambda: found.execute(data, on_bad_vectors="null"))
 
     def delete(self, where: str) -> None:
         """Delete rows in one commit."""

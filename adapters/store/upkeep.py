@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ...compressors import Compressor
-from .base import Maker, PassageStore, StoreError, batched, sha256
-from .fill import Filled, fill
+from .base import Facts, Maker, PassageKey, PassageStore, StoreError, batched, sha256
+from .fill import Filled, fill, keys_for
 from .lance import LanceStore
 from .rows import key_of
 from .table import of_maker, quoted
@@ -99,6 +100,10 @@ def compact(store: LanceStore, keep_hours: float = 24.0) -> Compacted:
 
 
 def _drop_duplicates(store: LanceStore) -> int:
+    ids = Counter(store._table.column_table(["key"])["key"].to_pylist())
+    for keys in batched([key for key, number in ids.items() if number > 1], _BATCH):
+        found = store._table.look_up(keys, ["text_hash", "compressor", "reader", "ratio", "query_hash"])
+        store._write_facts(store.facts(map(key_of, found)))  # one row may lack what the other one holds
     seen: set[str] = set()
     twice = []
     for row in store._table.column_table(["key", "_rowid"]).to_pylist():
@@ -180,25 +185,51 @@ def recompress(
 ) -> Filled:
     """Compress the texts of a store with another compressor, or for another reader, and add the results.
 
-    Entries without a text, or made for a question, are skipped.
+    Entries without a text, or made for a question, are skipped. Passages of that compressor stored already get what is
+    stored of their texts with other compressors and missing with them.
     """
     total = Filled()
-    seen: set[str] = set()
+    seen: set[PassageKey] = set()
     for batch in batched(store.entries(), _BATCH):
-        fresh = {entry.key.text: entry for entry in batch if entry.text is not None and entry.key.query is None}
-        texts = [entry for text, entry in fresh.items() if text not in seen]
-        seen |= fresh.keys()
+        given = [entry for entry in batch if entry.text is not None and entry.key.query is None]
+        keys = keys_for(compressor, [entry.text or "" for entry in given], ratio=ratio)
+        facts: dict[PassageKey, Facts] = {}
+        for key, entry in zip(keys, given):
+            facts[key] = facts[key].over(entry.facts) if key in facts else entry.facts
+        missing = store.missing(facts)
+        store.describe(facts, keep=True)
+        total += Filled(found=len(facts.keys() - seen - set(missing)))
+        seen |= facts.keys()
         total += fill(
             store,
             compressor,
-            [entry.text or "" for entry in texts],
+            [facts[key].text or "" for key in missing],
             ratio=ratio,
-            vectors=[entry.vector for entry in texts],
-            abouts=[entry.about for entry in texts],
+            vectors=[facts[key].vector for key in missing],
+            abouts=[facts[key].about for key in missing],
             batch_size=batch_size,
             done=done,
         )
     return total
+
+
+def forget(store: PassageStore, **about: Any) -> int:
+    """Delete the passages whose stored facts have these values; return their number.
+
+    ``forget(store, file="a.jsonl")`` for a corpus, ``forget(store, ref_doc_id="doc-1")`` for a document of LlamaIndex. A
+    text of several documents is stored once, with the facts of the document ingested last.
+
+    Raises:
+        ValueError: without facts.
+        StoreError: if the store cannot be read or written.
+    """
+    if not about:
+        raise ValueError("Name at least one stored fact of the passages to delete, such as file='a.jsonl'.")
+    wanted = {name: str(value) for name, value in about.items()}  # a command line knows no numbers
+    found = (entry for entry in store.entries() if entry.about)
+    return store.delete(
+        [e.key for e in found if wanted.items() <= {name: str(v) for name, v in (e.about or {}).items()}.items()]
+    )
 
 
 def drop(store: LanceStore, maker: Maker) -> None:

@@ -56,7 +56,7 @@ def generate_ids(
         config.stop_strings = list(stop)
         options["tokenizer"] = tokenizer
     if criteria is not None:
-        options["stopping_criteria"] = StoppingCriteriaList([criteria])
+        options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), criteria])
     out = model.generate(**inputs, generation_config=config, streamer=streamer, **options)
     skip = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0  # prompt ids are part of the output
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
@@ -78,7 +78,7 @@ def stream_text(
     def work() -> None:
         try:
             with torch.no_grad():
-                run(_QueueStreamer(tokens), _Cancelled(cancelled))
+                run(_QueueStreamer(tokens), Cancelled(cancelled))
             tokens.put(_END)
         except BaseException as error:
             tokens.put(error)
@@ -147,7 +147,9 @@ class _QueueStreamer(BaseStreamer):
         pass
 
 
-class _Cancelled(StoppingCriteria):
+class Cancelled(StoppingCriteria):
+    """Ends generation after the current step once the event is set."""
+
     def __init__(self, event: threading.Event) -> None:
         self.event = event
 

@@ -20,7 +20,8 @@ from nutgraf.adapters.llama_index import (
     PassagesStoredEvent,
     StoreRetriever,
 )
-from nutgraf.adapters.store import LanceStore, MemoryStore, keys_for
+from nutgraf.adapters.store import LanceStore, MemoryStore, fill, keys_for
+from nutgraf.adapters.store.upkeep import forget
 from texts import DELEGATES, QUESTION
 
 TEXTS = DELEGATES
@@ -168,6 +169,28 @@ def test_one_table_serves_retrieval_and_reading(reader, tmp_path):
     assert (found.node.text, found.node.metadata, found.node.node_id) == (TEXTS[3], {"page": 3}, "n3")
     assert found.score == pytest.approx(1.0, abs=0.01)
     assert compressor.asked == []
+
+
+@pytest.mark.parametrize("before", ["fill", "query"])
+def test_passages_stored_without_a_vector_are_retrieved_after_an_ingestion(reader, tmp_path, before):
+    store, compressor, embedder = LanceStore(tmp_path / "s"), Fixed(reader), WordEmbedding(embed_dim=5)
+    if before == "fill":
+        fill(store, compressor, TEXTS)
+    else:
+        ask(nodes(), reader, compressor, store)
+    documents = [Document(text=text, id_=f"d{i}", metadata={"page": i}) for i, text in enumerate(TEXTS)]
+    steps = [SentenceSplitter(chunk_size=200), embedder, CompressPassages(compressor, store)]
+    IngestionPipeline(transformations=steps).run(documents=documents)
+    assert sorted(compressor.asked) == TEXTS
+    (found,) = StoreRetriever(store, embedder, compressor, similarity_top_k=1).retrieve("What did 1603 see?")
+    assert (found.node.text, found.node.metadata, found.node.ref_doc_id) == (TEXTS[3], {"page": 3}, "d3")
+    documents[3] = Document(text=TEXTS[3], id_="new", metadata={"page": 9})
+    IngestionPipeline(transformations=steps).run(documents=documents)
+    (found,) = StoreRetriever(store, embedder, compressor, similarity_top_k=1).retrieve("What did 1603 see?")
+    assert (found.node.metadata, found.node.ref_doc_id) == ({"page": 9}, "new")
+    assert forget(store, ref_doc_id="new") == 1
+    (found,) = StoreRetriever(store, embedder, compressor, similarity_top_k=1).retrieve("What did 1603 see?")
+    assert found.node.ref_doc_id != "new"
 
 
 def test_a_store_that_cannot_be_written_costs_no_answer(reader, tmp_path, caplog):

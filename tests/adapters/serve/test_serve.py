@@ -287,6 +287,75 @@ def test_streams_are_limited_and_a_client_that_leaves_frees_its_place(zoo):
         server.stop()
 
 
+def abandoned(ask: Any) -> None:
+    """Send a request and close its connection before the answer."""
+    with pytest.raises(httpx.ReadTimeout):
+        ask(timeout=0.3)
+
+
+@pytest.mark.parametrize("how", ["leave", "timeout"])
+def test_answers_that_are_no_longer_awaited_end(zoo, how):
+    reader = zoo.reader("llama", num_hidden_layers=1)
+    steps: list[int] = []
+
+    def slow(*_: Any) -> None:
+        steps.append(1)
+        time.sleep(0.01)
+
+    reader.model.model.layers[0].register_forward_pre_hook(slow)
+    server = Running(reader, limits=Limits(max_batch=2, timeout_s=1.5 if how == "timeout" else 20, max_queue=3))
+    body = {"prompt": "Hello", "max_tokens": 1900, "temperature": 0, "ignore_eos": False}
+    try:
+        if how == "timeout":
+            assert "no answer after" in refused(server.post(**body), 504)
+        else:
+            with ThreadPoolExecutor(3) as pool:  # one batch and one in the queue
+                asked = [
+                    pool.submit(
+                        abandoned,
+                        lambda timeout: httpx.post(f"{server.url}/v1/completions", json=body, timeout=timeout),
+                    )
+                    for _ in range(3)
+                ]
+                [future.result() for future in asked]
+        start = time.monotonic()
+        assert server.post(**{**body, "prompt": "Bye", "max_tokens": 2}).status_code == 200
+        assert time.monotonic() - start < 5
+        assert server.app.state.batcher.waiting == 0
+        assert len(steps) < 600
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("page", ["completions", "chat/completions"])
+def test_a_stream_whose_client_leaves_before_its_first_piece_ends(zoo, page):
+    reader = zoo.reader("llama", num_hidden_layers=1)
+    steps: list[int] = []
+
+    def slow(*_: Any) -> None:
+        steps.append(1)
+        time.sleep(0.01)
+
+    reader.model.model.layers[0].register_forward_pre_hook(slow)
+    reader.decode = lambda ids: ""  # the model writes nothing that can be shown
+    server = Running(reader, limits=Limits(max_streams=1, timeout_s=20))
+    body = {"max_tokens": 1900, "stream": True, "temperature": 0}
+    body |= {"prompt": "Hello"} if page == "completions" else {"messages": [{"role": "user", "content": "Hello"}]}
+    try:
+
+        def read(timeout: float) -> None:
+            with httpx.stream("POST", f"{server.url}/v1/{page}", json=body, timeout=timeout) as answer:
+                answer.read()
+
+        abandoned(read)
+        time.sleep(0.5)
+        taken = len(steps)
+        time.sleep(0.3)
+        assert len(steps) == taken
+    finally:
+        server.stop()
+
+
 # -- refusals ------------------------------------------------------------------------------------------------------------
 
 

@@ -9,22 +9,26 @@ import threading
 import numpy as np
 import pytest
 import torch
+from fakes import Fixed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nutgraf import CompressedPassage
 from nutgraf.adapters.store import (
     Encoding,
     Entry,
+    Facts,
     LanceStore,
     Maker,
     MemoryStore,
     PassageKey,
     StoreError,
+    fill,
     get_or_compress,
+    keys_for,
 )
 from nutgraf.adapters.store.codec import decode, encode
 from nutgraf.adapters.store.quantize import LEVELS, dequantise, quantise
-from nutgraf.adapters.store.upkeep import compact, copy, drop, verify
+from nutgraf.adapters.store.upkeep import compact, copy, drop, forget, recompress, verify
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KINDS = ("embeds", "kv", "ragged", "text")
@@ -230,6 +234,119 @@ def test_get_or_compress_asks_for_what_is_missing_and_keeps_it(store):
         assert places == compressed
         assert all(map(same, passages, [one.passage for one in entries]))
     assert asked == [[0, 2]]
+
+
+# -- stored already: the facts follow the newest ingestion ---------------------------------------------------------------
+
+GIVEN = st.fixed_dictionaries(
+    {},
+    optional={
+        "vector": st.lists(st.floats(-4, 4, width=32), min_size=2, max_size=2),
+        "about": st.dictionaries(st.sampled_from("ab"), st.integers(0, 3), min_size=1),
+    },
+)
+
+
+@pytest.mark.parametrize("kind", ["memory", "slabs", "table"])
+@given(st.lists(st.tuples(st.integers(0, 2), st.booleans(), GIVEN), min_size=2, max_size=6))
+@settings(max_examples=12, deadline=None)
+def test_facts_given_later_replace_or_complete_the_stored_ones(tmp_path_factory, kind, puts):
+    store = MemoryStore() if kind == "memory" else LanceStore(tmp_path_factory.mktemp("s") / "s", layout=kind)
+    wanted: dict[PassageKey, dict] = {}
+    for number, whole, facts in puts:
+        one = entry(made("embeds", number), f"{number}", **facts)
+        if whole:
+            store.put_many([one])
+            wanted.setdefault(one.key, {"text": one.text})
+        else:
+            store.describe({one.key: Facts(**facts)})
+        if one.key in wanted:
+            wanted[one.key] |= facts
+    found = {one.key: one for one in store.entries()}
+    assert found.keys() == wanted.keys()
+    for key, facts in wanted.items():
+        assert found[key].facts == Facts(**facts)
+        assert same(found[key].passage, made("embeds", int(facts["text"])))
+    assert store.facts(wanted) == {key: one.facts for key, one in found.items()}
+
+
+def test_filling_again_adds_vectors_and_facts_without_compressing(store, reader):
+    compressor, texts = Fixed(reader), ["one", "two", "three"]
+    fill(store, compressor, texts)
+    again = fill(store, compressor, texts, vectors=[[1.0, 0], [0, 1.0], None], abouts=[{"n": 1}, None, {"n": 3}])
+    assert (again.found, again.compressed, again.updated) == (3, 0, 3)
+    assert compressor.asked == texts
+    facts = store.facts(keys_for(compressor, texts))
+    assert [(one.vector, one.about) for one in facts.values()] == [((1, 0), {"n": 1}), ((0, 1), None), (None, {"n": 3})]
+    assert fill(store, compressor, texts, vectors=[[1.0, 0], None, None]).updated == 0
+    twice = fill(store, compressor, ["one", "one"], vectors=[[0.5, 0.5], None], abouts=[{"n": 4}, {"n": 5}])
+    assert twice.updated == 1
+    assert store.facts(keys_for(compressor, ["one"])).popitem()[1] == Facts("one", (0.5, 0.5), {"n": 5})
+    with pytest.raises(ValueError, match="NaN"):
+        fill(store, compressor, ["one"], vectors=[[float("nan"), 0.0]])
+    with pytest.raises(TypeError, match="one string"):
+        fill(store, compressor, "one")
+
+
+def test_slots_made_from_another_vector_are_made_again(store, reader):
+    compressor = Fixed(reader)
+    fill(store, compressor, ["a", "b"], vectors=[[1.0, 0.0], [0.0, 1.0]], reuse_vectors=True)
+    again = fill(store, compressor, ["a", "b"], vectors=[[1.0, 1e-6], [0.6, 0.8]], reuse_vectors=True)
+    assert (again.found, again.compressed) == (1, 1)
+    assert compressor.asked == ["a", "b", "b"]
+    (facts,) = store.facts(keys_for(compressor, ["b"])).values()
+    assert facts.vector == pytest.approx((0.6, 0.8))
+
+
+def test_recompression_completes_facts_and_never_replaces_them(store, reader):
+    old, new = Fixed(reader, slots=2), Fixed(reader)
+    fill(store, old, ["a", "b"], vectors=[[1.0, 0.0], [0.0, 1.0]], abouts=[{"n": 1}, {"n": 2}])
+    fill(store, new, ["a"], abouts=[{"n": 9}])
+    done = recompress(store, new)
+    assert (done.found, done.compressed) == (1, 1)
+    assert store.facts(keys_for(new, ["a", "b"])) == dict(
+        zip(keys_for(new, ["a", "b"]), [Facts("a", (1.0, 0.0), {"n": 9}), Facts("b", (0.0, 1.0), {"n": 2})])
+    )
+
+
+def test_passages_and_documents_are_deleted(store):
+    entries = [entry(made("embeds", i), f"{i}", about={"file": f"{i % 2}.txt", "line": i}) for i in range(5)]
+    store.put_many(entries)
+    assert store.delete([entries[0].key, entries[0].key, PassageKey.of("x", compressor="c", reader="r")]) == 1
+    assert entries[0].key not in store
+    assert store.get_many([entries[0].key]) == [None]
+    assert forget(store, file="1.txt") == 2
+    assert forget(store, file="0.txt", line=9) == 0
+    assert [one.text for one in sorted(store.entries(), key=lambda one: one.text)] == ["2", "4"]
+    store.put_many(entries[:1])
+    assert same(store.get_many([entries[0].key])[0], entries[0].passage)
+    with pytest.raises(ValueError, match="at least one"):
+        forget(store)
+
+
+def test_compacting_loses_no_facts_of_two_writers(tmp_path):
+    one, two = LanceStore(tmp_path / "s"), LanceStore(tmp_path / "s")
+    bare, full = entry(made("embeds"), "t"), entry(made("embeds"), "t", vector=[1.0, 0.0], about={"n": 1})
+    one.missing = two.missing = lambda keys: list(keys)  # both look before the other one writes
+    one.put_many([bare])
+    two.put_many([full])
+    third = LanceStore(tmp_path / "s")
+    third.put_many([entry(made("embeds", 1), "u", vector=[0.0, 1.0])])
+    assert third.facts([full.key]) == {full.key: full.facts}
+    assert compact(third).duplicates == 1
+    assert {found.text: found.facts.vector for found in third.entries()} == {"t": (1.0, 0.0), "u": (0.0, 1.0)}
+    assert verify(third) == []
+
+
+def test_facts_of_a_read_only_store_are_refused(tmp_path, reader):
+    compressor = Fixed(reader)
+    fill(LanceStore(tmp_path / "s"), compressor, ["a"], abouts=[{"n": 1}])
+    store = LanceStore(tmp_path / "s", read_only=True)
+    assert fill(store, compressor, ["a"], abouts=[{"n": 1}]).updated == 0
+    with pytest.raises(StoreError, match="read-only"):
+        fill(store, compressor, ["a"], abouts=[{"n": 2}])
+    with pytest.raises(StoreError, match="read-only"):
+        store.delete(keys_for(compressor, ["a"]))
 
 
 # -- encodings -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,151 @@
+"""Cancelled tasks end their generation, in every framework."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from fakes import Fixed
+from llama_index.core.base.llms.types import ChatMessage
+from llama_index.core.schema import TextNode
+from nutgraf import Reader
+from nutgraf.adapters.llama_index import CompressedContextLLM, CompressPassages
+from nutgraf.adapters.openai import ServedReader
+from nutgraf.adapters.store import MemoryStore
+
+LONG = 1500
+
+
+@pytest.fixture
+def slow(zoo) -> tuple[Reader, list[float]]:
+    """A reader that takes 10 ms a step, and the times of its steps."""
+    reader = zoo.reader("llama", num_hidden_layers=1)
+    reader.__dict__["eos_ids"] = []
+    steps: list[float] = []
+
+    def wait(*_: Any) -> None:
+        steps.append(time.monotonic())
+        time.sleep(0.01)
+
+    reader.model.model.layers[0].register_forward_pre_hook(wait)
+    return reader, steps
+
+
+async def _all(pieces: AsyncIterator[Any]) -> list[Any]:
+    return [piece async for piece in pieces]
+
+
+async def _llama_index_stream(reader: Reader) -> Any:
+    return await _all(await CompressedContextLLM(reader, max_new_tokens=LONG).astream_complete("Hello"))
+
+
+async def _llama_index_chat_stream(reader: Reader) -> Any:
+    llm = CompressedContextLLM(reader, max_new_tokens=LONG, chat=True)
+    return await _all(await llm.astream_chat([ChatMessage(content="Hello")]))
+
+
+def _langchain(kind: str) -> Any:
+    adapter = pytest.importorskip("nutgraf.adapters.langchain")
+    return getattr(adapter, kind)
+
+
+def _haystack(reader: Reader) -> Awaitable[Any]:
+    adapter = pytest.importorskip("nutgraf.adapters.haystack")
+    return adapter.CompressedContextGenerator(reader, max_new_tokens=LONG).run_async("Hello")
+
+
+RUNS: dict[str, Callable[[Reader], Awaitable[Any]]] = {
+    "llama-index complete": lambda r: CompressedContextLLM(r, max_new_tokens=LONG).acomplete("Hello"),
+    "llama-index beams": lambda r: CompressedContextLLM(
+        r, max_new_tokens=LONG, generation_kwargs={"num_beams": 2}
+    ).acomplete("Hello"),
+    "llama-index chat": lambda r: CompressedContextLLM(r, max_new_tokens=LONG).achat([ChatMessage(content="Hello")]),
+    "llama-index stream": _llama_index_stream,
+    "llama-index chat stream": _llama_index_chat_stream,
+    "langchain": lambda r: _langchain("CompressedContextLLM")(reader=r, max_new_tokens=LONG).ainvoke("Hello"),
+    "langchain stream": lambda r: _all(
+        _langchain("CompressedContextLLM")(reader=r, max_new_tokens=LONG).astream("Hello")
+    ),
+    "langchain chat": lambda r: _langchain("CompressedContextChatModel")(reader=r, max_new_tokens=LONG).ainvoke("Hi"),
+    "langchain chat stream": lambda r: _all(
+        _langchain("CompressedContextChatModel")(reader=r, max_new_tokens=LONG).astream("Hi")
+    ),
+    "haystack": _haystack,
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+async def test_a_cancelled_task_ends_its_generation(slow, run):
+    reader, steps = slow
+    reader.decode = lambda ids: ""  # nothing that can be shown, so no piece wakes the thread
+    task = asyncio.ensure_future(RUNS[run](reader))
+    while len(steps) < 3:
+        await asyncio.sleep(0.01)
+        assert not task.done() or task.result() is None
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.sleep(0.3)
+    taken = len(steps)
+    await asyncio.sleep(0.2)
+    assert len(steps) == taken
+    assert taken < 200
+
+
+async def test_a_cancelled_ingestion_ends_after_its_batch(reader):
+    compressor, store = Fixed(reader), MemoryStore()
+    begun, go = threading.Event(), threading.Event()
+    encode = compressor.encode
+
+    def wait(*args: Any, **kwargs: Any) -> Any:
+        begun.set()
+        go.wait(10)
+        return encode(*args, **kwargs)
+
+    compressor.encode = wait  # type: ignore[method-assign]
+    nodes = [TextNode(text=f"text {i}") for i in range(6)]
+    task = asyncio.ensure_future(CompressPassages(compressor, store, batch_size=2).acall(nodes))
+    await asyncio.to_thread(begun.wait, 10)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    go.set()
+    await asyncio.sleep(0.3)
+    assert store.stats.passages == 2
+
+
+async def test_a_cancelled_request_closes_its_connection(reader):
+    closed: list[bool] = []
+    asked = threading.Barrier(4)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            asked.wait(10)
+            self.connection.settimeout(10)
+            closed.append(self.connection.recv(1) == b"")
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        remote = ServedReader(f"http://127.0.0.1:{server.server_port}", "tiny", reader)
+        task = asyncio.ensure_future(remote.agenerate(["a", "b", "c"], 8))
+        await asyncio.to_thread(asked.wait, 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        for _ in range(100):
+            await asyncio.sleep(0.02)
+            if len(closed) == 3:
+                break
+        assert closed == [True] * 3
+    finally:
+        server.shutdown()
