@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,11 @@ from .shipped import locate
 
 if TYPE_CHECKING:
     from .compressors import CompressedPassage, Compressor
+
+# A word with an ending or a rooted path, or a few words with the ending of a text file.
+_FILE_NAME = re.compile(
+    r"\S+\.[A-Za-z]\w{1,7}|(\.{0,2}|~)/\S+|\S+( \S+){0,3}\.(txt|md|json|jsonl|ndjson|csv|pdf|html?|docx?|xz|gz)", re.I
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -239,12 +245,19 @@ def _show(compressor: Compressor, found: CompressedPassage, text: str, query: st
 
 def _read_text(text: str) -> str:
     """Return the text itself, the contents of the file it names, or standard input for `-`."""
+    from .compressors.core.textfiles import read_text
+
     if text == "-":
-        return typer.get_text_stream("stdin").read()
-    path = Path(text)
-    with contextlib.suppress(OSError):  # a passage can be longer than a file name
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
+        return typer.get_binary_stream("stdin").read().decode("utf-8-sig")
+    named = False
+    with contextlib.suppress(OSError, ValueError):  # a passage can be longer than a file name, or hold what no name can
+        named = Path(text).exists()
+    if named:
+        return read_text(text)
+    if _FILE_NAME.fullmatch(text):
+        raise FileNotFoundError(
+            f"There is no file {text}. To compress these words themselves, send them to standard input: nutgraf inspect -"
+        )
     return text
 
 

@@ -12,24 +12,47 @@ if TYPE_CHECKING:
     from .compressors import CompressedPassage
 
 
+_BY_NAME = ("SafetensorError", "OutOfMemoryError")  # of libraries that not every command imports
+
+
 @contextlib.contextmanager
 def friendly_errors(*more: type[Exception], stopped: str | None = None) -> Iterator[None]:
-    """Print errors written for users in one line and exit with status 2.
+    """Print errors written for users in one line and exit with status 2; hide the bars of loading weights.
 
     Args:
-        more: error types besides ``ValueError``, ``OSError``, ``FloatingPointError`` and ``ImportError``.
+        more: error types besides ``ValueError``, ``OSError``, ``FloatingPointError``, ``ImportError``, damaged safetensors and
+            exhausted memory.
         stopped: printed when the user stops the command, which then exits with status 130.
     """
     try:
-        yield
-    except (ValueError, OSError, FloatingPointError, ImportError, *more) as error:
-        typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
+        with _no_loading_bars():
+            yield
+    except Exception as error:
+        if not isinstance(error, (ValueError, OSError, FloatingPointError, ImportError, MemoryError, *more)) and (
+            type(error).__name__ not in _BY_NAME
+        ):
+            raise
+        said = " ".join(str(error).split()) or type(error).__name__
+        typer.secho(f"Error: {said}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         if stopped is None:
             raise
         typer.echo(stopped, err=True)
         raise typer.Exit(130) from error
+
+
+@contextlib.contextmanager
+def _no_loading_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def highlight(text: str, found: CompressedPassage) -> Any:

@@ -56,13 +56,6 @@ def find_reader(name: str, device: str = "auto", dtype: str = "auto") -> Reader:
     return Reader.from_pretrained(locate(name), device=device, dtype=torch_dtype(dtype, device))
 
 
-def hide_loading_bars() -> None:
-    """Switch off the progress bars of `transformers`, for the whole process."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
 def torch_dtype(name: str, device: str) -> torch.dtype | str:
     """The dtype for `Reader.from_pretrained`, from `auto` or a name."""
     if name == "auto":

@@ -19,6 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..compressors.core.textfiles import read_json_lines, shown
+
 if TYPE_CHECKING:
     from ..compressors import Compressor, Reader
 
@@ -55,13 +57,12 @@ def read_rows(paths: str | Path | Sequence[str | Path]) -> list[Row]:
     rows: list[Row] = []
     for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
         for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
-            for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-                if not line.strip():
-                    continue
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{file}, line {number} is not a JSON row: {error}.") from error
+            for _, where, row in read_json_lines(file):
+                if not isinstance(row, dict):
+                    raise ValueError(f"{where} must be a JSON object with a measurement, got {shown(row)}.")
+                if bad := [name for name in LINE if isinstance(row.get(name), list | dict)]:
+                    raise ValueError(f"{where} has {bad[0]}={shown(row[bad[0]])}; it must be a single value.")
+                rows.append(row)
     return rows
 
 

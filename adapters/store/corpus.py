@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import lzma
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from ...compressors import Compressor, FidelityGate, Reader, load_compressor
+from ...compressors.core.textfiles import LINES, TEXTS, kind_of, read_json_lines, read_lines
 from . import Filled, LanceStore, PassageStore, fill, keys_for
 from .base import Facts, batched
 from .fill import BATCH
 
-LINES = (".jsonl", ".ndjson")
-TEXTS = (".txt", ".md")
-_PACKED: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 _AHEAD = 8  # batches of passages looked up in the store at a time
 
 
@@ -36,6 +33,9 @@ def read_corpus(path: str | Path, field: str = "text") -> Iterator[Passage]:
     A JSON line (``.jsonl``, ``.ndjson``) has a passage in ``field``, or a list ``passages`` of strings or objects with that
     field. Text files (``.txt``, ``.md``) have blank lines between passages.
 
+    Warns:
+        UserWarning: if a folder holds files of other kinds, which are left out. Hidden files are left out in silence.
+
     Raises:
         FileNotFoundError: if there is no such file, or no file in the folder.
         ValueError: if a file is of another kind, is not UTF-8, or a line has no text; file and line are named.
@@ -43,65 +43,52 @@ def read_corpus(path: str | Path, field: str = "text") -> Iterator[Passage]:
     path = Path(path)
     for file in _files(path):
         name = str(file.relative_to(path)) if path.is_dir() else file.name
-        try:
-            yield from _read_lines(file, name, field) if _kind(file) in LINES else _read_texts(file, name)
-        except (UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
-            raise ValueError(f"{file} cannot be read as UTF-8 text: {error}.") from error
+        yield from _read_lines(file, name, field) if kind_of(file) in LINES else _read_texts(file, name)
 
 
 def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file) in LINES + TEXTS)
-        if not found:
-            raise FileNotFoundError(f"The folder {path} holds no {', '.join(LINES + TEXTS)} files, packed or not.")
-        return found
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no corpus {path}.")
-    if _kind(path) not in LINES + TEXTS:
-        raise ValueError(f"A corpus is a {', '.join(LINES + TEXTS)} file (packed or not) or a folder, got {path.name}.")
-    return [path]
-
-
-def _kind(file: Path) -> str:
-    return Path(file.stem).suffix if file.suffix in _PACKED else file.suffix
-
-
-def _open(file: Path) -> TextIO:
-    return _PACKED.get(file.suffix, open)(file, "rt", encoding="utf-8")  # type: ignore[no-any-return]
+    kinds = ", ".join(LINES + TEXTS)
+    if not path.is_dir():
+        if path.is_file() and kind_of(path) not in LINES + TEXTS:
+            raise ValueError(f"A corpus is a {kinds} file (packed or not) or a folder, got {path.name}.")
+        return [path]
+    every = sorted(file for file in path.rglob("*") if file.is_file())
+    found = [file for file in every if kind_of(file) in LINES + TEXTS]
+    if not found:
+        raise FileNotFoundError(f"The folder {path} holds no {kinds} files, packed or not.")
+    hidden = [file for file in every if any(part.startswith(".") for part in file.relative_to(path).parts)]
+    if others := [str(file.relative_to(path)) for file in every if file not in {*found, *hidden}]:
+        names = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        warnings.warn(f"{len(others)} files in {path} are left out, as they are not {kinds}: {names}.", stacklevel=3)
+    return found
 
 
 def _read_lines(file: Path, name: str, field: str) -> Iterator[Passage]:
-    with _open(file) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = {"file": name, "line": number}
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}, line {number} is not JSON: {error}.") from error
-            several = row.get("passages") if isinstance(row, dict) and field not in row else None
-            for item in several if isinstance(several, list) else [row]:
-                text = item.get(field) if isinstance(item, dict) else item
-                if not isinstance(text, str):
-                    raise ValueError(
-                        f"{file}, line {number} has no text: it needs a string {field!r} or a list 'passages'. "
-                        "Name the field with --field."
-                    )
-                about = {k: v for k, v in item.items() if k != field} if isinstance(item, dict) else {}
-                yield Passage(text, where | about)
+    for number, where, row in read_json_lines(file):
+        for item in _items(row, field):
+            text = item.get(field) if isinstance(item, dict) else item
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"{where} has no text: it needs a string {field!r} or a list 'passages'. Name the field with --field."
+                )
+            about = {k: v for k, v in item.items() if k != field} if isinstance(item, dict) else {}
+            yield Passage(text, {"file": name, "line": number} | about)
+
+
+def _items(row: Any, field: str) -> list[Any]:
+    several = row.get("passages") if isinstance(row, dict) and field not in row else None
+    return several if isinstance(several, list) else [row]
 
 
 def _read_texts(file: Path, name: str) -> Iterator[Passage]:
     number = 0
     part: list[str] = []
-    with _open(file) as lines:
-        for line in lines:
-            if line.strip():
-                part.append(line)
-            elif part:
-                yield Passage("".join(part).strip(), {"file": name, "passage": number})
-                number, part = number + 1, []
+    for line in read_lines(file):
+        if line.strip():
+            part.append(line)
+        elif part:
+            yield Passage("".join(part).strip(), {"file": name, "passage": number})
+            number, part = number + 1, []
     if part:
         yield Passage("".join(part).strip(), {"file": name, "passage": number})
 

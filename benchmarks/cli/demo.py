@@ -30,7 +30,6 @@ from ..loading import (
     CompressorSpec,
     find_compressor,
     find_reader,
-    hide_loading_bars,
 )
 from ..methods import Compressed, lines
 from ..metrics import exact_match
@@ -72,7 +71,6 @@ def demo(
     """Index real passages, ask with and without compression, measure, train a little; offline, in a few minutes."""
     console = Console()
     with friendly_errors():
-        hide_loading_bars()
         require_matplotlib()  # fail now, not after minutes of work
         console.rule("Load the shipped reader and compressors")
         reader = find_reader("reader-small", "cpu")

@@ -14,7 +14,7 @@ from ...compressors import Reader
 from ...recipes.data.corpus import Record
 from ..baselines import BASELINES
 from ..costs.shapes import random_reader
-from ..loading import dataset_name, find_reader, find_records, hide_loading_bars
+from ..loading import dataset_name, find_reader, find_records
 from ..methods import Compressed, named_methods
 from ..quality.quality import Settings
 from ..rows import Row, append_rows, read_rows
@@ -44,7 +44,6 @@ class Run:
 
     def load_reader(self) -> Reader:
         """The reader asked for; a random one if the suite has a `shape`."""
-        hide_loading_bars()
         if shape := getattr(self, "shape", None):
             return random_reader(shape, device=self.device, dtype=self.dtype, seed=self.seed)
         return find_reader(self.reader, self.device, self.dtype)

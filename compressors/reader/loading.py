@@ -41,6 +41,20 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
     return found
 
 
+def find_lm(name: str, dtype: torch.dtype | str = "auto", **model_kwargs: Any) -> LoadedLM:
+    """`load_lm`, but FileNotFoundError in one sentence if there is no such model."""
+    folder = Path(name)
+    if folder.is_dir() and not any((folder / file).is_file() for file in (ADAPTER, "config.json")):
+        raise FileNotFoundError(f"The folder {name} holds no reader: it has neither config.json nor {ADAPTER}.")
+    try:
+        return load_lm(name, dtype, **model_kwargs)
+    except OSError as error:
+        if folder.exists():
+            raise
+        reason = " ".join(str(error).split())
+    raise FileNotFoundError(f"There is no reader {name!r}: neither a folder nor a hub repository in reach ({reason})")
+
+
 def load_lm(name: str, dtype: torch.dtype | str = "auto", **model_kwargs: Any) -> LoadedLM:
     """Loads a causal LM.
 

@@ -19,7 +19,7 @@ from .generation import cut_at_stop, generate_ids, make_config, stream_text
 from .head import build_head
 from .identity import ReaderIdentity
 from .kv import KVPlacement, join, position_arguments
-from .loading import as_dtype, load_lm
+from .loading import as_dtype, find_lm
 from .plan import KV, Layout, Prompt, PromptPlan, plan_prompts
 from .tokenization import PromptTokenizer, TokenIds
 
@@ -91,6 +91,9 @@ class Reader:
             dtype: ``"auto"`` (the checkpoint's), or a torch dtype or its name.
             device: ``"auto"`` (CUDA if available) or a device; ignored with ``device_map``.
             model_kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` (``quantization_config``, ``device_map``, ...).
+
+        Raises:
+            FileNotFoundError: if there is no such folder or hub repository, or it holds no model.
         """
         dtype = as_dtype(dtype)
         if isinstance(tokenizer, str | Path):
@@ -105,7 +108,7 @@ class Reader:
                 moved = moved.to(dtype=dtype)
             return cls(moved if device == "auto" else moved.to(device), tokenizer)
         name = str(model)
-        found = load_lm(name, dtype, **model_kwargs)
+        found = find_lm(name, dtype, **model_kwargs)
         loaded: Any = found.model
         if "device_map" not in model_kwargs and "quantization_config" not in model_kwargs:
             target = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

@@ -1,44 +1,33 @@
-"""Reads training files: documents of plain text and question records, plain or xz-compressed.
+"""Reads training files: documents of plain text and question records, plain or packed (`.xz`, `.gz`).
 
 Text files hold documents separated by a line `<|doc|>`; question files are JSON lines with the fields `id, question, answers,
-passages, gold, source`. Records keep the order of the file, so a seed determines the training data.
+passages, gold, source`, or SQuAD's. Records keep the order of the file, so a seed determines the training data.
 """
 
 from __future__ import annotations
 
-import json
-import lzma
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+
+from ...compressors.core.textfiles import check_strings, parse_row, read_json_lines, read_lines
 
 SEPARATOR = "<|doc|>"
-
-
-def open_text(path: str | Path) -> TextIO:
-    """Opens `path` as UTF-8 text; unpacks `.xz`."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"There is no data file {path}. Set data.dir in the recipe to the folder that holds it."
-        )
-    if path.suffix == ".xz":
-        return lzma.open(path, "rt", encoding="utf-8")
-    return path.open(encoding="utf-8")
 
 
 def read_documents(path: str | Path) -> Iterator[str]:
     """Yields the non-empty documents of a text file, stripped."""
     lines: list[str] = []
-    with open_text(path) as file:
-        for line in file:
-            if line.rstrip("\n") != SEPARATOR:
-                lines.append(line)
-                continue
-            if text := "".join(lines).strip():
-                yield text
-            lines = []
+    for line in read_lines(path):
+        if line.rstrip("\n") != SEPARATOR:
+            lines.append(line)
+            continue
+        if text := "".join(lines).strip():
+            yield text
+        lines = []
     if text := "".join(lines).strip():
         yield text
 
@@ -68,52 +57,134 @@ class Record:
         return "" if self.gold is None else self.passages[self.gold]
 
 
-def parse_record(row: dict[str, Any], where: str = "record") -> Record:
-    """Converts a JSON object; ValueError names `where` and the missing or wrong field."""
-    missing = [key for key in ("question", "answers", "passages") if key not in row]
-    if missing:
-        raise ValueError(f"{where} lacks {', '.join(missing)}: a question record needs question, answers and passages.")
-    gold = row.get("gold")
-    if gold is not None and not 0 <= gold < len(row["passages"]):
-        raise ValueError(
-            f"{where} has gold={gold} but {len(row['passages'])} passages: gold is an index of passages, or null."
-        )
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class PassageRow(_Strict):
+    """A passage of a question row: an object with `text` and perhaps `title`, or the text alone."""
+
+    text: str
+    title: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_text(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            return {"text": given}
+        if isinstance(given, dict):
+            return given | {"title": ""} if given.get("title") is None else given
+        raise ValueError("must be a string or an object with a string 'text'")
+
+
+class QuestionRow(_Strict):
+    """A row of a question file. Further fields are left out.
+
+    `answers` is a list of strings, one string (one answer), `{"text": [...]}` (SQuAD) or a list of `{"text": ...}`.
+    SQuAD's `context` stands for `passages`; it is the gold passage if there is an answer.
+    """
+
+    question: str
+    answers: list[str]
+    passages: list[PassageRow]
+    gold: int | None = None
+    source: str = ""
+    half: str | None = None
+    id: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_squad(cls, row: dict[str, Any]) -> dict[str, Any]:
+        row = {key: value for key, value in row.items() if value is not None or key not in ("id", "source")}
+        if "context" not in row or "passages" in row:
+            return row
+        answers = _answers(row.get("answers") or [])
+        passage = {"text": row["context"], "title": row.get("title")}
+        return row | {"answers": answers, "passages": [passage], "gold": 0 if answers else None}
+
+    @field_validator("question")
+    @classmethod
+    def _asked(cls, question: str) -> str:
+        if not (question := " ".join(question.split())):
+            raise ValueError("must not be blank")
+        return question
+
+    @field_validator("id", mode="before")
+    @classmethod
+    def _numbered(cls, given: Any) -> Any:
+        return str(given) if type(given) is int else given
+
+    @field_validator("answers", mode="before")
+    @classmethod
+    def _listed(cls, answers: Any) -> Any:
+        return _answers(answers)
+
+    @model_validator(mode="after")
+    def _gold_is_there(self) -> QuestionRow:
+        if self.gold is not None and not 0 <= self.gold < len(self.passages):
+            raise ValueError(
+                f"gold={self.gold} but {len(self.passages)} passages: gold is an index of passages, or null"
+            )
+        return self
+
+
+def _answers(given: Any) -> Any:
+    """The list of answers in one of the known shapes; anything else as it is, for pydantic to refuse."""
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given, dict) and "text" in given:
+        return _answers(given["text"])
+    if isinstance(given, list):
+        return [item["text"] if isinstance(item, dict) and "text" in item else item for item in given]
+    return given
+
+
+def parse_record(row: Any, where: str = "record") -> Record:
+    """Converts a row of a known shape (see `QuestionRow`); ValueError names `where` and the missing or wrong fields."""
+    found = parse_row(QuestionRow, row, where)
     return Record(
-        question=" ".join(row["question"].split()),
-        answers=tuple(answer.strip() for answer in row["answers"] if answer.strip()),
-        passages=tuple(passage["text"].strip() for passage in row["passages"]),
-        titles=tuple(passage.get("title", "") for passage in row["passages"]),
-        gold=gold,
-        source=row.get("source", ""),
-        half=row.get("half"),
-        id=row.get("id", ""),
+        question=found.question,
+        answers=tuple(answer.strip() for answer in found.answers if answer.strip()),
+        passages=tuple(passage.text.strip() for passage in found.passages),
+        titles=tuple(passage.title for passage in found.passages),
+        gold=found.gold,
+        source=found.source,
+        half=found.half,
+        id=found.id,
     )
 
 
 def read_records(path: str | Path, half: str | None = None, limit: int | None = None) -> list[Record]:
     """Reads a question file; optionally one `half`, at most `limit` records."""
     records: list[Record] = []
-    with open_text(path) as file:
-        for number, line in enumerate(file, 1):
-            if limit is not None and len(records) >= limit:
-                break
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
-            record = parse_record(row, f"{path}, line {number}")
-            if half is None or record.half == half:
-                records.append(record)
+    for _, where, row in read_json_lines(path):
+        if limit is not None and len(records) >= limit:
+            break
+        record = parse_record(row, where)
+        if half is None or record.half == half:
+            records.append(record)
     return records
+
+
+class PairRow(_Strict):
+    """A text and its compressed form."""
+
+    original: str
+    compressed: str
+
+
+def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
+    """Yields the pairs of a file of JSON lines `{"original": ..., "compressed": ...}`."""
+    for _, where, row in read_json_lines(path):
+        pair = parse_row(PairRow, row, where)
+        yield pair.original, pair.compressed
 
 
 def find_files(folder: str | Path, names: Iterable[str]) -> list[Path]:
     """Paths of `names` (file names or glob patterns) in `folder`, each pattern's matches sorted."""
     folder = Path(folder)
     found: list[Path] = []
-    for name in names:
+    for name in check_strings("names", names, "file names or patterns"):
         matches = sorted(folder.glob(name))
         if not matches:
             raise FileNotFoundError(

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...compressors.core.textfiles import LINES, kind_of
 from .corpus import read_documents, read_records
 
 WORD = re.compile(r"[^\W_]+")
@@ -42,7 +43,7 @@ class HeldOut:
         """Collects questions and gold passages of question files (`.jsonl`) and documents of text files."""
         held = cls(n)
         for path in files:
-            if ".jsonl" not in path.name:
+            if kind_of(path) not in LINES:
                 for document in read_documents(path):
                     held.add_passage(document)
                 continue

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ...compressors.core.textfiles import check_strings
 from .corpus import Record, find_files, parse_record, read_documents, read_records, split_paragraphs
 
 HUB = "hub:"
@@ -28,10 +29,10 @@ def load_records(sources: Iterable[str], folder: str | Path | None = None, half:
         ValueError: if a row is no question record.
     """
     records: list[Record] = []
-    for source in sources:
+    for source in check_strings("sources", sources):
         if source.startswith(HUB):
             rows = enumerate(_hub_rows(source))
-            found = [record_from_row(row, f"{source}, row {number}") for number, row in rows]
+            found = [parse_record(row, f"{source}, row {number}") for number, row in rows]
             records += [record for record in found if half is None or record.half == half]
         else:
             for path in find_files(need_folder(folder, source), [source]):
@@ -43,23 +44,13 @@ def load_articles(
     sources: Iterable[str], folder: str | Path | None = None, limit: int | None = None
 ) -> Iterator[list[str]]:
     """Paragraphs of each document of `sources`, at most `limit` documents per source file."""
-    for source in sources:
+    for source in check_strings("sources", sources):
         if source.startswith(HUB):
             documents = (_text_of(row, source) for row in _hub_rows(source))
             yield from map(split_paragraphs, islice(documents, limit))
         else:
             for path in find_files(need_folder(folder, source), [source]):
                 yield from map(split_paragraphs, islice(read_documents(path), limit))
-
-
-def record_from_row(row: dict[str, Any], where: str = "record") -> Record:
-    """Converts a row of the public schema or of SQuAD's."""
-    if "context" in row and "passages" not in row:
-        answers = row.get("answers") or []
-        texts = answers.get("text", []) if isinstance(answers, dict) else answers
-        passages = [{"title": row.get("title") or "", "text": row["context"]}]
-        row = {**row, "answers": list(texts), "passages": passages, "gold": 0 if texts else None}
-    return parse_record(row, where)
 
 
 def need_folder(folder: str | Path | None, source: str) -> str | Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections import Counter
@@ -20,7 +19,7 @@ from ...compressors import Reader, make_compressor
 from ...compressors.core.batching import pad_rows
 from ...compressors.text.llmlingua2 import LLMLingua2Compressor
 from ...shipped import locate
-from ..data.corpus import find_files, open_text
+from ..data.corpus import find_files, read_pairs
 from ..data.records import Asked, Material, load_records, need_folder
 from ..training.schema import Recipe, Stage, validate
 from .items import CompressorItems, QuestionData
@@ -160,7 +159,8 @@ class TokenTask:
     def pairs(self) -> list[tuple[str, Labels]]:
         """Texts with the labels from their compressed forms, read at first use."""
         if self._pairs is None:
-            rows = [row for source in self.data.pairs for row in _read_pairs(self.data.dir, source)]
+            files = [f for source in self.data.pairs for f in find_files(need_folder(self.data.dir, source), [source])]
+            rows = [row for file in files for row in read_pairs(file)]
             aligned = [align(original, compressed) for original, compressed in rows]
             stay = trusted(aligned, self.data.variation, self.data.gap)
             self._pairs = [(rows[i][0], aligned[i].labels) for i in stay]
@@ -268,19 +268,3 @@ class TokenTask:
         passages = [one.passage for source in self.material.asked.values() for one in source]
         seen = Counter(i for passage in passages for i in set(self.compressor.words.pieces(passage).ids))
         return {i: math.log(len(passages) / n) for i, n in seen.items()}
-
-
-def _read_pairs(folder: str | None, source: str) -> Iterator[tuple[str, str]]:
-    """Pairs of a file of JSON lines."""
-    for path in find_files(need_folder(folder, source), [source]):
-        with open_text(path) as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                    yield str(row["original"]), str(row["compressed"])
-                except (json.JSONDecodeError, KeyError, TypeError) as error:
-                    raise ValueError(
-                        f"{path}, line {number} is no pair: a JSON object with 'original' and 'compressed' is needed."
-                    ) from error

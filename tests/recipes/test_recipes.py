@@ -8,7 +8,8 @@ import re
 import pytest
 import torch
 import yaml
-from nutgraf.recipes.data.records import Material, cut_at_sentence, load_articles, load_records, record_from_row
+from nutgraf.recipes.data.corpus import parse_record
+from nutgraf.recipes.data.records import Material, cut_at_sentence, load_articles, load_records
 from nutgraf.recipes.tasks.items import CompressorData, ItemMaker
 from nutgraf.recipes.training.schema import Span, dump_recipe, load_recipe, parse_recipe, recipe_names, validate
 from nutgraf.recipes.training.stage import learning_rate, uses_bfloat16
@@ -117,7 +118,7 @@ def test_records_of_both_schemas(tmp_path):
     public = {"question": "Who?", "answers": ["Ada"], "passages": [{"title": "t", "text": "Ada wrote."}], "gold": 0}
     squad = {"question": "Who?", "context": "Ada wrote.", "answers": {"text": ["Ada"], "answer_start": [0]}}
     for row in (public, squad):
-        record = record_from_row(row)
+        record = parse_record(row)
         assert (record.question, record.answers, record.gold_text) == ("Who?", ("Ada",), "Ada wrote.")
     rows = [{**public, "half": half, "id": half} for half in ("tune", "report")]
     (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -290,7 +290,7 @@ def test_wrong_recipes_say_what_is_wrong(folder, reader):
     with pytest.raises(ValueError, match=r"needs data\.dev"):
         TokenTask(recipe_for(folder, dev=None), reader).evaluate(recipe_for(folder).stages[0])
     (folder / "bad.jsonl").write_text('{"original": "a"}')
-    with pytest.raises(ValueError, match="line 1 is no pair"):
+    with pytest.raises(ValueError, match="line 1 lacks compressed"):
         _ = TokenTask(recipe_for(folder, pairs=["bad.jsonl"]), reader).pairs
     other = recipe_for(folder).model_copy(update={"compressor": {"method": "llmlingua"}})
     with pytest.raises(ValueError, match="trains llmlingua2"):

@@ -121,7 +121,7 @@ def test_corpus_files_and_wrong_records(data):
     assert read_records(data / "qa_dev_squad.jsonl.xz", half="report") == []
     with pytest.raises(ValueError, match="gold=3"):
         parse_record({"question": "?", "answers": ["a"], "passages": [{"text": "b"}], "gold": 3})
-    with pytest.raises(FileNotFoundError, match=r"data\.dir"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*nothing\.jsonl"):
         read_records(data / "nothing.jsonl")
 
 
