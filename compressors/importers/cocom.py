@@ -136,7 +136,7 @@ def _adapters(source: Source, base: Reader, tokenizer: Any) -> tuple[Reader, dic
         if name not in ("encoder_adapter", "decoder_adapter", "default") or (name == "default" and len(held) > 1):
             raise CheckpointError(f"{path} holds an adapter {name!r} that is not known; known are encoder and decoder.")
         keys = source.keys(check_state(state, path), path)
-        keys.ignore(r"(embed_tokens|lm_head)\.(\w+\.)*weight$", f"embedding rows, which are taken from {ROWS}")
+        keys.ignore(r"(embed_tokens|lm_head)\.((?!lora_)\w+\.)*weight$", f"embedding rows, which are taken from {ROWS}")
         adapters[str(name)] = take_lora(keys, r"(?:.*?\.)?(?=layers\.)")
         keys.done()
         lora_shape(adapters[str(name)], path)

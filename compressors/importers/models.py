@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..core.errors import CheckpointError
 from ..encoders.lora_twin import LoRATwin, share, short_name
+from ..reader.lora import put_rows, updated
 from ..reader.quiet import quiet_loading
 from ..reader.reader import Reader
 from ..reader.tokenization import PromptTokenizer
@@ -105,36 +106,10 @@ def graft_rows(
         tokenizer: replaces the reader's.
     """
     model = share(reader.model)
-    text = model.config.get_text_config()
-    table, output = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = output.weight is table.weight
-    dtype, device = table.weight.dtype, table.weight.device
-
-    def put(module: Any, rows: Tensor, what: str) -> None:
-        if rows.dim() != 2 or rows.shape[1] != module.weight.shape[1]:
-            raise CheckpointError(
-                f"{source.path}: {what} are {tuple(rows.shape)}, wanted rows of width {module.weight.shape[1]} "
-                f"for the reader {reader.name!r}."
-            )
-        module.weight = nn.Parameter(rows.to(device, dtype), requires_grad=False)
-
-    if tied and embed is not None and head is not None and torch.equal(embed, head):
-        head = None  # still one table
-    if embed is not None:
-        put(table, embed, "the embeddings")
-        table.num_embeddings = len(embed)
-        if tied and head is None:
-            output.weight = table.weight
-    if head is not None:
-        put(output, head, "the head's rows")
-        if tied:  # now two tables
-            model.config.tie_word_embeddings = text.tie_word_embeddings = False
-    output.out_features = output.weight.shape[0]
-    if output.weight.shape[0] != table.weight.shape[0]:
-        raise CheckpointError(
-            f"{source.path}: {table.weight.shape[0]} embeddings and {output.weight.shape[0]} rows of the head."
-        )
-    text.vocab_size = model.vocab_size = output.weight.shape[0]
+    try:
+        put_rows(model, embed, head, f"{source.path} for the reader {reader.name!r}")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     return make_reader(model, tokenizer or reader.tokenizer, source)
 
 
@@ -214,18 +189,15 @@ def merge_lora(reader: Reader, source: Source, lora: Mapping[str, Tensor], scale
         module: Any = modules.get(path)
         if not isinstance(module, nn.Linear):
             raise CheckpointError(f"{source.path}: LoRA on {path}, which is not a linear layer of {reader.name!r}.")
-        pair = [lora.get(f"{path}.lora_{side}") for side in "AB"]
-        if pair[0] is None or pair[1] is None:
-            raise CheckpointError(f"{source.path} lacks {path}.lora_{'A' if pair[0] is None else 'B'}.")
-        a, b = pair[0].float(), pair[1].float()
+        a, b = lora.get(f"{path}.lora_A"), lora.get(f"{path}.lora_B")
+        if a is None or b is None:
+            raise CheckpointError(f"{source.path} lacks {path}.lora_{'A' if a is None else 'B'}.")
         if a.shape[0] != b.shape[1] or (b.shape[0], a.shape[1]) != tuple(module.weight.shape):
             raise CheckpointError(
                 f"{source.path}: LoRA on {path} is {tuple(b.shape)} x {tuple(a.shape)}, "
                 f"wanted a product of {tuple(module.weight.shape)}."
             )
-        old = module.weight
-        new = old.float() + scale * (b @ a).to(old.device)
-        module.weight = nn.Parameter(new.to(old.dtype), requires_grad=False)
+        module.weight = updated(module.weight, b, a, scale)
     return make_reader(model, reader.tokenizer, source)
 
 

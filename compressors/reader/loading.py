@@ -6,29 +6,27 @@ compressors add their own adapters.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
-from torch import nn
 from transformers import AutoModelForCausalLM
 
+from .lora import ADAPTER, add_adapter, read_settings
 from .packaged import SMOLLM2, packaged_lm
 
-ADAPTER = "adapter_config.json"
 TOKENIZER = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
 class LoadedLM:
-    """A causal LM, the location of its tokenizer, and the checkpoint of its weights (None: no single one)."""
+    """A causal LM, the location and hub revision of its tokenizer, and the checkpoint of its weights (None: no single one)."""
 
     model: Any
     tokenizer: str
     checkpoint: str | None
+    revision: str | None = None
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
@@ -66,12 +64,14 @@ def load_lm(name: str, dtype: torch.dtype | str = "auto", **model_kwargs: Any) -
 
     Raises:
         ImportError: if a packaged model is asked for whose package is not installed.
-        ValueError: if an adapter's base is to be loaded quantised or offloaded, or the adapter is no LoRA on linear layers.
+        ValueError: if an adapter's base is to be loaded quantised or offloaded, or the adapter is more than LoRA on linear
+            layers or does not fit its base.
     """
     if (Path(name) / ADAPTER).is_file():
         return _load_adapted(name, dtype, model_kwargs)
     name = resolve(name)
-    return LoadedLM(AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **model_kwargs), name, name)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **model_kwargs)
+    return LoadedLM(model, name, name, model_kwargs.get("revision"))
 
 
 def resolve(name: str) -> str:
@@ -85,41 +85,15 @@ def _load_adapted(folder: str, dtype: torch.dtype | str, model_kwargs: dict[str,
             f"{folder} is an adapter, which is added to its base model's weights, and these cannot be quantised: save the "
             "reader that comes out with reader.model.save_pretrained and load that."
         )
-    settings: Any = PeftConfig.from_pretrained(folder)
-    if not isinstance(settings, LoraConfig) or settings.use_dora or settings.modules_to_save or settings.bias != "none":
-        raise ValueError(
-            f"{folder} holds more than plain LoRA on linear layers, which alone can be added to the weights."
-        )
+    settings = read_settings(Path(folder))
     local = resolve(str(settings.base_model_name_or_path))
+    if settings.revision is not None and not Path(local).is_dir():
+        model_kwargs.setdefault("revision", settings.revision)
     # Added in the base's own precision, so that the values do not depend on the dtype asked for.
     model = AutoModelForCausalLM.from_pretrained(local, dtype="auto", **model_kwargs)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(f"{folder} is an adapter; it cannot be added to weights that a device_map keeps elsewhere.")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an old name
-        adapted = PeftModel.from_pretrained(model, folder)
-    merge(adapted)
-    plain = adapted.unload()
-    tokenizer = folder if (Path(folder) / TOKENIZER).is_file() else local
-    return LoadedLM(plain if dtype == "auto" else plain.to(dtype), tokenizer, None)
-
-
-@torch.no_grad()
-def merge(adapted: PeftModel) -> None:
-    """Adds every LoRA update to the weight it belongs to.
-
-    The sum is taken in float64 and rounded once: in float32 its last bits, and with them the reader's fingerprint, would
-    depend on the machine.
-    """
-    for name, module in adapted.named_modules():
-        if not hasattr(module, "lora_A"):
-            continue
-        base: Any = module.get_base_layer()  # type: ignore[operator]
-        (which,) = module.active_adapters  # type: ignore[misc,union-attr]
-        if type(base) is not nn.Linear or which not in module.lora_A:  # type: ignore[operator]
-            raise ValueError(
-                f"The adapter changes {name}, a {type(base).__name__}; LoRA on linear layers can be added."
-            )
-        down, up = module.lora_A[which].weight, module.lora_B[which].weight  # type: ignore[index]
-        total = (up.double() @ down.double()).mul_(module.scaling[which])  # type: ignore[index]
-        base.weight.copy_(total.add_(base.weight))
+    plain = add_adapter(model, Path(folder))
+    own = (Path(folder) / TOKENIZER).is_file()
+    revision = None if own else model_kwargs.get("revision")
+    return LoadedLM(plain if dtype == "auto" else plain.to(dtype), folder if own else local, None, revision)

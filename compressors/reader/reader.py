@@ -115,7 +115,7 @@ class Reader:
             loaded = loaded.to(target)
         short = Path(name).name if Path(name).is_dir() else name  # paths stay private
         if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(found.tokenizer)
+            tokenizer = AutoTokenizer.from_pretrained(found.tokenizer, revision=found.revision or "main")
         reader = cls(loaded, tokenizer, name=short)
         reader.identity_card.checkpoint = found.checkpoint
         return reader

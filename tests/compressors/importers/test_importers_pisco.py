@@ -323,6 +323,7 @@ def test_damage_of_the_older_layouts_is_refused_by_name(tmp_path, zoo, reader):
     for change, named in (
         ({k: v for k, v in good["decoder_adapter"].items() if k != one}, r"missing layers\.0\.mlp\.up_proj\.lora_A"),
         ({**good["decoder_adapter"], "model.thing": torch.zeros(1)}, r"model\.thing"),
+        ({**good["decoder_adapter"], "lm_head.lora_A.weight": torch.zeros(RANK, 32)}, r"lm_head\.lora_A"),
         ({**good["decoder_adapter"], one: torch.full((RANK, 32), torch.inf)}, "NaN or infinite"),
     ):
         torch.save({**good, "decoder_adapter": change}, file)
