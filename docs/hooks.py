@@ -123,7 +123,7 @@ def groups(cls: Any) -> list[Any]:
     from nutgraf.compressors.core.config import CompressorConfig
 
     bases = [base for base in cls.__mro__[1:] if "__dataclass_fields__" in vars(base)]
-    return [base for base in bases if base is not CompressorConfig and not hasattr(base, "method")]
+    return [base for base in bases if base is not CompressorConfig and not hasattr(base, "method") and declared(base)]
 
 
 def declared(group: Any) -> list[Any]:
