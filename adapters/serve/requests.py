@@ -152,7 +152,7 @@ class Prompts:
                     sampled[name] = getattr(request, name)
             if request.top_k is not None and request.top_k > 0:
                 sampled["top_k"] = request.top_k
-        stop = [request.stop] if isinstance(request.stop, str) else list(request.stop or [])
+        stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
         if len(stop) > 16 or any(not s or len(s) > 256 for s in stop):
             raise RequestError("stop takes up to 16 strings of 1 to 256 characters.", 400, "stop")
         return AnswerOptions(min(asked or default, most), tuple(stop), tuple(sorted(sampled.items())))
