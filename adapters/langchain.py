@@ -103,8 +103,9 @@ class _Reading(BaseModel):
     def _identifying_params(self) -> dict[str, Any]:
         return {"reader": self.reader.fingerprint, "max_new_tokens": self.max_new_tokens, **self.options}
 
-    def _settings(self, stop: list[str] | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        return {"max_new_tokens": self.max_new_tokens, "stop": stop, **self.options, **kwargs}
+    def _settings(self, stop: str | list[str] | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        given = {} if stop is None else {"stop": stop}  # a call's own comes before the model's
+        return {"max_new_tokens": self.max_new_tokens, **self.options, **kwargs, **given}
 
 
 class CompressedContextLLM(_Reading, LLM):
@@ -187,7 +188,7 @@ class CompressedContextChatModel(_Reading, BaseChatModel):
     def _llm_type(self) -> str:
         return "nutgraf-chat"
 
-    def _settings(self, stop: list[str] | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def _settings(self, stop: str | list[str] | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         return {"chat": True, **super()._settings(stop, kwargs)}
 
     def _generate(

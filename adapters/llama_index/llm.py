@@ -26,6 +26,7 @@ from llama_index.core.response_synthesizers import BaseSynthesizer, get_response
 
 from ...compressors import CompressedPassage, Reader
 from ...compressors.reader.checks import check_reads_slots
+from ...compressors.reader.generation import stop_strings
 from ..checks import check_reader
 from ..openai import ServedReader
 from ..placeholders import read_placeholders
@@ -50,7 +51,7 @@ class CompressedContextLLM(CustomLLM):
             1,024 positions.
         context_window: positions of a prompt and its answer; default: the reader's ``max_positions``.
         chat: use the tokenizer's chat template and LlamaIndex's chat prompts.
-        stop: strings that end an answer; not part of it.
+        stop: a string, or strings, that end an answer; not part of it.
         generation_kwargs: passed to the reader's ``generate`` (``do_sample``, ``temperature``, ``num_beams``, ...).
         kwargs: passed to LlamaIndex's ``LLM`` (``system_prompt``, ``completion_to_prompt``, ``callback_manager``, ...).
 
@@ -76,7 +77,7 @@ class CompressedContextLLM(CustomLLM):
         max_new_tokens: int | None = None,
         context_window: int | None = None,
         chat: bool = False,
-        stop: Sequence[str] | None = None,
+        stop: str | Sequence[str] | None = None,
         generation_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -103,7 +104,7 @@ class CompressedContextLLM(CustomLLM):
             max_new_tokens=max_new_tokens,
             chat_model=chat,
             model_name=reader.name,
-            stop=None if stop is None else list(stop),
+            stop=stop_strings(stop) or None,
             generation_kwargs=dict(generation_kwargs or {}),
             **kwargs,
         )
@@ -201,6 +202,8 @@ class CompressedContextLLM(CustomLLM):
         Raises:
             ReaderRefusedError: if the answer is empty, or prompt and answer do not fit the window.
         """
+        if isinstance(prompts, str):
+            raise TypeError("prompts must be a list of prompts, got one string; write [prompt].")
         calls = [
             self._completion_call(prompt, False, {}) if isinstance(prompt, str) else self._chat_call(prompt, {})
             for prompt in prompts

@@ -74,6 +74,8 @@ class PassageScores(BaseSynthesizer):
         Raises:
             ReaderRefusedError: if the answer is empty, or a prompt does not fit the window.
         """
+        if isinstance(contexts, str):
+            raise TypeError("contexts must be a list of contexts, got one string; write [context].")
         prompts: list[str | list[ChatMessage]] = []
         for context in contexts:
             asked: dict[str, Any] = {"llm": self._scorer, "context_str": context, "query_str": query}

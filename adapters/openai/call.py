@@ -42,7 +42,7 @@ class Call:
         Raises:
             ValueError: if the numbers of texts and compressed passages differ.
         """
-        left = list(self.texts or ())
+        left = [self.texts] if isinstance(self.texts, str) else list(self.texts or ())
         held = self.passages
         if len(left) != len(held):
             raise ValueError(

@@ -146,7 +146,7 @@ class ServedReader:
         max_new_tokens: int = 32,
         *,
         chat: bool = False,
-        stop: Sequence[str] | None = None,
+        stop: str | Sequence[str] | None = None,
         template: Mapping[str, Any] | None = None,
         texts: Sequence[Texts] | None = None,
         **options: Any,
@@ -157,7 +157,7 @@ class ServedReader:
             prompts: each a string, a list of strings and compressed passages or, with ``chat``, a list of messages.
             max_new_tokens: longest answer in tokens.
             chat: apply the chat template (``vllm-chat`` always does, on the server).
-            stop: strings that end an answer; not part of it.
+            stop: a string, or strings, that end an answer; not part of it.
             template: options of the chat template.
             texts: for each prompt, the original texts of its compressed passages; for ``fallback="text"``.
             options: ``do_sample``, ``temperature``, ``top_p``, ``top_k``, ``min_p``, ``seed`` and penalties.
@@ -183,7 +183,7 @@ class ServedReader:
         max_new_tokens: int = 32,
         *,
         chat: bool = False,
-        stop: Sequence[str] | None = None,
+        stop: str | Sequence[str] | None = None,
         template: Mapping[str, Any] | None = None,
         texts: Texts | None = None,
         **options: Any,

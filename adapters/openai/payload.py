@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ...compressors import CompressedPassage
+from ...compressors.reader.generation import stop_strings
 from ...compressors.reader.plan import PromptPlan, merge_atoms
 from ...compressors.reader.tokenization import clean
 from .embeddings import EmbeddingTable
@@ -54,7 +55,7 @@ class Settings:
     sampling: Mapping[str, Any]
 
     @classmethod
-    def of(cls, max_new_tokens: int, stop: Sequence[str] | None, options: Mapping[str, Any]) -> Settings:
+    def of(cls, max_new_tokens: int, stop: str | Sequence[str] | None, options: Mapping[str, Any]) -> Settings:
         """Check the options of a call. Raises ``ValueError`` for options that serving engines do not have."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
@@ -63,7 +64,7 @@ class Settings:
         if unknown := sorted(given.keys() - set(SAMPLING)):
             raise ValueError(f"A serving engine has no options {unknown}; it has do_sample and {sorted(SAMPLING)}.")
         sampling = {**given, "temperature": float(given.get("temperature", 1.0)) if sample else 0.0}
-        return cls(max_new_tokens, (stop,) if isinstance(stop, str) else tuple(stop or ()), sampling)
+        return cls(max_new_tokens, tuple(stop_strings(stop)), sampling)
 
 
 class EngineFormat(ABC):

@@ -96,6 +96,12 @@ def create_app(
         server.check_key(request)
         return {"object": "list", "data": [server.card]}
 
+    @app.get("/v1/models/{name:path}")
+    async def model(request: Request, name: str) -> dict[str, Any]:
+        server.check_key(request)
+        server.check_name(name)
+        return server.card
+
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await server.answer(request, CompletionRequest, server.prompts.of_completion)
@@ -132,6 +138,10 @@ class _Server:
         given = request.headers.get("authorization", "").encode()
         if self._key is not None and not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
             raise RequestError("The API key is missing or wrong.", 401)
+
+    def check_name(self, name: str | None) -> None:
+        if name is not None and name != self.name:
+            raise RequestError(f"There is no model {name!r:.100} here; it is {self.name!r}.", 404, "model")
 
     async def answer(self, http: Request, kind: type[Any], make: Callable[[Any], list[PromptPlan]]) -> Response:
         """Answer one request, whole or streamed."""
@@ -209,8 +219,7 @@ class _Server:
             raise RequestError(f"The request is not JSON: {error}.") from error
 
     def _check_who(self, request: Any, http: Request) -> None:
-        if request.model is not None and request.model != self.name:
-            raise RequestError(f"There is no model {request.model!r:.100} here; it is {self.name!r}.", 404, "model")
+        self.check_name(request.model)
         reader = http.headers.get(READER_HEADER)
         if reader is not None and reader != self.reader.fingerprint:
             raise RequestError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -14,24 +16,90 @@ from .errors import RequestError
 from .limits import Limits
 from .tensors import decode_embeds
 
-_NOT_SERVED = {
-    "n": (None, 1),
+_LABELS = {
+    "user",
+    "safety_identifier",
+    "prompt_cache_key",
+    "cache_salt",
+    "request_id",
+    "rid",
+}  # change no answer anywhere
+_UNSERVED: dict[
+    str, tuple[Any, ...]
+] = {  # parameters of OpenAI, vLLM and SGLang, accepted at values that ask for nothing
+    "allowed_token_ids": (None, []),
+    "bad_words": (None, []),
     "best_of": (None, 1),
+    "early_stopping": (None, False),
+    "ebnf": (None,),
     "echo": (None, False),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
-    "suffix": (None, ""),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "logit_bias": (None, {}),
-    "presence_penalty": (None, 0),
     "frequency_penalty": (None, 0),
+    "guided_choice": (None, []),
+    "guided_decoding_backend": (None,),
+    "guided_grammar": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "ignore_eos": (None, False),
+    "include_stop_str_in_output": (None, False),
+    "json_schema": (None,),
+    "kv_transfer_params": (None, {}),
+    "length_penalty": (None, 1),
+    "logit_bias": (None, {}),
+    "logits_processors": (None, []),
+    "logprobs": (None, False),
+    "lora_path": (None,),
+    "metadata": (None, {}),
     "min_tokens": (None, 0),
+    "n": (None, 1),
+    "no_stop_trim": (None, False),
+    "presence_penalty": (None, 0),
+    "priority": (None, 0),
+    "prompt_logprobs": (None, False),
+    "regex": (None,),
+    "response_format": (None, {"type": "text"}),
+    "return_hidden_states": (None, False),
+    "return_token_ids": (None, False),
+    "return_tokens_as_token_ids": (None, False),
+    "service_tier": (None, "auto", "default"),
+    "skip_special_tokens": (None, True),
+    "spaces_between_special_tokens": (None, True),
+    "stop_token_ids": (None, []),
+    "store": (None, False),
+    "structured_outputs": (None, {}),
+    "truncate_prompt_tokens": (None,),
+    "use_beam_search": (None, False),
+    "vllm_xargs": (None, {}),
 }
+_UNSERVED_COMPLETION: dict[str, tuple[Any, ...]] = {"add_special_tokens": (None, True), "suffix": (None, "")}
+_UNSERVED_CHAT: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (None, False),
+    "audio": (None,),
+    "chat_template": (None,),
+    "documents": (None, []),
+    "function_call": (None, "none", "auto"),
+    "functions": (None, []),
+    "mm_processor_kwargs": (None, {}),
+    "modalities": (None, ["text"]),
+    "parallel_tool_calls": (None, True, False),
+    "prediction": (None,),
+    "reasoning_effort": (None,),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None, []),
+    "top_logprobs": (None, 0),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+}
+_STREAM_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "include_usage": (None, True, False),
+    "include_obfuscation": (None, False),
+    "continuous_usage_stats": (None, False),
+}
+_TEMPLATE_OPTIONS = {"add_generation_prompt", "continue_final_message"}  # of the tokenizer, whatever the template
 
 
 class _Request(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="ignore", strict=True)  # `parse` refuses other names
+    unserved: ClassVar[dict[str, tuple[Any, ...]]] = _UNSERVED
 
     model: str | None = None
     max_tokens: int | None = Field(default=None, ge=1)
@@ -53,6 +121,7 @@ class _Request(BaseModel):
 class CompletionRequest(_Request):
     """``/v1/completions``: text, token ids or prompt embeddings."""
 
+    unserved = _UNSERVED | _UNSERVED_COMPLETION
     prompt: str | list[str] | list[int] | list[list[int]] | None = None
     prompt_embeds: str | list[str] | None = None
 
@@ -60,9 +129,12 @@ class CompletionRequest(_Request):
 class ChatRequest(_Request):
     """``/v1/chat/completions``: messages of text and prompt embeddings."""
 
+    unserved = _UNSERVED | _UNSERVED_CHAT
     messages: list[dict[str, Any]] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
 
 def parse(kind: type[Any], data: Any) -> Any:
@@ -76,10 +148,19 @@ def parse(kind: type[Any], data: Any) -> Any:
         field = str(first["loc"][0]) if first["loc"] else None
         where = ".".join(str(step) for step in first["loc"])
         raise RequestError(f"{where or 'The request'}: {first['msg']}.", 400, field) from error
-    for name, allowed in _NOT_SERVED.items():
-        if name in data and data[name] not in allowed:
-            raise RequestError(f"{name}={data[name]!r:.60} is not served here; leave it out.", 400, name)
+    _refuse_others({n: v for n, v in data.items() if n not in kind.model_fields and n not in _LABELS}, kind.unserved)
+    _refuse_others(request.stream_options or {}, _STREAM_OPTIONS, "stream_options.")
+    if request.stream_options and not request.stream:
+        raise RequestError("stream_options are for streams; leave them out, or set stream.", 400, "stream_options")
     return request
+
+
+def _refuse_others(given: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]], where: str = "") -> None:
+    for name, value in given.items():
+        if name not in allowed:
+            raise RequestError(f"{where}{name:.60} is no parameter that is served here; leave it out.", 400, name)
+        if value not in allowed[name]:
+            raise RequestError(f"{where}{name}={value!r:.60} is not served here; leave it out.", 400, name)
 
 
 class Prompts:
@@ -118,11 +199,29 @@ class Prompts:
         for i, message in enumerate(request.messages):
             if not isinstance(message.get("role"), str):
                 raise RequestError(f"messages.{i} needs a role.", 400, "messages")
-            messages.append({**message, "content": self._content(message.get("content"), f"messages.{i}.content")})
-        options = request.chat_template_kwargs
+            given = {name: value for name, value in message.items() if value is not None}
+            for name in given.keys() - {"role", "content"}:
+                self._check_read(name, f"messages.{i}.{name:.60}", "messages")
+            messages.append({**given, "content": self._content(message.get("content"), f"messages.{i}.content")})
+        options = dict(request.chat_template_kwargs or {})
+        for name in options.keys() - _TEMPLATE_OPTIONS:
+            self._check_read(name, f"chat_template_kwargs.{name:.60}", "chat_template_kwargs")
+        for name in _TEMPLATE_OPTIONS:
+            if getattr(request, name) is not None:
+                options[name] = getattr(request, name)
         if reserved := sorted(options.keys() & {"tokenize", "return_tensors", "return_dict", "chat_template", "chat"}):
             raise RequestError(f"chat_template_kwargs must not set {reserved}.", 400, "chat_template_kwargs")
-        return self._plan([messages], request.max_completion_tokens or request.max_tokens, "messages", options)
+        asked = {n for n in (request.max_completion_tokens, request.max_tokens) if n is not None}
+        if len(asked) > 1:
+            raise RequestError("max_tokens and max_completion_tokens differ; give one of them.", 400, "max_tokens")
+        return self._plan([messages], next(iter(asked), None), "messages", options)
+
+    def _check_read(self, name: str, where: str, param: str) -> None:
+        """Refuse what the chat template does not mention, and would ignore."""
+        template = getattr(self.reader.tokenizer, "chat_template", None)
+        sources = template.values() if isinstance(template, dict) else [template or ""]
+        if template and not any(re.search(rf"\b{re.escape(name)}\b", source) for source in sources):
+            raise RequestError(f"{where} is not read by this model's chat template; leave it out.", 400, param)
 
     def options(self, request: _Request, plans: list[PromptPlan]) -> AnswerOptions:
         """Return the options of the answers."""
@@ -152,7 +251,7 @@ class Prompts:
                     sampled[name] = getattr(request, name)
             if request.top_k is not None and request.top_k > 0:
                 sampled["top_k"] = request.top_k
-        stop = [request.stop] if isinstance(request.stop, str) else list(request.stop or [])
+        stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
         if len(stop) > 16 or any(not s or len(s) > 256 for s in stop):
             raise RequestError("stop takes up to 16 strings of 1 to 256 characters.", 400, "stop")
         return AnswerOptions(min(asked or default, most), tuple(stop), tuple(sorted(sampled.items())))
@@ -165,6 +264,9 @@ class Prompts:
         atoms: list[Any] = []
         for i, part in enumerate(content):
             kind = part.get("type") if isinstance(part, dict) else None
+            field = {"text": "text", "prompt_embeds": "data"}.get(kind) if isinstance(kind, str) else None
+            if field and (other := [n for n, v in part.items() if n not in ("type", field) and v is not None]):
+                raise RequestError(f"{where}.{i}.{other[0]:.60} is not served here; leave it out.", 400, "messages")
             if kind == "text" and isinstance(part.get("text"), str):
                 atoms.append(part["text"])
             elif kind == "prompt_embeds":

@@ -20,6 +20,21 @@ _END = object()
 _OVERLAP = 32  # tokens of context in which a new token is decoded
 
 
+def stop_strings(stop: str | Sequence[str] | None) -> list[str]:
+    """The stop strings of a call: one string is one stop string.
+
+    Raises:
+        TypeError: for anything but strings.
+        ValueError: for an empty string, which would end every answer at once.
+    """
+    found = [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
+    if bad := [s for s in found if not isinstance(s, str)]:
+        raise TypeError(f"stop must be a string or a list of strings, got a {type(bad[0]).__name__} in it.")
+    if "" in found:
+        raise ValueError("A stop string must not be empty: it would end every answer before its first character.")
+    return found
+
+
 def make_config(
     max_new_tokens: int, given: GenerationConfig | None, kwargs: dict[str, Any], tokenizer: Any, eos_ids: list[int]
 ) -> GenerationConfig:

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, DynamicCache, GenerationConfig, PreTrain
 from ..core.errors import ReaderMismatchError
 from ..core.passage import CompressedPassage
 from .attention import Prefix, attending
-from .generation import cut_at_stop, generate_ids, make_config, stream_text
+from .generation import cut_at_stop, generate_ids, make_config, stop_strings, stream_text
 from .head import build_head
 from .identity import ReaderIdentity
 from .kv import KVPlacement, join, position_arguments
@@ -386,7 +386,7 @@ class Reader:
         max_new_tokens: int = 32,
         *,
         chat: bool = False,
-        stop: Sequence[str] | None = None,
+        stop: str | Sequence[str] | None = None,
         generation_config: GenerationConfig | None = None,
         batch_size: int | None = None,
         template: dict[str, Any] | None = None,
@@ -399,7 +399,7 @@ class Reader:
                 ``template`` have no effect).
             max_new_tokens: maximum length of an answer, in tokens.
             chat: render each prompt through the chat template.
-            stop: strings that end an answer and are not part of it.
+            stop: a string, or strings, that end an answer and are not part of it.
             generation_config: default: greedy.
             batch_size: prompts per batch, sorted by length to save padding; default: all together.
             template: options of the chat template.
@@ -408,6 +408,7 @@ class Reader:
         Raises:
             ValueError: if a prompt and its answer do not fit the model's positions.
         """
+        stop = stop_strings(stop)
         plans = self._as_plans(prompts, chat, template)
         order = sorted(range(len(plans)), key=lambda i: len(plans[i]))
         answers = [""] * len(plans)
@@ -425,7 +426,7 @@ class Reader:
         max_new_tokens: int = 32,
         *,
         chat: bool = False,
-        stop: Sequence[str] | None = None,
+        stop: str | Sequence[str] | None = None,
         generation_config: GenerationConfig | None = None,
         template: dict[str, Any] | None = None,
         **generate_kwargs: Any,
@@ -434,7 +435,9 @@ class Reader:
 
         The model runs in a thread of its own, which ends when the iterator is closed; its errors are raised here.
         """
-        plans = self._as_plans([prompt], chat, template)
+        stop = stop_strings(stop)
+        with torch.no_grad():  # as `generate`: an untrained tuned reader is then no reader in training
+            plans = self._as_plans([prompt], chat, template)
         config = make_config(max_new_tokens, generation_config, generate_kwargs, self.tokenizer, self.eos_ids)
         if (config.num_beams or 1) > 1:
             raise ValueError("Beam search cannot be streamed: its tokens are final only at the end. Use generate.")

@@ -19,6 +19,8 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from nutgraf import CompressedPassage, Reader, make_compressor
 from nutgraf.adapters.openai import EmbeddingTable, RequestRefusedError, ServedReader, ServerFaultError, encode_tensor
 from safetensors.torch import save as save_safetensors
@@ -27,6 +29,8 @@ from texts import TREATY
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 from nutgraf.adapters.serve import Limits, create_app  # noqa: E402
+from nutgraf.adapters.serve.errors import RequestError  # noqa: E402
+from nutgraf.adapters.serve.requests import _LABELS, ChatRequest, parse  # noqa: E402
 
 PASSAGE = TREATY
 QUESTION = "\nQuestion: who signed it?\nAnswer:"
@@ -381,6 +385,109 @@ def test_a_stream_whose_client_leaves_before_its_first_piece_ends(zoo, page):
 )
 def test_bad_completions(running, body, said):
     assert said in refused(running.post(**body))
+
+
+UNSERVED = [
+    {"response_format": {"type": "json_object"}},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
+    {"guided_json": {"type": "object"}},
+    {"guided_choice": ["a", "b"]},
+    {"structured_outputs": {"regex": "a+"}},
+    {"ignore_eos": True},
+    {"stop_token_ids": [3]},
+    {"skip_special_tokens": False},
+    {"include_stop_str_in_output": True},
+    {"min_tokens": 3},
+    {"bad_words": ["a"]},
+    {"allowed_token_ids": [1, 2]},
+    {"truncate_prompt_tokens": 4},
+    {"use_beam_search": True},
+    {"regex": "a+"},
+    {"prompt_logprobs": 1},
+    {"max_token": 3},
+    {"temprature": 0.1},
+    {"stream_options": {"include_usage": True}},
+    {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+    {"stream": True, "stream_options": {"other": 1}},
+]
+
+
+@pytest.mark.parametrize("page", ["completions", "chat/completions"])
+@pytest.mark.parametrize("body", UNSERVED, ids=lambda body: next(iter(reversed(body))))
+def test_parameters_that_are_not_served_are_refused_by_name(running, page, body):
+    prompt = {"prompt": "a"} if page == "completions" else {"messages": [{"role": "user", "content": "a"}]}
+    answer = running.post(page, **prompt, **body, max_tokens=2)
+    name = next(reversed(body))
+    assert name in refused(answer)
+    assert answer.json()["error"]["param"] in (name, *(body[name] if isinstance(body[name], dict) else ()))
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"functions": [{"name": "f"}]}, "functions="),
+        ({"function_call": {"name": "f"}}, "function_call="),
+        ({"tools": [{"type": "function"}]}, "tools="),
+        ({"tool_choice": "required"}, "tool_choice="),
+        ({"documents": [{"text": "a"}]}, "documents="),
+        ({"chat_template": "{{ messages }}"}, "chat_template="),
+        ({"modalities": ["audio"]}, "modalities="),
+        ({"reasoning_effort": "low"}, "reasoning_effort="),
+        ({"prompt": "a"}, "prompt is no parameter"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs.enable_thinking is not read"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "differ"),
+        ({"messages": [{"role": "user", "content": "a", "name": "Bob"}]}, "messages.0.name is not read"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages.0.tool_calls is not read"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]}, "content.0.x"),
+    ],
+)
+def test_parameters_of_chats_that_are_not_served(running, body, said):
+    body = {"messages": [{"role": "user", "content": "a"}], **body}
+    assert said in refused(running.post("chat/completions", **body))
+
+
+@given(
+    st.dictionaries(
+        st.text(max_size=12) | st.sampled_from(sorted(ChatRequest.unserved)),
+        st.none() | st.booleans() | st.integers() | st.text() | st.lists(st.integers()) | st.just({"type": "text"}),
+        max_size=4,
+    )
+)
+@settings(max_examples=150, deadline=None)
+def test_only_names_and_values_of_the_list_are_accepted(more):
+    served = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+    given_ = {name: value for name, value in more.items() if name not in ChatRequest.model_fields}
+    fine = all(n in _LABELS or (n in ChatRequest.unserved and v in ChatRequest.unserved[n]) for n, v in given_.items())
+    if fine:
+        assert parse(ChatRequest, served | given_).max_tokens == 2
+    else:
+        with pytest.raises(RequestError) as caught:
+            parse(ChatRequest, served | given_)
+        assert caught.value.status == 400
+        assert caught.value.param in given_
+
+
+def test_neutral_values_and_labels_are_accepted(running, reader):
+    wanted = reader.generate(["Hello"], 3, chat=True)
+    neutral = {name: values[-1] for name, values in ChatRequest.unserved.items()} | {"user": "u", "cache_salt": "x"}
+    neutral |= {"chat_template_kwargs": None, "stream_options": None, "stop": None, "seed": None}
+    messages = [{"role": "user", "content": "Hello", "name": None, "tool_calls": None}]
+    for more in (neutral, dict.fromkeys(neutral), {"add_generation_prompt": True}):
+        answer = running.post("chat/completions", messages=messages, max_tokens=3, temperature=0, **more)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"][0]["message"]["content"] == wanted[0]
+    body = {"add_generation_prompt": False, "temperature": 0, "max_tokens": 3}
+    answer = running.post("chat/completions", messages=messages, **body).json()
+    wanted = reader.generate(["Hello"], 3, chat=True, template={"add_generation_prompt": False})
+    assert answer["choices"][0]["message"]["content"] == wanted[0]
+    assert running.ask(prompt="Hello", max_tokens=3, response_format={"type": "text"}, suffix=None)
+
+
+def test_a_models_card(running, reader):
+    card = running.http.get("/v1/models/tiny").json()
+    assert card == running.http.get("/v1/models").json()["data"][0]
+    assert card["reader"] == reader.fingerprint
+    assert "There is no model 'a/b' here" in refused(running.http.get("/v1/models/a/b"), 404)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from nutgraf import CompressedPassage, Reader
+from nutgraf import CompressedPassage, Reader, make_compressor
 from nutgraf.compressors import ReaderMismatchError
 
 NAMES = ["llama", "mistral", "qwen3", "gemma3_text", "phi3", "gpt_neox", "opt", "gpt2", "falcon", "olmo2", "mixtral"]
@@ -353,3 +353,11 @@ def test_reader_parameters_are_frozen_and_unchanged(zoo):
     reader.generate([[reader.identity(LONG), QUESTION]], 4)
     assert not any(p.requires_grad for p in model.parameters())
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("method", ["gist", "pisco"])
+def test_an_untrained_tuned_reader_streams(zoo, method):
+    compressor = make_compressor(method, zoo.reader("llama", num_hidden_layers=1))
+    (passage,) = compressor.compress([LONG])
+    prompt = [passage, QUESTION]
+    assert "".join(compressor.reader.stream(prompt, 4)) == compressor.reader.generate([prompt], 4)[0]
