@@ -31,7 +31,7 @@ def xrag_prompt(
 ) -> list[Any]:
     """xRAG's prompt, for `Reader`.
 
-    If the tokenizer knows ``<xRAG>``, the text is tokenised as one, with that token in place of each slot.
+    If the tokenizer knows ``<xRAG>``, the text is tokenised as if that token stood in place of each slot.
 
     Args:
         reader: the compressor's reader.
@@ -50,21 +50,15 @@ def xrag_prompt(
     rows = [replace(p, embeds=row[None]) for p in passages for row in p.embeds]  # type: ignore[union-attr]
     head, tail = template.split("{background}")
     tail = tail.replace("{question}", question)
-    marker = reader.tokenizer.get_vocab().get(XRAG_TOKEN)
-    prompt: list[Any] = []
-    if marker is None:
-        for row in rows:
-            prompt += [" ", row]
-        return [head, *prompt[1:], tail]
-    ids = reader.prompts.encode(head + " ".join([XRAG_TOKEN] * len(rows)) + tail, opens=True)
-    if ids.count(marker) != len(rows):
-        raise ValueError(f"The question must not hold {XRAG_TOKEN!r}, which marks the slots: {question!r:.200}")
-    ids, start = [*reader.bos_ids, *ids], 0
-    for row in rows:
-        at = ids.index(marker, start)
-        prompt += [TokenIds(tuple(ids[start:at])), row]
-        start = at + 1
-    return [*prompt, TokenIds(tuple(ids[start:]))]
+    if XRAG_TOKEN in head + tail:
+        raise ValueError(
+            f"Question and template must not hold {XRAG_TOKEN!r}, which marks the slots: {question!r:.200}"
+        )
+    gaps: list[Any] = [head, *[" "] * (len(rows) - 1), tail] if rows else [head + tail]
+    if XRAG_TOKEN in reader.tokenizer.get_vocab():
+        gaps = [TokenIds(tuple(ids)) for ids in reader.prompts.encode_between(gaps)]
+        gaps[0] = TokenIds((*reader.bos_ids, *gaps[0].ids))
+    return [atom for pair in zip(gaps, [*rows, ""]) for atom in pair]
 
 
 def icae_prompt(
@@ -177,10 +171,18 @@ def slots_first(
         reader: the compressor's reader.
         passages: the passages.
         rest: text (tokenised on its own, without special tokens), or its ids.
-        bos: put BOS between slots and text.
+        bos: put the tokenizer's BOS token between slots and text, even if it does not put it before texts itself.
+
+    Raises:
+        ValueError: if there is no BOS token.
     """
     ids = reader.prompts.encode(rest, opens=True) if isinstance(rest, str) else list(rest)
-    return [TokenIds(()), *passages, TokenIds((*(reader.bos_ids if bos else ()), *ids))]
+    start = reader.tokenizer.bos_token_id
+    if bos and start is None:
+        raise ValueError(
+            f"The tokenizer of {reader.name!r} has no BOS token, which this prompt needs; set its bos_token."
+        )
+    return [TokenIds(()), *passages, TokenIds((*((start,) if bos else ()), *ids))]
 
 
 def gist_source(instruction: str, *, stripped: bool = False) -> str:

@@ -172,7 +172,8 @@ def _with_names(tokenizer: Any, rows: int) -> Any:
         return tokenizer
     named = copy.deepcopy(tokenizer)
     named.add_special_tokens({"pad_token": "<pad>"})
-    named.add_tokens([AddedToken(TOKEN, special=False, lstrip=False, rstrip=False)])
+    # Not normalised, or a normalizer that puts a space before a text would put one into the token's name.
+    named.add_tokens([AddedToken(TOKEN, special=False, lstrip=False, rstrip=False, normalized=False)])
     return named if named.get_vocab()[TOKEN] < rows else tokenizer
 
 

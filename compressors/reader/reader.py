@@ -303,6 +303,8 @@ class Reader:
             mask = inputs["attention_mask"]
             crop = (lambda m: m[:, :, :-1, :-1]) if kv_positions is not None else (lambda m: m[:, :-1])
             inputs["attention_mask"] = {k: crop(m) for k, m in mask.items()} if isinstance(mask, dict) else crop(mask)
+            if not embeds.shape[1]:  # each prompt has one position besides its KV slots
+                return embeds, layout, cache, kv_positions
         decoder = self.model.get_decoder()
         with attending(self.model, door):
             out = decoder(

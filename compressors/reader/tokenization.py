@@ -6,6 +6,7 @@ from the tokenizer's prefix (BOS) and the chat template.
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -53,10 +54,12 @@ class PromptTokenizer:
         self._plain.no_padding()
         self._plain.no_truncation()
         self._plain.encode_special_tokens = True
-        # A run inside a prompt is encoded after a sentinel, so that SentencePiece-like tokenizers add no leading space. The
-        # sentinel is random, so that no text contains it.
+        # A run inside a prompt is encoded after a sentinel, so that tokenizers that put a space before a text put none before
+        # the run. The sentinel is random, so that no text contains it.
         self._sentinel = f"<|{secrets.token_hex(16)}|>"
         self._plain.add_tokens([AddedToken(self._sentinel, special=False, normalized=False)])
+        # Other tokenizers put one after every added token too.
+        self._inside = _without_prefix(self._plain)
         added = tokenizer.added_tokens_decoder
         self._specials: dict[str, int] = {str(t.content): i for i, t in added.items()}
         strip = {t.content: (r"\s*" if t.lstrip else "", r"\s*" if t.rstrip else "") for t in added.values()}
@@ -79,16 +82,31 @@ class PromptTokenizer:
 
     def encode_batch(self, runs: Sequence[tuple[str, bool]]) -> list[list[int]]:
         """Ids of plain runs, each with its ``opens`` flag."""
-        marked = [clean(text) if opens else self._sentinel + clean(text) for text, opens in runs]
-        encodings = self._plain.encode_batch_fast(marked, add_special_tokens=False)
-        return [e.ids if opens else e.ids[1:] for e, (_, opens) in zip(encodings, runs)]
+        out: list[list[int]] = [[]] * len(runs)
+        for opens, backend in ((True, self._plain), (False, self._inside)):
+            at = [i for i, run in enumerate(runs) if run[1] == opens]
+            marked = [("" if opens else self._sentinel) + clean(runs[i][0]) for i in at]
+            for i, encoding in zip(at, backend.encode_batch_fast(marked, add_special_tokens=False) if at else []):
+                out[i] = encoding.ids if opens else encoding.ids[1:]
+        return out
+
+    def encode_between(self, pieces: Sequence[str]) -> list[list[int]]:
+        """Ids of the pieces of a prompt that stand between added tokens, as the tokenizer itself encodes them there."""
+        mark = self._plain.token_to_id(self._sentinel)
+        found: list[list[int]] = [[]]
+        for i in self._plain.encode(self._sentinel.join(map(clean, pieces)), add_special_tokens=False).ids:
+            if i == mark:
+                found.append([])
+            else:
+                found[-1].append(i)
+        return found
 
     def encode_with_offsets(self, text: str, opens: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a plain run, and the ``(start, end)`` characters of each token; ``opens`` as in `encode`."""
         if opens:
             encoding = self._plain.encode(clean(text), add_special_tokens=False)
             return encoding.ids, encoding.offsets
-        encoding = self._plain.encode(self._sentinel + clean(text), add_special_tokens=False)
+        encoding = self._inside.encode(self._sentinel + clean(text), add_special_tokens=False)
         shift = len(self._sentinel)
         return encoding.ids[1:], [(a - shift, b - shift) for a, b in encoding.offsets[1:]]
 
@@ -146,6 +164,36 @@ class PromptTokenizer:
 def clean(text: str) -> str:
     """Replaces lone surrogates, which no tokenizer takes, by U+FFFD, one for one."""
     return _SURROGATES.sub("�", text)
+
+
+def _without_prefix(backend: Tokenizer) -> Tokenizer:
+    """The tokenizer, or a copy that puts no space before its texts if it would put one after added tokens too."""
+    parts = {name: getattr(backend, name) for name in ("normalizer", "pre_tokenizer")}
+    parts = {name: None if part is None else json.loads(part.__getstate__()) for name, part in parts.items()}
+    if not sum(_strip_prefix(parts, name) for name in parts):
+        return backend
+    copied = Tokenizer.from_str(json.dumps({**json.loads(backend.to_str()), **parts}))
+    copied.encode_special_tokens = backend.encode_special_tokens
+    return copied
+
+
+def _strip_prefix(parts: Any, key: str | int) -> bool:
+    """Takes the prefix out of the part of a tokenizer under a key, in place; returns whether there was one."""
+    part = parts[key]
+    if part is None:
+        return False
+    if part["type"] == "Sequence":
+        inner = part["normalizers" if "normalizers" in part else "pretokenizers"]
+        return sum(_strip_prefix(inner, i) for i in range(len(inner))) > 0  # every one, not only the first
+    if part["type"] == "Prepend":
+        parts[key] = {"type": "Sequence", "normalizers": []}
+    elif part["type"] == "Metaspace" and part.get("prepend_scheme") == "always":
+        part["prepend_scheme"] = "never"
+    elif part["type"] == "ByteLevel" and part.get("add_prefix_space"):
+        part["add_prefix_space"] = False
+    else:
+        return False
+    return True
 
 
 def _trim(pieces: list[Any]) -> list[Any]:

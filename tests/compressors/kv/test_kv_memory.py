@@ -9,8 +9,9 @@ import torch
 from nutgraf.compressors import Reader
 from nutgraf.compressors.encoders.lora_twin import attention_inputs
 from nutgraf.compressors.kv.five_hundred import KVMemoryCompressor, KVMemoryConfig
+from nutgraf.compressors.reader.tokenization import TokenIds
 from peft import LoraConfig, get_peft_model
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 PASSAGE = "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911)."
 QUESTION = "\n\nQuestion: who signed it?\nAnswer:"
@@ -106,6 +107,26 @@ def test_the_given_reader_reads_them_anywhere(reader):
     prompts = [[one, QUESTION], ["Read: ", two, " and ", one, QUESTION], ["no passage"]]
     together = reader.generate(prompts, 4)
     assert together == [reader.generate([prompt], 4)[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gemma2"])
+@pytest.mark.parametrize("places", [1, 2])
+def test_one_token_after_the_slots_is_enough(zoo, architecture, places):
+    reader = zoo.reader(architecture)
+    passage = build(reader).compress([PASSAGE])[0]
+    shortest = [*[passage] * places, TokenIds((5,))]
+    want: list[int] = []
+    for _ in range(4):
+        (logits,) = reader.target_logits([shortest], [[*want, 9]])
+        want.append(int(logits[-1].argmax()))
+    text = reader.decode(want)
+    assert reader.generate([shortest], 4, generation_config=GenerationConfig(eos_token_id=-1)) == [text]
+    assert "".join(reader.stream(shortest, 4, generation_config=GenerationConfig(eos_token_id=-1))) == text
+    longer = [passage, QUESTION]
+    assert reader.generate([shortest, longer, shortest], 4) == [
+        reader.generate([prompt], 4)[0] for prompt in (shortest, longer, shortest)
+    ]
+    assert reader.generate([shortest], 4, num_beams=2) == reader.generate([shortest, longer], 4, num_beams=2)[:1]
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "opt"])
