@@ -180,8 +180,10 @@ def _text_scores(
     return found
 
 
-def _size(reader: Reader, piece: Piece) -> int:
-    return piece.slots if isinstance(piece, CompressedPassage) else len(reader.tokenize(piece))
+def _size(reader: Reader, piece: Piece) -> float:
+    if not isinstance(piece, CompressedPassage):
+        return len(reader.tokenize(piece))
+    return piece.source_tokens / piece.ratio if piece.ragged else piece.slots
 
 
 def head(reader: Reader, method: Method, records: Sequence[Record], settings: Settings) -> Row:
@@ -205,7 +207,7 @@ def _row(
     records: Sequence[Record],
     settings: Settings,
 ) -> Row:
-    lengths = int(scores["source_tokens"].sum()), int(scores["slots"].sum())
+    lengths = int(scores["source_tokens"].sum()), round(float(scores["slots"].sum()))
     means = ("reader_tokens", "em", "f1", "containment", "rouge_l", "token_em")
     row = head(reader, method, records, settings) | {name: float(scores[name].mean()) for name in means}
     row |= {"ratio": metrics.compression_ratio(*lengths), "rate": metrics.compression_rate(*lengths)}

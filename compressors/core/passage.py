@@ -109,12 +109,18 @@ class CompressedPassage:
     def slots(self) -> int:
         """Size: soft tokens, KV positions, or tokens of text; of a ragged passage the mean pairs per head, rounded up."""
         if self.counts is not None:
-            return math.ceil(int(self.counts.sum()) / max(self.counts.numel(), 1))
+            return math.ceil(self._mean_slots)
         if self.interface == "embeds":
             return self.embeds.shape[0]  # type: ignore[union-attr]
         if self.interface == "kv":
             return self.positions.numel()  # type: ignore[union-attr]
         return self.n_tokens  # type: ignore[return-value]
+
+    @property
+    def _mean_slots(self) -> float:
+        if self.counts is not None:
+            return int(self.counts.sum()) / max(self.counts.numel(), 1)
+        return self.slots
 
     @property
     def places(self) -> int:
@@ -125,13 +131,13 @@ class CompressedPassage:
     def ratio(self) -> float:
         """Compression ratio L / l; infinite for zero slots, 1 for an empty passage."""
         if self.slots:
-            return self.source_tokens / self.slots
+            return self.source_tokens / self._mean_slots
         return float("inf") if self.source_tokens else 1.0
 
     @property
     def rate(self) -> float:
         """Compression rate l / L (survey, equation 10)."""
-        return self.slots / self.source_tokens if self.source_tokens else 1.0
+        return self._mean_slots / self.source_tokens if self.source_tokens else 1.0
 
     @property
     def nbytes(self) -> int:

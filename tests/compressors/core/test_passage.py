@@ -82,7 +82,7 @@ def test_numbers():
     assert (passage.slots, passage.ratio, passage.rate, passage.nbytes) == (4, 8.0, 0.125, 4 * 6 * 4)
     assert kv().nbytes == 2 * 2 * 3 * (4 + 5) * 4 + 3 * 8
     passage = ragged()
-    assert (passage.slots, passage.places, passage.ratio) == (2, 8, 4.0)  # 6 pairs in 4 heads
+    assert (passage.slots, passage.places, passage.ratio) == (2, 8, 8 / 1.5)  # 6 pairs in 4 heads
     assert passage.nbytes == 6 * (4 + 5 + 1) * 4 + 6 * 4 + 4 * 8
     assert len(passage.to_bytes()) < passage.nbytes + 1000
     nothing = CompressedPassage("embeds", 0, "c", "r", embeds=torch.zeros(0, 6))
