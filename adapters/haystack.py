@@ -20,15 +20,14 @@ from .placeholders import PlaceholderStore, read_placeholders
 from .placeholders.documents import TextsForReading
 from .threads import agenerate
 
-ORIGINAL_TEXT = "original_text"
-
 
 @component
 class CompressedContextDocuments:
     """Compresses retrieved documents for the LLM; put it before the prompt builder.
 
-    Documents keep their order, id, score and meta; the original text is in ``meta["original_text"]``. Documents without
-    text stay as they are.
+    Documents keep their order, id, score and meta; the original text is in ``meta["original_text"]``, or in
+    ``meta["nutgraf_original_text"]`` if the document has an entry of its own of that name. Documents without text stay as they
+    are. A document that passes twice is compressed from its original text.
 
     Args:
         compressor: compresses the documents' texts.
@@ -50,16 +49,15 @@ class CompressedContextDocuments:
     @component.output_types(documents=list[Document])
     def run(self, documents: list[Document], query: str | None = None) -> dict[str, Any]:
         """Return ``{"documents": ...}``: copies of the documents with compressed contents."""
-        texts = [document.content for document in documents if document.content is not None]
-        contents = iter(self._texts.contents(texts, query))
-        return {
-            "documents": [
-                document
-                if document.content is None
-                else replace(document, content=next(contents), meta={**document.meta, ORIGINAL_TEXT: document.content})
-                for document in documents
-            ]
-        }
+        given = [document for document in documents if document.content is not None]
+        made = iter(self._texts.contents([(str(document.content), document.meta) for document in given], query))
+        out = []
+        for document in documents:
+            if document.content is not None:
+                content, meta = next(made)
+                document = replace(document, content=content, meta=meta)
+            out.append(document)
+        return {"documents": out}
 
 
 @component

@@ -53,6 +53,20 @@ def test_documents_keep_who_they_are(reader, documents):
         assert MARKER not in document.content
 
 
+@pytest.mark.parametrize("method", ["mean-pool", "selective-context"])
+def test_a_document_that_passes_twice_is_read_as_once(reader, documents, method):
+    compress = CompressedContextDocuments(make_compressor(method, reader), ratio=2)
+    documents[1].meta["original_text"] = "in French"
+    once = compress.run(documents, QUESTION)["documents"]
+    twice = compress.run(once, QUESTION)["documents"]
+    read = CompressedContextGenerator(reader, max_new_tokens=6)
+    for first, second in zip(once, twice):
+        assert read.run(f"{second.content}\n{QUESTION}") == read.run(f"{first.content}\n{QUESTION}")
+        assert second.meta == first.meta
+    assert [once[0].meta["original_text"], once[1].meta["original_text"]] == [TEXTS[0], "in French"]
+    assert once[1].meta["nutgraf_original_text"] == TEXTS[1]
+
+
 def test_bad_arguments():
     with pytest.raises(TypeError, match="nutgraf compressor"):
         CompressedContextDocuments("icae")
