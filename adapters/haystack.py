@@ -6,11 +6,12 @@ documents contain the shorter text, for any generator; else they contain placeho
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 try:
-    from haystack import Document, component
+    from haystack import DeserializationError, Document, component, default_from_dict, default_to_dict
 except ImportError as error:  # an extra of the package
     raise ImportError("The Haystack adapter needs haystack-ai: pip install 'nutgraf[haystack]'.") from error
 
@@ -20,15 +21,42 @@ from .placeholders import PlaceholderStore, read_placeholders
 from .placeholders.documents import TextsForReading
 from .threads import agenerate
 
-ORIGINAL_TEXT = "original_text"
+ComponentT = TypeVar("ComponentT")
+_MODELS: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+
+
+def register(*models: Any) -> None:
+    """Let ``Pipeline.loads`` find compressors and readers, which a saved pipeline names by fingerprint.
+
+    The models of components made in this process are known already.
+    """
+    for model in models:
+        _MODELS[_name(model)] = model
+
+
+def _name(model: Any) -> str:
+    if hasattr(model, "compress"):
+        return f"compressor {model.fingerprint} for reader {model.reader.fingerprint}"
+    return f"reader {model.fingerprint}"
+
+
+def _load(cls: type[ComponentT], data: dict[str, Any], role: str) -> ComponentT:
+    name = data["init_parameters"][role]
+    model = _MODELS.get(name)
+    if model is None:
+        raise DeserializationError(
+            f"The pipeline needs the {name}, which is not loaded here; load it and call nutgraf.adapters.haystack.register(it)."
+        )
+    return default_from_dict(cls, {**data, "init_parameters": {**data["init_parameters"], role: model}})
 
 
 @component
 class CompressedContextDocuments:
     """Compresses retrieved documents for the LLM; put it before the prompt builder.
 
-    Documents keep their order, id, score and meta; the original text is in ``meta["original_text"]``. Documents without
-    text stay as they are.
+    Documents keep their order, id, score and meta; the original text is in ``meta["original_text"]``, or in
+    ``meta["nutgraf_original_text"]`` if the document has an entry of its own of that name. Documents without text stay as they
+    are. A document that passes twice is compressed from its original text.
 
     Args:
         compressor: compresses the documents' texts.
@@ -45,21 +73,33 @@ class CompressedContextDocuments:
         query_aware: bool | None = None,
         placeholders: PlaceholderStore | None = None,
     ) -> None:
+        self._settings = {"ratio": ratio, "query_aware": query_aware}
+        self._compressor = compressor
         self._texts = TextsForReading(compressor, ratio=ratio, query_aware=query_aware, placeholders=placeholders)
+
+        register(compressor)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings; the compressor by fingerprint, see `register`. Placeholders become the shared ones."""
+        return default_to_dict(self, compressor=_name(self._compressor), **self._settings)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> CompressedContextDocuments:
+        """Make a component from `to_dict`. Raises ``DeserializationError`` if the compressor is not loaded."""
+        return _load(cls, data, "compressor")
 
     @component.output_types(documents=list[Document])
     def run(self, documents: list[Document], query: str | None = None) -> dict[str, Any]:
         """Return ``{"documents": ...}``: copies of the documents with compressed contents."""
-        texts = [document.content for document in documents if document.content is not None]
-        contents = iter(self._texts.contents(texts, query))
-        return {
-            "documents": [
-                document
-                if document.content is None
-                else replace(document, content=next(contents), meta={**document.meta, ORIGINAL_TEXT: document.content})
-                for document in documents
-            ]
-        }
+        given = [document for document in documents if document.content is not None]
+        made = iter(self._texts.contents([(str(document.content), document.meta) for document in given], query))
+        out = []
+        for document in documents:
+            if document.content is not None:
+                content, meta = next(made)
+                document = replace(document, content=content, meta=meta)
+            out.append(document)
+        return {"documents": out}
 
 
 @component
@@ -76,6 +116,16 @@ class CompressedContextGenerator:
         check_reader(reader)
         self._reader = reader
         self._options = {"max_new_tokens": max_new_tokens, **options}
+        register(reader)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings; the reader by fingerprint, see `register`."""
+        return default_to_dict(self, reader=_name(self._reader), **self._options)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> CompressedContextGenerator:
+        """Make a component from `to_dict`. Raises ``DeserializationError`` if the reader is not loaded."""
+        return _load(cls, data, "reader")
 
     @component.output_types(replies=list[str])
     def run(self, prompt: str, generation_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:

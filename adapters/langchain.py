@@ -17,7 +17,7 @@ try:
     from langchain_core.documents import Document
     from langchain_core.documents.compressor import BaseDocumentCompressor
     from langchain_core.language_models import LLM, BaseChatModel
-    from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+    from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ChatMessage, HumanMessage, SystemMessage
     from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, GenerationChunk
 except ImportError as error:  # an extra of the package
     raise ImportError("The LangChain adapter needs langchain-core: pip install 'nutgraf[langchain]'.") from error
@@ -29,14 +29,16 @@ from .placeholders import PlaceholderStore, read_placeholders
 from .placeholders.documents import TextsForReading, count_positions
 from .threads import agenerate, astream
 
-ORIGINAL_TEXT = "original_text"
-_ROLES = {"human": "user", "ai": "assistant", "system": "system"}
+_KINDS = ((HumanMessage, "user"), (AIMessage, "assistant"), (SystemMessage, "system"))  # chunks are subclasses
+_ROLES = {"human": "user", "ai": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 
 class CompressedContextDocumentCompressor(BaseDocumentCompressor):
     """Compresses retrieved documents for the LLM; put it last.
 
-    Documents keep their order, id and metadata; the original text is in ``metadata["original_text"]``.
+    Documents keep their order, id and metadata; the original text is in ``metadata["original_text"]``, or in
+    ``metadata["nutgraf_original_text"]`` if the document has an entry of its own of that name. A document that passes twice is
+    compressed from its original text.
 
     Args:
         compressor: compresses the documents' texts.
@@ -70,15 +72,10 @@ class CompressedContextDocumentCompressor(BaseDocumentCompressor):
         Raises:
             ValueError: if the question contains a placeholder.
         """
-        contents = self._texts.contents([document.page_content for document in documents], query)
+        contents = self._texts.contents([(document.page_content, document.metadata) for document in documents], query)
         return [
-            document.model_copy(
-                update={
-                    "page_content": content,
-                    "metadata": {**document.metadata, ORIGINAL_TEXT: document.page_content},
-                }
-            )
-            for document, content in zip(documents, contents)
+            document.model_copy(update={"page_content": content, "metadata": metadata})
+            for document, (content, metadata) in zip(documents, contents)
         ]
 
 
@@ -242,12 +239,23 @@ class CompressedContextChatModel(_Reading, BaseChatModel):
     def _read(self, messages: Sequence[BaseMessage]) -> list[dict[str, Any]]:
         read = []
         for message in messages:
-            if message.type not in _ROLES:
-                raise ValueError(f"The reader takes messages of {sorted(_ROLES)}, got one of {message.type!r}.")
             content = message.content
             parts = [content] if isinstance(content, str) else list(content)
-            if other := [p.get("type") for p in parts if isinstance(p, dict) and p.get("type") != "text"]:
+            if other := [p.get("type") for p in parts if isinstance(p, dict) and not isinstance(p.get("text"), str)]:
                 raise ValueError(f"The reader reads text and compressed passages, but a message holds {other}.")
+            if getattr(message, "tool_calls", None):
+                raise ValueError("The reader reads text and compressed passages, but a message holds tool calls.")
             text = "".join(p if isinstance(p, str) else p["text"] for p in parts)
-            read.append({"role": _ROLES[message.type], "content": read_placeholders(text, self.reader.fingerprint)})
+            read.append({"role": _role(message), "content": read_placeholders(text, self.reader.fingerprint)})
         return read
+
+
+def _role(message: BaseMessage) -> str:
+    if isinstance(message, ChatMessage):
+        role = _ROLES.get(message.role.lower())
+    else:
+        role = next((role for kind, role in _KINDS if isinstance(message, kind)), None)
+    if role is None:
+        got = getattr(message, "role", message.type)
+        raise ValueError(f"The reader takes messages of {sorted(set(_ROLES))}, got one of {got!r}.")
+    return role

@@ -8,7 +8,8 @@ from llama_index.core.base.llms.types import BaseContentBlock, TextBlock
 from llama_index.core.bridge.pydantic import BaseModel, Field, PrivateAttr
 from llama_index.core.schema import BaseNode, Document, ImageNode, IndexNode, MetadataMode, Node, TextNode
 
-from ..placeholders.placeholder import MARKER, Found, PlaceholderStore, scan
+from ..placeholders.originals import original_of
+from ..placeholders.placeholder import MARKER, Found, PlaceholderStore, is_placeholder, scan
 
 
 class _ReadAs(BaseModel):
@@ -56,14 +57,22 @@ _KINDS: tuple[type[BaseNode], ...] = (CompressedIndexNode, CompressedTextNode, C
 
 
 def text_of(node: BaseNode) -> str | None:
-    """Return the text of a node, or ``None`` for multimodal nodes (image, audio, video)."""
+    """Return the text of a node, or ``None`` for multimodal nodes (image, audio, video).
+
+    The text of a node whose content is nothing but a placeholder, such as a document that LangChain's compressor made, is the
+    original text in its metadata.
+
+    Raises:
+        PlaceholderError: if it has none.
+    """
     if isinstance(node, ImageNode):
         return None
+    text = None
     if isinstance(node, TextNode):
-        return node.text
-    if isinstance(node, Node) and not (node.image_resource or node.audio_resource or node.video_resource):
-        return node.get_content(MetadataMode.NONE)
-    return None
+        text = node.text
+    elif isinstance(node, Node) and not (node.image_resource or node.audio_resource or node.video_resource):
+        text = node.get_content(MetadataMode.NONE)
+    return original_of(text, node.metadata) if text is not None and is_placeholder(text) else text
 
 
 def read_as(node: BaseNode, llm_text: str, placeholders: PlaceholderStore | None = None) -> BaseNode:

@@ -16,7 +16,7 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, Query
 from ...compressors import CompressedPassage, Compressor, FidelityGate
 from ..checks import check_compressor
 from ..placeholders import PassageCache, PlaceholderStore, escape_placeholders, shared_store
-from ..placeholders.placeholder import ReadingLLM, refuse_placeholders
+from ..placeholders.placeholder import ReadingLLM, is_placeholder, refuse_placeholders
 from ..placeholders.source import PassageSource
 from ..store import PassageStore
 from .events import CompressionEvent
@@ -259,7 +259,7 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
 def _escaped(node: BaseNode) -> BaseNode:
     """The node itself, or a copy if its text contains something like a placeholder."""
     content = node.get_content(MetadataMode.LLM)
-    harmless = escape_placeholders(content)
+    harmless = escape_placeholders((text_of(node) or "") if is_placeholder(content) else content)
     return node if content == harmless or text_of(node) is None else read_as(node, harmless)
 
 

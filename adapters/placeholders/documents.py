@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...compressors import Compressor
 from ..checks import check_compressor
+from .originals import keep_original, original_of
 from .placeholder import PlaceholderStore, read_placeholders, refuse_placeholders, shared_store
 from .source import PassageSource
 
@@ -41,15 +42,25 @@ class TextsForReading:
         self.placeholders = placeholders or shared_store(compressor.reader)
         self._source = PassageSource(compressor, self.placeholders.cache)
 
-    def contents(self, texts: Sequence[str], query: str | None) -> list[str]:
-        """Return one string per text: a placeholder, the shorter text of a text compressor, or "" for no slots.
+    def contents(
+        self, documents: Sequence[tuple[str, Mapping[str, Any]]], query: str | None
+    ) -> list[tuple[str, dict[str, Any]]]:
+        """Return new content and metadata per document, given as content and metadata.
+
+        The content is a placeholder, the shorter text of a text compressor, or "" for no slots. The metadata have the original
+        text. A document compressed before is compressed anew from its original text.
 
         Raises:
+            PlaceholderError: if a document was compressed before, and its metadata lack the original text.
             ValueError: if the question contains a placeholder.
         """
         refuse_placeholders(query)
+        texts = [original_of(content, metadata) for content, metadata in documents]
         passages, _ = self._source.get(texts, query=query if self.query_aware else None, ratio=self.ratio)
-        return self.placeholders.issue(passages)
+        return [
+            (content, keep_original(metadata, content, text))
+            for content, text, (_, metadata) in zip(self.placeholders.issue(passages), texts, documents)
+        ]
 
 
 def count_positions(reader: Any, text: str) -> int:

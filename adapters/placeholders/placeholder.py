@@ -104,6 +104,10 @@ class PlaceholderStore:
         self._lock = threading.Lock()
         _STORES[self.name] = self
 
+    def __reduce__(self) -> Any:
+        # A copy of a node or response is about the same passages; another process does not have them.
+        return _STORES.get, (self.name,)
+
     def issue(self, passages: Sequence[CompressedPassage]) -> list[str]:
         """Return what the LLM reads for each passage of a request, in order.
 
@@ -252,6 +256,11 @@ def read_placeholders(text: str, reader: str) -> list[str | CompressedPassage]:
 def holds_placeholder(text: str) -> bool:
     """Whether a text contains a genuine placeholder, whole or torn."""
     return MARKER in text and any(isinstance(piece, Found) or holds_torn(piece) for piece in scan(text))
+
+
+def is_placeholder(text: str) -> bool:
+    """Whether a text is one placeholder and nothing else, of this or another process."""
+    return _PLACEHOLDER.fullmatch(text.strip()) is not None
 
 
 def refuse_placeholders(question: str | None) -> None:

@@ -12,7 +12,7 @@ from texts import CURIE, QUESTION, TREATY
 os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
 haystack = pytest.importorskip("haystack")
 from haystack.components.builders import PromptBuilder  # noqa: E402
-from nutgraf.adapters.haystack import CompressedContextDocuments, CompressedContextGenerator  # noqa: E402
+from nutgraf.adapters.haystack import CompressedContextDocuments, CompressedContextGenerator, register  # noqa: E402
 
 TEXTS = [TREATY, CURIE]
 TEMPLATE = "{% for d in documents %}{{ d.content }}\n{% endfor %}Question: {{ query }}\nAnswer:"
@@ -37,6 +37,20 @@ def test_a_pipeline_reads_compressed_passages(reader, documents):
     assert wanted != reader.generate(["\n".join([*TEXTS, f"Question: {QUESTION}\nAnswer:"])], 12)
     assert pipeline.run(asked)["read"]["replies"] == wanted
     assert [d.content for d in documents] == TEXTS
+    again = haystack.Pipeline.loads(pipeline.dumps())
+    assert again.dumps() == pipeline.dumps()
+    assert again.run(asked)["read"]["replies"] == wanted
+
+
+def test_a_saved_pipeline_names_the_models_that_it_needs(reader, zoo):
+    saved = CompressedContextGenerator(reader, 5, stop=["x"]).to_dict()
+    assert saved["init_parameters"] | {"reader": ""} == {"reader": "", "max_new_tokens": 5, "stop": ["x"]}
+    other = zoo.reader("llama", seed=5, num_hidden_layers=1)
+    saved["init_parameters"]["reader"] = f"reader {other.fingerprint}"
+    with pytest.raises(haystack.DeserializationError, match=other.fingerprint):
+        CompressedContextGenerator.from_dict(saved)
+    register(other)
+    assert CompressedContextGenerator.from_dict(saved).run("Hi") == {"replies": other.generate(["Hi"], 5, stop="x")}
 
 
 def test_documents_keep_who_they_are(reader, documents):
@@ -51,6 +65,20 @@ def test_documents_keep_who_they_are(reader, documents):
         assert document.score == 0.5
         assert 0 < len(document.content) < len(text)
         assert MARKER not in document.content
+
+
+@pytest.mark.parametrize("method", ["mean-pool", "selective-context"])
+def test_a_document_that_passes_twice_is_read_as_once(reader, documents, method):
+    compress = CompressedContextDocuments(make_compressor(method, reader), ratio=2)
+    documents[1].meta["original_text"] = "in French"
+    once = compress.run(documents, QUESTION)["documents"]
+    twice = compress.run(once, QUESTION)["documents"]
+    read = CompressedContextGenerator(reader, max_new_tokens=6)
+    for first, second in zip(once, twice):
+        assert read.run(f"{second.content}\n{QUESTION}") == read.run(f"{first.content}\n{QUESTION}")
+        assert second.meta == first.meta
+    assert [once[0].meta["original_text"], once[1].meta["original_text"]] == [TEXTS[0], "in French"]
+    assert once[1].meta["nutgraf_original_text"] == TEXTS[1]
 
 
 def test_bad_arguments():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -11,7 +12,19 @@ from texts import CURIE, QUESTION, TREATY
 
 pytest.importorskip("langchain_core")
 from langchain_core.documents import Document
-from langchain_core.messages import ToolMessage
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    ChatMessage,
+    ChatMessageChunk,
+    FunctionMessage,
+    HumanMessage,
+    HumanMessageChunk,
+    SystemMessage,
+    SystemMessageChunk,
+    ToolMessage,
+    ToolMessageChunk,
+)
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 from langchain_core.runnables import RunnableLambda, RunnablePassthrough
@@ -76,6 +89,62 @@ def test_documents_keep_who_they_are(compressor, documents):
     assert all(d.page_content.startswith(MARKER) for d in found)
     again = CompressedContextDocumentCompressor(compressor, ratio=4).compress_documents(documents, QUESTION)
     assert {d.page_content for d in again}.isdisjoint({d.page_content for d in found}), "each request has its own"
+
+
+@pytest.mark.parametrize("method", ["mean-pool", "selective-context"])
+@pytest.mark.parametrize("own", [{}, {"original_text": "in French"}, {"original_text": None}, {"original_text": 3}])
+@pytest.mark.parametrize("reload", [False, True])
+def test_a_document_that_passes_twice_is_read_as_once(reader, compressor, documents, method, own, reload):
+    if method != "mean-pool":
+        compressor = make_compressor(method, reader)
+    for document in documents:
+        document.metadata |= own
+    shorten = CompressedContextDocumentCompressor(compressor, ratio=2)
+    once = shorten.compress_documents(documents, QUESTION)
+    if reload:
+        once = [Document(**json.loads(d.model_dump_json())) for d in once]
+    twice = CompressedContextDocumentCompressor(compressor, ratio=2).compress_documents(once, QUESTION)
+    llm = CompressedContextLLM(reader=reader, max_new_tokens=6)
+    for first, second, text in zip(once, twice, TEXTS):
+        assert llm.invoke(f"{second.page_content}\n{QUESTION}") == llm.invoke(f"{first.page_content}\n{QUESTION}")
+        assert second.metadata == first.metadata
+        assert first.metadata["nutgraf_original_text" if own else "original_text"] == text
+        assert first.metadata.items() >= own.items()
+
+
+def test_a_document_whose_original_is_lost_is_refused(reader, compressor, documents):
+    shorten = CompressedContextDocumentCompressor(compressor, ratio=4)
+    (made, _) = shorten.compress_documents(documents, QUESTION)
+    for content in (made.page_content, f"Title\n{made.page_content}"):
+        with pytest.raises(PlaceholderError, match="was compressed before"):
+            shorten.compress_documents([Document(page_content=content)], QUESTION)
+
+
+def test_streamed_answers_and_other_messages_are_history(reader):
+    model = CompressedContextChatModel(reader=reader, max_new_tokens=4)
+    answer = None
+    for chunk in model.stream([HumanMessage("Hi")]):
+        answer = chunk if answer is None else answer + chunk
+    assert isinstance(answer, AIMessageChunk)
+    plain = [SystemMessage("Be brief."), HumanMessage("Hi"), AIMessage(answer.content), HumanMessage("And?")]
+    wanted = model.invoke(plain).content
+    chunks = [SystemMessageChunk("Be brief."), HumanMessageChunk("Hi"), answer, HumanMessageChunk("And?")]
+    assert model.invoke(chunks).content == wanted
+    roles = [ChatMessage("Be brief.", role="system"), ChatMessage("Hi", role="human")]
+    roles += [ChatMessageChunk(answer.content, role="assistant"), ChatMessage("And?", role="user")]
+    assert model.invoke(roles).content == wanted
+    parts = [*plain[:3], HumanMessage([{"type": "text", "text": "An"}, {"type": "text", "text": "d?", "index": 0}])]
+    assert model.invoke(parts).content == wanted
+    calls = AIMessage("", tool_calls=[{"name": "f", "args": {}, "id": "1"}])
+    for message, said in [
+        (ChatMessage("x", role="critic"), "'critic'"),
+        (FunctionMessage("x", name="f"), "'function'"),
+        (ToolMessageChunk("x", tool_call_id="1"), "ToolMessageChunk"),
+        (calls, "tool calls"),
+        (HumanMessage([{"type": "image_url"}]), "'image_url'"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            model.invoke([*plain[:2], message])
 
 
 def test_prompts_are_counted_as_the_reader_reads_them(reader, compressor, documents):

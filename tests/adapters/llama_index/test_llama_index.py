@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
+import pickle
 import threading
 from typing import Any
 
@@ -273,6 +275,43 @@ async def test_copies_of_real_placeholders_open_nothing(reader, compressor, seen
     assert raw["passages"] == 1
     assert raw["slots"] == len(reader.tokenize(planted.node.text))
     assert llm.complete(f"{escape_placeholders(copy)} ?").raw["passages"] == 0
+
+
+def test_a_node_whose_text_is_a_placeholder_is_its_original(reader, compressor, seen):
+    llm = CompressedContextLLM(reader, max_new_tokens=2)
+    post = CompressedContextPostprocessor(compressor)
+    (first,) = post.postprocess_nodes([NodeWithScore(node=TextNode(text=TEXTS[0]))])
+    placeholder = first.node.get_content(MetadataMode.LLM)
+    node = TextNode(
+        text=placeholder, metadata={"original_text": TEXTS[0]}, excluded_llm_metadata_keys=["original_text"]
+    )
+    (again,) = post.postprocess_nodes([NodeWithScore(node=node)])
+    assert llm.complete(again.node.get_content(MetadataMode.LLM)).raw["slots"] == len(reader.tokenize(TEXTS[0]))
+    (as_text,) = CompressedContextPostprocessor(compressor, policy=TextForTop(1)).postprocess_nodes(
+        [NodeWithScore(node=node)]
+    )
+    assert as_text.node.get_content(MetadataMode.LLM) == TEXTS[0]
+    with pytest.raises(PlaceholderError, match="compressed before"):
+        post.postprocess_nodes([NodeWithScore(node=TextNode(text=placeholder))])
+    (twice,) = post.postprocess_nodes([first])
+    assert twice.node.text == TEXTS[0]
+    assert compressor.asked == TEXTS[:1]
+
+
+def test_nodes_and_responses_are_copied(reader, compressor, index):
+    llm = CompressedContextLLM(reader, max_new_tokens=4)
+    response = make_engine(index, llm, compressor).query(QUESTION)
+    for copy_ in (copy.deepcopy(response), copy.copy(response)):
+        assert str(copy_) == str(response)
+        assert [n.node.text for n in copy_.source_nodes] == [n.node.text for n in response.source_nodes]
+        read = [n.node.get_content(MetadataMode.LLM) for n in copy_.source_nodes]
+        assert llm.complete("\n".join(read)).raw["passages"] == 3
+    (node, *_) = response.source_nodes
+    assert copy.deepcopy(node).node._placeholders is node.node._placeholders
+    assert pickle.loads(pickle.dumps(node)).node.get_content(MetadataMode.LLM) == node.node.get_content(
+        MetadataMode.LLM
+    )
+    assert node.model_copy(deep=True).node.text == node.node.text
 
 
 # -- what cannot be read is refused, not garbled -------------------------------------------------------------------------
