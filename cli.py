@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
 from .console import friendly_errors, highlight
 from .shipped import locate
@@ -119,11 +120,23 @@ def inspect(
         _show(made, found, passage_text, query)
 
 
-@app.command(name="import")
+class _ImportCommand(typer.core.TyperCommand):
+    """`nutgraf import`, whose help ends with the settings of every importer."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from .compressors.importers import IMPORTERS, options
+
+        lines = ["Layouts, with their settings and defaults (none: read from the checkpoint, or asked for):"]
+        for name in IMPORTERS:
+            given = [key if default is None else f"{key}={default}" for key, default in options(name).items()]
+            lines.append(f"{name}: {', '.join(given) or 'no settings'}")
+        self.epilog = "\n\n".join(lines)
+        super().format_help(ctx, formatter)
+
+
+@app.command(name="import", cls=_ImportCommand)
 def import_(
-    name: Annotated[
-        str, typer.Argument(help="The published layout: xrag, icae, pisco, cocom, autocompressor, gist, ...")
-    ],
+    name: Annotated[str, typer.Argument(help="The published layout; all are listed below, with their settings.")],
     path: Annotated[str, typer.Argument(help="The checkpoint's file or folder, or a hub id.")],
     settings: Annotated[
         list[str] | None, typer.Argument(help="Settings missing from the checkpoint, as in mean_compression_rate=4.")

@@ -14,6 +14,7 @@ from typing import Protocol
 from ..adapters.store import Encoding
 from ..adapters.store.codec import round_trip
 from ..compressors import CompressedPassage, Compressor, Reader
+from ..compressors.core.textfiles import check_strings
 from ..recipes.data.corpus import Record
 from ..recipes.data.templates import Piece, Prompt, question_prompt
 from .baselines import BASELINES
@@ -208,6 +209,7 @@ def lines(
 
     `encodings`: methods that make slots are also read as stores with these encodings give them back.
     """
+    baselines = check_strings("baselines", baselines, "names")
     out: list[Method] = [FullText(), NoContext()]
     for method in compressed:
         out.append(method)
@@ -236,7 +238,7 @@ def strangers(records: Sequence[Record], seed: int = 0) -> list[Record]:
 def named_methods(reader: Reader, specs: Sequence[str], ratios: Sequence[float]) -> list[Compressed]:
     """Lines of compressors named `NAME@RATIO,RATIO`, at each of their ratios, or of `ratios` if they name none."""
     found = []
-    for text in specs:
+    for text in check_strings("specs", specs, "compressors"):
         spec = CompressorSpec.parse(text, ratios)
         loaded = find_compressor(spec.name, reader)
         name = spec.name if ":" in spec.name and loaded.training_free else ""

@@ -19,7 +19,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..compressors.core.textfiles import read_json_lines, shown
+from pydantic import BaseModel, ConfigDict
+
+from ..compressors.core.textfiles import parse_row, read_json_lines
 
 if TYPE_CHECKING:
     from ..compressors import Compressor, Reader
@@ -28,6 +30,49 @@ Row = dict[str, Any]
 
 PACKAGE = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+Text = str | None
+Number = float | None
+
+
+class ResultRow(BaseModel):
+    """Types of the entries that tables and reports read; further entries are free."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    suite: Text = None
+    test: Text = None
+    dataset: Text = None
+    half: Text = None
+    method: Text = None
+    interface: Text = None
+    budget_of: Text = None
+    sending: Text = None
+    allocation: Text = None
+    score: Text = None
+    reader: Text = None
+    device: Text = None
+    dtype: Text = None
+    level: str | float | None = None
+    n: Number = None
+    passages: Number = None
+    position: Number = None
+    temperature: Number = None
+    ratio: Number = None
+    ratio_asked: Number = None
+    reader_tokens: Number = None
+    context_asked: Number = None
+    context_tokens: Number = None
+    batch: Number = None
+    em: Number = None
+    f1: Number = None
+    containment: Number = None
+    rouge_l: Number = None
+    f1_ci_low: Number = None
+    f1_ci_high: Number = None
+    ttft_ms: Number = None
+    decode_ms_per_token: Number = None
 
 
 def append_rows(path: str | Path, rows: Iterable[Row]) -> None:
@@ -58,10 +103,7 @@ def read_rows(paths: str | Path | Sequence[str | Path]) -> list[Row]:
     for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
         for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
             for _, where, row in read_json_lines(file):
-                if not isinstance(row, dict):
-                    raise ValueError(f"{where} must be a JSON object with a measurement, got {shown(row)}.")
-                if bad := [name for name in LINE if isinstance(row.get(name), list | dict)]:
-                    raise ValueError(f"{where} has {bad[0]}={shown(row[bad[0]])}; it must be a single value.")
+                parse_row(ResultRow, row, where)
                 rows.append(row)
     return rows
 

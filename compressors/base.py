@@ -20,6 +20,7 @@ from .core.errors import CheckpointError, ReaderMismatchError
 from .core.fingerprint import hash_json, hash_tensors
 from .core.hidden import hide
 from .core.passage import CompressedPassage, Interface
+from .core.textfiles import check_strings
 from .reader.reader import Reader
 
 Query = str | Sequence[str | None] | None
@@ -129,13 +130,7 @@ class Compressor(nn.Module, ABC):
 
     @staticmethod
     def _check_texts(texts: Sequence[str]) -> list[str]:
-        if isinstance(texts, str):
-            raise TypeError("texts must be a list of passages, got one string; write compress([text]).")
-        texts = list(texts)
-        for i, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise TypeError(f"Every passage must be a string; passage {i} is a {type(text).__name__}.")
-        return texts
+        return check_strings("texts", texts, "passages")
 
     @staticmethod
     def _check_query(query: Query, n: int) -> list[str | None]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..compressors import Compressor, Reader, load_compressor
+from ..compressors.core.textfiles import check_strings
 from ..shipped import locate
 from .data.corpus import Record
 from .data.records import load_records
@@ -69,6 +70,9 @@ class Evaluation:
     ratios: tuple[float | None, ...] = (None,)
     max_new_tokens: int = 16
 
+    def __post_init__(self) -> None:
+        check_strings("files", self.files, "question files")
+
     def records(self, file: str, folder: str | None) -> list[Record]:
         """Questions of one file. Raises ``ValueError`` if there are none."""
         path = Path(file)
@@ -83,7 +87,7 @@ def parse_grid(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]
     """Splits overrides into those with one value and those with several, `key=v1,v2`; ValueError for a malformed one."""
     fixed: list[str] = []
     grid: dict[str, list[str]] = {}
-    for argument in arguments:
+    for argument in check_strings("arguments", arguments, "key=value settings"):
         key, equals, text = argument.partition("=")
         if not equals or not key:
             raise ValueError(f"{argument!r} is not of the form key=value or key=value,value.")

@@ -8,6 +8,7 @@ import pytest
 import typer
 from nutgraf import Reader
 from nutgraf.cli import app
+from nutgraf.compressors.importers import IMPORTERS, options
 from nutgraf.console import friendly_errors
 from typer.testing import CliRunner
 
@@ -83,3 +84,13 @@ def test_failures_of_libraries_are_one_sentence_and_faults_are_not(capsys):
     assert said == ["Error: CUDA out of memory", "Error: a b", "Error: c", "Error: MemoryError"]
     with pytest.raises(AttributeError), friendly_errors():
         raise AttributeError("a fault of ours")
+
+
+def test_import_help_lists_every_importer_and_its_settings():
+    status, said = run("import", "--help")
+    assert status == 0
+    words = " ".join(said.replace("│", " ").split())
+    for name in IMPORTERS:
+        assert f"{name}: " in words
+        for setting, default in options(name).items():
+            assert (setting if default is None else f"{setting}={default}") in words

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Hashable, Sequence
 
 from ...compressors import CompressedPassage, Compressor, FidelityGate
+from ...compressors.core.textfiles import check_strings
 from ..checks import check_compressor
 from ..store import PassageStore, explain_missing, get_or_compress, keys_for
 from .cache import PassageCache
@@ -61,6 +62,7 @@ class PassageSource:
             ratio: compression ratio L / l; default: the compressor's own.
             vectors: retrieval vectors for a compressor that takes them, one (or ``None``) per text.
         """
+        texts = check_strings("texts", texts, "passages")
         given: Sequence[Vector] = vectors or [None] * len(texts)
         stored = keys_for(self.compressor, texts, ratio=ratio, query=query)
         # The store assumes one vector per text; here a vector of another embedder makes another passage.

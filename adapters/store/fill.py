@@ -9,6 +9,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from ...compressors import CompressedPassage, Compressor, FidelityGate
+from ...compressors.core.textfiles import check_strings
 from .base import Entry, Facts, Maker, PassageKey, PassageStore, StoreError, batched
 
 _log = logging.getLogger(__name__)
@@ -46,10 +47,8 @@ def keys_for(
     query: str | None = None,
 ) -> list[PassageKey]:
     """Return the keys of a compressor's passages, one per text."""
-    if isinstance(texts, str):
-        raise TypeError("texts must be a list of passages, got one string; write [text].")
     maker = Maker.of(compressor, ratio)
-    return [PassageKey.of(text, **maker._asdict(), query=query) for text in texts]
+    return [PassageKey.of(text, **maker._asdict(), query=query) for text in check_strings("texts", texts, "passages")]
 
 
 def fill(
@@ -88,6 +87,7 @@ def fill(
         ValueError: if a list does not have one entry per text, or ``batch_size`` is below 1.
         StoreError: if the store cannot be read or written.
     """
+    texts = check_strings("texts", texts, "passages")
     for name, sized in (("vectors", vectors), ("abouts", abouts)):
         if sized is not None and len(sized) != len(texts):
             raise ValueError(f"{name} must have one entry per text: got {len(sized)} for {len(texts)} texts.")

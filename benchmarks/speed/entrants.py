@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ...compressors import COMPRESSORS, CompressedPassage, Compressor, Reader, make_compressor
+from ...compressors.core.textfiles import check_strings
 from ...compressors.kv.encode import kv_shapes
 from ..costs.roofline import synchronise
 from ..loading import SAMPLE_ARTICLES, CompressorSpec, find_compressor
@@ -69,6 +70,8 @@ def find_entrants(
     Raises:
         ValueError: For a bad name, ratio or interface.
     """
+    specs = check_strings("specs", specs, "compressors")
+    interfaces = check_strings("interfaces", interfaces, "names")
     if any(not (math.isfinite(ratio) and ratio >= 1) for ratio in ratios):
         raise ValueError(f"Ratios of random slots must be numbers of at least 1, got {list(ratios)}.")
     if bad := [name for name in interfaces if name not in ("embeds", "kv")]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from ...adapters.llama_index.allocation import allocate, ratio_of
 from ...compressors import CompressedPassage, Reader
+from ...compressors.core.textfiles import check_strings
 from ...recipes.data.corpus import Record
 from ...recipes.data.templates import Piece
 from .. import metrics
@@ -90,6 +91,7 @@ def allocation_rows(
     Rows by score carry `score`, `temperature` and, paired by question, `f1_minus_uniform` and `nll_minus_uniform` (nats of the
     reference answer, lower is better) with 95 % bootstrap intervals. Raises ValueError as `evaluate` and `ByScore` do.
     """
+    scorers = check_strings("scorers", scorers, "names")
     table: list[Method] = [FullText(), NoContext()]
     for method in methods:
         table.append(method)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core.batching import pack, pass_positions
 from ..core.fingerprint import hash_json, hash_tensors
+from ..core.textfiles import check_strings
 from ..reader.tokenization import clean
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ class Embedder:
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """Vectors ``[texts, dim]`` (float32, on the CPU) of texts that `shard` found short enough."""
+        texts = check_strings("texts", texts)
         keys = [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts]
         with self._lock:
             found = {key: self._cache[key] for key in keys if key in self._cache}

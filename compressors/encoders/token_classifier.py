@@ -18,6 +18,7 @@ from ..core.batching import pack, pad_rows, pass_positions
 from ..core.config import check_choices, check_counts, setting
 from ..core.fingerprint import hash_json, hash_tensors
 from ..core.hidden import hide
+from ..core.textfiles import check_strings
 from ..core.units import Span, split_units
 from ..reader.tokenization import clean
 from .embedder import MINILM, packaged_minilm
@@ -218,6 +219,7 @@ class TokenClassifier(nn.Module):
             queries: one question per text.
             run: rows of ids to one tensor ``[time, ...]`` per row.
         """
+        texts = check_strings("texts", texts)
         cuts = [self.rows(text, query) for text, query in zip(texts, queries or [None] * len(texts), strict=True)]
         rows = [[*head, *pieces.ids[a:b], *self.pieces.after] for pieces, ranges, head in cuts for a, b in ranges]
         found = iter(run(rows))

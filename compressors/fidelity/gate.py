@@ -19,6 +19,7 @@ from ..core.errors import CheckpointError, ReaderMismatchError
 from ..core.files import write_atomically
 from ..core.fingerprint import hash_json
 from ..core.passage import CompressedPassage
+from ..core.textfiles import check_strings
 from ..reader.reader import Reader
 from .calibration import MonotoneLogistic, signal_rows, threshold_leaving
 from .probes import FidelityConfig, Measured, measure
@@ -298,5 +299,5 @@ class FidelityGate:
 
 
 def _check_pairs(passages: Sequence[CompressedPassage], texts: Sequence[str]) -> None:
-    if isinstance(texts, str) or len(passages) != len(texts):
+    if len(passages) != len(check_strings("texts", texts, "source texts")):
         raise ValueError(f"Each passage needs its source text: got {len(passages)} and {len(texts)}.")

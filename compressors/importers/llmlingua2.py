@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from transformers import AutoModelForTokenClassification
 
 from ..core.errors import CheckpointError
+from ..core.textfiles import check_strings
 from ..reader.quiet import quiet_loading
-from ..text.llmlingua2 import CLASSIFIER_FOLDER, LLMLingua2Compressor, LLMLingua2Config
+from ..text.llmlingua2 import CLASSIFIER_FOLDER, LLMLingua2Compressor, LLMLingua2Config, LLMLingua2Options
 from .layout import MissingOption, Source, load_model_state, peek_json
 from .models import build_model, has_tokenizer, load_tokenizer, model_config
 
@@ -26,6 +28,9 @@ def load(
     mode: Literal["fast", "published"] = "published",
     merge: Literal["mean", "first"] = "mean",
     ratio: float = 2.0,
+    keep: Sequence[str] = (),
+    keep_digits: bool = False,
+    drop_consecutive: bool = False,
 ) -> LLMLingua2Compressor:
     """Imports LLMLingua-2.
 
@@ -34,6 +39,9 @@ def load(
         mode: ``"published"``: the released threshold per chunk; ``"fast"``: an exact budget over the whole passage.
         merge: a word's probability: the ``"mean"`` of its tokens', or that of its ``"first"``.
         ratio: compression ratio if a call gives none.
+        keep: words that always stay (the release's ``force_tokens``), such as ``["\\n", "?"]``.
+        keep_digits: words with a digit stay (``force_reserve_digit``).
+        drop_consecutive: of adjacent forced words only the first stays (mode ``"published"``).
     """
     path = source.path
     reader = source.need_reader("is a token classifier, and kept tokens are counted in a reader's")
@@ -47,7 +55,15 @@ def load(
     keys.ignore(r"(^|\.)position_ids$", "position ids, which are counted")
     keys.ignore(r"(^|\.)pooler\.", "the pooler, which token classification does not use")
     model = build_model(config, keys.take_all(r""), path, AutoModelForTokenClassification).float().to(source.device)
-    chosen = LLMLingua2Config(classifier=path.name, mode=mode, merge=merge, ratio=ratio)
+    chosen = LLMLingua2Config(
+        classifier=path.name,
+        mode=mode,
+        merge=merge,
+        ratio=ratio,
+        keep=tuple(check_strings("keep", keep)),
+        keep_digits=keep_digits,
+        published=LLMLingua2Options(drop_consecutive=drop_consecutive),
+    )
     try:
         return LLMLingua2Compressor(chosen, reader, classifier=(model, load_tokenizer(path, source)))
     except (ValueError, TypeError) as error:

@@ -105,6 +105,7 @@ class KVMatchCompressor(Compressor):
         **options: Any,
     ) -> list[list[CompressedPassage]]:
         """Compresses passages at several ratios, reading each of them once."""
+        texts = self._check_texts(texts)
         queries = self._check_query(query, len(texts))
         step = min(batch_size or 8, 8)  # what is read is kept for so few passages only: it takes some 100 MB each
         out: list[list[CompressedPassage]] = [[] for _ in ratios]

@@ -349,6 +349,8 @@ class Reader:
         Raises:
             ValueError: if a target is empty, the counts differ, or prompt and target are too long for the model.
         """
+        if isinstance(targets, str):
+            raise TypeError("targets must be a list of targets, got one string; write [target].")
         if len(prompts) != len(targets):
             raise ValueError(f"One target per prompt is needed: got {len(prompts)} prompts and {len(targets)} targets.")
         ids = [self.tokenize(t) if isinstance(t, str) else [int(i) for i in t] for t in targets]

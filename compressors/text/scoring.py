@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.batching import pack, pad_rows, pass_positions
+from ..core.textfiles import check_strings
 from ..reader.kv import position_arguments
 from ..reader.reader import Reader
 
@@ -76,6 +77,7 @@ def self_information(
     Raises:
         ValueError: if there is not one prefix or ending per text, or they leave no room for the text.
     """
+    texts = check_strings("texts", texts)
     for name, given in (("prefixes", prefixes), ("endings", endings)):
         if given is not None and len(given) != len(texts):
             raise ValueError(f"{name} must hold one entry per text: got {len(given)} {name} for {len(texts)} texts.")

@@ -7,6 +7,8 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from ...compressors.core.textfiles import check_strings
+
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -36,7 +38,7 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
 
 def best(answers: Sequence[str], score: Callable[[str], float]) -> float:
     """Maximum score over the reference answers. Raises ``ValueError`` if there are none."""
-    if not answers:
+    if not (answers := check_strings("answers", answers)):
         raise ValueError("A prediction is scored against at least one reference answer, got none.")
     return max(score(answer) for answer in answers)
 

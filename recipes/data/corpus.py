@@ -51,6 +51,10 @@ class Record:
     half: str | None = None
     id: str = ""
 
+    def __post_init__(self) -> None:
+        for name in ("answers", "passages", "titles"):
+            check_strings(name, getattr(self, name))
+
     @property
     def gold_text(self) -> str:
         """Text of the gold passage, empty if there is none."""

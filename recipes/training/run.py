@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,6 +46,27 @@ class TrainingTask(Protocol):
 
     def save(self, folder: Path) -> None:
         """Writes the finished artefact into an empty folder."""
+
+
+@contextlib.contextmanager
+def only_run(out: Path) -> Iterator[None]:
+    """Holds the lock of a run's folder; ValueError if another process trains there.
+
+    The lock belongs to the process and ends with it, however that ends; its data loading processes do not inherit it.
+    """
+    import fcntl
+
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            raise ValueError(
+                f"Another process trains in {out}; wait for it, stop it, or choose another output folder."
+            ) from None
+        yield
 
 
 class Run:

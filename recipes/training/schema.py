@@ -20,6 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ...compressors import COMPRESSORS, SoftCompressor
+from ...compressors.core.textfiles import check_strings
 from ...compressors.objectives.registry import OBJECTIVES, needs_teacher
 from ..tasks.registry import KINDS
 from .yaml_values import load_yaml, parse_value
@@ -235,7 +236,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     else:
         raise FileNotFoundError(f"There is no recipe {where!r}: no such file, and the package ships {recipe_names()}.")
     raw = load_yaml(text, where)
-    for override in overrides:
+    for override in check_strings("overrides", overrides, "key=value settings"):
         _apply(raw, override)
     return parse_recipe(raw, where)
 

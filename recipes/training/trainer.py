@@ -11,12 +11,13 @@ Example:
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from torch import nn
 
 from .checkpoints import Progress, replacing_folder
-from .run import Run, TrainingTask
+from .run import Run, TrainingTask, only_run
 from .schema import Recipe, Stage
 from .stage import StageTrainer, load_trained
 
@@ -34,10 +35,16 @@ def run_recipe(
         Folder of the finished artefact, or of the last checkpoint if a signal or `max_minutes` stopped the run.
 
     Raises:
-        ValueError: if `out` holds the checkpoints of a different recipe.
+        ValueError: if `out` holds the checkpoints of a different recipe, or another process trains there.
         FloatingPointError: if the loss becomes NaN or infinite.
     """
     run = Run(recipe, task, Path(out), max_minutes)
+    with only_run(run.out) if run.main else contextlib.nullcontext():
+        return _run(run, resume)
+
+
+def _run(run: Run, resume: bool) -> Path:
+    recipe, task = run.recipe, run.task
     latest, progress = run.prepare(resume)
     with run.signals, run.bar:
         if latest:

@@ -153,7 +153,9 @@ def test_rows_of_any_shape_are_read_or_refused_with_file_and_line(tmp_path, read
 )
 def test_bad_json_is_named(tmp_path, reader, bad, sentence):
     path = tmp_path / "x.jsonl"
-    good = {"pairs": {"original": "a", "compressed": "b"}, "corpus": {"text": "a"}}.get(reader, ROW)
+    good = {"pairs": {"original": "a", "compressed": "b"}, "corpus": {"text": "a"}, "results": {"n": 1}}.get(
+        reader, ROW
+    )
     path.write_text(json.dumps(good) + "\n\n" + bad)
     with pytest.raises(ValueError, match=f"line 3 .*{sentence}"):
         READERS[reader](path)
@@ -207,6 +209,15 @@ def test_other_files_of_a_folder_are_told(tmp_path):
         (tmp_path / name).write_text("b")
     with pytest.warns(UserWarning, match=r"3 files in .* are left out.*b\.json, c\.csv, d\.pdf"):
         assert len(list(read_corpus(tmp_path))) == 1
+
+
+@pytest.mark.parametrize("change", [{"f1": "abc"}, {"n": [1]}, {"ratio": {}}, {"dataset": 3}, {"method": ["full"]}])
+def test_results_rows_of_wrong_types_are_named(tmp_path, change):
+    row = {"suite": "quality", "dataset": "x", "method": "full", "f1": 0.5, "n": 1, "own": [change]}
+    assert read_rows(write(tmp_path, row)) == [row]
+    (name,) = change
+    with pytest.raises(ValueError, match=f"line 2 has {name}="):
+        read_rows(write(tmp_path, row, row | change))
 
 
 def test_results_rows_with_line_separators_are_read_back(tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from nutgraf.recipes.training.checkpoints import CheckpointStore, Progress, checkpoint_name, replacing_folder
+from nutgraf.recipes.training.run import only_run
 
 DRIVER = Path(__file__).parent / "resume_driver.py"
 TEXT = "# Rain\n\n" + "\n\n".join(
@@ -104,3 +105,28 @@ def test_a_failed_save_leaves_the_old_artefact(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         fail()
     assert (target / "weights").read_text() == "new"
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from nutgraf.recipes.training.run import only_run
+with only_run(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_process_trains_in_a_folder(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, tmp_path / "run"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=r"Another process trains in .*run"), only_run(tmp_path / "run"):
+            pass
+        with only_run(tmp_path / "other"):
+            pass
+        holder.kill()
+        holder.wait()
+    with only_run(tmp_path / "run"):
+        pass

@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ...core.config import CompressorConfig
+from ...core.textfiles import check_strings
 from ...encoders.token_classifier import TokenClassifier
 
 _DIGIT = re.compile(r"\d")
@@ -151,6 +152,7 @@ class PublishedWords:
         """
         if target_tokens is not None and (not isinstance(target_tokens, int) or target_tokens < 1):
             raise ValueError(f"target_tokens must be an integer of at least 1, got {target_tokens!r}.")
+        texts = check_strings("texts", texts, "contexts")
         share = (rate + 1) / 2
         if target_tokens is not None:
             share = min(2 * target_tokens / max(sum(map(self.count, texts)), 1), 1.0)

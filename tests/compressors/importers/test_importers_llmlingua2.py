@@ -45,6 +45,16 @@ def test_any_token_classifier_is_recognised_and_its_probabilities_are_its_own(zo
     assert 0 < passage.n_tokens <= passage.source_tokens / 3
 
 
+def test_its_settings_can_be_set_at_import(zoo, folder, tmp_path):
+    reader = zoo.reader("llama")
+    given = {"keep": ["?", "\n"], "keep_digits": True, "drop_consecutive": True}
+    import_to("llmlingua2", folder, tmp_path / "out", reader, **given)
+    config = load_compressor(tmp_path / "out", reader).config
+    assert (config.keep, config.keep_digits, config.published.drop_consecutive) == (("?", "\n"), True, True)
+    with pytest.raises(TypeError, match="keep must be a list"):
+        import_checkpoint("llmlingua2", folder, reader, keep="?")
+
+
 def test_it_is_written_with_its_classifier(zoo, folder, tmp_path):
     reader = zoo.reader("llama")
     import_to("llmlingua2", folder, tmp_path / "out", reader, mode="fast")
