@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel
 
 from ..core.errors import CheckpointError
+from ..reader.loading import load_tokenizer
 from ..reader.quiet import quiet_loading
 from ..reader.tokenization import PromptTokenizer
 from .lora_twin import Twin
@@ -44,7 +45,7 @@ class SmallLMEncoder(Twin):
         try:
             with quiet_loading():  # transformers reports the unused head
                 body = AutoModel.from_pretrained(str(name), dtype=torch.float32)
-            return cls(body, AutoTokenizer.from_pretrained(str(name)))
+            return cls(body, load_tokenizer(str(name)))
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"The encoder {str(name)!r} cannot be loaded: {error}.") from error
 
@@ -53,7 +54,7 @@ class SmallLMEncoder(Twin):
         """Builds a model of random weights from a folder written by `save_description`; the compressor loads the weights."""
         try:
             config = AutoConfig.from_pretrained(str(folder))
-            return cls(AutoModel.from_config(config), AutoTokenizer.from_pretrained(str(folder)))
+            return cls(AutoModel.from_config(config), load_tokenizer(str(folder)))
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{folder} describes no encoder: {error}") from error
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForTokenClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForTokenClassification
 
 from ..core.batching import pack, pad_rows, pass_positions
 from ..core.config import check_choices, check_counts, setting
@@ -20,6 +20,7 @@ from ..core.fingerprint import hash_json, hash_tensors
 from ..core.hidden import hide
 from ..core.textfiles import check_strings
 from ..core.units import Span, split_units
+from ..reader.loading import load_tokenizer
 from ..reader.tokenization import clean
 from .embedder import MINILM, packaged_minilm
 from .lora import LoRASettings, lora_rank
@@ -286,7 +287,7 @@ def check_classifier(model: Any, tokenizer: Any) -> tuple[Any, Any]:
 
 def _load(factory: Any, name: str) -> tuple[Any, Any]:
     try:
-        return factory.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
+        return factory.from_pretrained(name, dtype=torch.float32), load_tokenizer(name)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name!r} cannot be loaded: {error}. Give a hub id or a folder; {MINILM!r} needs no network if "

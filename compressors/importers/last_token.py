@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 
 from ..core.batching import pad_rows
 from ..encoders.embedder import Embedder
+from ..reader.loading import load_tokenizer
 
 
 class LastTokenModel(nn.Module):
@@ -63,7 +64,7 @@ def load_last_token_embedder(name: Any, device: Any = None) -> Embedder:
         return name
     try:
         body = AutoModel.from_pretrained(str(name), dtype="auto").to(device or "cpu")
-        tokenizer = AutoTokenizer.from_pretrained(str(name))
+        tokenizer = load_tokenizer(str(name))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"The embedder {name!r} cannot be loaded: {error}. Give a Hugging Face id or folder."

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..core.errors import CheckpointError
 from ..encoders.lora_twin import LoRATwin, share, short_name
+from ..reader.loading import load_tokenizer as load_any_tokenizer
 from ..reader.lora import put_rows, updated
 from ..reader.quiet import quiet_loading
 from ..reader.reader import Reader
@@ -81,7 +82,7 @@ def load_tokenizer(folder: Path, source: Source) -> Any:
     """The tokenizer of a folder, or the given reader's."""
     if has_tokenizer(folder):
         try:
-            return AutoTokenizer.from_pretrained(str(folder))
+            return load_any_tokenizer(str(folder))
         except Exception as error:  # tokenizers fail in many ways of their own
             raise CheckpointError(f"The tokenizer in {folder} cannot be loaded: {error}") from error
     return source.need_reader("holds no tokenizer").tokenizer

@@ -6,17 +6,21 @@ compressors add their own adapters.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
 
 from .lora import ADAPTER, add_adapter, read_settings
 from .packaged import SMOLLM2, packaged_lm
 
 TOKENIZER = "tokenizer_config.json"
+_SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module
+_SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,40 @@ def load_lm(name: str, dtype: torch.dtype | str = "auto", **model_kwargs: Any) -
 def resolve(name: str) -> str:
     """`name`, or the folder of the packaged model of that name; ImportError if its package is not installed."""
     return packaged_lm(name) if name == SMOLLM2 and not Path(name).exists() else name
+
+
+def load_tokenizer(name: str, revision: str | None = None, **options: Any) -> Any:
+    """Loads a tokenizer from its hub id or folder.
+
+    Raises:
+        ImportError: if it is a SentencePiece model without ``tokenizer.json``, and a package that converts it is missing.
+    """
+    where: dict[str, Any] = {} if revision is None else {"revision": revision}
+    try:
+        return AutoTokenizer.from_pretrained(name, **where, **options)
+    except Exception as error:  # tokenizers fail in many ways of their own
+        missing = [package for package, module in _SENTENCEPIECE.items() if not _installed(module)]
+        held = missing and not _has_file(name, "tokenizer.json", where)
+        if held and any(_has_file(name, file, where) for file in _SENTENCEPIECE_FILES):
+            raise ImportError(
+                f"The tokenizer of {name} is a SentencePiece model without tokenizer.json, and {' and '.join(missing)} to "
+                "convert it are not installed: pip install 'nutgraf[sentencepiece]'."
+            ) from error
+        raise
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package above it
+        return False
+
+
+def _has_file(name: str, file: str, where: dict[str, Any]) -> bool:
+    try:
+        return cached_file(name, file, **where) is not None
+    except OSError:  # none, or out of reach
+        return False
 
 
 def _load_adapted(folder: str, dtype: torch.dtype | str, model_kwargs: dict[str, Any]) -> LoadedLM:

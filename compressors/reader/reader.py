@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from ..core.errors import ReaderMismatchError
 from ..core.passage import CompressedPassage
@@ -19,9 +19,9 @@ from .generation import cut_at_stop, generate_ids, make_config, stop_strings, st
 from .head import build_head
 from .identity import ReaderIdentity
 from .kv import KVPlacement, join, position_arguments
-from .loading import as_dtype, find_lm
+from .loading import as_dtype, find_lm, load_tokenizer
 from .plan import KV, Layout, Prompt, PromptPlan, plan_prompts
-from .tokenization import PromptTokenizer, TokenIds
+from .tokenization import PromptTokenizer
 
 IDENTITY = "identity"
 
@@ -97,7 +97,7 @@ class Reader:
         """
         dtype = as_dtype(dtype)
         if isinstance(tokenizer, str | Path):
-            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer))
+            tokenizer = load_tokenizer(str(tokenizer))
         if isinstance(model, nn.Module):
             if tokenizer is None:
                 raise ValueError("A reader made from a model object needs its tokenizer: pass tokenizer=...")
@@ -115,7 +115,7 @@ class Reader:
             loaded = loaded.to(target)
         short = Path(name).name if Path(name).is_dir() else name  # paths stay private
         if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(found.tokenizer, revision=found.revision or "main")
+            tokenizer = load_tokenizer(found.tokenizer, found.revision)
         reader = cls(loaded, tokenizer, name=short)
         reader.identity_card.checkpoint = found.checkpoint
         return reader
@@ -212,7 +212,7 @@ class Reader:
 
         Raises:
             ReaderMismatchError: for a passage that was made for another reader.
-            ValueError: for an empty prompt, or slots of the wrong width.
+            ValueError: for an empty prompt, token ids that the model lacks, or slots of the wrong width.
         """
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list of prompts, got one string; write [prompt].")
@@ -226,15 +226,21 @@ class Reader:
             self._check_passages(atoms)
             batch.append(atoms)
         plans = plan_prompts(batch, self.prompts, [not chat] * len(batch))
+        rows = self.model.get_input_embeddings().weight.shape[0]
         for i, plan in enumerate(plans):
             if not len(plan):
                 raise ValueError(f"Prompt {i} is empty; a reader needs at least one token to read.")
+            if max(plan.ids) >= rows or min(plan.ids) < 0:
+                bad = next(n for n in plan.ids if not 0 <= n < rows)
+                raise ValueError(
+                    f"Token ids must lie in 0..{rows - 1} for {self.name!r}, got {bad} in prompt {i} "
+                    f"({self.tokenizer.convert_ids_to_tokens(bad) if bad > 0 else None!r}): text, chat template and "
+                    "tokenizer must be those of the model."
+                )
         return plans
 
     def _check_passages(self, atoms: Sequence[Any]) -> None:
         for atom in atoms:
-            if isinstance(atom, TokenIds) and (bad := [i for i in atom.ids if not 0 <= i < self.vocab_size]):
-                raise ValueError(f"Token ids must lie in 0..{self.vocab_size - 1} for {self.name!r}, got {bad[0]}.")
             if not isinstance(atom, CompressedPassage) or atom.interface == "text":
                 continue
             if atom.reader != self.fingerprint:

@@ -11,9 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from ...compressors.reader.loading import resolve
+from ...compressors.reader.loading import load_tokenizer, resolve
 
 
 class BaseSettings(BaseModel):
@@ -54,7 +54,7 @@ class TunedBase:
     def __init__(self, settings: BaseSettings) -> None:
         self.settings = settings
         local = resolve(settings.base)
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(local, padding_side="left")
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(local, padding_side="left")
         if self.tokenizer.eos_token_id is None:
             raise ValueError(f"The tokenizer of {settings.base} has no eos_token, which ends every answer; set one.")
         if self.tokenizer.pad_token_id is None:
