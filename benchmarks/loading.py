@@ -45,14 +45,19 @@ class CompressorSpec:
         return cls(name, tuple(own) or (None,))
 
 
+def pick_device(name: str) -> str:
+    """The device of a name; `auto`: CUDA if there is any, else the CPU."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 def find_reader(name: str, device: str = "auto", dtype: str = "auto") -> Reader:
     """A shipped reader by name, or one from a folder or the hub.
 
     Args:
-        device: `auto`: CUDA if there is any.
+        device: See `pick_device`.
         dtype: `auto`: float32 on the CPU, else the checkpoint's own.
     """
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = pick_device(device)
     return Reader.from_pretrained(locate(name), device=device, dtype=torch_dtype(dtype, device))
 
 

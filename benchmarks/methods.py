@@ -7,9 +7,9 @@ slots, `Shuffled` its control, and `EqualBudget` a text baseline with as many re
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any
 
 from ..adapters.store import Encoding
 from ..adapters.store.codec import round_trip
@@ -19,47 +19,75 @@ from ..recipes.data.corpus import Record
 from ..recipes.data.templates import Piece, Prompt, question_prompt
 from .baselines import BASELINES
 from .loading import CompressorSpec, find_compressor
+from .rows import Row
 
 
-class Method(Protocol):
-    """A line of the table. `ratio` is the compression ratio asked for, if any."""
+class Method:
+    """A line of the table.
+
+    Attributes:
+        name: Of the line, in tables and rows.
+        ratio: Compression ratio asked for, if any.
+        compressor: The line's own, or that of the line whose control or budget this is.
+        made_by: The line that compresses its passages, if any.
+    """
 
     name: str
-    ratio: float | None
+    ratio: float | None = None
+    compressor: Any = None
+    made_by: Compressed | None = None
 
     def contexts(self, reader: Reader, records: Sequence[Record]) -> list[list[Piece]]:
         """For each record the pieces (texts, compressed passages) before its question, in reading order."""
-        ...
+        raise NotImplementedError
+
+    def follow(self, of: Compressed, name: str) -> None:
+        """Read the passages of another line, under another name."""
+        self.name, self.ratio, self.compressor, self.made_by = name, of.ratio, of.compressor, of
+
+    def reads(self, reader: Reader) -> Reader:
+        """The reader of the line's prompts: `reader`, or the one that was tuned together with the line's compressor."""
+        return reader if self.made_by is None else self.made_by.compressor.reader
+
+    def about(self) -> Row:
+        """Interface of a line, whether the question was seen, whether the reader was tuned."""
+        if self.made_by is None:
+            return {"interface": "text"}
+        made_by = self.made_by.compressor
+        facts = {"query_aware": self.made_by.query_aware, "reader_tuned": made_by.reader is not made_by.base_reader}
+        return {"interface": made_by.interface} | {name: True for name, true in facts.items() if true}
+
+    @property
+    def label(self) -> str:
+        """Name with the ratio."""
+        return self.name + (f" {self.ratio:g}x" if self.ratio else "")
 
 
-class FullText:
+class FullText(Method):
     """The upper fixed line: every passage as it is."""
 
-    name: str = "full"
-    ratio: float | None = None
+    name = "full"
 
     def contexts(self, reader: Reader, records: Sequence[Record]) -> list[list[Piece]]:
         return [list(record.passages) for record in records]
 
 
-class NoContext:
+class NoContext(Method):
     """The lower fixed line: the question alone."""
 
-    name: str = "none"
-    ratio: float | None = None
+    name = "none"
 
     def contexts(self, reader: Reader, records: Sequence[Record]) -> list[list[Piece]]:
         return [[] for _ in records]
 
 
 @dataclass(eq=False)
-class Compressed:
+class Compressed(Method):
     """Every passage compressed on its own. Shared passages are compressed once, unless the question matters.
 
     Attributes:
         ratio: Compression ratio to ask for; None: the compressor's own.
         query_aware: Give the question to the compressor, so that every (passage, question) pair is compressed.
-        options: Further options of `Compressor.compress`.
         together: The same compressor at all its ratios, which may then read every passage once.
     """
 
@@ -67,42 +95,35 @@ class Compressed:
     ratio: float | None = None
     name: str = ""
     query_aware: bool = False
-    options: dict[str, object] = field(default_factory=dict)
     together: list[Compressed] = field(default_factory=list, repr=False)
     _made: dict[tuple[str, str | None], CompressedPassage] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        self.name = self.name or self.compressor.config.method + ("-query" if self.query_aware else "")
+        self.follow(self, self.name or self.compressor.config.method + "-query" * self.query_aware)
 
     def contexts(self, reader: Reader, records: Sequence[Record]) -> list[list[Piece]]:
         wanted = [[(text, self._query(record)) for text in record.passages] for record in records]
         new = list(dict.fromkeys(key for keys in wanted for key in keys if key not in self._made))
         if new:
             texts, queries = [text for text, _ in new], [query for _, query in new]
-            options = {"batch_size": 32} | self.options
             asked = queries if self.query_aware else None
             group = self.together or [self]
-            made = self.compressor.compress_at(texts, [one.ratio for one in group], asked, **options)  # type: ignore[arg-type]
+            made = self.compressor.compress_at(texts, [one.ratio for one in group], asked, batch_size=32)
             for one, passages in zip(group, made):
                 one._made.update(zip(new, passages))
         return [[self._made[key] for key in keys] for keys in wanted]
 
-    def fresh_prompt(self, records: Sequence[Record]) -> Callable[[int], list[Piece]]:
-        """Makes the prompt of the i-th record, compressing its passages again, without the cache."""
-
-        def prompt(i: int) -> list[Piece]:
-            texts, query = list(records[i].passages), self._query(records[i])
-            made = self.compressor.compress(texts, query, self.ratio, **self.options)  # type: ignore[arg-type]
-            return question_prompt(made, records[i].question)
-
-        return prompt
+    def fresh_prompt(self, records: Sequence[Record], i: int) -> list[Piece]:
+        """The prompt of the i-th record, with its passages compressed again."""
+        made = self.compressor.compress(list(records[i].passages), self._query(records[i]), self.ratio)
+        return question_prompt(made, records[i].question)
 
     def _query(self, record: Record) -> str | None:
         return record.question if self.query_aware else None
 
 
 @dataclass(eq=False)
-class Stored:
+class Stored(Method):
     """Compressed passages as a store gives them back, rounded by its codec.
 
     Attributes:
@@ -114,8 +135,6 @@ class Stored:
 
     of: Compressed
     encoding: Encoding
-    name: str = ""
-    ratio: float | None = None
     nbytes: float = 0.0
 
     def __post_init__(self) -> None:
@@ -123,8 +142,7 @@ class Stored:
             raise ValueError(
                 f"{self.of.name} makes text, which a store keeps as it is; there is no precision to measure."
             )
-        self.name = self.name or f"{self.of.name}-{self.precision}"
-        self.ratio = self.of.ratio
+        self.follow(self.of, f"{self.of.name}-{self.precision}")
 
     @property
     def precision(self) -> str:
@@ -143,7 +161,7 @@ class Stored:
 
 
 @dataclass(eq=False)
-class Shuffled:
+class Shuffled(Method):
     """The control: each question reads the compressed passages of another question.
 
     What a method scores here comes from the reader's knowledge and the form of the slots, not from their content.
@@ -151,44 +169,38 @@ class Shuffled:
 
     of: Compressed
     seed: int = 0
-    name: str = ""
-    ratio: float | None = None
 
     def __post_init__(self) -> None:
-        self.name = self.name or f"{self.of.name}-shuffled"
-        self.ratio = self.of.ratio
+        self.follow(self.of, f"{self.of.name}-shuffled")
 
     def contexts(self, reader: Reader, records: Sequence[Record]) -> list[list[Piece]]:
         return self.of.contexts(reader, strangers(records, self.seed))
 
 
 @dataclass(eq=False)
-class EqualBudget:
+class EqualBudget(Method):
     """A text baseline under the budget of another method's prompts."""
 
     name: str
     of: Method
     seed: int = 0
-    ratio: float | None = None
 
     def __post_init__(self) -> None:
         if self.name not in BASELINES:
             raise ValueError(f"There is no baseline {self.name!r}; known are {sorted(BASELINES)}.")
-        self.ratio = self.of.ratio
+        self.ratio, self.compressor = self.of.ratio, self.of.compressor
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} (budget of {self.of.label})"
 
     def contexts(self, reader: Reader, records: Sequence[Record]) -> list[list[Piece]]:
         baseline = BASELINES[self.name]
-        budgets = map(reader_of(self.of, reader).length, prompts(self.of, reader, records))
+        budgets = map(self.of.reads(reader).length, prompts(self.of, reader, records))
         return [
             list(baseline(reader, record.question, record.passages, budget, random.Random(f"{self.seed}/{i}")))
             for i, (record, budget) in enumerate(zip(records, budgets))
         ]
-
-
-def reader_of(method: Method, reader: Reader) -> Reader:
-    """The reader of a line's prompts: `reader`, or the one that was tuned together with the line's compressor."""
-    compressed = method.of if isinstance(method, Shuffled | Stored) else method
-    return compressed.compressor.reader if isinstance(compressed, Compressed) else reader
 
 
 def prompts(method: Method, reader: Reader, records: Sequence[Record]) -> list[list[Piece]]:

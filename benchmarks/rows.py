@@ -141,11 +141,14 @@ def key_of(row: Row, names: Sequence[str]) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in names)
 
 
-def latest(rows: Sequence[Row]) -> list[Row]:
+def newest(rows: Iterable[Row], names: Sequence[str]) -> list[Row]:
+    """The newest row for each combination of values under `names`, in order of first appearance."""
+    return list({key_of(row, names): row for row in rows}.values())
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
     """The newest row of each line, in order of first appearance."""
-    found: dict[tuple[Any, ...], Row] = {}
-    for row in rows:
-        found[(*key_of(row, LINE), row.get("passages") if row.get("suite") == "speed" else None)] = row
+    found = {(*key_of(row, LINE), row.get("passages") if row.get("suite") == "speed" else None): row for row in rows}
     return list(found.values())
 
 

@@ -13,9 +13,9 @@ from ...compressors import FidelityConfig
 from ..baselines import BASELINES
 from ..costs.costs import decoder_shape
 from ..costs.roofline import measure
-from ..loading import dataset_name, find_records, store_encoding
+from ..loading import dataset_name, find_records, pick_device, store_encoding
 from ..methods import Compressed, EqualBudget, FullText, Method, NoContext, lines
-from ..quality.quality import Line, evaluate, label
+from ..quality.quality import Line, evaluate
 from ..quality.reading import answer_swap, gold_positions
 from ..quality.remaining import holds, remaining
 from ..report.html import write_report
@@ -162,7 +162,7 @@ def gate(asked: GateOptions) -> None:
     for method in methods:
         fitted = calibrate(method, dev, settings, config, asked.target, asked.priced)
         if asked.save is not None:
-            fitted.save_pretrained(asked.save / label(method).replace(" ", "-") if len(methods) > 1 else asked.save)
+            fitted.save_pretrained(asked.save / method.label.replace(" ", "-") if len(methods) > 1 else asked.save)
         lower = [m for m in methods if m.compressor is method.compressor and (m.ratio or 0) < (method.ratio or 0)]
         lower += [Compressed(method.compressor, ratio) for ratio in asked.alone]
         found = gate_rows(fitted, method, records, settings, shares=asked.share, seeds=asked.seeds, slots_alone=lower)
@@ -322,7 +322,7 @@ def training(asked: TrainingOptions) -> None:
 
 
 def _loss_memory(asked: TrainingOptions, done: set[tuple[object, ...]], keep: Callable[[Row], None]) -> None:
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if asked.device == "auto" else asked.device
+    device = pick_device(asked.device)
     torch.manual_seed(asked.seed)
     about = {"suite": "training", "test": "loss-memory", "vocabulary": 128256, "command": command(), "commit": commit()}
     about |= {"device": device_name(device), "dtype": "float32", "seed": asked.seed}

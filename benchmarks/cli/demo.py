@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import random
 import tempfile
@@ -12,16 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from llama_index.core import VectorStoreIndex
 from llama_index.core.schema import TextNode
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from typer import Option
 
 from ...adapters.llama_index import CompressedContextLLM, CompressedContextPostprocessor, SentenceTransformerEmbedding
 from ...compressors import Reader
-from ...console import friendly_errors
 from ...recipes.data.corpus import Record, read_records
 from ..loading import (
     SAMPLE,
@@ -33,51 +31,40 @@ from ..loading import (
 )
 from ..methods import Compressed, lines
 from ..metrics import exact_match
-from ..progress import progress_bar
 from ..quality.quality import Settings, evaluate
 from ..report.html import Example, write_report
 from ..report.plots import require_matplotlib
 from ..report.quality_tables import line_table
 from ..report.table import rich_table
-from ..rows import Row
-from ..speed.entrants import FULL, Entrant
+from ..speed.entrants import Entrant
 from ..speed.speed import speed
-from ..speed.timing import Request, time_requests
+from .expand import takes
 
 COMPRESSORS = ("salient-pool-small@4", "mean-pool-small@4", "xrag-small", "selective-context@2")
 MAX_NEW_TOKENS = 16
+TOP_K = 2  # passages retrieved per question
+SHOWN, TIMED = 4, 3  # questions answered side by side, and questions timed
+SIZES = (1, TOP_K, 6, 10)  # passages per timed request
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class DemoSettings:
-    """Sizes of the demo: questions shown, benchmarked and timed, passages retrieved, and passages per timed request."""
-
-    out: Path = Path("reports/demo")
-    shown: int = 4
-    questions: int = 60
-    top_k: int = 2
-    timed: int = 3
-    sizes: tuple[int, ...] = (1, 3, 6, 10)
-    steps: int = 40
-    seed: int = 0
+    out: Annotated[Path, Option(help="Folder of the report.")] = Path("reports/demo")
+    questions: Annotated[int, Option(help="Questions of the benchmark.")] = 60
+    steps: Annotated[int, Option(help="Training steps; 0 trains nothing.")] = 40
+    seed: Annotated[int, Option(help="Draws the questions.")] = 0
 
 
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("reports/demo"),
-    questions: Annotated[int, typer.Option(help="Questions of the benchmark.")] = 60,
-    steps: Annotated[int, typer.Option(help="Training steps; 0 trains nothing.")] = 40,
-    seed: Annotated[int, typer.Option(help="Draws the questions.")] = 0,
-) -> Path:
+@takes(DemoSettings)
+def demo(settings: DemoSettings) -> None:
     """Index real passages, ask with and without compression, measure, train a little; offline, in a few minutes."""
     console = Console()
-    with friendly_errors():
-        require_matplotlib()  # fail now, not after minutes of work
-        console.rule("Load the shipped reader and compressors")
-        reader = find_reader("reader-small", "cpu")
-        specs = [CompressorSpec.parse(text) for text in COMPRESSORS]
-        compressed = [Compressed(find_compressor(spec.name, reader), spec.ratios[0]) for spec in specs]
-        settings = DemoSettings(out=out, questions=questions, steps=steps, seed=seed)
-        return run_demo(reader, compressed, read_records(SAMPLE_QUESTIONS), settings, console, train=train_visibly)
+    require_matplotlib()  # fail now, not after minutes of work
+    console.rule("Load the shipped reader and compressors")
+    reader = find_reader("reader-small", "cpu")
+    specs = [CompressorSpec.parse(text) for text in COMPRESSORS]
+    compressed = [Compressed(find_compressor(spec.name, reader), spec.ratios[0]) for spec in specs]
+    run_demo(reader, compressed, read_records(SAMPLE_QUESTIONS), settings, console, train=train_visibly)
 
 
 def run_demo(
@@ -102,23 +89,25 @@ def run_demo(
     asked = draw([record for record in records if record.half in (None, "report")], settings)
     console.rule("Index real Wikipedia passages with LlamaIndex")
     index, n_passages = build_index(records, embed_model or SentenceTransformerEmbedding(), console)
-    retrieved = retrieve(index, asked, settings.top_k)
+    retrieved = retrieve(index, asked)
     found = sum(record.gold is not None for record in retrieved)
-    console.print(f"{n_passages} passages indexed; the right one is among the first {settings.top_k} for {found} of "
+    console.print(f"{n_passages} passages indexed; the right one is among the first {TOP_K} for {found} of "
                   f"{len(asked)} questions.")  # fmt: skip
 
     console.rule("Ask through index.as_query_engine")
-    examples = ask_side_by_side(index, reader, compressed, retrieved[: settings.shown], settings.top_k, console)
+    examples = ask_side_by_side(index, reader, compressed, retrieved[:SHOWN], console)
 
     console.rule("Benchmark on the retrieved passages")
-    rows = benchmark(reader, compressed, retrieved, settings)
-    sizes = [n for n in settings.sizes if n <= n_passages]
+    quality = Settings("demo", MAX_NEW_TOKENS, seed=settings.seed, ttft=TIMED)
+    table = lines(compressed, baselines=["truncate", "extract"], shuffled=False, seed=settings.seed)
+    rows = [line.row for line in evaluate(reader, table, retrieved, quality)]
+    sizes = [n for n in SIZES if n <= n_passages]
     few: dict[str, Any] = {"requests": 1, "repeats": 3, "decode_tokens": 4}
     rows += speed(reader, [*map(Entrant.of, compressed)], records, passages=sizes, dataset="demo", **few)
-    console.print(rich_table(line_table(rows, f"{rows[0]['n']} questions, {settings.top_k} retrieved passages each")))
+    console.print(rich_table(line_table(rows, f"{rows[0]['n']} questions, {TOP_K} retrieved passages each")))
 
     notes = [
-        f"{found} of {len(asked)} questions, drawn at random, have the right passage among the {settings.top_k} retrieved.",
+        f"{found} of {len(asked)} questions, drawn at random, have the right passage among the {TOP_K} retrieved.",
         "The shipped reader is small, so that all of this runs on two CPU cores: it does not show what large readers do.",
     ]
     if train is not None and settings.steps:
@@ -155,9 +144,9 @@ def build_index(records: Sequence[Record], embed_model: Any, console: Console) -
         return VectorStoreIndex(nodes, embed_model=embed_model), len(nodes)
 
 
-def retrieve(index: VectorStoreIndex, records: Sequence[Record], top_k: int) -> list[Record]:
+def retrieve(index: VectorStoreIndex, records: Sequence[Record]) -> list[Record]:
     """The records with the passages that the index retrieves; `gold` is the index of the right one, if it is among them."""
-    retriever = index.as_retriever(similarity_top_k=top_k)
+    retriever = index.as_retriever(similarity_top_k=TOP_K)
     found = []
     for record in records:
         nodes = [scored.node for scored in retriever.retrieve(record.question)]
@@ -173,16 +162,15 @@ def ask_side_by_side(
     reader: Reader,
     compressed: Sequence[Compressed],
     records: Sequence[Record],
-    top_k: int,
     console: Console,
 ) -> list[Example]:
     """Ask each question through query engines with full text and with every compressor, and without any context."""
     llm = CompressedContextLLM(reader, max_new_tokens=MAX_NEW_TOKENS, stop=["\n"])
-    engines = {"full text": index.as_query_engine(llm=llm, similarity_top_k=top_k)}
+    engines = {"full text": index.as_query_engine(llm=llm, similarity_top_k=TOP_K)}
     for method in compressed:
         postprocessor = CompressedContextPostprocessor(method.compressor, ratio=method.ratio)
-        engines[title(method)] = index.as_query_engine(
-            llm=llm, similarity_top_k=top_k, node_postprocessors=[postprocessor]
+        engines[method.label] = index.as_query_engine(
+            llm=llm, similarity_top_k=TOP_K, node_postprocessors=[postprocessor]
         )
     examples = []
     for record in records:
@@ -197,26 +185,6 @@ def ask_side_by_side(
             table.add_row(name, Text(answer or "(nothing)"), style="green" if right else None)
         console.print(table, "")
     return examples
-
-
-def benchmark(
-    reader: Reader, compressed: Sequence[Compressed], records: Sequence[Record], settings: DemoSettings
-) -> list[Row]:
-    """Quality rows over the retrieved passages, with the times of a few of the same requests in them."""
-    quality = Settings("demo", MAX_NEW_TOKENS, seed=settings.seed)
-    table = lines(compressed, baselines=["truncate", "extract"], shuffled=False, seed=settings.seed)
-    found = evaluate(reader, table, records, quality)
-    entrants = [FULL, *map(Entrant.of, compressed)]
-    requests = [Request(record.question, record.passages) for record in records[: settings.timed]]
-    with progress_bar(True) as bar:
-        task = bar.add_task("times", total=4 * len(requests) * len(entrants))
-        advance = functools.partial(bar.advance, task)
-        taken = time_requests(reader, entrants, requests, repeats=3, warmup=1, advance=advance)
-    times = {
-        (e.method, e.ratio): {"ttft_ms": own.median("ttft"), "decode_ms_per_token": own.median("decode")}
-        for e, own in zip(entrants, taken)
-    }
-    return [line.row | ({} if "budget_of" in line.row else times.get((line.method, line.ratio), {})) for line in found]
 
 
 def train_visibly(settings: DemoSettings, console: Console) -> str:
@@ -246,8 +214,3 @@ def train_visibly(settings: DemoSettings, console: Console) -> str:
     )
     console.print(said)
     return said
-
-
-def title(method: Compressed) -> str:
-    """Name of a compressed line in the demo."""
-    return f"{method.name} {method.ratio:g}x" if method.ratio else method.name

@@ -15,6 +15,7 @@ from ..costs.costs import item_bytes
 from ..costs.plan import Hardware, Line, Load, best, work_out
 from ..costs.roofline import Roofline, measure
 from ..costs.shapes import find_shape
+from ..loading import pick_device
 from ..report.table import row_table
 from .expand import takes, wide_console
 
@@ -58,7 +59,7 @@ def plan(asked: PlanOptions) -> None:
     if asked.tflops is not None and asked.gbps is not None:
         roofline = Roofline(asked.tflops * 1e12, asked.gbps * 1e9, asked.dtype, "given")
     else:
-        roofline = measure(_device(asked.device), asked.dtype)
+        roofline = measure(pick_device(asked.device), asked.dtype)
     hardware = Hardware(roofline, asked.efficiency, asked.overhead_ms / 1000, asked.store_gbps * 1e9)
     lines = work_out(shape, load, hardware, asked.ratio)
     found, verdict = best(lines), sentence(lines, load)
@@ -94,12 +95,6 @@ def plan(asked: PlanOptions) -> None:
 
 def _pays(line: Line, full: Line) -> str:
     return ("" if line is full else "yes" if line.pays else "no") + ("" if line.fits else " (no room)")
-
-
-def _device(name: str) -> str:
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def sentence(lines: Sequence[Line], load: Load) -> str:

@@ -87,10 +87,10 @@ def random_reader(name: str, *, device: str = "cpu", dtype: str = "auto", seed: 
 
     from ...compressors import Reader
     from ...shipped import pretrained
-    from ..loading import torch_dtype
+    from ..loading import pick_device, torch_dtype
 
     config = shape_config(name)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = pick_device(device)
     kind: Any = torch.bfloat16 if dtype == "auto" and device.startswith("cuda") else torch_dtype(dtype, device)
     if not isinstance(kind, torch.dtype):
         kind = torch.float32

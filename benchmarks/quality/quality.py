@@ -13,15 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...compressors import CompressedPassage, Compressor, Reader
+from ...compressors import CompressedPassage, Reader
 from ...recipes.data.corpus import Record
 from ...recipes.data.templates import Piece, question_prompt
 from .. import metrics
-from ..methods import Compressed, EqualBudget, Method, Shuffled, Stored, prompt_size, reader_of
+from ..methods import Compressed, EqualBudget, Method, Stored, prompt_size
 from ..progress import progress_bar
 from ..rows import Row, clean, provenance
 from ..speed.timing import first_token_times
-from .scoring import Likelihood, answers, kl_divergence, likelihoods
+from .scoring import Likelihood, answers, kl_divergence, likelihoods, score_each
 from .source_hash import code_of
 
 
@@ -97,11 +97,11 @@ def evaluate(
     full: list[Likelihood] | None = None
     with progress_bar(settings.progress) as bar:
         for method in methods:
-            task = bar.add_task(label(method), total=len(kept) * (1 + settings.likelihood))
+            task = bar.add_task(method.label, total=len(kept) * (1 + settings.likelihood))
             advance = functools.partial(bar.advance, task)
             contexts = method.contexts(reader, kept)
             prompts = [question_prompt(pieces, record.question) for pieces, record in zip(contexts, kept)]
-            reads = reader_of(method, reader)
+            reads = method.reads(reader)
             predictions = answers(
                 reads, prompts, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size, advance=advance
             )
@@ -116,23 +116,32 @@ def evaluate(
                 scores["answer_tokens"] = np.array([len(item.log_probs) for item in likely])
                 scores["kl"] = np.array([kl_divergence(reader, a, b) for a, b in zip(full, likely)])
             row = _row(reader, method, scores, found, kept, settings)
-            row |= _about(method) | {"questions": questions_hash(kept), "skipped": len(records) - len(kept)}
+            row |= method.about() | {"questions": questions_hash(kept), "skipped": len(records) - len(kept)}
             if isinstance(method, Compressed):
                 sizes = [p.nbytes for pieces in contexts for p in pieces if isinstance(p, CompressedPassage)]
                 row["bytes_per_passage"] = sum(sizes) / max(1, len(sizes))
             if isinstance(method, Stored):
                 row |= _stored(method, predictions, scores, found, settings.seed)
             if settings.ttft:
-                fresh = method.fresh_prompt(kept) if isinstance(method, Compressed) and method.query_aware else None
+                asked = isinstance(method, Compressed) and method.query_aware
+                fresh = functools.partial(method.fresh_prompt, kept) if asked else None  # type: ignore[attr-defined]
                 ours, theirs = first_token_times(
                     reads, prompts, reader, full_prompts, requests=settings.ttft, fresh=fresh
                 )
                 row |= {"ttft_ms": ours, "ttft_full_ms": theirs, "ttft_speedup": theirs / ours}
                 row |= {} if fresh is None else {"ttft_compresses": True}
-            row["code"] = code_of(compressor_of(method))
+            row["code"] = code_of(method.compressor)
             found.append(Line(method.name, method.ratio, predictions, scores, clean(row)))
             on_line(found[-1])
     return found
+
+
+def answer_prompts(reader: Reader, prompts: Sequence[list[Piece]], settings: Settings, title: str) -> list[str]:
+    """The reader's answers, with a progress bar."""
+    with progress_bar(settings.progress and bool(prompts)) as bar:
+        advance = functools.partial(bar.advance, bar.add_task(title, total=len(prompts)))
+        size = settings.batch_size
+        return answers(reader, prompts, max_new_tokens=settings.max_new_tokens, batch_size=size, advance=advance)
 
 
 def questions_hash(records: Sequence[Record]) -> str:
@@ -163,18 +172,11 @@ def readable(reader: Reader, records: Sequence[Record], max_new_tokens: int) -> 
     return kept
 
 
-def label(method: Method) -> str:
-    """Name of a method on a progress bar, with its ratio and the method whose budget it has."""
-    asked = f" {method.ratio:g}x" if method.ratio else ""
-    return method.name + (f" (budget of {method.of.name}{asked})" if isinstance(method, EqualBudget) else asked)
-
-
 def _text_scores(
     reader: Reader, predictions: Sequence[str], records: Sequence[Record], references: Sequence[list[int]], beta: float
 ) -> dict[str, np.ndarray]:
-    scorers = {"em": metrics.exact_match, "f1": metrics.f1, "containment": metrics.containment}
-    scorers["rouge_l"] = functools.partial(metrics.rouge_l_answer, beta=beta)
-    found = {name: np.array([f(g, r.answers) for g, r in zip(predictions, records)]) for name, f in scorers.items()}
+    found = score_each(predictions, records)
+    found["rouge_l"] = np.array([metrics.rouge_l_answer(g, r.answers, beta) for g, r in zip(predictions, records)])
     guesses = reader.tokenize_batch([" " + guess for guess in predictions])
     found["token_em"] = np.array([metrics.token_exact_match(guess, ids) for guess, ids in zip(guesses, references)])
     return found
@@ -195,7 +197,7 @@ def head(reader: Reader, method: Method, records: Sequence[Record], settings: Se
         "method": method.name,
         "ratio_asked": method.ratio,
         "n": len(records),
-        **provenance(reader, settings.seed, compressor_of(method)),
+        **provenance(reader, settings.seed, method.compressor),
     }
 
 
@@ -225,17 +227,6 @@ def _row(
     return row
 
 
-def _about(method: Method) -> Row:
-    """Interface of a line, whether the question was seen, whether the reader was tuned."""
-    compressor = compressor_of(method)
-    if compressor is None or isinstance(method, EqualBudget):
-        return {"interface": "text"}
-    compressed = method.of if isinstance(method, Shuffled | Stored) else method
-    facts: Row = {"interface": compressor.interface}
-    facts |= {"query_aware": True} if getattr(compressed, "query_aware", False) else {}
-    return facts | ({"reader_tuned": True} if compressor.reader is not compressor.base_reader else {})
-
-
 def _stored(
     method: Stored, predictions: Sequence[str], scores: dict[str, np.ndarray], found: Sequence[Line], seed: int
 ) -> Row:
@@ -250,10 +241,3 @@ def _stored(
         row["f1_change"] = float(change.mean())
         row["f1_change_ci_low"], row["f1_change_ci_high"] = metrics.bootstrap_mean(change, seed=seed)
     return row
-
-
-def compressor_of(method: Method) -> Compressor | None:
-    """The compressor of a line, or of the method whose control or budget it is."""
-    if isinstance(method, EqualBudget | Shuffled | Stored):
-        return compressor_of(method.of)
-    return getattr(method, "compressor", None)

@@ -6,22 +6,17 @@ memory keeps the old answer.
 
 from __future__ import annotations
 
-import functools
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from ...compressors import Reader
 from ...recipes.data.corpus import Record
-from .. import metrics
 from ..methods import Method, prompts
-from ..progress import progress_bar
 from ..rows import Row, clean
-from .quality import Settings, head, readable
-from .scoring import answers
+from .quality import Settings, answer_prompts, head, readable
+from .scoring import score_each
 
 
 @dataclass(frozen=True)
@@ -57,10 +52,8 @@ def gold_positions(
     for place in places:
         moved = [move_gold(record, place) for record in kept]
         for method, predictions in _answer(reader, methods, moved, settings, f"gold at {place}"):
-            scores = _scores(predictions, [record.answers for record in moved])
-            rows.append(
-                clean(head(reader, method, moved, settings) | {"test": "gold-position", "position": place} | scores)
-            )
+            row = head(reader, method, moved, settings) | {"test": "gold-position", "position": place}
+            rows.append(clean(row | _scores(predictions, moved)))
     return rows
 
 
@@ -77,10 +70,10 @@ def answer_swap(reader: Reader, methods: Sequence[Method], records: Sequence[Rec
     before = dict(_answer(reader, methods, original, settings, "answers as they are"))
     rows = []
     for method, predictions in _answer(reader, methods, changed, settings, "answers swapped"):
-        right, follows = _matches(before[method], original), _matches(predictions, changed)
-        row = head(reader, method, changed, settings) | {"test": "answer-swap"}
-        row |= _scores(predictions, [record.answers for record in changed])
-        row |= {"em_old": float(_matches(predictions, original).mean()), "em_before": float(right.mean())}
+        was, follows = score_each(before[method], original)["em"], score_each(predictions, changed)["em"]
+        right = was == 1
+        row = head(reader, method, changed, settings) | {"test": "answer-swap"} | _scores(predictions, changed)
+        row |= {"em_old": _scores(predictions, original)["em"], "em_before": float(was.mean())}
         row |= {"follows": float(follows[right].mean()) if right.any() else None, "n_right": int(right.sum())}
         rows.append(clean(row))
     return rows
@@ -148,26 +141,12 @@ def _whole(answer: str) -> re.Pattern[str]:
 def _answer(
     reader: Reader, methods: Sequence[Method], records: Sequence[Record], settings: Settings, title: str
 ) -> list[tuple[Method, list[str]]]:
-    found = []
-    with progress_bar(settings.progress) as bar:
-        for method in methods:
-            task = bar.add_task(f"{title}: {method.name}", total=len(records))
-            predictions = answers(
-                reader,
-                prompts(method, reader, records),
-                max_new_tokens=settings.max_new_tokens,
-                batch_size=settings.batch_size,
-                advance=functools.partial(bar.advance, task),
-            )
-            found.append((method, predictions))
-    return found
+    def answer(method: Method) -> list[str]:
+        asked = prompts(method, reader, records)
+        return answer_prompts(method.reads(reader), asked, settings, f"{title}: {method.name}")
+
+    return [(method, answer(method)) for method in methods]
 
 
-def _matches(predictions: Sequence[str], records: Sequence[Record]) -> np.ndarray:
-    """Whether each prediction is an exact match, `[records]`."""
-    return np.array([metrics.exact_match(guess, record.answers) == 1 for guess, record in zip(predictions, records)])
-
-
-def _scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Row:
-    scorers = {"em": metrics.exact_match, "f1": metrics.f1, "containment": metrics.containment}
-    return {name: float(np.mean(list(map(f, predictions, references)))) for name, f in scorers.items()}
+def _scores(predictions: Sequence[str], records: Sequence[Record]) -> Row:
+    return {name: float(scores.mean()) for name, scores in score_each(predictions, records).items()}

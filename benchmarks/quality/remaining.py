@@ -9,7 +9,7 @@ from ...compressors import Reader
 from ...recipes.data.corpus import Record
 from ..methods import EqualBudget, Method, Stored
 from ..rows import Row
-from .quality import Settings, compressor_of, questions_hash, readable
+from .quality import Settings, questions_hash, readable
 from .source_hash import code_of
 
 
@@ -40,7 +40,7 @@ def holds(rows: Sequence[Row], method: Method, reader: Reader, settings: Setting
 
 
 def _identity(method: Method, reader: Reader, settings: Settings) -> dict[str, Any]:
-    compressor = compressor_of(method)
+    compressor = method.compressor
     return {
         "suite": "quality",
         "dataset": settings.dataset,

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...compressors import Reader
+from ...recipes.data.corpus import Record
 from ...recipes.data.templates import Piece
+from .. import metrics
 
 Advance = Callable[[int], None]
 _CHUNK_ELEMENTS = 2**25  # logits held at once while distributions are compared (128 MiB in float32)
@@ -40,6 +43,13 @@ def answers(
             found[i] = text.strip()
         advance(len(part))
     return found
+
+
+def score_each(predictions: Sequence[str], records: Sequence[Record]) -> dict[str, np.ndarray]:
+    """EM, F1 and containment of each answer, `[records]`."""
+    scorers = {"em": metrics.exact_match, "f1": metrics.f1, "containment": metrics.containment}
+    pairs = [(guess, record.answers) for guess, record in zip(predictions, records)]
+    return {name: np.array([score(*pair) for pair in pairs]) for name, score in scorers.items()}
 
 
 @torch.no_grad()

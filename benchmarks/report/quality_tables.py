@@ -7,7 +7,7 @@ from typing import Any
 
 from ..names import dataset_title, is_beside, kind_of, line_name, method_name, with_ratio
 from ..quality.pooled import BUDGETS, FULL, NONE, ONE_SLOT, POOLED, Key, best, budget_of
-from ..rows import Row
+from ..rows import Row, key_of, newest
 from .table import Column, Table, build, columns, interval, milliseconds
 
 SCORES = {"embedder": "the embedder's score", "bm25": "BM25", "gold": "the known right passage"}
@@ -57,12 +57,10 @@ def line_table(rows: Sequence[Row], title: str = "", timed: Sequence[Row] | None
 
 
 def _times(row: Row, speeds: Sequence[Row]) -> Row:
-    """TTFT and decode time of the speed row with the same method, ratio, number of passages and reader."""
-    if "ttft_ms" not in row:
-        for speed in speeds:
-            if all(speed.get(key) == row.get(key) for key in ("method", "ratio_asked", "passages", "reader")):
-                return {key: speed[key] for key in ("ttft_ms", "decode_ms_per_token") if key in speed}
-    return {}
+    """The times that a row lacks: those of the speed row with the same method, ratio, number of passages and reader."""
+    same = ("method", "ratio_asked", "passages", "reader")
+    speed = next((speed for speed in speeds if key_of(speed, same) == key_of(row, same)), {})
+    return {key: speed[key] for key in ("ttft_ms", "decode_ms_per_token") if key in speed and key not in row}
 
 
 # -- pages -----------------------------------------------------------------------------------------------------------
@@ -188,11 +186,6 @@ def about(pooled: Sequence[Row], measured: Collection[str]) -> dict[str, Any]:
         "lost": [dataset_title(name) for name in missing if name in measured],
         "absent": [dataset_title(name) for name in missing if name not in measured],
     }
-
-
-def newest(rows: Iterable[Row], keys: Sequence[str]) -> list[Row]:
-    """The newest row for each value of `keys`."""
-    return list({tuple(str(row.get(key)) for key in keys): row for row in rows}.values())
 
 
 # -- earlier studies -------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ..names import method_name, with_ratio
-from ..rows import Row, key_of
+from ..rows import Row, key_of, newest
 from .table import Column, Table, build, columns, milliseconds
 
 FULL, RANDOM = "full", "random-slots"
@@ -103,7 +103,7 @@ def _newest(rows: Sequence[Row], test: str, about: tuple[str, ...]) -> list[Row]
     chosen = [row for row in rows if row.get("test") == test]
     last = {row.get("reader_shape"): row.get("reader") for row in chosen}  # a retrained reader replaces the older one
     chosen = [row for row in chosen if row.get("reader") == last[row.get("reader_shape")]]
-    return list({key_of(row, (*SAME, *about)): row for row in chosen}.values())
+    return newest(chosen, (*SAME, *about))
 
 
 def _place(row: Row) -> tuple[object, ...]:

@@ -7,11 +7,8 @@ reader's body over passages and slots, the least that an encoder of the reader's
 
 from __future__ import annotations
 
-import functools
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +17,8 @@ from ...compressors import Reader
 from ..costs.costs import DecoderShape, Work
 from ..costs.roofline import Roofline
 from ..rows import Row, clean, key_of, provenance
-from .clock import peak_memory
-from .entrants import FULL, PROMPT_TOKENS, RANDOM, Entrant, bare_encoder, make_passages, make_tail, random_slots
-from .timing import Job, Taken, check_repeats, figures, forgetful, load, run_jobs, save
+from .entrants import FULL, PROMPT_TOKENS, RANDOM, Entrant, make_passages, make_tail
+from .timing import Request, Taken, check_repeats, figures, time_requests
 
 KEY = (
     "test", "reader_shape", "reader", "device", "dtype", "context_asked", "passages", "batch", "method", "interface",
@@ -130,8 +126,19 @@ def account(
         wanted = [entrant for entrant, head in heads.items() if key_of(clean(head), KEY) not in done]
         if not wanted:
             continue
-        with tempfile.TemporaryDirectory(prefix="nutgraf-account-") as folder, forgetful(wanted):
-            taken = _measure(how, list(dict.fromkeys([FULL, *wanted])), case, Path(folder), say)
+        passages = make_passages(reader, case.passages, case.context // case.passages)
+        taken = time_requests(
+            reader,
+            list(dict.fromkeys([FULL, *wanted])),
+            [Batch(make_tail(reader), tuple(passages), case.batch)],
+            repeats=how.repeats,
+            warmup=how.warmup,
+            decode_tokens=how.decode_tokens,
+            compressions=min(how.repeats, 3),
+            online=False,
+            seed=how.seed,
+            left_out=lambda e: say(f"{e.method} {e.ratio or ''} is left out: the device has no memory for it."),
+        )
         if FULL not in taken:
             say(f"{case} is left out: without the full text there is nothing to compare with.")
             continue
@@ -143,65 +150,15 @@ def account(
     return found
 
 
-def _measure(
-    how: Measurement, entrants: Sequence[Entrant], case: Case, folder: Path, say: Callable[[str], None]
-) -> dict[Entrant, Taken]:
-    """Measurements of each entrant that the device has memory for."""
-    reader = how.reader
-    texts, tail = make_passages(reader, case.passages, case.context // case.passages), make_tail(reader)
-    jobs: dict[Entrant, Job] = {}
+@dataclass(frozen=True)
+class Batch(Request):
+    """`size` prompts of one length: the same passages, rotated, and then the question."""
 
-    def drop(entrant: Entrant) -> None:
-        jobs.pop(entrant, None)
-        say(f"{entrant.method} {entrant.ratio or ''} at {case} is left out: the device has no memory for it.")
+    size: int = 1
 
-    for number, entrant in enumerate(entrants):
-        own = entrant.reads(reader)
-        try:
-            made = _compressed(reader, entrant, texts, how.seed)
-            files = save(made, folder / str(number)) if entrant is not FULL else None
-            prompts = functools.partial(_prompts, own, texts, files, tail, case.batch)
-            jobs[entrant] = Job(own, prompts, Taken(), _compress_call(reader, entrant, texts, made))
-            jobs[entrant].taken.measure(own, [made], [[*made, tail]])
-        except torch.OutOfMemoryError:
-            drop(entrant)
-    run_jobs(
-        list(jobs.values()),
-        repeats=how.repeats,
-        warmup=how.warmup,
-        decode_tokens=how.decode_tokens,
-        compressions=min(how.repeats, 3),
-        out_of_memory=lambda job: drop(next(entrant for entrant, other in jobs.items() if other is job)),
-    )
-    for job in jobs.values():
-        job.taken.peak = peak_memory(job.reader.device, functools.partial(_once, job))
-    return {entrant: job.taken for entrant, job in jobs.items()}
-
-
-def _once(job: Job) -> None:
-    job.reader.generate(job.prompts(), 1, min_new_tokens=1)
-
-
-def _prompts(reader: Reader, texts: list[str], files: list[Path] | None, tail: str, batch: int) -> list[Any]:
-    """A batch of prompts of one length: the same passages, rotated."""
-    loaded = [load(files, reader, texts) for _ in range(batch)]
-    return [[*own[k % len(own) :], *own[: k % len(own)], tail] for k, own in enumerate(loaded)]
-
-
-def _compressed(reader: Reader, entrant: Entrant, texts: list[str], seed: int) -> list[Any]:
-    if entrant is FULL:
-        return list(texts)
-    if entrant.compressor is not None:
-        return list(entrant.compressor.compress(texts, ratio=entrant.ratio))
-    return random_slots(reader, texts, entrant.ratio, entrant.interface, seed)
-
-
-def _compress_call(reader: Reader, entrant: Entrant, texts: list[str], made: list[Any]) -> Callable[[], Any] | None:
-    if entrant is FULL:
-        return None
-    if entrant.compressor is not None:
-        return functools.partial(entrant.compressor.compress, texts, ratio=entrant.ratio)
-    return functools.partial(bare_encoder, reader, texts, made[0].slots, entrant.interface == "kv")
+    def prompts(self, load: Callable[[], list[Any]]) -> list[list[Any]]:
+        loaded = [load() for _ in range(self.size)]
+        return [[*own[k % len(own) :], *own[: k % len(own)], self.question] for k, own in enumerate(loaded)]
 
 
 def _figures(how: Measurement, entrant: Entrant, taken: Taken, full: Taken, case: Case) -> Row:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -46,6 +47,14 @@ class Entrant:
     def reads(self, reader: Reader) -> Reader:
         """`reader`, or the reader that was tuned together with the compressor."""
         return reader if self.compressor is None else self.compressor.reader
+
+    def make(self, reader: Reader, texts: list[str], seed: int = 0) -> list[Any]:
+        """What is read of the passages: their texts, compressed passages, or random slots."""
+        if self.compressor is not None:
+            return list(self.compressor.compress(texts, ratio=self.ratio))
+        if self.method == RANDOM:
+            return random_slots(reader, texts, self.ratio, self.interface, seed)
+        return texts
 
 
 FULL = Entrant("full")

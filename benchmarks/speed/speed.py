@@ -55,8 +55,8 @@ def speed(
             taken = time_requests(
                 reader, everyone, asked, repeats=repeats, decode_tokens=decode_tokens, advance=advance
             )
-        for entrant, own in zip(everyone, taken):
-            row = _row(entrant, own, taken[0], decode_tokens) | provenance(reader, seed, entrant.compressor)
+        for entrant, own in taken.items():
+            row = _row(entrant, own, taken[FULL], decode_tokens) | provenance(reader, seed, entrant.compressor)
             row |= {"passages": count, "dataset": dataset, "n": len(asked) * repeats, "reader_shape": shape(reader)}
             if roofline is not None and (work := prefill_work(reader, own, roofline.dtype)) is not None:
                 floor = 1000 * roofline.seconds(work)

@@ -25,7 +25,7 @@ from .. import metrics
 from ..methods import prompt_size
 from ..rows import Row
 from .clock import Parts, answer_parts, peak_memory, timed
-from .entrants import FULL, Entrant
+from .entrants import FULL, Entrant, bare_encoder
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ class Request:
     question: str
     passages: tuple[str, ...]
 
+    def prompts(self, load: Callable[[], list[Any]]) -> list[list[Any]]:
+        """The prompts of the request; `load` gives its passages, as texts or compressed."""
+        return [question_prompt(load(), self.question)]
+
 
 @dataclass
 class Taken:
@@ -43,8 +47,8 @@ class Taken:
     Attributes:
         parts, compress, online: Times of each repeat in ms: of stored passages, of compressing, and the TTFT with
             compression within the request.
-        slots, kv_slots, prompt: Per prompt: slots (tokens for text), those that are keys and values, positions read.
-        nbytes: Bytes per passage, compressed or as text.
+        slots, kv_slots, prompt: Means per prompt: slots (tokens for text), those that are keys and values, positions read.
+        nbytes: Mean bytes per passage, compressed or as text.
         flops: Of one prefill, as torch counts them. `peak`: peak memory of a request.
     """
 
@@ -57,22 +61,21 @@ class Taken:
     nbytes: float = 0.0
     flops: int = 0
     peak: int | None = None
+    _sizes: list[tuple[float, ...]] = field(default_factory=list)
 
     def median(self, part: str) -> float:
         """Median of `load`, `plan`, `prefill`, `ttft` or `decode`."""
         return statistics.median(getattr(parts, part) for parts in self.parts)
 
-    def measure(self, reader: Reader, pieces: Sequence[Sequence[Any]], prompts: Sequence[list[Any]]) -> None:
-        """Set the sizes to the means over prompts and their pieces (texts and compressed passages)."""
-        soft = [[p for p in own if isinstance(p, CompressedPassage)] for own in pieces]
-        plain = [[p for p in own if isinstance(p, str)] for own in pieces]
-        tokens = [sum(map(len, reader.tokenize_batch(own))) for own in plain]
-        self.slots = statistics.mean(n + sum(p.slots for p in own) for n, own in zip(tokens, soft))
-        self.kv_slots = statistics.mean(sum(p.slots for p in own if p.interface == "kv") for own in soft)
-        self.prompt = statistics.mean(prompt_size(reader, prompt) for prompt in prompts)
-        self.nbytes = statistics.mean(
-            p.nbytes if isinstance(p, CompressedPassage) else len(p.encode()) for own in pieces for p in own
-        )
+    def add_sizes(self, reader: Reader, pieces: Sequence[Any], prompt: list[Any]) -> None:
+        """Add a request with its texts or compressed passages; the sizes become means over all requests."""
+        soft = [piece for piece in pieces if isinstance(piece, CompressedPassage)]
+        tokens = sum(map(len, reader.tokenize_batch([piece for piece in pieces if isinstance(piece, str)])))
+        nbytes = [p.nbytes if isinstance(p, CompressedPassage) else len(p.encode()) for p in pieces]
+        kv_slots = sum(p.slots for p in soft if p.interface == "kv")
+        slots = tokens + sum(p.slots for p in soft)
+        self._sizes.append((slots, kv_slots, prompt_size(reader, prompt), statistics.mean(nbytes)))
+        self.slots, self.kv_slots, self.prompt, self.nbytes = map(statistics.mean, zip(*self._sizes))
 
 
 @dataclass(eq=False)
@@ -109,12 +112,14 @@ def run_jobs(
     Args:
         repeats: Rounds that count; `warmup` rounds come before them.
         compressions: Most rounds that compression is timed in.
-        out_of_memory: Called with a job that ran out of memory, which is then dropped; None: raise.
+        out_of_memory: Called with a job that ran out of memory; those with the same `taken` are dropped. None: raise.
         advance: Called with 1 after each job.
     """
     waiting = list(jobs)
     for turn in range(warmup + repeats):
         for job in list(waiting):
+            if job not in waiting:
+                continue
             compresses = job.compress is not None and (compressions is None or turn < warmup + compressions)
             try:
                 spent = timed(job.reader.device, job.compress) if compresses and job.compress is not None else None
@@ -123,7 +128,7 @@ def run_jobs(
             except torch.OutOfMemoryError:
                 if out_of_memory is None:
                     raise
-                waiting.remove(job)
+                waiting = [other for other in waiting if other.taken is not job.taken]
                 out_of_memory(job)
                 continue
             if turn >= warmup:
@@ -141,56 +146,77 @@ def time_requests(
     repeats: int = 5,
     warmup: int = 2,
     decode_tokens: int = 16,
+    compressions: int | None = None,
+    online: bool = True,
+    seed: int = 0,
+    left_out: Callable[[Entrant], None] | None = None,
     advance: Callable[[int], None] = lambda n: None,
-) -> list[Taken]:
+) -> dict[Entrant, Taken]:
     """Time every entrant on every request; passages are compressed ahead of time and loaded from disk.
+
+    Args:
+        repeats, warmup, compressions, advance: See `run_jobs`.
+        online: Also time requests that compress their passages.
+        seed: Of random slots.
+        left_out: Called with an entrant that the device has no memory for; None: raise.
 
     Raises ValueError if there is nothing to time, or a prompt does not fit into the reader.
     """
     if not entrants or not requests:
         raise ValueError("Timing needs at least one contender and one request.")
     check_repeats(repeats, warmup, decode_tokens)
-    found = [Taken() for _ in entrants]
+    jobs: dict[Entrant, list[Job]] = {}
+
+    def drop(entrant: Entrant) -> None:
+        jobs.pop(entrant, None)
+        if left_out is None:
+            raise
+        left_out(entrant)
+
     with tempfile.TemporaryDirectory(prefix="nutgraf-timing-") as folder, forgetful(entrants):
-        jobs: list[list[Job]] = []
-        for k, request in enumerate(requests):
-            jobs.append([])
-            for i, (entrant, taken) in enumerate(zip(entrants, found)):
-                texts = list(request.passages)
-                make = functools.partial(_compress, entrant, texts)
-                files = None if entrant.compressor is None else save(make(), Path(folder) / f"{i}-{k}")
-                stored = functools.partial(
-                    _prompts, request, functools.partial(load, files, entrant.reads(reader), texts)
-                )
-                online = None if files is None else functools.partial(_prompts, request, make)
-                jobs[-1].append(Job(entrant.reads(reader), stored, taken, None if files is None else make, online))
+        for number, entrant in enumerate(entrants):
+            taken, files = Taken(), Path(folder) / str(number)
+            try:
+                jobs[entrant] = [
+                    _job(reader, entrant, request, taken, files / str(k), online, seed)
+                    for k, request in enumerate(requests)
+                ]
+            except torch.OutOfMemoryError:
+                drop(entrant)
         run_jobs(
-            [j for row in jobs for j in row],
+            [job for each in zip(*jobs.values()) for job in each],
             repeats=repeats,
             warmup=warmup,
             decode_tokens=decode_tokens,
+            compressions=compressions,
+            out_of_memory=lambda job: drop(next(entrant for entrant, each in jobs.items() if job in each)),
             advance=advance,
         )
-        for i, taken in enumerate(found):
-            own = [row[i] for row in jobs]
-            prompts = [job.prompts()[0] for job in own]
-            once = functools.partial(own[0].reader.generate, prompts[:1], 1)
-            taken.measure(own[0].reader, [_pieces(prompt, r) for prompt, r in zip(prompts, requests)], prompts)
-            taken.flops, taken.peak = count_flops(once), peak_memory(reader.device, once)
-    return found
+        for job, *_ in jobs.values():
+            once = functools.partial(_once, job)
+            job.taken.flops, job.taken.peak = count_flops(once), peak_memory(job.reader.device, once)
+    return {entrant: job.taken for entrant, (job, *_) in jobs.items()}
 
 
-def _compress(entrant: Entrant, texts: list[str]) -> list[Any]:
-    return list(entrant.compressor.compress(texts, ratio=entrant.ratio))  # type: ignore[union-attr]
+def _job(
+    reader: Reader, entrant: Entrant, request: Request, taken: Taken, folder: Path, online: bool, seed: int
+) -> Job:
+    own, texts = entrant.reads(reader), list(request.passages)
+    make = functools.partial(entrant.make, reader, texts, seed)
+    made = make()
+    taken.add_sizes(own, made, request.prompts(lambda: made)[0])
+    if entrant == FULL:
+        return Job(own, functools.partial(request.prompts, make), taken)
+    job = Job(own, functools.partial(request.prompts, functools.partial(load, save(made, folder), own)), taken, make)
+    if entrant.compressor is None:
+        job.compress = functools.partial(bare_encoder, reader, texts, made[0].slots, entrant.interface == "kv")
+    elif online:
+        job.online = functools.partial(request.prompts, make)
+    return job
 
 
-def _prompts(request: Request, pieces: Callable[[], list[Any]]) -> list[Any]:
-    return [question_prompt(pieces(), request.question)]
-
-
-def _pieces(prompt: Sequence[Any], request: Request) -> list[Any]:
-    soft = [piece for piece in prompt if isinstance(piece, CompressedPassage)]
-    return soft or list(request.passages)
+def _once(job: Job) -> None:
+    job.reader.generate(job.prompts(), 1, min_new_tokens=1)
 
 
 def save(made: Sequence[CompressedPassage], folder: Path) -> list[Path]:
@@ -201,9 +227,9 @@ def save(made: Sequence[CompressedPassage], folder: Path) -> list[Path]:
     return files
 
 
-def load(files: Sequence[Path] | None, reader: Reader, texts: list[str]) -> list[Any]:
-    """The stored passages on the reader's device; the texts themselves without files."""
-    return list(texts) if files is None else [CompressedPassage.load(file).to(reader.device) for file in files]
+def load(files: Sequence[Path], reader: Reader) -> list[Any]:
+    """The stored passages on the reader's device."""
+    return [CompressedPassage.load(file).to(reader.device) for file in files]
 
 
 def figures(entrant: Entrant, taken: Taken, full: Taken, batch: int, decode_tokens: int) -> Row:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import random
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -12,11 +11,9 @@ import numpy as np
 
 from ...recipes.data.corpus import Record
 from ...recipes.data.templates import Prompt, question_prompt
-from .. import metrics
 from ..methods import Compressed
-from ..progress import progress_bar
-from ..quality.quality import Settings, label
-from ..quality.scoring import answers, likelihoods
+from ..quality.quality import Settings, answer_prompts
+from ..quality.scoring import likelihoods, score_each
 
 Sent = frozenset[str]  # the passages that are read as text
 
@@ -59,19 +56,10 @@ class Mixture:
         wanted = [[(i, self._mask(r, sent)) for i, r in enumerate(self.records)] for sent in map(frozenset, sendings)]
         new = list(dict.fromkeys(key for keys in wanted for key in keys if key not in self._read))
         prompts = [self._prompt(*key) for key in new]
-        with progress_bar(self.settings.progress and bool(new)) as bar:
-            task = bar.add_task(f"{label(self.method)}, mixed with text", total=len(new))
-            guesses = answers(
-                self.reader,
-                prompts,
-                max_new_tokens=self.settings.max_new_tokens,
-                batch_size=self.settings.batch_size,
-                advance=functools.partial(bar.advance, task),
-            )
-        for key, prompt, guess in zip(new, prompts, guesses):
-            truth = self.records[key[0]].answers
-            scores = (f(guess, truth) for f in (metrics.f1, metrics.exact_match, metrics.containment))
-            self._read[key] = (*map(float, scores), self.reader.length(prompt))  # type: ignore[assignment]
+        guesses = answer_prompts(self.reader, prompts, self.settings, f"{self.method.label}, mixed with text")
+        scores = score_each(guesses, [self.records[i] for i, _ in new])
+        for key, prompt, *each in zip(new, prompts, scores["f1"], scores["em"], scores["containment"]):
+            self._read[key] = (*each, self.reader.length(prompt))  # type: ignore[assignment]
         columns = (np.array([self._read[key] for key in keys], dtype=float).T for keys in wanted)
         return [Reading(*column) for column in columns]
 

@@ -113,8 +113,8 @@ def test_a_tuned_reader_reads_its_own_lines_and_no_others(reader: Reader) -> Non
         for parameter in gist.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     compressed = lines.Compressed(gist)
-    assert lines.reader_of(compressed, reader) is gist.reader
-    assert lines.reader_of(lines.Shuffled(compressed), reader) is gist.reader
+    assert compressed.reads(reader) is gist.reader
+    assert lines.Shuffled(compressed).reads(reader) is gist.reader
     methods = lines.lines([compressed], baselines=["truncate"], shuffled=True)
     found = {line.method: line for line in quality.evaluate(reader, methods, RECORDS, QUIET)}
     prompts = lines.prompts(compressed, reader, RECORDS)
@@ -124,7 +124,7 @@ def test_a_tuned_reader_reads_its_own_lines_and_no_others(reader: Reader) -> Non
     assert found["truncate"].row["reader_tokens"] <= found["gist"].row["reader_tokens"]
     request = timing.Request(RECORDS[0].question, tuple(RECORDS[0].passages))
     given = [entrants.FULL, entrants.Entrant.of(compressed)]
-    full, own = timing.time_requests(reader, given, [request], repeats=1, warmup=0, decode_tokens=2)
+    full, own = timing.time_requests(reader, given, [request], repeats=1, warmup=0, decode_tokens=2).values()
     assert own.slots < full.slots
 
 
@@ -143,8 +143,8 @@ def test_fixed_lines_are_what_the_reader_says(reader: Reader) -> None:
 def test_identity_memory_is_the_full_text(reader: Reader) -> None:
     """A line of the passages' own embeddings gives the full text's answers and no divergence from it."""
 
-    class Identity:
-        name, ratio = "identity", None
+    class Identity(lines.Method):
+        name = "identity"
 
         def contexts(self, reader: Reader, records: Sequence[Record]) -> list[list[Any]]:
             return [[reader.identity(passage) for passage in r.passages] for r in records]

@@ -82,7 +82,7 @@ def test_a_tuned_reader_reads_its_own_keys_and_values_quantised(reader: Reader) 
         for parameter in gist.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     method = lines.Stored(lines.Compressed(gist), loading.store_encoding("int8"))
-    assert lines.reader_of(method, reader) is gist.reader
+    assert method.reads(reader) is gist.reader
     _, _, line = quality.evaluate(reader, [lines.FullText(), lines.NoContext(), method], RECORDS, QUIET)
     prompts = lines.prompts(method, reader, RECORDS)
     assert line.predictions == [a.strip() for a in gist.reader.generate(prompts, 4, stop=["\n"])]

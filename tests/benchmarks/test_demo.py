@@ -30,9 +30,7 @@ def reader(zoo: ModuleType) -> Reader:
 
 def test_demo_runs_through(reader: Reader, tmp_path: Path) -> None:
     selective = SelectiveContextCompressor(SelectiveContextConfig(), reader)
-    settings = demo.DemoSettings(
-        out=tmp_path / "demo", shown=2, questions=4, top_k=2, timed=1, sizes=(1, 2, 99), steps=1
-    )
+    settings = demo.DemoSettings(out=tmp_path / "demo", questions=4, steps=1)
     out = io.StringIO()
     path = demo.run_demo(
         reader,
@@ -46,7 +44,15 @@ def test_demo_runs_through(reader: Reader, tmp_path: Path) -> None:
     printed = out.getvalue()
     asked = demo.draw(RECORDS, settings)
     assert len(asked) == 4
-    for text in ("full text", "no context", "selective-context 3x", "recovered share", "TTFT", asked[0].question):
+    for text in (
+        "full text",
+        "no context",
+        "selective-context 3x",
+        "recovered share",
+        "TTFT",
+        "decode time",
+        asked[0].question,
+    ):
         assert text in printed
     page = path.read_text(encoding="utf-8")
     assert "Answers side by side" in page
