@@ -14,17 +14,18 @@ Files are JSON lines: `id`, `question`, `answers`, `passages` (list of `{title, 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import random
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from ..compressors.core.files import write_atomically
+from ..console import friendly_errors
 
 Json = dict[str, Any]
 
@@ -138,19 +139,14 @@ def fetch(source: Source) -> Iterator[Json]:
     return iter(found)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m nutgraf.benchmarks.build_data", description="Build question sets.")
-    parser.add_argument("names", nargs="+", choices=sorted(SETS))
-    parser.add_argument("--out", type=Path, default=Path("data"), help="folder for the files (default: data)")
-    options = parser.parse_args(arguments)
-    for name in options.names:
-        try:
-            print(build(name, options.out))
-        except ValueError as error:
-            print(error, file=sys.stderr)
-            return 2
-    return 0
+def main(
+    names: Annotated[list[str], typer.Argument(help=f"Sets to build: {', '.join(SETS)}.")],
+    out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("data"),
+) -> None:
+    """Build question sets."""
+    with friendly_errors():
+        for name in names:
+            typer.echo(str(build(name, out)))
 
 
 def _record(
@@ -180,4 +176,4 @@ def _passage(found: Json) -> Json:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    typer.run(main)

@@ -90,30 +90,24 @@ def recovered_share(score: float, none: float, full: float) -> float | None:
     return (score - none) / (full - none) if full > none else None
 
 
-def bootstrap_mean(
-    values: Sequence[float] | np.ndarray, *, seed: int = 0, repeats: int = 2000, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `values`."""
+def bootstrap_mean(values: Sequence[float] | np.ndarray, *, seed: int = 0, repeats: int = 2000) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean of `values`."""
     values = np.asarray(values, dtype=float)
     if len(values) == 0:
         raise ValueError("A bootstrap interval needs at least one value, got none.")
-    if not 0 < level < 1 or repeats < 1:
-        raise ValueError(f"A bootstrap needs 0 < level < 1 and repeats >= 1, got level={level} and repeats={repeats}.")
+    if repeats < 1:
+        raise ValueError(f"A bootstrap needs repeats >= 1, got {repeats}.")
     rng = np.random.default_rng(seed)
     block = max(1, 2_000_000 // len(values))  # bounds memory
     sizes = [min(block, repeats - start) for start in range(0, repeats, block)]
     means = [values[rng.integers(0, len(values), (size, len(values)))].mean(axis=1) for size in sizes]
-    return _interval(np.concatenate(means), level)
+    return interval(np.concatenate(means))
 
 
 def pooled_recovered_share(
-    sets: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
-    *,
-    seed: int = 0,
-    repeats: int = 2000,
-    level: float = 0.95,
+    sets: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], *, seed: int = 0, repeats: int = 2000
 ) -> tuple[float, float, float] | None:
-    """Mean over sets of the recovered share, with its percentile bootstrap interval: share, low, high.
+    """Mean over sets of the recovered share, with its 95 % percentile bootstrap interval: share, low, high.
 
     Args:
         sets: Per set the scores, those of no context and those of the full text, each `[questions]`, paired. Questions are
@@ -130,12 +124,12 @@ def pooled_recovered_share(
         # a seed per set, so that draws are independent
         means = _draws(len(scores), repeats, seed + 7919 * k) @ np.stack([scores, none, full], axis=1).astype(float)
         gains = means[:, 2] - means[:, 1]
-        if (gains <= 0).sum() > repeats * (1 - level) / 2:
+        if (gains <= 0).sum() > repeats * 0.025:
             return None
         there &= gains > 0
         total += (means[:, 0] - means[:, 1]) / np.where(gains > 0, gains, 1.0)
         share += float((np.mean(scores) - np.mean(none)) / (np.mean(full) - np.mean(none)))
-    low, high = _interval(total[there] / len(sets), level)
+    low, high = interval(total[there] / len(sets))
     return share / len(sets), low, high
 
 
@@ -151,8 +145,9 @@ def recovered(scores: np.ndarray, none: np.ndarray, full: np.ndarray, *, seed: i
     return {} if found is None else dict(zip(("recovered_share", "ci_low", "ci_high"), found))
 
 
-def _interval(samples: np.ndarray, level: float) -> tuple[float, float]:
-    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
+def interval(samples: np.ndarray) -> tuple[float, float]:
+    """The range of the middle 95 % of samples."""
+    low, high = np.quantile(samples, [0.025, 0.975])
     return float(low), float(high)
 
 

@@ -164,9 +164,8 @@ class Batch(Request):
 def _figures(how: Measurement, entrant: Entrant, taken: Taken, full: Taken, case: Case) -> Row:
     """The figures of a row, with the least work of prefill, decoding and compression."""
     shape, roofline, dtype, answer = how.shape, how.roofline, how.roofline.dtype, how.decode_tokens
-    prompt, kv_slots = int(taken.prompt), int(taken.kv_slots)
-    prefill = shape.forward(prompt - kv_slots, kv_slots, batch=case.batch, dtype=dtype)
-    steps = [shape.forward(1, prompt + t, batch=case.batch, dtype=dtype) for t in range(answer - 1)]
+    prefill = taken.prefill(shape, dtype, case.batch)
+    steps = [shape.forward(1, int(taken.prompt) + t, batch=case.batch, dtype=dtype) for t in range(answer - 1)]
     step = sum(steps, Work()) * (1 / len(steps))
     floor, decode_floor = 1000 * roofline.seconds(prefill), 1000 * roofline.seconds(step)
     row = figures(entrant, taken, full, case.batch, answer)

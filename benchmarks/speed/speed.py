@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import statistics
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from ...compressors import Reader
 from ...recipes.data.corpus import Record
 from ...recipes.data.templates import question_prompt
-from ..costs.costs import Work, decoder_shape
+from ..costs.costs import decoder_shape
 from ..costs.roofline import Roofline
 from ..progress import progress_bar
 from ..rows import Row, clean, provenance
@@ -43,6 +44,9 @@ def speed(
         ValueError: If the records hold too few passages, or no number of passages fits.
     """
     everyone = [FULL, *entrants]
+    counted = None
+    with contextlib.suppress(ValueError):  # an architecture whose cost is unknown
+        counted = decoder_shape(reader.model.config)
     rows: list[Row] = []
     for count in passages:
         asked = make_requests(records, count, requests)
@@ -58,8 +62,8 @@ def speed(
         for entrant, own in taken.items():
             row = _row(entrant, own, taken[FULL], decode_tokens) | provenance(reader, seed, entrant.compressor)
             row |= {"passages": count, "dataset": dataset, "n": len(asked) * repeats, "reader_shape": shape(reader)}
-            if roofline is not None and (work := prefill_work(reader, own, roofline.dtype)) is not None:
-                floor = 1000 * roofline.seconds(work)
+            if roofline is not None and counted is not None:
+                floor = 1000 * roofline.seconds(own.prefill(counted, roofline.dtype))
                 row |= {"roofline_ms": floor, "roofline_share": floor / row["ttft_ms"]}
             rows.append(clean(row))
     if not rows:
@@ -86,16 +90,6 @@ def make_requests(records: Sequence[Record], passages: int, count: int) -> list[
         raise ValueError(f"A request needs 1 to {len(pool)} passages, as many as the records hold; got {passages}.")
     chosen = [tuple(pool[(k * passages + i) % len(pool)] for i in range(passages)) for k in range(count)]
     return [Request(records[k % len(records)].question, texts) for k, texts in enumerate(chosen)]
-
-
-def prefill_work(reader: Reader, taken: Taken, dtype: str) -> Work | None:
-    """The least work of one prefill, counted from the reader's config; None for an unknown architecture."""
-    try:
-        counted = decoder_shape(reader.model.config)
-    except ValueError:
-        return None
-    past = round(taken.kv_slots)
-    return counted.forward(round(taken.prompt) - past, past, dtype=dtype)
 
 
 def shape(reader: Reader) -> str:

@@ -79,22 +79,23 @@ def store_rows(number: int, batch: int, slots: int, width: int, repeats: int, fo
             opened = LanceStore(folder / name)
             times.append(timed(CPU, partial(read, opened, drawn)))
             opened.close()
-    size = batch * slots * width * 2  # as they are read, in float16
-    rate = size / min(copied) / 1e6
+    nbytes = batch * slots * width * 2  # as they are read, in float16
     return [
         {
             "method": name,
             "state": state,
-            "read_ms": min(times),
-            "read_gbps": size / min(times) / 1e6,
-            "copy_gbps": rate,
-            "share": size / min(times) / 1e6 / rate,
+            **_rates(nbytes, min(times), min(copied)),
             "write_passages_per_s": number / write[name],
             "bytes_per_passage": stores[name].stats.nbytes / number,
         }
         for state, all_times in taken.items()
         for name, times in all_times.items()
     ]
+
+
+def _rates(nbytes: int, read_ms: float, copy_ms: float) -> Row:
+    read, copy = nbytes / read_ms / 1e6, nbytes / copy_ms / 1e6
+    return {"read_ms": read_ms, "read_gbps": read, "copy_gbps": copy, "share": read / copy}
 
 
 def answer_rows(
@@ -129,7 +130,7 @@ def answer_rows(
     }
     rounds = [{name: timed(reader.device, call) for name, call in calls.items()} for _ in range(repeats + 2)][2:]
     whole = statistics.median(times["answer"] for times in rounds)
-    rate = nbytes / min(times["copy"] for times in rounds) / 1e6
+    copied = min(times["copy"] for times in rounds)
     return [
         {
             "method": name,
@@ -139,12 +140,9 @@ def answer_rows(
             "ratio_asked": ratio,
             "context_tokens": sum(p.source_tokens for p in made),
             "n": repeats,
-            "read_ms": (spent := statistics.median(times[name] for times in rounds)),
+            **_rates(nbytes, spent := statistics.median(times[name] for times in rounds), copied),
             "ttft_memory_ms": whole,
             "read_share_of_ttft": spent / whole,
-            "read_gbps": nbytes / spent / 1e6,
-            "copy_gbps": rate,
-            "share": nbytes / spent / 1e6 / rate,
             "bytes_per_passage": store.stats.nbytes / passages,
             "threads": torch.get_num_threads(),
         }

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ...compressors import CompressedPassage, Reader
 from ...recipes.data.templates import Piece, question_prompt
 from .. import metrics
+from ..costs.costs import DecoderShape, Work
 from ..methods import prompt_size
 from ..rows import Row
 from .clock import Parts, answer_parts, peak_memory, timed
@@ -66,6 +67,11 @@ class Taken:
     def median(self, part: str) -> float:
         """Median of `load`, `plan`, `prefill`, `ttft` or `decode`."""
         return statistics.median(getattr(parts, part) for parts in self.parts)
+
+    def prefill(self, shape: DecoderShape, dtype: str, batch: int = 1) -> Work:
+        """The least work of a prefill."""
+        past = round(self.kv_slots)
+        return shape.forward(round(self.prompt) - past, past, batch=batch, dtype=dtype)
 
     def add_sizes(self, reader: Reader, pieces: Sequence[Any], prompt: list[Any]) -> None:
         """Add a request with its texts or compressed passages; the sizes become means over all requests."""
@@ -298,18 +304,14 @@ def first_token_times(
     repeats: int = 3,
     fresh: Callable[[int], list[Piece]] | None = None,
 ) -> tuple[float, float]:
-    """Median milliseconds of a line's prompts and of the full text's, one request at a time, after a warm-up round.
-
-    Laying out and prefill count; slots are in memory.
+    """Median milliseconds to the first token of a line's prompts and of the full text's, slots in memory.
 
     Args:
-        reads, prompts: The line's reader and its prompts of all questions.
-        reader, full: The full text's.
-        requests: Questions to time, evenly spread, `repeats` times each.
+        reads, prompts: The line's reader and its prompts of all questions; `reader`, `full`: the full text's.
+        requests: Questions to time, evenly spread, one at a time, `repeats` times each after a warm-up round.
         fresh: Makes the prompt of question i again, compressing its passages, for methods that need the question.
 
-    Raises:
-        ValueError: For no request, or lists that differ in length.
+    Raises ValueError for no request, or lists that differ in length.
     """
     if requests < 1 or not prompts or len(prompts) != len(full):
         raise ValueError(
@@ -318,13 +320,9 @@ def first_token_times(
         )
     count = min(requests, len(prompts))
     ours, theirs = Taken(), Taken()
+    make = prompts.__getitem__ if fresh is None else fresh
     jobs = []
     for i in (i * len(prompts) // count for i in range(count)):
-        jobs.append(Job(reads, functools.partial(_prompt, prompts, i, fresh), ours))
-        jobs.append(Job(reader, functools.partial(_prompt, full, i), theirs))
+        jobs += [Job(reads, lambda i=i: [make(i)], ours), Job(reader, lambda i=i: [full[i]], theirs)]  # type: ignore[misc]
     run_jobs(jobs, repeats=repeats, warmup=1, decode_tokens=1)
     return ours.median("ttft"), theirs.median("ttft")
-
-
-def _prompt(prompts: Sequence[list[Piece]], i: int, fresh: Callable[[int], list[Piece]] | None = None) -> list[Any]:
-    return [prompts[i] if fresh is None else fresh(i)]

@@ -131,7 +131,7 @@ def _fill(task: CompressorTask, recipe: Recipe) -> None:
     with torch.no_grad():
         for step in range(stage.steps):
             batch = collate([data[step * stage.batch_size + i] for i in range(stage.batch_size)])["batch"]
-            task.module._teacher(batch, [i for i, r in enumerate(batch.readings) if "kl" in r.objectives])
+            task.module.teacher(batch, [i for i, r in enumerate(batch.readings) if "kl" in r.objectives])
     task.flush()
 
 
@@ -145,7 +145,7 @@ class _Stopwatch(TrainerCallback):
         self.teacher = 0.0
         self.batch: CompressorBatch | None = None
         module.register_forward_pre_hook(self._see, with_kwargs=True)
-        module._teacher_hidden = self._timed(module._teacher_hidden)  # type: ignore[method-assign]
+        module.teacher_hidden = self._timed(module.teacher_hidden)  # type: ignore[method-assign]
         if (loss := module.losses.get("kl")) is not None:
             loss.teacher_head = self._timed(loss.teacher_head)
 
@@ -172,8 +172,8 @@ class _Stopwatch(TrainerCallback):
         took, peak = 1000 * (now(self.device) - self.begin), read_peak(self.device)
         if self.batch is None:
             raise RuntimeError("The trainer ended a step without a batch.")
-        encoded, read, targets = _sizes(self.module, self.batch)
-        bare = timed(self.device, lambda: _bare(self.module, encoded, read, targets, self.trainer.autocast_context))
+        encoded, read, targets = batch_positions(self.module, self.batch)
+        bare = timed(self.device, lambda: bare_step(self.module, encoded, read, targets, self.trainer.autocast_context))
         if state.global_step > self.warmup:
             self.taken.append((took, self.teacher, bare, sum(encoded) + sum(read), targets, peak or 0))
         self.start()
@@ -197,7 +197,7 @@ class _Stopwatch(TrainerCallback):
 
 
 @torch.no_grad()
-def _sizes(module: CompressorModule, batch: CompressorBatch) -> tuple[list[int], list[int], int]:
+def batch_positions(module: CompressorModule, batch: CompressorBatch) -> tuple[list[int], list[int], int]:
     """Lengths that encoder and reader run, without padding, and the number of target tokens."""
     compressor = module.compressor
     encoded = encoded_lengths(compressor, batch.texts, batch.ratio) if batch.texts else []
@@ -212,7 +212,7 @@ def _sizes(module: CompressorModule, batch: CompressorBatch) -> tuple[list[int],
     return encoded, read, targets
 
 
-def _bare(
+def bare_step(
     module: CompressorModule,
     encoded: Sequence[int],
     read: Sequence[int],

@@ -210,7 +210,7 @@ def _ranking(
     texts = list(mixture.passages)
     lost = np.array([kept[text] < 1 for text in texts])
     row: Row = {"auc": auc(np.array([scores[text] for text in texts]), lost), "lost_share": float(lost.mean())}
-    for place, name in enumerate(gate.signals):
+    for place, name in enumerate(gate.config.signals):
         found = {i: value for i, values in enumerate(measured) if values and (value := values[place]) is not None}
         row[f"auc_{name}"] = auc(np.array(list(found.values())), lost[list(found)]) if found else None
     predicted, truth = np.array([scores[text] for text in texts]), np.array([kept[text] for text in texts])
@@ -220,17 +220,13 @@ def _ranking(
     return row
 
 
-def clustered_interval(
-    values: np.ndarray, groups: Sequence[Hashable], seed: int, *, repeats: int = 2000, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `values`, resampling whole groups (questions about the same passages)."""
+def clustered_interval(values: np.ndarray, groups: Sequence[Hashable], seed: int) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of `values`, resampling whole groups (questions about the same passages)."""
     places = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     of = np.array([places[group] for group in groups])
     sums, sizes = np.bincount(of, weights=values), np.bincount(of)
-    drawn = np.random.default_rng(seed).integers(0, len(sums), (repeats, len(sums)))
-    means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    drawn = np.random.default_rng(seed).integers(0, len(sums), (2000, len(sums)))
+    return metrics.interval(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
 
 
 def auc(values: np.ndarray, lost: np.ndarray) -> float | None:

@@ -36,17 +36,14 @@ Fidelity = str | float
 class FidelityGate:
     """Scores compressed passages: the probability that an answer from the slots is as good as one from the text.
 
-    Args:
-        compressor: the maker of the passages; its reader reads both forms.
-        config: what is measured.
+    Empty passages, and those with a text longer than the reader's room, score 1 and are never sent as text.
 
     Attributes:
-        compressor, config: as given.
-        calibration: the map from signals to the probability, ``None`` before `fit`.
+        compressor: makes the passages; its reader reads both forms.
+        config: what is measured.
+        calibration: maps signals to the probability; ``None`` before `fit`.
         thresholds: by the names ``"low"``, ``"medium"`` and ``"high"``.
         price: mean reader tokens saved per compressed passage on the dev data; ``None``: not counted.
-
-    Empty passages, and those with a text longer than the reader's room, score 1 and are never sent as text.
 
     Example::
 
@@ -72,11 +69,6 @@ class FidelityGate:
         return self.compressor.reader
 
     @property
-    def signals(self) -> tuple[str, ...]:
-        """Names of the signals, in the order of `measure`."""
-        return self.config.signals
-
-    @property
     def measure_id(self) -> str:
         """Identifies the marks in ``info``: it changes with the config, but not with the calibration."""
         return hash_json("fidelity", _VERSION, asdict(self.config))
@@ -89,13 +81,11 @@ class FidelityGate:
         """Measures passages, without gradients and independent of their batch.
 
         Args:
-            passages: made by the gate's compressor.
-            texts: their source texts, in order.
             batch_size: prompts per pass; a passage has up to ``probes`` + 1.
 
         Returns:
             Per passage one number per signal, ``None`` for a signal that cannot be measured; or ``None`` for a passage that
-            is empty, or whose text is longer than the reader's room.
+            is empty, or with a text longer than the reader's room.
 
         Raises:
             ValueError: if the lists differ in length, or another compressor made a passage.
@@ -148,13 +138,9 @@ class FidelityGate:
 
         Args:
             measured: from `measure`; passages without signals are left out.
-            targets: in [0, 1] per passage: the quality of answers from its slots relative to its text, such as 1 minus the
-                mean loss of F1 over its questions.
+            targets: quality of answers from the slots relative to the text, in [0, 1], such as 1 minus the mean loss of F1.
             weights: weight of each passage (its number of questions); default: equal.
             saved: tokens minus slots of each passage.
-
-        Returns:
-            Itself.
 
         Raises:
             ValueError: if the lists differ in length, or there are too few passages.
@@ -180,7 +166,7 @@ class FidelityGate:
     def _rows(self, measured: Sequence[Measured | None]) -> tuple[list[int], np.ndarray]:
         """The measured passages' indices and signals ``[n, signals]``."""
         there = {i: values for i, values in enumerate(measured) if values is not None}
-        return list(there), signal_rows(list(there.values()), len(self.signals))
+        return list(there), signal_rows(list(there.values()), len(self.config.signals))
 
     def check_fits(self, compressor: Compressor) -> None:
         """Raises ``ValueError`` unless the gate is calibrated for this compressor, in its current state, and its reader."""
@@ -195,14 +181,10 @@ class FidelityGate:
                 )
 
     def scores_of(self, measured: Sequence[Measured | None], saved: Sequence[int] | None = None) -> list[float]:
-        """Scores measured passages.
-
-        Args:
-            measured: from `measure`.
-            saved: tokens minus slots of each passage, for a gate that was fitted with them.
+        """Scores passages from `measure`; ``saved`` as in `fit`.
 
         Raises:
-            ValueError: if the gate is not fitted, or ``saved`` is missing or has another length.
+            ValueError: if the gate is not fitted, or was fitted with ``saved`` and gets none of this length.
         """
         self.check_fits(self.compressor)
         if self.price is not None and (saved is None or len(saved) != len(measured)):
@@ -284,7 +266,7 @@ class FidelityGate:
                 raise ValueError(f"it has unknown settings {unknown}")
             gate = cls(compressor, FidelityConfig(**{**about["config"], "signals": tuple(about["config"]["signals"])}))
             gate.calibration = MonotoneLogistic.from_dict(about["calibration"])
-            if len(gate.calibration.weights) != len(gate.signals):
+            if len(gate.calibration.weights) != len(gate.config.signals):
                 raise ValueError("its numbers of weights and signals differ")
             gate.thresholds = {name: float(about["thresholds"][name]) for name in LEVELS}
             gate.price = None if about.get("price") is None else float(about["price"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from ...compressors.fidelity.questions import sentences
 from ..data.corpus import Record, find_files
 from ..data.overlap import HeldOut
-from ..data.records import Asked, load_articles, load_records
+from ..data.records import Asked, cut_at_sentence, load_articles, load_records
 
 MAX_ANSWER_WORDS = 12
 # Share of the human passages drawn from each source; sources that are not named share `other`.
@@ -79,7 +79,7 @@ class ReaderCorpus:
         """A random paragraph, cut at a sentence end if it is longer than `max_chars` characters."""
         while self.held_out.has_passage(text := rng.choice(rng.choice(self.articles))):
             pass
-        return cut(text, max_chars)
+        return cut_at_sentence(text, max_chars)
 
     def human(self, rng: random.Random) -> Asked:
         """A random passage with human questions, by the shares of `SOURCE_SHARE`."""
@@ -96,15 +96,6 @@ class ReaderCorpus:
     def question(self, rng: random.Random) -> tuple[str, str]:
         """A human question with its answer, of any passage."""
         return rng.choice(self.human(rng).pairs)
-
-
-def cut(text: str, max_chars: int) -> str:
-    """Cuts to at most `max_chars` characters, at a sentence end if possible, else at a word end."""
-    if len(text) <= max_chars:
-        return text
-    head = text[:max_chars]
-    end = head.rfind(". ")
-    return head[: end + 1] if end > max_chars // 3 else head.rsplit(" ", 1)[0]
 
 
 def window(text: str, max_chars: int, rng: random.Random) -> str:

@@ -14,8 +14,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from ...compressors.fidelity.questions import COMMON, DATE, NAME, NUMBER, make_questions
+from ..data.records import cut_at_sentence as cut
 from ..data.templates import LLAMA_INDEX_QA, LLAMA_INDEX_REFINE, QUESTION, REPEAT, SEPARATOR, UNANSWERABLE
-from .corpus import ReaderCorpus, cut, window
+from .corpus import ReaderCorpus, window
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,16 @@ BLOCK = 16  # batches drawn together and sorted by length, so that items of a ba
 
 
 class QuestionData(BaseModel):
-    """Fields that the `data` sections of compressor and token recipes share."""
+    """Fields that the `data` sections of compressor and token recipes share.
+
+    Attributes:
+        dir: folder of the files.
+        questions: question sources (see `records`).
+        max_chars: maximum length of a passage, in characters.
+        max_answer_words: longer answers are not used.
+        shares: weight of each question source, by the start of its name.
+        dev: question source for `evaluate`, `dev_half` of it, `dev_limit` questions or passages.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -65,15 +74,11 @@ class CompressorData(QuestionData):
     """The `data` section of a compressor recipe.
 
     Attributes:
-        dir: folder of the files.
-        texts, questions: sources (see `records`); `documents` articles of each text source are used.
-        max_chars: maximum length of a passage, in characters; `document_chars` that of a document (`documents` in `mix`).
-        max_answer_words: longer answers are not used.
-        shares: weight of each question source, by the start of its name.
+        texts: text sources (see `records`); `documents` articles of each are used.
+        document_chars: maximum length of a document (`documents` in `mix`).
         questions_per_passage: questions per compressed passage, which is encoded once for all of them.
         templates: weights of the question formats (`plain`, `llama_index`).
         query_aware: one question per passage, which the compressor reads too; set by `compressor.query_aware`.
-        dev: question source for `evaluate`, `dev_half` of it, `dev_limit` questions.
     """
 
     texts: list[str] = []

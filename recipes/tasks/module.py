@@ -154,22 +154,22 @@ class CompressorModule(nn.Module):
                 continue
             rows = torch.tensor(flags, device=found.rows.device)[found.rows]
             which = [i for i, flag in zip(chosen, flags) if flag]
-            targets, teacher = [batch.targets[i] for i in which], self._teacher(batch, which) if loss.teacher else None
+            targets, teacher = [batch.targets[i] for i in which], self.teacher(batch, which) if loss.teacher else None
             sums[name] = loss.total(Scored(targets, found.hidden[rows], found.ids[rows], teacher))
         return sums
 
-    def _teacher(self, batch: CompressorBatch, chosen: Sequence[int]) -> Tensor | TeacherLogits:
+    def teacher(self, batch: CompressorBatch, chosen: Sequence[int]) -> Tensor | TeacherLogits:
         """Predictions of the untuned reader with the passages as text: hidden states ``[N, d]``, or logits of the cache."""
         cache, reader = self.teacher_cache, self.compressor.base_reader
         if cache is None:
-            return torch.cat(self._teacher_hidden(batch, chosen))
+            return torch.cat(self.teacher_hidden(batch, chosen))
         kind = reader.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else reader.dtype
         prompts = ["".join(map(str, self._teacher_prompt(batch, i))) for i in chosen]
         keys = [cache.key(prompt, batch.targets[i], str(dtype)) for prompt, i in zip(prompts, chosen)]
         found = cache.get(keys)
         if missing := [n for n, entry in enumerate(found) if entry is None]:
-            hidden = self._teacher_hidden(batch, [chosen[n] for n in missing])
+            hidden = self.teacher_hidden(batch, [chosen[n] for n in missing])
             made = TeacherLogits.of(torch.cat(hidden), reader.head, cache.top_k, self.temperature)
             for n, end in zip(missing, torch.tensor([len(states) for states in hidden]).cumsum(0).tolist()):
                 found[n] = entry = made[end - len(batch.targets[chosen[n]]) : end]
@@ -180,7 +180,7 @@ class CompressorModule(nn.Module):
         return batch.readings[index].prompt([batch.texts[j] for j in batch.contexts[index]])
 
     @torch.no_grad()
-    def _teacher_hidden(self, batch: CompressorBatch, chosen: Sequence[int]) -> list[Tensor]:
+    def teacher_hidden(self, batch: CompressorBatch, chosen: Sequence[int]) -> list[Tensor]:
         """Hidden states ``[target tokens, d]`` of the untuned reader with the passages as text, per reading."""
         reader = self.compressor.base_reader
         lengths = [sum(len(batch.texts[j]) for j in batch.contexts[i]) // 3 + len(batch.targets[i]) for i in chosen]

@@ -29,31 +29,18 @@ KINDS = ("questions", "pairs")
 
 
 class TokenData(QuestionData):
-    """The `data` section of a token recipe.
+    """The `data` section of a token recipe. Questions are labelled by `question_labels`; `shares` leaves out other sources.
 
     Attributes:
-        dir: folder of the files.
-        questions: question files (see `records`), labelled by `question_labels`.
         pairs: files of JSON lines `{"original": ..., "compressed": ...}`, labelled by `align`.
-        max_chars, max_answer_words: longer passages and answers are left out.
         min_questions: passages with fewer questions are left out.
         questions_per_passage: maximum number of questions that label a passage, drawn anew each time; dozens of questions
             together would keep nearly every word.
-        shares: weight of each question source, by the start of its name; other sources are left out.
-        whole, names: see `question_labels`.
-        beside: for a query-aware classifier, see `answer_labels`.
-        variation, gap: shares of pairs to leave out for their variation rate and alignment gap.
-        dev: question file for `evaluate`, `dev_half` of it, `dev_limit` passages.
     """
 
     pairs: list[str] = Field(default=[])
     min_questions: int = Field(default=3, gt=0)
     questions_per_passage: int = Field(default=6, gt=0)
-    whole: int = Field(default=4, gt=0)
-    names: bool = True
-    beside: float = Field(default=0.4, ge=0, le=1)
-    variation: float = Field(default=0.05, ge=0, lt=1)
-    gap: float = Field(default=0.1, ge=0, lt=1)
     dev_limit: int = Field(default=200, gt=0)
 
 
@@ -162,7 +149,7 @@ class TokenTask:
             files = [f for source in self.data.pairs for f in find_files(need_folder(self.data.dir, source), [source])]
             rows = [row for file in files for row in read_pairs(file)]
             aligned = [align(original, compressed) for original, compressed in rows]
-            stay = trusted(aligned, self.data.variation, self.data.gap)
+            stay = trusted(aligned)
             self._pairs = [(rows[i][0], aligned[i].labels) for i in stay]
             if not self._pairs:
                 raise ValueError("data.pairs holds no usable pair; give JSON lines with 'original' and 'compressed'.")
@@ -171,9 +158,9 @@ class TokenTask:
     def _labels(self, asked: Asked, rng: random.Random) -> tuple[Labels, str | None]:
         if self.compressor.query_aware:
             question, answer = rng.choice(asked.pairs)
-            return answer_labels(asked.passage, question, answer, rng, beside=self.data.beside), question
+            return answer_labels(asked.passage, question, answer, rng), question
         pairs = rng.sample(asked.pairs, min(self.data.questions_per_passage, len(asked.pairs)))
-        return question_labels(asked.passage, pairs, whole=self.data.whole, names=self.data.names), None
+        return question_labels(asked.passage, pairs), None
 
     def make(self, key: str, mix: dict[str, float]) -> TokenItem:
         """The item of a key; equal keys give equal items."""

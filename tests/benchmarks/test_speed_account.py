@@ -76,7 +76,9 @@ def test_causal_attention_and_windows_count_the_pairs_they_need(zoo: ModuleType)
     assert shape.windows == (512, None, 512)
     for tokens, past in ((700, 0), (10, 600), (100, 480), (5, 0)):
         seen = [past + t + 1 for t in range(tokens)]
-        assert shape._pairs(tokens, past, True) == sum(seen) + 2 * sum(min(n, 512) for n in seen)
+        left_out = 3 * tokens * (past + tokens) - sum(seen) - 2 * sum(min(n, 512) for n in seen)
+        every, needed = (shape.forward(tokens, past, causal=causal).flops for causal in (False, True))
+        assert every - needed == 4 * shape.heads * shape.head_dim * left_out
 
 
 def test_bytes_of_a_step_are_weights_and_cache(zoo: ModuleType) -> None:

@@ -104,25 +104,26 @@ def test_what_is_measured_is_left_out(reader: Reader, compressor: Any) -> None:
 
 
 def test_the_code_hash_follows_imports_and_no_comments(tmp_path: Path) -> None:
-    def write(name: str, text: str) -> None:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-        source_hash._parsed.cache_clear()
-        source_hash.source_hash.cache_clear()
+    files = {
+        "a/one.py": "from .two import f\nfrom ..b import three\n",
+        "a/two.py": '"""Doc."""\ndef f():\n    """Doc."""\n    return 1\n',
+        "b/three.py": "x = 1\n",
+        "b/four.py": "y = 1\n",
+    }
 
-    write("a/one.py", "from .two import f\nfrom ..b import three\n")
-    write("a/two.py", '"""Doc."""\ndef f():\n    """Doc."""\n    return 1\n')
-    write("b/three.py", "x = 1\n")
-    write("b/four.py", "y = 1\n")
-    before = source_hash.source_hash(("a.one",), tmp_path)
-    write("a/two.py", '"""Other."""\n\n# a comment\ndef f():\n    return 1\n')
-    write("b/four.py", "y = 2\n")
-    assert source_hash.source_hash(("a.one",), tmp_path) == before
-    write("a/two.py", "from ..b.moved import f\n")
-    write("b/moved.py", "def f():\n    return 1\n")
-    assert source_hash.source_hash(("a.one",), tmp_path) == before, "a definition may move"
-    write("b/three.py", "x = 2\n")
-    assert source_hash.source_hash(("a.one",), tmp_path) != before
+    def hash_of(folder: str, changed: dict[str, str]) -> str:
+        for name, text in {**files, **changed}.items():
+            path = tmp_path / folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return source_hash.source_hash(("a.one",), tmp_path / folder)
+
+    before = hash_of("before", {})
+    other = '"""Other."""\n\n# a comment\ndef f():\n    return 1\n'
+    assert hash_of("comments", {"a/two.py": other, "b/four.py": "y = 2\n"}) == before
+    moved = {"a/two.py": "from ..b.moved import f\n", "b/moved.py": "def f():\n    return 1\n"}
+    assert hash_of("moved", moved) == before, "a definition may move"
+    assert hash_of("changed", {"b/three.py": "x = 2\n"}) != before
     with pytest.raises(ValueError, match="no module"):
         source_hash.source_hash(("a.none",), tmp_path)
 

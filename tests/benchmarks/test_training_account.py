@@ -38,7 +38,7 @@ def test_the_bare_passes_run_the_batchs_own_positions(reader: Reader) -> None:
     readings = [Reading("repeat", text, ("ae",)) for text in texts]
     targets = reader.tokenize_batch(texts)
     batch = CompressorBatch(texts, None, 4.0, readings, [[0], [1]], targets)
-    encoded, read, scored = training._sizes(module, batch)
+    encoded, read, scored = training.batch_positions(module, batch)
     slots = [p.slots for p in compressor.encode(texts, ratio=4.0)]
     assert encoded == [len(reader.bos_ids) + len(t) + n for t, n in zip(targets, slots)]
     assert scored == sum(map(len, targets))
@@ -49,7 +49,7 @@ def test_the_bare_passes_run_the_batchs_own_positions(reader: Reader) -> None:
         body.register_forward_pre_hook(lambda m, a, k: shapes_run.append(k["inputs_embeds"].shape), with_kwargs=True)
         for body in (compressor.encoder_body(), reader.model.get_decoder())
     ]
-    training._bare(module, encoded, read, scored)
+    training.bare_step(module, encoded, read, scored)
     for handle in handles:
         handle.remove()
     assert [shape[0] * shape[1] for shape in shapes_run] == [2 * -(-sum(n) // 2) for n in (encoded, read)]

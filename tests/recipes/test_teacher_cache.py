@@ -191,7 +191,7 @@ def test_a_recipe_trains_the_same_from_the_cache(tmp_path: Path, zoo, monkeypatc
     def asleep(self: object, *args: object) -> list[torch.Tensor]:
         raise AssertionError("The teacher was asked although everything is in the cache.")
 
-    monkeypatch.setattr(CompressorModule, "_teacher_hidden", asleep)
+    monkeypatch.setattr(CompressorModule, "teacher_hidden", asleep)
     assert losses("filled", teacher_cache=folder) == pytest.approx(live, rel=1e-4)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="top_k is 16 there and 8 here"):

@@ -68,7 +68,7 @@ def gate(compressor, measured) -> FidelityGate:
 
 def fitted(gate: FidelityGate) -> FidelityGate:
     """Calibrated on made-up numbers: the higher the signals, the better."""
-    rows = [tuple(-20.0 + i + 0.1 * j for j in range(len(gate.signals))) for i in range(20)]
+    rows = [tuple(-20.0 + i + 0.1 * j for j in range(len(gate.config.signals))) for i in range(20)]
     return gate.fit(rows, [i / 19 for i in range(20)])
 
 
@@ -163,7 +163,7 @@ def test_own_embeddings_lose_nothing_and_zeros_lose_much(compressor):
     own = compressor.compress(TEXTS, ratio=1.0)
     zeroed = [with_slots(p, torch.zeros_like(p.embeds)) for p in own]
     for same, worse in zip(gate.measure(own, TEXTS), gate.measure(zeroed, TEXTS)):
-        same, worse = (dict(zip(gate.signals, values)) for values in (same, worse))
+        same, worse = (dict(zip(gate.config.signals, values)) for values in (same, worse))
         for name in ("probe_recall", "probe_agreement", "fact_recall"):
             assert same[name] == pytest.approx(0, abs=2e-4)
         assert worse["probe_agreement"] < -0.01
@@ -174,7 +174,7 @@ def test_signals_are_what_their_definitions_say(reader, compressor):
     config = FidelityConfig(probes=1, repeat_tokens=20)
     gate = FidelityGate(compressor, config)
     (passage,), text = compressor.compress(TEXTS[:1]), TEXTS[0]
-    found = dict(zip(gate.signals, gate.measure([passage], [text])[0]))
+    found = dict(zip(gate.config.signals, gate.measure([passage], [text])[0]))
     ((question, answer),) = make_probes(text, 1)
     tail, ids = config.question.replace("{question}", question), torch.tensor(reader.tokenize(" " + answer))
     q, p = (reader.target_logits([[c, tail]], [" " + answer])[0].double().log_softmax(-1) for c in (passage, text))
@@ -212,7 +212,7 @@ def test_what_cannot_be_measured(zoo, compressor):
     empty, whole, dull = gate.measure(passages, texts)
     assert empty is None
     assert None not in whole
-    assert dict(zip(gate.signals, dull))["probe_recall"] is None
+    assert dict(zip(gate.config.signals, dull))["probe_recall"] is None
     scores = gate.scores(passages, texts)
     assert scores[0] == 1
     assert all(0 < score < 1 for score in scores[1:])
@@ -529,7 +529,7 @@ def test_true_slots_score_above_zeroed_and_foreign_ones():
     zeroed = gate.measure([with_slots(p, torch.zeros_like(p.embeds)) for p in passages], texts)
     foreign = gate.measure(passages[1:] + passages[:1], texts)
     columns = np.array([true, zeroed, foreign], dtype=float).mean(1)  # the mean over passages, signal by signal
-    for place, name in enumerate(gate.signals):
+    for place, name in enumerate(gate.config.signals):
         if name != "probe_hits":
             assert columns[0, place] > columns[1:, place].max(), name
     best = gate.fit(true + zeroed + foreign, [1.0] * 8 + [0.0] * 16)
