@@ -20,6 +20,8 @@ def repair(attention: Tensor, values: Tensor, kept: Tensor, how: str) -> tuple[T
         kept: ``[..., n]`` bool.
         how: ``"bias"`` or ``"bias+values"``.
     """
+    dtype = values.dtype
+    attention, values = attention.double(), values.double()  # normal matrices square float32's rounding
     # Only kept columns take part: those of each head are moved to the front, up to the longest head.
     order = kept.int().argsort(dim=-1, descending=True, stable=True)[..., : int(kept.sum(-1).max())]
     part = kept.gather(-1, order)
@@ -28,12 +30,12 @@ def repair(attention: Tensor, values: Tensor, kept: Tensor, how: str) -> tuple[T
     weights = match_weights(columns, share, part)
     bias = torch.zeros_like(attention[..., 0, :]).scatter(-1, order, weights.log())
     if how == "bias":
-        return bias, values
+        return bias.to(dtype), values.to(dtype)
     where = order[..., None].expand(*order.shape, values.shape[-1])
     columns = columns * weights[..., None, :]
     columns = columns / (columns.sum(-1, keepdim=True) + (1 - share).clamp(min=0)).clamp(min=1e-12)
     fitted = refit_values(columns, attention @ values, values.gather(-2, where), part)
-    return bias, values.scatter(-2, where, fitted)
+    return bias.to(dtype), values.scatter(-2, where, fitted).to(dtype)
 
 
 def match_weights(columns: Tensor, share: Tensor, part: Tensor) -> Tensor:

@@ -82,8 +82,6 @@ REFUSED = {
     for name in ("gpt2", "opt")
 }
 REFUSED["kv-match", "falcon"] = r"must go through transformers\.AttentionInterface"
-# Least squares magnify float32 rounding; in float64 the passages agree to 1e-5 as all others do.
-TOLERANCES = {"kv-match": 5e-3, "kv-match:query": 5e-2}
 TEXTS = [
     "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911).",
     "",
@@ -176,7 +174,8 @@ def test_one_for_each_in_order_and_never_longer(method, architecture):
 @everywhere
 def test_batched_equals_one_by_one(method, architecture):
     compressor, found = pair(method, architecture)
-    tolerance = TOLERANCES.get(method, 1e-5)
+    # the fit magnifies float32 rounding of what the reader attends to
+    tolerance = 1e-3 if method.startswith("kv-match") else 1e-5
     alone = [compress(compressor, [text])[0] for text in TEXTS]
     assert max(map(difference, found, alone)) < tolerance
     pairs = compress(compressor, TEXTS, batch_size=2)
