@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-Span = tuple[int, int]
+from .words import Span, numbers, plain_words, whole_words, words
+
 LEVELS = ("token", "word", "phrase", "sentence")
 
 _PHRASE_WORDS = 8  # longest phrase, in words (or ideographs)
-_IDEOGRAPH = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_WORD = re.compile(rf"[{_IDEOGRAPH}]|[^\W{_IDEOGRAPH}]+(?:['’.\-][^\W{_IDEOGRAPH}]+)*|[^\w\s]+")
 _STOP = re.compile(
     r"[.!?…‽]+[\"'”’)\]»]*(?=\s|$)|[。！？｡؟।॥۔]+[」』”’）)\"']*|(?=\n[^\S\n]*\n)|(?=\n[^\S\n]*(?:[-*•#]|\d{1,3}[.)])\s)"
 )
@@ -39,16 +39,16 @@ _FUNCTION_WORDS_EN = """
 _TITLES = frozenset(_ABBREVIATIONS.split())
 _FAMILIES = frozenset(_CLOSERS.split())
 _FUNCTION_WORDS = frozenset(_FUNCTION_WORDS_EN.split())
-_NUMBER = re.compile(r"[$€£¥]?\d(?:[\d.,:/\-–]*\d)?%?")
 
 
-def split_units(text: str, level: str, offsets: Sequence[Span] = ()) -> list[Span]:
-    """Cuts a text into units.
+def split_units(text: str, level: str, offsets: Sequence[Span] = (), whole: bool = True) -> list[Span]:
+    """Cuts a text into units. At every level numbers, dates, ids and addresses stay whole.
 
     Args:
         text: the text.
         level: ``"token"``, ``"word"``, ``"phrase"`` or ``"sentence"``.
         offsets: ``(start, end)`` characters of the text's tokens (``"token"`` only).
+        whole: ``False`` divides numbers and ids, for released algorithms.
 
     Returns:
         Spans from 0 to ``len(text)`` without gaps; none for an empty text.
@@ -60,12 +60,21 @@ def split_units(text: str, level: str, offsets: Sequence[Span] = ()) -> list[Spa
         raise ValueError(f"A unit must be one of {LEVELS}, got {level!r}.")
     if not text:
         return []
-    ends = _token_ends(offsets) if level == "token" else _ENDS[level](text)
+    ends = _ends(text, level, offsets, words if whole else plain_words)
     inside = _inside_characters(text)
-    cuts = sorted({end for end in ends if 0 < end < len(text) and not inside(end)})
+    torn = {i for a, b in whole_words(text) for i in range(a + 1, b)} if whole else ()
+    cuts = sorted({end for end in ends if 0 < end < len(text) and end not in torn and not inside(end)})
     if cuts and not text[cuts[-1] :].strip():
         cuts.pop()  # white space at the end belongs to the last unit
     return list(zip([0, *cuts], [*cuts, len(text)]))
+
+
+def _ends(text: str, level: str, offsets: Sequence[Span], find: Callable[[str], Iterator[Span]]) -> Iterator[int]:
+    if level == "token":
+        return _token_ends(offsets)
+    if level == "sentence":
+        return _sentence_ends(text)
+    return _phrase_ends(text, find(text)) if level == "phrase" else (b for _, b in find(text))
 
 
 def _token_ends(offsets: Sequence[Span]) -> Iterator[int]:
@@ -76,24 +85,21 @@ def _token_ends(offsets: Sequence[Span]) -> Iterator[int]:
         reached = max(reached, end)
 
 
-def _word_ends(text: str) -> Iterator[int]:
-    return (word.end() for word in _WORD.finditer(text))
-
-
-def _phrase_ends(text: str) -> Iterator[int]:
+def _phrase_ends(text: str, words: Iterable[Span]) -> Iterator[int]:
     """A phrase is function words and the content words after them; punctuation and line ends close it."""
-    words, content, last = 0, False, 0
-    for word in _WORD.finditer(text):
-        function = word.group().lower() in _FUNCTION_WORDS
-        mark = not (word.group()[0].isalnum() or word.group()[0] == "_")
-        broken = "\n" in text[last : word.start()]
-        if words and not mark and (broken or (function and content) or words >= _PHRASE_WORDS):
+    count, content, last = 0, False, 0
+    for a, b in words:
+        word = text[a:b]
+        function = word.lower() in _FUNCTION_WORDS
+        mark = not any(c.isalnum() or c == "_" for c in word)
+        broken = "\n" in text[last:a]
+        if count and not mark and (broken or (function and content) or count >= _PHRASE_WORDS):
             yield last
-            words, content = 0, False
-        words, content, last = words + 1, content or not function, word.end()
-        if mark and (last == len(text) or text[last].isspace() or not word.group().isascii()):
+            count, content = 0, False
+        count, content, last = count + 1, content or not function, b
+        if mark and (last == len(text) or text[last].isspace() or not word.isascii()):
             yield last
-            words, content = 0, False
+            count, content = 0, False
 
 
 def _sentence_ends(text: str) -> Iterator[int]:
@@ -118,9 +124,6 @@ def _abbreviates(text: str, dot: int, end: int) -> bool:
     if word in _FAMILIES:
         return rest[0].isdigit() or rest[0] in ",;:"
     return word in _TITLES or (len(word) == 1 and word.isalpha() and word != "i")
-
-
-_ENDS = {"word": _word_ends, "phrase": _phrase_ends, "sentence": _sentence_ends}
 
 
 def _inside_characters(text: str) -> Callable[[int], bool]:
@@ -189,22 +192,22 @@ def tokens_in(units: Sequence[Span], offsets: Sequence[Span]) -> list[int]:
 def keep_spans(
     text: str, strings: Iterable[str] = (), patterns: Iterable[str] = (), digits: bool = False, names: bool = False
 ) -> list[Span]:
-    """Finds the spans that must stay: strings, matches of regular expressions, numbers, names.
+    """Finds the words that must stay: around strings and matches of regular expressions, numbers, names.
 
     Args:
         text: the text.
         strings: literal strings, case-sensitive.
         patterns: regular expressions.
-        digits: numbers, with currency and percent signs.
+        digits: words with a digit.
         names: runs of capitalised words, except a single one that opens a sentence.
 
     Returns:
         Spans in order, without overlap.
     """
     expressions = [re.compile(re.escape(s)) for s in strings] + [re.compile(p) for p in patterns]
-    if digits:
-        expressions.append(_NUMBER)
     found = [m.span() for expression in expressions for m in expression.finditer(text) if m.end() > m.start()]
+    found = _grown(found, text) if found else []
+    found += numbers(text) if digits else []
     found += _names(text) if names else []
     merged: list[Span] = []
     for a, b in sorted(found):
@@ -213,6 +216,17 @@ def keep_spans(
         else:
             merged.append((a, b))
     return merged
+
+
+def _grown(spans: Sequence[Span], text: str) -> list[Span]:
+    """The spans with the rest of the words that they begin or end in."""
+    found = list(words(text))
+    starts, ends = [a for a, _ in found], [b for _, b in found]
+    grown = []
+    for a, b in spans:
+        first, last = bisect_right(ends, a), bisect_left(starts, b) - 1
+        grown.append((min(a, starts[first]), max(b, ends[last])) if first <= last else (a, b))
+    return grown
 
 
 def _names(text: str) -> Iterator[Span]:
@@ -226,11 +240,11 @@ def _names(text: str) -> Iterator[Span]:
             yield run[0][0], run[-1][1]
         run.clear()
 
-    for word in _WORD.finditer(text):
-        if run and text[run[-1][1] : word.start()] != " ":
+    for a, b in words(text):
+        if run and text[run[-1][1] : a] != " ":
             yield from flush()
-        if word.group()[0].isupper() and word.group().lower() not in _FUNCTION_WORDS:
-            run.append(word.span())
+        if text[a].isupper() and text[a:b].lower() not in _FUNCTION_WORDS:
+            run.append((a, b))
         else:
             yield from flush()
     yield from flush()

@@ -322,7 +322,7 @@ def cut(text: str, pieces: Pieces, room: int) -> list[Span]:
     if n <= room:
         return [(0, n)] if n else []
     starts = [a for a, _ in pieces.offsets]
-    sentences = sorted({bisect_left(starts, a) for a, _ in split_units(text, "sentence")})
+    sentences = sorted({bisect_left(starts, a) for a, _ in split_units(text, "sentence", whole=False)})
     ranges: list[Span] = []
     start = 0
     while start < n:

@@ -32,8 +32,12 @@ class SelectionSettings:
 
     ratio: float = field(default=2.0, metadata={"help": "compression ratio if a call gives no budget"})
     unit: str = field(default="phrase", metadata={"help": f"kept or dropped as a whole: one of {', '.join(LEVELS)}"})
-    keep: tuple[str, ...] = field(default=(), metadata={"help": "strings that stay while they fit"})
-    keep_patterns: tuple[str, ...] = field(default=(), metadata={"help": "regular expressions whose matches stay"})
+    keep: tuple[str, ...] = field(
+        default=(), metadata={"help": "strings that stay, with the words around them, while they fit"}
+    )
+    keep_patterns: tuple[str, ...] = field(
+        default=(), metadata={"help": "regular expressions: the words around their matches stay"}
+    )
     keep_digits: bool = field(default=False, metadata={"help": "numbers stay while they fit"})
     keep_names: bool = field(default=False, metadata={"help": "capitalised names stay while they fit"})
     joiner: str = field(default=" ", metadata={"help": "text between kept spans that do not touch"})

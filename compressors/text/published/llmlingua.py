@@ -325,7 +325,7 @@ def token_counts(scorer: Reader, texts: Sequence[str]) -> list[int]:
 
 def sentences_of(text: str) -> list[str]:
     """The sentences of a text, each with the white space after it; joined they are the text."""
-    cuts = [a + len(text[a:b]) - len(text[a:b].lstrip()) for a, b in split_units(text, "sentence")][1:]
+    cuts = [a + len(text[a:b]) - len(text[a:b].lstrip()) for a, b in split_units(text, "sentence", whole=False)][1:]
     return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])] if text else []
 
 

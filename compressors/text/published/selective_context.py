@@ -70,7 +70,7 @@ def _units(scorer: Reader, sentence: str, unit: str, first: bool) -> tuple[list[
         return [sentence], [float(losses.mean())]
     if unit == "token":
         return [scorer.decode([i]) for i in ids], losses.tolist()
-    spans = split_units(sentence, unit)
+    spans = split_units(sentence, unit, whole=False)
     # A phrase owns the space before it; the sentence's first phrase gets one unless it opens the text.
     phrases = [sentence[a:b] for a, b in spans]
     phrases[0] = phrases[0] if first else " " + phrases[0]
