@@ -28,7 +28,8 @@ _MODELS: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 def register(*models: Any) -> None:
     """Let ``Pipeline.loads`` find compressors and readers, which a saved pipeline names by fingerprint.
 
-    The models of components made in this process are known already.
+    The models of components made in this process are known already. Newer versions of Haystack also want the module to be
+    allowed: ``Pipeline.loads(saved, allowed_modules=["nutgraf.adapters.haystack"])``.
     """
     for model in models:
         _MODELS[_name(model)] = model

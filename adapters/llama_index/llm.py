@@ -49,7 +49,8 @@ class CompressedContextLLM(CustomLLM):
         reader: a `Reader`, or a `nutgraf.adapters.openai.ServedReader` for vLLM's completions, SGLang or ``nutgraf serve``.
         max_new_tokens: longest answer in tokens, kept free in the window. Default: 256, or a quarter of a window of less than
             1,024 positions.
-        context_window: positions of a prompt and its answer; default: the reader's ``max_positions``.
+        context_window: positions of a prompt and its answer; default: the reader's ``max_positions``, or what its server
+            allows if that is less.
         chat: use the tokenizer's chat template and LlamaIndex's chat prompts.
         stop: a string, or strings, that end an answer; not part of it.
         generation_kwargs: passed to the reader's ``generate`` (``do_sample``, ``temperature``, ``num_beams``, ...).
@@ -88,7 +89,7 @@ class CompressedContextLLM(CustomLLM):
                 "set tokenizer.chat_template, or use chat=False."
             )
         check_served(reader) if isinstance(reader, ServedReader) else check_reads_slots(reader)
-        window = context_window or reader.max_positions or DEFAULT_CONTEXT_WINDOW
+        window = context_window or _window(reader)
         if reader.max_positions is not None and window > reader.max_positions:
             raise ValueError(
                 f"context_window={window} is more than the {reader.max_positions} positions that {reader.name!r} has."
@@ -234,6 +235,11 @@ class CompressedContextLLM(CustomLLM):
     def _call(self, make_prompt: Callable[[], list[Any]], chat: bool, kwargs: dict[str, Any]) -> ReaderCall:
         settings = {"max_new_tokens": self.max_new_tokens, "stop": self.stop, **self.generation_kwargs, **kwargs}
         return ReaderCall(self._reader, make_prompt, chat, settings)
+
+
+def _window(reader: Reader | ServedReader) -> int:
+    served = reader.served_positions() if isinstance(reader, ServedReader) else None
+    return min((n for n in (reader.max_positions, served) if n is not None), default=DEFAULT_CONTEXT_WINDOW)
 
 
 def _in_steps(make: Callable[[], ReaderCall], wrap: Callable[[Answer], T]) -> AsyncGenerator[T, None]:

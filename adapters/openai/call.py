@@ -53,7 +53,7 @@ class Call:
             if isinstance(atom, CompressedPassage) and atom.interface != "text":
                 return left.pop(0)
             if isinstance(atom, dict):
-                return {**atom, "content": swap(atom["content"])}
+                return {**atom, "content": swap(atom.get("content"))}
             return [swap(item) for item in atom] if isinstance(atom, list | tuple) else atom
 
         return replace(self, prompt=swap(self.prompt))

@@ -17,9 +17,9 @@ from ...compressors import Reader
 from ...compressors.reader.plan import Prompt, PromptPlan
 from ..threads import from_thread
 from .call import Call, Texts
-from .checks import find_known_bugs
+from .checks import find_known_bugs, list_models
 from .embeddings import EmbeddingTable
-from .errors import KnownBugError, KnownBugWarning, ServingError, StreamCutError
+from .errors import KnownBugError, KnownBugWarning, ServingError
 from .payload import FORMATS, EngineFormat, Settings
 from .transport import Transport
 
@@ -44,7 +44,8 @@ class ServedReader:
         retries: retries after a failed connection, 429 or 5xx.
         backoff: seconds before the first retry; doubled each time.
         concurrency: parallel requests of one `generate`; the server batches them.
-        dtype: dtype of the embeddings sent; default: the embedding table's. vLLM needs its own dtype.
+        dtype: dtype of the embeddings sent; default: the embedding table's. vLLM since 0.22 casts them to its own;
+            ``torch.bfloat16`` halves the request. A server in float16 cannot hold numbers above 65,504.
         fallback: ``"text"``: if the server does not answer a prompt with compressed passages, ask once more with their
             original texts, which each call must then give.
         known_bugs: ``"warn"``, ``"raise"`` or ``"ignore"`` the findings of `find_known_bugs` when passages are first sent.
@@ -122,6 +123,11 @@ class ServedReader:
         """Positions of the model for prompt and answer; the server may allow less."""
         return self.table.max_positions
 
+    def served_positions(self) -> int | None:
+        """Ask the server for the positions of a prompt and its answer; ``None`` if it does not say."""
+        found = [entry.get("max_model_len") for entry in list_models(self._transport) if entry["id"] == self.model]
+        return next((n for n in found if isinstance(n, int) and n > 0), None)
+
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of a text inside a prompt."""
         return self.table.prompts.encode(text)
@@ -191,8 +197,8 @@ class ServedReader:
         """Stream one answer; arguments as for `generate`, with ``texts`` of this prompt.
 
         Raises:
-            StreamCutError: if the server ends the stream early; its ``text`` is the answer so far.
-            ServingError, ValueError: as `generate`.
+            StreamCutError: if the server ends the stream early.
+            ServingError, ValueError: as `generate`; the ``text`` of a ``ServingError`` is the answer so far.
         """
         call = Call(prompt, chat, template or {}, Settings.of(max_new_tokens, stop, options), texts)
         return self._stream(self._request(call), call)
@@ -260,11 +266,9 @@ class ServedReader:
                     if piece:
                         yield piece
                 return
-        except StreamCutError as error:
-            if text or not self._falls_back(call, error):
-                raise StreamCutError(str(error), text) from error
         except ServingError as error:
             if text or not self._falls_back(call, error):  # pieces already given cannot be taken back
+                error.text = text
                 raise
         plain = self._body(call.as_text())
         for piece in self._format.pieces(self._transport.stream(self._format.path, plain, retries=0)):

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 
 class ServingError(RuntimeError):
-    """A server gave no answer."""
+    """A server gave no answer. ``text`` is the answer so far of a stream that had begun."""
 
     transient = False  # whether a retry may help
+    text = ""
 
 
 class ServerUnavailableError(ServingError):
@@ -27,7 +28,7 @@ class ServerTimeoutError(ServingError):
 class ServerFaultError(ServingError):
     """The server failed (429, 5xx, or an error inside a stream).
 
-    ``status`` is 200 for an error inside a stream; ``retry_after`` is the server's request in seconds, if any.
+    ``status`` is 200 for an error inside a stream that names no other; ``retry_after`` is the server's request in seconds.
     """
 
     transient = True
@@ -47,13 +48,9 @@ class RequestRefusedError(ServingError):
 
 
 class StreamCutError(ServingError):
-    """A stream ended before the answer was complete; ``text`` is the answer so far."""
+    """A stream ended before the answer was complete."""
 
     transient = True
-
-    def __init__(self, message: str, text: str = "") -> None:
-        super().__init__(message)
-        self.text = text
 
 
 class UnexpectedAnswerError(ServingError):

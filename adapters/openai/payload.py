@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import io
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +24,11 @@ from torch import Tensor
 from ...compressors import CompressedPassage
 from ...compressors.reader.generation import stop_strings
 from ...compressors.reader.plan import PromptPlan, merge_atoms
-from ...compressors.reader.tokenization import clean
+from ...compressors.reader.tokenization import check_messages, clean
 from .embeddings import EmbeddingTable
 from .errors import UnexpectedAnswerError
 
+_OWN_TEMPLATE_OPTIONS = {"add_generation_prompt", "continue_final_message"}  # vLLM's own parameters
 SAMPLING = (
     "temperature",
     "top_p",
@@ -87,7 +89,7 @@ class EngineFormat(ABC):
     def pieces(self, events: Iterable[Any]) -> Iterator[str]:
         """Yield the pieces of text in the events of a stream."""
         for event in events:
-            if event.get("choices"):
+            if event.get("choices") and _is_first(event):
                 yield self.answer(event)
 
 
@@ -101,7 +103,8 @@ class VLLMCompletions(EngineFormat):
         body = _openai_options(settings)
         if not plan.soft:
             return {"prompt": plan.ids, **body}
-        return {"prompt": "", "prompt_embeds": encode_tensor(self.table.embed(plan).to(self.dtype)), **body}
+        # Without "prompt": vLLM takes one, also an empty one, for a second prompt.
+        return {"prompt_embeds": encode_tensor(_cast(self.table.embed(plan), self.dtype)), **body}
 
     def answer(self, reply: Any) -> str:
         return _text(_choice(reply).get("text"))
@@ -110,8 +113,9 @@ class VLLMCompletions(EngineFormat):
 class VLLMChat(EngineFormat):
     """vLLM's chat completions with ``prompt_embeds`` parts.
 
-    vLLM tokenises each text part, recognises special tokens in texts and, for models whose template takes strings, joins
-    parts by newlines. If that matters, use completions with ``chat=True``, which apply the template here.
+    Each prompt with slots has a cache salt of its own, because vLLM may mix up cached prefixes of chats with embeddings (vLLM
+    issue 56655). vLLM tokenises each text part, recognises special tokens in texts and, for models whose template takes
+    strings, joins parts by newlines. If that matters, use completions with ``chat=True``, which apply the template here.
     """
 
     path = "/v1/chat/completions"
@@ -121,9 +125,15 @@ class VLLMChat(EngineFormat):
             raise ValueError("engine='vllm-chat' takes messages, not a planned prompt; use engine='vllm'.")
         atoms: list[Any] = [prompt] if isinstance(prompt, str | CompressedPassage) else list(prompt)
         messages: list[Any] = atoms if atoms and isinstance(atoms[0], dict) else [{"role": "user", "content": atoms}]
+        check_messages(messages)
         body: dict[str, Any] = {"messages": [{**m, "content": self._content(m["content"])} for m in messages]}
-        if template:
-            body["chat_template_kwargs"] = dict(template)
+        options = dict(template)
+        for name in _OWN_TEMPLATE_OPTIONS & options.keys():
+            body[name] = options.pop(name)
+        if options:
+            body["chat_template_kwargs"] = options
+        if any(isinstance(message["content"], list) for message in body["messages"]):  # texts alone are a string
+            body["cache_salt"] = secrets.token_hex(16)
         return {**body, **_openai_options(settings)}
 
     def _content(self, content: Any) -> Any:
@@ -133,7 +143,7 @@ class VLLMChat(EngineFormat):
                 parts.append({"type": "text", "text": clean(atom)})
             elif isinstance(atom, CompressedPassage):
                 self.table.check(atom)
-                parts.append({"type": "prompt_embeds", "data": encode_tensor(atom.embeds.to(self.dtype))})  # type: ignore[union-attr]
+                parts.append({"type": "prompt_embeds", "data": encode_tensor(_cast(atom.embeds, self.dtype))})
             else:
                 raise TypeError(f"A message holds strings and compressed passages, got {type(atom).__name__}.")
         if not any(part["type"] == "prompt_embeds" for part in parts):
@@ -145,7 +155,7 @@ class VLLMChat(EngineFormat):
 
     def pieces(self, events: Iterable[Any]) -> Iterator[str]:
         for event in events:
-            if event.get("choices"):
+            if event.get("choices") and _is_first(event):
                 yield _text((_choice(event).get("delta") or {}).get("content") or "")
 
 
@@ -164,7 +174,7 @@ class SGLangGenerate(EngineFormat):
             params["stop"] = list(settings.stop)
         if not plan.soft:
             return {"input_ids": plan.ids, "sampling_params": params}
-        return {"input_embeds": self.table.embed(plan).to(self.dtype).float().tolist(), "sampling_params": params}
+        return {"input_embeds": _cast(self.table.embed(plan), self.dtype).float().tolist(), "sampling_params": params}
 
     def answer(self, reply: Any) -> str:
         return _text(reply.get("text") if isinstance(reply, dict) else None)
@@ -197,11 +207,27 @@ def _plan(table: EmbeddingTable, prompt: Any, chat: bool, template: Mapping[str,
     return prompt
 
 
+def _cast(embeds: Any, dtype: torch.dtype) -> Tensor:
+    """Convert to the dtype sent. Raises ``ValueError`` if a number is not finite then; it would spoil other answers too."""
+    sent = embeds.to(dtype)
+    if not torch.isfinite(sent).all():
+        raise ValueError(
+            f"Embeddings up to {float(embeds.abs().max()):g} do not fit {str(dtype).removeprefix('torch.')}; make the "
+            "ServedReader with dtype=torch.bfloat16 or torch.float32."
+        )
+    return sent
+
+
 def _openai_options(settings: Settings) -> dict[str, Any]:
     options: dict[str, Any] = {"max_tokens": settings.max_new_tokens, **settings.sampling}
     if settings.stop:
         options["stop"] = list(settings.stop)
     return options
+
+
+def _is_first(event: dict[str, Any]) -> bool:
+    """Whether an event belongs to the first answer of its request."""
+    return not _choice(event).get("index")
 
 
 def _choice(reply: Any) -> dict[str, Any]:

@@ -58,16 +58,12 @@ class Transport:
         Raises:
             ServingError: when the last attempt fails, or at once if a retry would not help.
         """
-        left = self.retries if retries is None else retries
-        delays = self._delays()
+        tries = self._tries(retries)
         while True:
             try:
                 return self._post(path, body)
             except ServingError as error:
-                if not error.transient or not left:
-                    raise
-                time.sleep(_wait(error, next(delays)))
-            left -= 1
+                time.sleep(tries.after(error))
 
     def stream(self, path: str, body: Mapping[str, Any], *, retries: int | None = None) -> Iterator[Any]:
         """Yield the events of a streamed answer; retried only before the first event.
@@ -76,8 +72,7 @@ class Transport:
             StreamCutError: if the stream ends early.
             ServingError: for other failures.
         """
-        left = self.retries if retries is None else retries
-        delays = self._delays()
+        tries = self._tries(retries)
         while True:
             begun = False
             try:
@@ -86,10 +81,9 @@ class Transport:
                     yield event
                 return
             except ServingError as error:
-                if begun or not error.transient or not left:
+                if begun:
                     raise
-                time.sleep(_wait(error, next(delays)))
-            left -= 1
+                time.sleep(tries.after(error))
 
     def connect(self) -> httpx.AsyncClient:
         """Make an asynchronous client for `apost`, which belongs to one event loop."""
@@ -99,22 +93,15 @@ class Transport:
         self, client: httpx.AsyncClient, path: str, body: Mapping[str, Any], *, retries: int | None = None
     ) -> Any:
         """`post` whose connection is closed when the task is cancelled."""
-        left = self.retries if retries is None else retries
-        delays = self._delays()
+        tries = self._tries(retries)
         while True:
             try:
                 return await self._apost(client, path, body)
             except ServingError as error:
-                if not error.transient or not left:
-                    raise
-                await asyncio.sleep(_wait(error, next(delays)))
-            left -= 1
+                await asyncio.sleep(tries.after(error))
 
-    def _delays(self) -> Iterator[float]:
-        delay = self.backoff
-        while True:
-            yield min(delay, _MAX_WAIT) * random.uniform(0.75, 1.0)
-            delay *= 2
+    def _tries(self, retries: int | None) -> _Tries:
+        return _Tries(self.retries if retries is None else retries, self.backoff)
 
     def _post(self, path: str, body: Mapping[str, Any]) -> Any:
         deadline = time.monotonic() + self.timeout
@@ -180,9 +167,18 @@ class Transport:
                         f"{self.root} streams something other than a JSON object: {data!r:.200}."
                     )
                 if "error" in event:
-                    raise ServerFaultError(f"{self.root} gave up: {_message(event)}", response.status_code)
+                    raise self._given_up(event, response.status_code)
                 yield event
         raise StreamCutError(f"{self.root} ended the stream before the answer was complete.")
+
+    def _given_up(self, event: dict[str, Any], status: int) -> ServingError:
+        """The error of an event inside a stream, whose HTTP status is 200."""
+        inner = event["error"]
+        code = inner.get("code") if isinstance(inner, dict) else None
+        status = code if isinstance(code, int) and 400 <= code < 600 else status
+        if 400 <= status < 500 and status != 429:
+            return RequestRefusedError(f"{self.root} refused the request ({status}): {_message(event)}", status)
+        return ServerFaultError(f"{self.root} gave up: {_message(event)}", status)
 
     def _check(self, response: httpx.Response) -> None:
         if response.is_success:
@@ -198,6 +194,28 @@ class Transport:
         raise RequestRefusedError(f"{self.root} refused the request ({status}): {said}{_hint(said)}", status)
 
 
+class _Tries:
+    """Counts the tries of one request."""
+
+    def __init__(self, retries: int, backoff: float) -> None:
+        self.left = retries
+        self.delay = backoff
+        self.first: ServingError | None = None
+
+    def after(self, error: ServingError) -> float:
+        """Return the seconds to wait after a failed try, or raise its error if it was the last one."""
+        if not error.transient or not self.left:
+            if self.first is not None and str(self.first) != str(error):
+                error.args = (f"{error} (At first: {self.first})", *error.args[1:])  # often the cause of what follows
+            raise error
+        self.first = self.first or error
+        self.left -= 1
+        delay = min(self.delay, _MAX_WAIT) * random.uniform(0.75, 1.0)
+        self.delay *= 2
+        asked = getattr(error, "retry_after", None)
+        return delay if asked is None else min(max(asked, delay), _MAX_WAIT)
+
+
 @contextlib.contextmanager
 def _translated(root: str, timeout: float) -> Iterator[None]:
     """Convert httpx's errors."""
@@ -209,11 +227,6 @@ def _translated(root: str, timeout: float) -> Iterator[None]:
         raise StreamCutError(f"{root} cut the connection before the answer was complete: {error}") from error
     except httpx.HTTPError as error:
         raise ServerUnavailableError(f"{root} cannot be reached: {error or type(error).__name__}") from error
-
-
-def _wait(error: ServingError, delay: float) -> float:
-    asked = getattr(error, "retry_after", None)
-    return delay if asked is None else min(max(asked, delay), _MAX_WAIT)
 
 
 def _seconds(response: httpx.Response) -> float | None:
@@ -234,6 +247,8 @@ def _message(answer: Any) -> str:
 
 
 def _hint(said: str) -> str:
+    if said == "Not Found":
+        return ". Is it the engine that engine= names?"
     if "radix" in said:
         return " Start SGLang with --disable-radix-cache."
     if "prompt_embeds" in said and "enable" in said:

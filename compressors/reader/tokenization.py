@@ -118,12 +118,13 @@ class PromptTokenizer:
             template: options of the chat template, such as ``enable_thinking``.
 
         Raises:
-            ValueError: if the tokenizer has no chat template or the template drops a message.
+            ValueError: if the tokenizer has no chat template, the template drops a message, or one has no role or content.
         """
         if not getattr(self.tokenizer, "chat_template", None):
             raise ValueError(
                 "This reader's tokenizer has no chat template; set tokenizer.chat_template, or pass a plain prompt."
             )
+        check_messages(messages)
         marks = [f"x{secrets.token_hex(12)}x" for _ in messages]
         # The spaces show whether the template trims contents.
         marked = [{**m, "content": f" {mark} "} for m, mark in zip(messages, marks)]
@@ -202,3 +203,10 @@ def _trim(pieces: list[Any]) -> list[Any]:
     if pieces and isinstance(pieces[-1], str):
         pieces[-1] = pieces[-1].rstrip()
     return pieces
+
+
+def check_messages(messages: Sequence[Any]) -> None:
+    """Raises ``ValueError`` for a message of a chat without role or content."""
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or message.get("role") is None or message.get("content") is None:
+            raise ValueError(f"Every message needs a role and a content; message {i} is {message!r:.200}.")

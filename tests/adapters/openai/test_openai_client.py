@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from nutgraf import CompressedPassage, Reader, make_compressor
+from nutgraf.adapters.llama_index import CompressedContextLLM
 from nutgraf.adapters.openai import (
     EmbeddingTable,
     KnownBugError,
@@ -82,6 +83,12 @@ class Engine:
                         return
                     if fault == "error event" and i == 1:
                         event = {"error": {"message": "out of memory"}}
+                    if fault == "refusal event":
+                        event = {"error": {"message": "too long", "type": "BadRequestError", "code": 400}}
+                    if fault == "two answers" and "choices" in event:
+                        other = {**event["choices"][0], "text": "WRONG", "delta": {"content": "WRONG"}, "index": 1}
+                        event["choices"][0]["index"] = 0
+                        self.wfile.write(f"data: {json.dumps({'choices': [other]})}\n\n".encode())
                     self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
                 self.wfile.write(b"data: [DONE]\n\n")
 
@@ -110,6 +117,8 @@ class Engine:
         if path == "/v1/chat/completions":
             embeds = self.embed_chat(body["messages"])
         elif body.get("prompt_embeds"):
+            if body.get("prompt") is not None:  # vLLM takes it for a second prompt
+                raise ValueError("The decoder prompt cannot be empty")
             embeds = self.decode(body["prompt_embeds"])
         else:
             embeds = self.embed(body["prompt"])
@@ -413,8 +422,70 @@ def test_a_cut_stream_is_told_from_a_complete_one(engine, reader):
     assert caught.value.text == "".join(pieces)
     assert len(engine.requests) == 1, "what was given cannot be taken back, so it is not tried again"
     engine.faults.append("error event")
-    with pytest.raises(ServerFaultError, match="out of memory"):
+    pieces.clear()
+    with pytest.raises(ServerFaultError, match="out of memory") as failed:
+        pieces.extend(served(engine, reader).stream(PASSAGE, 12))
+    assert failed.value.text == "".join(pieces) != ""
+
+
+def test_a_refusal_inside_a_stream_is_not_tried_again(engine, reader):
+    engine.faults.append("refusal event")
+    with pytest.raises(RequestRefusedError, match="too long") as caught:
         list(served(engine, reader).stream(PASSAGE, 12))
+    assert caught.value.status == 400
+    assert len(engine.requests) == 1
+
+
+@pytest.mark.parametrize("kind", ["vllm", "vllm-chat"])
+def test_a_second_answer_in_a_stream_is_left_out(engine, reader, kind):
+    engine.faults.append("two answers")
+    wanted = reader.generate([PASSAGE], 12, chat=kind == "vllm-chat")
+    assert "".join(served(engine, reader, engine=kind).stream(PASSAGE, 12)) == wanted[0]
+
+
+def test_the_first_of_several_faults_is_told(engine, reader):
+    engine.faults.extend(["500", "503", "drop"])
+    with pytest.raises(StreamCutError, match=r"cut the connection .*\(At first: .* 500: fault 500\)"):
+        served(engine, reader, retries=2).generate(["Hello"])
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_numbers_that_do_not_fit_the_dtype_sent_are_refused(engine, reader, kind):
+    large = CompressedPassage("embeds", 9, "test", reader.fingerprint, embeds=torch.full((2, reader.width), 1e5))
+    remote = served(engine, reader, engine=kind, dtype=torch.float16)
+    with pytest.raises(ValueError, match="up to 100000 do not fit float16"):
+        remote.generate([[large, QUESTION]])
+    assert not engine.requests
+    assert served(engine, reader, engine=kind, dtype=torch.bfloat16).generate([[large, QUESTION]], 2)
+
+
+def test_chats_with_slots_have_a_cache_salt_and_vllms_own_options_stand_outside_of_the_templates(
+    engine, reader, passage
+):
+    remote = served(engine, reader, engine="vllm-chat")
+    template = {"add_generation_prompt": False, "thinking": True}
+    remote.generate([[passage, "Go"], [passage, "Go"], "Go"], 2, template=template)
+    bodies = [body for _, body, _ in engine.requests]
+    salts = [body.get("cache_salt") for body in bodies if not isinstance(body["messages"][0]["content"], str)]
+    assert len({*salts, None}) == 3
+    assert next(body for body in bodies if "cache_salt" not in body)["messages"][0]["content"] == "Go"
+    for body in bodies:
+        assert (body["add_generation_prompt"], body["chat_template_kwargs"]) == (False, {"thinking": True})
+    with pytest.raises(ValueError, match="message 1 is"):
+        remote.generate([[{"role": "user", "content": "a"}, {"role": "assistant"}]])
+
+
+def test_the_servers_window(engine, reader):
+    remote = served(engine, reader)
+    assert remote.served_positions() is None
+    engine.pages["/v1/models"] = json.dumps(
+        {"data": [{"id": "x", "max_model_len": 9}, {"id": "tiny", "max_model_len": 77}]}
+    )
+    assert remote.served_positions() == 77
+    assert CompressedContextLLM(remote).context_window == 77
+    assert CompressedContextLLM(remote, context_window=50).context_window == 50
+    engine.pages["/v1/models"] = json.dumps({"data": [{"id": "tiny", "max_model_len": None}]})
+    assert CompressedContextLLM(remote).context_window == reader.max_positions
 
 
 def test_text_fallback(engine, reader, passage):
@@ -452,15 +523,6 @@ def test_lora_with_prompt_embeddings_is_warned_of(engine, reader, passage):
     strict = ServedReader(engine.url, "adapter", reader, known_bugs="raise")
     with pytest.raises(KnownBugError, match="merge the adapter"):
         strict.generate([[passage, QUESTION]], 2)
-
-
-def test_prefix_caching_with_chat_parts_is_warned_of(engine, reader, passage):
-    engine.pages["/metrics"] = 'vllm:cache_config_info{block_size="16",enable_prefix_caching="True"} 1.0\n'
-    with pytest.warns(KnownBugWarning, match="no-enable-prefix-caching"):
-        served(engine, reader, engine="vllm-chat").generate([[passage, QUESTION]], 2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        served(engine, reader).generate([[passage, QUESTION]], 2)
 
 
 def test_sglang_with_its_radix_cache_is_refused(engine, reader, passage):

@@ -120,6 +120,22 @@ def test_a_corpus_is_compressed_shown_verified_and_compacted(models, corpus, tmp
     assert {e.about["title"] for e in LanceStore(store).entries()} == {f"t{i}" for i in range(7)}
 
 
+def test_facts_follow_the_newest_corpus_and_a_document_is_deleted(models, corpus, tmp_path):
+    reader, one, _ = models
+    store = tmp_path / "store"
+    options = ("--store", store, "--compressor", one, "--reader", reader)
+    run("compress", corpus, *options)
+    newer = tmp_path / "newer.jsonl"
+    newer.write_text("".join(json.dumps({"text": text, "title": "new"}) + "\n" for text in TEXTS[:3]))
+    assert "3 were stored already (3 of them brought up to date)" in run("compress", newer, *options)
+    assert sorted(e.about["title"] for e in LanceStore(store).entries()) == ["new"] * 3 + ["t3", "t4", "t5", "t6"]
+    assert "NAME=VALUE" in fail("store", "delete", store, "--about", "newer.jsonl")
+    assert "1 passages deleted" in run("store", "delete", store, "--about", "file=newer.jsonl", "--about", "line=2")
+    assert "2 passages deleted" in run("store", "delete", store, "--about", "file=newer.jsonl")
+    assert {e.about["title"] for e in LanceStore(store).entries()} == {"t3", "t4", "t5", "t6"}
+    assert "3 passages compressed" in run("compress", corpus, *options)
+
+
 def test_damage_is_told_dropped_and_made_good(models, corpus, tmp_path):
     reader, one, _ = models
     store = tmp_path / "store"

@@ -361,3 +361,12 @@ def test_an_untrained_tuned_reader_streams(zoo, method):
     (passage,) = compressor.compress([LONG])
     prompt = [passage, QUESTION]
     assert "".join(compressor.reader.stream(prompt, 4)) == compressor.reader.generate([prompt], 4)[0]
+
+
+@pytest.mark.parametrize("message", [{"role": "user"}, {"role": "user", "content": None}, {"content": "a"}, "a"])
+def test_a_message_without_role_or_content_is_told(zoo, message):
+    reader = zoo.reader("llama", num_hidden_layers=1)
+    prompt = [{"role": "system", "content": "Be brief."}, message]
+    for ask in (lambda: reader.generate([prompt], chat=True), lambda: reader.stream(prompt, chat=True)):
+        with pytest.raises(ValueError, match="message 1 is"):
+            ask()
