@@ -53,6 +53,7 @@ SETTINGS: dict[str, dict] = {
     "llmlingua2": {"r": 2},
     "salient-pool": {"r": 2},
     "kv-match": {"probes": 4},
+    "icformer": {"digests": 6, "layers": 2, "ratio": 4.0},
 }
 # Options that change how a method compresses, as `method:option`, tried on some of the architectures.
 _ICAE = {"mem_size": 6, "r": 4, "projector": "linear"}
