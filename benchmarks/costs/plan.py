@@ -16,6 +16,7 @@ from .costs import DecoderShape, Work
 from .roofline import Roofline
 
 VECTOR = 1024  # width of a retrieval embedder's vector
+BLOCKS = 3  # cross-attention blocks of IC-Former
 CHARACTERS = 4  # per token, about, for the bytes of a shorter text
 
 
@@ -44,6 +45,7 @@ FAMILIES = (
     Family("pooled states", "embeds", "states"),
     Family("keys and values", "kv", "slots"),
     Family("selected keys and values", "kv", "states"),
+    Family("cross-attention digests", "embeds", "blocks"),
     Family("one vector", "embeds", "vector"),
     Family("shorter text", "text", "scores"),
     Family("text for the question", "text", "contrast", online=True),
@@ -216,6 +218,10 @@ def _encode(family: Family, shape: DecoderShape, tokens: int, slots: int, batch:
     if family.cost == "vector":
         weights = VECTOR * shape.width + shape.width * shape.width
         return Work(2.0 * batch * weights, 2.0 * weights)
+    if family.cost == "blocks":  # keys and values of tokens; queries, output and a SwiGLU MLP of slots
+        square = shape.width * shape.width
+        flops = 4 * tokens * square + 20 * slots * square + 4 * slots * (tokens + slots) * shape.width
+        return Work(float(BLOCKS * batch * flops), 2.0 * BLOCKS * 12 * square)
     run = tokens + slots if family.cost == "slots" else tokens
     scores = family.cost in ("scores", "contrast")
     once = shape.forward(run, batch=batch, logits=tokens if scores else 0, dtype=dtype)

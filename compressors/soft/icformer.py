@@ -28,6 +28,7 @@ class ICFormerConfig(SegmentSettings, CompressorConfig):
 
     method: ClassVar[str] = "icformer"
     title: ClassVar[str] = "IC-Former"
+    cost: ClassVar[str] = "blocks"
 
     segment_tokens: int | None = setting(512, "longest segment (the paper's chunk)", kw_only=True)
     digests: int = setting(128, "digest embeddings: the most slots of a segment")
