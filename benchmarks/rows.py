@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict, create_model
 
 from ..compressors.core.textfiles import parse_row, read_json_lines
 
@@ -32,47 +32,18 @@ PACKAGE = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-Text = str | None
-Number = float | None
-
-
-class ResultRow(BaseModel):
-    """Types of the entries that tables and reports read; further entries are free."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    suite: Text = None
-    test: Text = None
-    dataset: Text = None
-    half: Text = None
-    method: Text = None
-    interface: Text = None
-    budget_of: Text = None
-    sending: Text = None
-    allocation: Text = None
-    score: Text = None
-    reader: Text = None
-    device: Text = None
-    dtype: Text = None
-    level: str | float | None = None
-    n: Number = None
-    passages: Number = None
-    position: Number = None
-    temperature: Number = None
-    ratio: Number = None
-    ratio_asked: Number = None
-    reader_tokens: Number = None
-    context_asked: Number = None
-    context_tokens: Number = None
-    batch: Number = None
-    em: Number = None
-    f1: Number = None
-    containment: Number = None
-    rouge_l: Number = None
-    f1_ci_low: Number = None
-    f1_ci_high: Number = None
-    ttft_ms: Number = None
-    decode_ms_per_token: Number = None
+# types of the entries that tables and reports read; further entries are free
+TEXTS = (
+    "suite", "test", "dataset", "half", "method", "interface", "budget_of", "sending", "allocation", "score", "reader",
+    "device", "dtype",
+)  # fmt: skip
+NUMBERS = (
+    "n", "passages", "position", "temperature", "ratio", "ratio_asked", "reader_tokens", "context_asked", "context_tokens",
+    "batch", "em", "f1", "containment", "rouge_l", "f1_ci_low", "f1_ci_high", "ttft_ms", "decode_ms_per_token",
+)  # fmt: skip
+_FIELDS: dict[str, Any] = {"level": (str | float | None, None)}
+_FIELDS |= dict.fromkeys(TEXTS, (str | None, None)) | dict.fromkeys(NUMBERS, (float | None, None))
+ResultRow = create_model("ResultRow", __config__=ConfigDict(strict=True, extra="allow"), **_FIELDS)
 
 
 def append_rows(path: str | Path, rows: Iterable[Row]) -> None:

@@ -53,8 +53,8 @@ class LLMLinguaCompressor(LMSelectingCompressor):
     prefix, which would cost 2.0 to 2.4 times the forwarded tokens.
 
     ``mode="published"``: the released algorithm, passage by passage. A passage shorter than ``iterative_size`` stays
-    almost whole, a result may exceed its budget, and a character may be broken. `compress_prompt` runs it on several
-    contexts; ``dynamic_ratio`` applies there alone.
+    almost whole, a result may exceed its budget, and a number or a character may be broken. `compress_prompt`
+    runs it on several contexts; ``dynamic_ratio`` applies there alone.
 
     No training. Questions are ignored.
     """

@@ -67,8 +67,9 @@ class LLMLingua2Compressor(SelectingCompressor):
     ``mode="fast"``: words compete over the whole passage for an exact budget in the reader's tokens. With ``query_aware``
     words are kept for a question, and each question needs a new compression; otherwise questions are ignored.
 
-    ``mode="published"``: the released threshold per chunk. A result may exceed its budget, and its spaces are those of the
-    classifier's tokenizer. ``published.compress_contexts`` runs it on a list of contexts and drops some.
+    ``mode="published"``: the released threshold per chunk. A result may exceed its budget, a short text may become empty, a
+    number may be divided, and spaces are those of the classifier's tokenizer. ``published.compress_contexts`` runs it on a
+    list of contexts and drops some.
 
     Args:
         config: the settings.

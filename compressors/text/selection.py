@@ -19,10 +19,11 @@ from ..core.hidden import hide
 from ..core.passage import CompressedPassage
 from ..core.units import LEVELS, Span, carve, keep_spans, split_units, tokens_in, unit_scores
 from ..reader.reader import Reader
-from .budget import Search, join, run_searches, search
+from .budget import Search, join, merge, run_searches, search
 from .scoring import TokenScores, self_information
 
 MODES = ("fast", "published")
+_LONGEST_WORD = 64  # characters of a word that may exceed a budget rather than be divided
 _OLD_NAME = "faithful"  # of mode "published" in older configs, and in fingerprints
 
 
@@ -103,7 +104,8 @@ class SelectingCompressor(TextCompressor):
 
     The result has at most the tokens of the budget, counted by the reader's tokenizer on the result itself. It equals
     ``joiner.join(text[a:b] for a, b in spans)``; spans have no white space at their ends. A text that fits is returned
-    unchanged.
+    unchanged. With a ratio no text becomes empty: if nothing fits, the best word stays, and ``info["over_budget"]`` counts
+    the tokens beyond the budget.
 
     A method implements `score`, and `as_published` if it knows ``mode="published"``.
     """
@@ -202,45 +204,83 @@ class SelectingCompressor(TextCompressor):
     ) -> tuple[list[tuple[str, tuple[Span, ...], int]], list[dict[str, Any]]]:
         """Text, spans and tokens of each passage within its exact budget, and its entries for ``info``."""
         # The small term keeps 30 / 1.2 at 25 despite floating point.
-        targets = [math.floor(n / asked + 1e-9) if target_tokens is None else target_tokens for n in lengths]
+        budgets = [math.floor(n / asked + 1e-9) if target_tokens is None else target_tokens for n in lengths]
+        least = 1 if target_tokens is None else 0
+        targets = [max(budget, min(n, least)) for budget, n in zip(budgets, lengths)]
         pooled = self.pools_budget and len(texts) > 1
         todo = [i for i, n in enumerate(lengths) if (pooled and n) or 0 < targets[i] < n]
         found = dict(zip(todo, self.score([texts[i] for i in todo], [queries[i] for i in todo])))
         notes: list[dict[str, Any]] = [{} for _ in texts]
         if pooled:
-            targets, notes = self.share_budget(queries, lengths, targets, found)
+            budgets, notes = self.share_budget(queries, lengths, targets, found)
+            targets = [max(budget, min(n, least)) for budget, n in zip(budgets, lengths)]
         chosen: list[tuple[tuple[Span, ...], int]] = [
             (((0, len(text)),) if text else (), length) if length <= target else ((), 0)
             for text, length, target in zip(texts, lengths, targets)
         ]
         cut = [i for i, (length, target) in enumerate(zip(lengths, targets)) if 0 < target < length]
-        searches = [self._search(texts[i], found[i], targets[i], lengths[i]) for i in cut]
+        searches = [self._search(texts[i], found[i], targets[i], lengths[i], hard=not least) for i in cut]
         for i, kept in zip(cut, run_searches(searches, self._counts)):
             chosen[i] = kept
+        notes = [
+            note | ({"over_budget": n - budget} if n > budget else {})
+            for note, (_, n), budget in zip(notes, chosen, budgets)
+        ]
         return [(join(t, spans, self.config.joiner), spans, n) for t, (spans, n) in zip(texts, chosen)], notes
 
     def _counts(self, texts: Sequence[str]) -> list[int]:
         return [len(ids) for ids in self.reader.tokenize_batch(texts)]
 
-    def _search(self, text: str, scores: TokenScores, target: int, length: int) -> Search:
+    def _search(self, text: str, scores: TokenScores, target: int, length: int, hard: bool) -> Search:
         if not bool(torch.isfinite(scores.nll).all()):
             raise ValueError("The scoring model gave NaN or infinite scores; load it in float32 or bfloat16.")
         config = self.config
         must_stay = keep_spans(text, config.keep, config.keep_patterns, config.keep_digits, config.keep_names)
-        # If no unit fits, use finer ones: half of a long sentence is better than nothing.
-        for level in reversed(LEVELS[: LEVELS.index(self.level) + 1]):
-            units = split_units(text, level, scores.offsets)
-            values = self.unit_values(units, scores).double().numpy()
-            must = np.zeros(len(units), dtype=bool)
-            if must_stay:
-                units, parents, marks = carve(units, must_stay, text)
-                values, must = values[parents], np.array(marks)
-            order = np.lexsort((-values, ~must)).tolist()  # stable: the first of equal values first
-            sizes = tokens_in(units, scores.offsets)
-            found = yield from search(text, units, order, target, length, sizes, config.joiner, first=int(must.sum()))
-            if found[0]:
+        finest = min(LEVELS.index(self.level), LEVELS.index("word"))
+        # If no unit fits, use finer ones: half of a long sentence is better than nothing. Last, forget what must stay.
+        for kept in (must_stay, []) if must_stay else ([],):
+            for level in reversed(LEVELS[finest : LEVELS.index(self.level) + 1]):
+                found = yield from self._search_level(text, scores, target, length, level, kept)
+                if _says(join(text, found[0])):
+                    return found
+        units, order, _ = self._ranked(text, scores, "word", [])
+        order.sort(key=lambda i: not any(a < units[i][1] and units[i][0] < b for a, b in must_stay))
+        trimmed = [spans for i in order if (spans := merge(text, [units[i]]))]
+        best = [spans for spans in trimmed if _says(join(text, spans))] or trimmed
+        sizes = yield [join(text, spans) for spans in best]
+        if fits := next(((spans, n) for spans, n in zip(best, sizes) if n <= target), None):
+            return fits
+        data = not best or best[0][0][1] - best[0][0][0] > _LONGEST_WORD
+        if hard or data or self.level == "token":
+            found = yield from self._search_level(text, scores, target, length, "token", [])
+            if found[0] or hard or not best:
                 return found
-        return (), 0
+        return (best[0], sizes[0]) if sizes[0] < length else (((0, len(text)),), length)
+
+    def _search_level(
+        self, text: str, scores: TokenScores, target: int, length: int, level: str, must_stay: Sequence[Span]
+    ) -> Search:
+        units, order, first = self._ranked(text, scores, level, must_stay)
+        sizes = tokens_in(units, scores.offsets)
+        return (yield from search(text, units, order, target, length, sizes, self.config.joiner, first=first))
+
+    def _ranked(
+        self, text: str, scores: TokenScores, level: str, must_stay: Sequence[Span]
+    ) -> tuple[list[Span], list[int], int]:
+        """Units, their indices by value, and how many at the front must stay."""
+        units = split_units(text, level, scores.offsets)
+        values = self.unit_values(units, scores).double().numpy()
+        must = np.zeros(len(units), dtype=bool)
+        if must_stay:
+            units, parents, marks = carve(units, must_stay, text)
+            values, must = values[parents], np.array(marks)
+        # Stable: the first of equal values first.
+        return units, np.lexsort((-values, ~must)).tolist(), int(must.sum())
+
+
+def _says(text: str) -> bool:
+    """Whether a text has a letter or digit."""
+    return any(map(str.isalnum, text))
 
 
 @dataclass(kw_only=True)

@@ -34,8 +34,8 @@ class SelectiveContextCompressor(LMSelectingCompressor):
     ``mode="fast"``: unlike the paper the budget is exact, tokens are predicted from the whole passage before them and not
     from their sentence alone, phrases need no parser, and white space is not collapsed.
 
-    ``mode="published"``: the released filter, with a percentile instead of a budget. The result may exceed the ratio, and
-    at token level sentences run together.
+    ``mode="published"``: the released filter, with a percentile instead of a budget. The result may exceed the ratio, numbers
+    may be divided, and at token level sentences run together.
 
     No training. Questions are ignored.
     """

@@ -84,3 +84,55 @@ def test_numbers_ids_and_addresses_go_or_stay_whole(made, method, settings):
             assert not borders & set(range(a + 1, b)), text[a:b]
         seen += any(i in range(a, b) for a, b in things for i in borders)
     assert seen
+
+
+SHORT = [
+    "Yes",
+    "42 km",
+    "Paid: no",
+    "1,234,567",
+    "No.",
+    "🦊",
+    "2019-05-03",
+    "…",
+    "A",
+    "-",
+    "是",
+    "a@b.example",
+    "Photosynthesis.",
+]
+
+
+@methods
+@pytest.mark.parametrize("ratio", [2, 4, 30])
+def test_a_short_text_does_not_become_nothing(made, method, ratio):
+    compressor = made(method)
+    reader = compressor.reader
+    for text, passage in zip(SHORT, compress(compressor, SHORT, ratio=ratio)):
+        assert passage.text in (text, *text.split(), text[:-1], "Paid", ": no"), text
+        assert any(map(str.isalnum, passage.text)) == any(map(str.isalnum, text))
+        assert passage.n_tokens == len(reader.tokenize(passage.text)) <= passage.source_tokens
+        beyond = passage.n_tokens - int(passage.source_tokens / ratio)
+        assert passage.info.get("over_budget", 0) == max(beyond, 0)
+    blank, empty = compress(compressor, [" \n", ""], ratio=ratio)
+    assert (blank.text, empty.text) == ("", "")
+
+
+@methods
+def test_target_tokens_are_never_exceeded(made, method):
+    for target in (0, 1, 3):
+        for passage in compress(made(method), SHORT, target_tokens=target):
+            assert passage.n_tokens <= target
+            assert "over_budget" not in passage.info
+
+
+def test_dynamic_ratios_leave_no_passage_empty(made):
+    compressor = made("longllmlingua", dynamic_ratio=0.4)
+    texts = ["Yes", "42 km", *(text for text, _ in texts_and_things(4))]
+    assert all(passage.text for passage in compress(compressor, texts, ratio=8))
+
+
+def test_what_must_stay_is_the_best_word_of_a_short_text(made):
+    compressor = made("llmlingua", keep=["45"])
+    (passage,) = compress(compressor, ["Yes, paid $12,345.67 to Ann."], ratio=30)
+    assert passage.text == "$12,345.67"
