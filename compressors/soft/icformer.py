@@ -19,8 +19,6 @@ from ..slots.memory_tokens import random_token_rows
 from ..slots.projector import learned_scale, scaled
 from ..slots.segments import Segment, SegmentCompressor, SegmentSettings
 
-_ROTARY_BASE = 10000.0
-
 
 @dataclass
 class ICFormerConfig(SegmentSettings, CompressorConfig):
@@ -145,7 +143,7 @@ class ICFormerCompressor(SegmentCompressor):
         sees = torch.cat([real.bool()[:, None].expand(-1, slots, -1), earlier.expand(batch, -1, -1)], dim=-1)
         own = real.sum(1, keepdim=True) + torch.arange(slots, device=device)
         positions = torch.cat([torch.arange(time, device=device).expand(batch, -1), own], dim=1)
-        rates = _ROTARY_BASE ** (-torch.arange(0, self.head_size, 2, device=device) / self.head_size)
+        rates = 10000.0 ** (-torch.arange(0, self.head_size, 2, device=device) / self.head_size)
         for block in self.blocks:
             digests = block(digests, context, sees[:, None], positions[:, None, :, None] * rates)
         return scaled(self.norm(digests), self.log_scale)

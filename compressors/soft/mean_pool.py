@@ -44,9 +44,7 @@ class MeanPoolConfig(LoRASettings, QuerySettings, ReaderTuningSettings, Compress
         "weights inside a window: equal, or a softmax over a learned score per vocabulary entry plus a linear score "
         "of the state, which starts equal",
     )
-    hidden_size: int | None = setting(
-        None, "width of the MLP's hidden layer; default: twice the reader's embedding width"
-    )
+    hidden_size: int | None = setting(None, "width of the MLP's hidden layer; default: twice the reader's width")
     chunk_tokens: int = setting(1024, "longest stretch that encoder 'reader' reads at once")
     r: int = lora_rank(32, " (encoder 'reader')")
 

@@ -19,8 +19,6 @@ from ..reader.reader import Reader
 from ..registry import register_compressor
 from ..slots.projector import learned_scale, matching_factor, mlp, scaled
 
-_PROBES = 256  # random inputs on which the output scale is matched
-
 
 @dataclass
 class XRAGConfig(ReaderTuningSettings, CompressorConfig):
@@ -83,11 +81,11 @@ class XRAGCompressor(SoftCompressor):
         widths = [self.vector_size, *[config.hidden or reader.width] * (config.layers - 1), reader.width]
         self.projector = mlp(widths, nn.GELU)
         self.to(reader.device)
-        self.log_scale: nn.Parameter | None = None
         with torch.no_grad():
-            noise = torch.randn(_PROBES, self.vector_size, generator=torch.Generator().manual_seed(0))
+            # the output scale is matched on random inputs
+            noise = torch.randn(256, self.vector_size, generator=torch.Generator().manual_seed(0))
             found = self.projector(self.standardise(noise.to(reader.device)))
-        self.log_scale = learned_scale(matching_factor(found, reader), reader)
+        self.log_scale: nn.Parameter | None = learned_scale(matching_factor(found, reader), reader)
         self.reader_twin = tuned_reader(self)
 
     def identity_parts(self) -> list[Any]:
@@ -99,8 +97,7 @@ class XRAGCompressor(SoftCompressor):
         """The frozen embedder, loaded at first use; a compressor that only gets vectors never loads it."""
         with self._lock:
             if self._embedder is None:
-                found = self.load_embedder()
-                self.check_embedder(found)
+                self.check_embedder(found := self.load_embedder())
                 self._embedder = found
             return self._embedder
 
@@ -139,15 +136,14 @@ class XRAGCompressor(SoftCompressor):
         if todo:
             least = [1 if ratio is None else min(math.ceil(lengths[i] / ratio), lengths[i]) for i in todo]
             most, prompt = self.config.shard_tokens, self.config.prompt
-            made = self.embedder.embed_shards([texts[i] for i in todo], most, least, prompt)
-            for i, vectors in zip(todo, made):
+            for i, vectors in zip(todo, self.embedder.embed_shards([texts[i] for i in todo], most, least, prompt)):
                 found[i] = mean_runs(vectors, lengths[i])
         return self.project(torch.cat(found)).split([len(vectors) for vectors in found])
 
     def project(self, vectors: Tensor) -> Tensor:
         """Slots ``[n, width]`` of vectors ``[n, vector_size]``."""
-        weight = next(self.projector.parameters())
-        return scaled(self.projector(self.standardise(vectors.to(weight.device, weight.dtype))), self.log_scale)
+        like = next(self.projector.parameters())
+        return scaled(self.projector(self.standardise(vectors.to(like))), self.log_scale)
 
     def standardise(self, vectors: Tensor) -> Tensor:
         """Brings vectors to root mean square 1."""

@@ -1,0 +1,147 @@
+"""Base class of methods that keep some of the reader's own keys and values, without training."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..base import Compressor, Query
+from ..core.batching import pack, pass_positions
+from ..core.passage import CompressedPassage, Interface
+from ..reader.attention import check_reachable
+from ..reader.reader import Reader
+from .encode import check_movable, kv_shapes
+from .probing import Evidence, read
+
+
+class PairCompressor(Compressor):
+    """Reads each passage followed by probes, and packages the pairs that a method keeps as a ragged KV passage.
+
+    A method implements `probes` (what is read after a passage) and `keep` (the pairs, from what was recorded). Its config has
+    a ``ratio``.
+
+    Attributes:
+        batch_positions: positions of one forward pass (memory vs. speed; changes no result).
+
+    Raises:
+        ValueError: if the reader's keys cannot move or its attention cannot take a bias.
+    """
+
+    interface: ClassVar[Interface] = "kv"
+    training_free = True
+    config: Any
+
+    def __init__(self, config: Any, reader: Reader) -> None:
+        super().__init__(config, reader)
+        check_movable(reader)
+        check_reachable(reader.model)
+        if len(shapes := set(kv_shapes(reader))) > 1:
+            raise ValueError(
+                f"{self.config.method} needs layers of one shape, and {reader.name!r} has {sorted(shapes)}."
+            )
+        self.shape = shapes.pop()
+        self.batch_positions = 4096
+        self._evidence: dict[str, Evidence] | None = None  # what `compress_at` has read
+
+    def identity_parts(self) -> list[Any]:
+        """The pairs are the reader's."""
+        return [self.base_reader.fingerprint]
+
+    def compress_at(
+        self,
+        texts: Sequence[str],
+        ratios: Sequence[float | None],
+        query: Query = None,
+        *,
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> list[list[CompressedPassage]]:
+        """Compresses passages at several ratios, reading each of them once."""
+        texts = self._check_texts(texts)
+        queries = self._check_query(query, len(texts))
+        step = min(batch_size or 8, 8)  # what is read is kept for so few passages only: it takes some 100 MB each
+        out: list[list[CompressedPassage]] = [[] for _ in ratios]
+        with self._lock:
+            try:
+                for start in range(0, len(texts), step):
+                    part = slice(start, start + step)
+                    self._evidence = {}
+                    for found, ratio in zip(out, ratios):
+                        found += self.compress(texts[part], queries[part], ratio, **options)
+            finally:
+                self._evidence = None
+        return out
+
+    def _read(self, ids: list[list[int]], probes: list[list[list[int]]]) -> Evidence:
+        if self._evidence is None:
+            return read(self.base_reader, ids, probes)
+        key = str((ids, probes))
+        if key not in self._evidence:
+            self._evidence[key] = read(self.base_reader, ids, probes)
+        return self._evidence[key]
+
+    def _compress(
+        self, texts: list[str], queries: list[str | None], ratio: float | None, *, vectors: Any, **options: Any
+    ) -> list[CompressedPassage]:
+        if options:
+            raise TypeError(f"{self.config.method} has no options {sorted(options)}.")
+        reader = self.base_reader
+        ids = reader.tokenize_batch(texts)
+        probes = [self.probes(text, query) if tokens else [] for text, tokens, query in zip(texts, ids, queries)]
+        for passage, asked in zip(ids, probes):
+            self._check_room(len(passage) + max(map(len, asked), default=0))
+        sizes = [len(passage) + sum(map(len, asked)) + len(reader.bos_ids) for passage, asked in zip(ids, probes)]
+        wanted = self.config.ratio if ratio is None else float(ratio)
+        none = torch.zeros(0, device=reader.device, dtype=reader.dtype)
+        heads, wide, deep = self.shape
+        counts = torch.zeros(len(reader.kv_placement.kinds), heads, dtype=torch.int32)
+        empty = (none.view(0, wide), none.view(0, deep), none, none.int(), counts)
+        out = {i: self._package(empty, 0, wanted) for i, passage in enumerate(ids) if not passage}
+        full = [i for i, passage in enumerate(ids) if passage]
+        for batch in pack([sizes[i] for i in full], self.batch_positions, pass_positions(reader.device)):
+            which = [full[i] for i in batch]
+            evidence = self._read([ids[i] for i in which], [probes[i] for i in which])
+            for i, pairs in zip(which, self.keep(evidence, wanted)):
+                out[i] = self._package(pairs, len(ids[i]), wanted)
+        return [out[i] for i in range(len(texts))]
+
+    @abstractmethod
+    def probes(self, text: str, query: str | None) -> list[list[int]]:
+        """Token ids of each text that is read after a passage."""
+
+    @abstractmethod
+    def keep(self, evidence: Evidence, ratio: float) -> Iterable[tuple[Tensor, ...]]:
+        """Of each passage the keys, values, bias and positions of the kept pairs, and ``[layers, kv_heads]`` counts.
+
+        All are concatenated over layers, then heads. A bias without entries means none.
+        """
+
+    def _check_room(self, tokens: int) -> None:
+        reader = self.base_reader
+        limits = [n for n in (reader.max_positions, reader.kv_placement.max_length) if n is not None]
+        if limits and len(reader.bos_ids) + tokens > min(limits):
+            raise ValueError(
+                f"A passage and the longest probe take {tokens} tokens, and {reader.name!r} reads keys and values in "
+                f"prompts of up to {min(limits)} positions; cut the passage into shorter ones."
+            )
+
+    def _package(self, pairs: tuple[Tensor, ...], tokens: int, ratio: float) -> CompressedPassage:
+        keys, values, bias, positions, counts = pairs
+        reader = self.base_reader
+        return CompressedPassage(
+            "kv",
+            tokens,
+            self.fingerprint,
+            self.reader.fingerprint,
+            keys=(keys,),
+            values=(values,),
+            positions=positions,
+            info={"method": self.config.method, "ratio_asked": ratio, **reader.identity_card.runs_as},
+            counts=counts,
+            bias=bias if bias.numel() else None,
+            span=(len(reader.bos_ids), tokens),
+        )
