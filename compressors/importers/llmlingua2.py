@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +27,9 @@ def load(
     mode: Literal["fast", "published"] = "published",
     merge: Literal["mean", "first"] = "mean",
     ratio: float = 2.0,
+    keep: Sequence[str] = (),
+    keep_digits: bool = False,
+    drop_consecutive: bool = False,
 ) -> LLMLingua2Compressor:
     """Imports LLMLingua-2.
 
@@ -34,7 +38,12 @@ def load(
         mode: ``"published"``: the released threshold per chunk; ``"fast"``: an exact budget over the whole passage.
         merge: a word's probability: the ``"mean"`` of its tokens', or that of its ``"first"``.
         ratio: compression ratio if a call gives none.
+        keep: strings that stay, a list (the release's ``force_tokens``); in mode ``"published"`` each is one token.
+        keep_digits: words with a digit stay (``force_reserve_digit``).
+        drop_consecutive: of adjacent kept strings only the first stays (``"published"``).
     """
+    if drop_consecutive and mode != "published":
+        raise ValueError(f"drop_consecutive works in mode 'published' alone, got mode={mode!r}.")
     path = source.path
     reader = source.need_reader("is a token classifier, and kept tokens are counted in a reader's")
     if not has_tokenizer(path):
@@ -47,9 +56,17 @@ def load(
     keys.ignore(r"(^|\.)position_ids$", "position ids, which are counted")
     keys.ignore(r"(^|\.)pooler\.", "the pooler, which token classification does not use")
     model = build_model(config, keys.take_all(r""), path, AutoModelForTokenClassification).float().to(source.device)
-    chosen = LLMLingua2Config(classifier=path.name, mode=mode, merge=merge, ratio=ratio)
+    chosen = LLMLingua2Config.from_dict(
+        {
+            **{"classifier": path.name, "mode": mode, "merge": merge, "ratio": ratio},
+            **{"keep": keep, "keep_digits": keep_digits, "drop_consecutive": drop_consecutive},
+        }
+    )
     try:
-        return LLMLingua2Compressor(chosen, reader, classifier=(model, load_tokenizer(path, source)))
+        made = LLMLingua2Compressor(chosen, reader, classifier=(model, load_tokenizer(path, source)))
+        if keep and mode == "published":
+            _ = made.published  # refuses strings of several tokens
+        return made
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
