@@ -39,10 +39,12 @@ def load(
         mode: ``"published"``: the released threshold per chunk; ``"fast"``: an exact budget over the whole passage.
         merge: a word's probability: the ``"mean"`` of its tokens', or that of its ``"first"``.
         ratio: compression ratio if a call gives none.
-        keep: words that always stay (the release's ``force_tokens``), such as ``["\\n", "?"]``.
+        keep: strings that stay, a list (the release's ``force_tokens``); in mode ``"published"`` each is one token.
         keep_digits: words with a digit stay (``force_reserve_digit``).
-        drop_consecutive: of adjacent forced words only the first stays (mode ``"published"``).
+        drop_consecutive: of adjacent kept strings only the first stays (``"published"``).
     """
+    if drop_consecutive and mode != "published":
+        raise ValueError(f"drop_consecutive works in mode 'published' alone, got mode={mode!r}.")
     path = source.path
     reader = source.need_reader("is a token classifier, and kept tokens are counted in a reader's")
     if not has_tokenizer(path):
@@ -65,7 +67,10 @@ def load(
         published=LLMLingua2Options(drop_consecutive=drop_consecutive),
     )
     try:
-        return LLMLingua2Compressor(chosen, reader, classifier=(model, load_tokenizer(path, source)))
+        made = LLMLingua2Compressor(chosen, reader, classifier=(model, load_tokenizer(path, source)))
+        if keep and mode == "published":
+            _ = made.published  # refuses strings of several tokens
+        return made
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 

@@ -10,7 +10,8 @@ from nutgraf import load_compressor
 from nutgraf.compressors import CheckpointError
 from nutgraf.compressors.importers import MissingOption, import_checkpoint, import_to, recognise
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForTokenClassification
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import BertConfig, BertForTokenClassification, PreTrainedTokenizerFast
 
 TEXT = "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911)."
 
@@ -45,16 +46,6 @@ def test_any_token_classifier_is_recognised_and_its_probabilities_are_its_own(zo
     assert 0 < passage.n_tokens <= passage.source_tokens / 3
 
 
-def test_its_settings_can_be_set_at_import(zoo, folder, tmp_path):
-    reader = zoo.reader("llama")
-    given = {"keep": ["?", "\n"], "keep_digits": True, "drop_consecutive": True}
-    import_to("llmlingua2", folder, tmp_path / "out", reader, **given)
-    config = load_compressor(tmp_path / "out", reader).config
-    assert (config.keep, config.keep_digits, config.published.drop_consecutive) == (("?", "\n"), True, True)
-    with pytest.raises(TypeError, match="keep must be a list"):
-        import_checkpoint("llmlingua2", folder, reader, keep="?")
-
-
 def test_it_is_written_with_its_classifier(zoo, folder, tmp_path):
     reader = zoo.reader("llama")
     import_to("llmlingua2", folder, tmp_path / "out", reader, mode="fast")
@@ -65,6 +56,44 @@ def test_it_is_written_with_its_classifier(zoo, folder, tmp_path):
     assert loaded.compress([TEXT], ratio=2)[0].text
     assert loaded.fingerprint == load_compressor(moved, reader).fingerprint
     assert not (moved / "reader").exists()
+
+
+def word_piece_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """Letters and digits as WordPiece; the rest of the vocabulary is unused."""
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    letters = sorted({*TEXT} - {" "})
+    known = [*specials, *letters, *("##" + letter for letter in letters)]
+    pieces = [*known, *(f"[unused{i}]" for i in range(size - len(known)))]
+    backend = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+def test_the_releases_options_are_set_at_import(zoo, folder, tmp_path):
+    word_piece_tokenizer(zoo.VOCAB).save_pretrained(folder)
+    reader = zoo.reader("llama")
+    options = {"keep": [",", "."], "keep_digits": True, "drop_consecutive": True}
+    import_to("llmlingua2", folder, tmp_path / "out", reader, **options)
+    loaded = load_compressor(tmp_path / "out", reader)
+    assert (loaded.config.keep, loaded.config.keep_digits) == ((",", "."), True)
+    assert loaded.config.published.drop_consecutive
+    (passage,) = loaded.compress([TEXT], ratio=3)
+    assert "1903" in passage.text
+    assert "1911" in passage.text
+    bare = import_checkpoint("llmlingua2", folder, reader)
+    assert passage.text != bare.compress([TEXT], ratio=3)[0].text
+    (fast,) = import_checkpoint("llmlingua2", folder, reader, mode="fast", keep=["Nobel"]).compress([TEXT], ratio=3)
+    assert "Nobel" in fast.text
+    for wrong, message in (
+        ({"keep": ",."}, "keep must be a list"),
+        ({"keep": ["Nobel Prizes"]}, "forces single tokens"),
+        ({"drop_consecutive": True, "mode": "fast"}, "mode 'published' alone"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            import_checkpoint("llmlingua2", folder, reader, **wrong)
 
 
 def test_damage_is_refused_by_name(zoo, folder):
