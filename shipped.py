@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .compressors.reader.packaged import SMOLLM2
+
+if TYPE_CHECKING:
+    from .compressors import Compressor, Reader
 
 PRETRAINED = Path(__file__).parent / "recipes" / "pretrained"
 
@@ -36,3 +40,23 @@ def locate(name: str) -> str:
         if name in COMPRESSORS and COMPRESSORS[name].training_free:
             return name
         raise
+
+
+def find_compressor(name: str, reader: Reader) -> Compressor:
+    """A shipped compressor by name, one from a folder or the hub, or a method that needs no training.
+
+    Raises ValueError for settings that are not `key=value`.
+    """
+    from .compressors import COMPRESSORS, load_compressor, make_compressor
+
+    method, colon, written = name.partition(":")
+    cls = COMPRESSORS.get(method)
+    if cls is not None and cls.training_free:
+        pairs = [part.partition("=") for part in written.split(",")] if colon else []
+        if bad := [key for key, equals, value in pairs if not (key and equals and value)]:
+            raise ValueError(f"{name!r}: {bad[0]!r} is no setting; write {method}:key=value,key=value.")
+        settings = {key: int(value) if value.isdigit() else value for key, _, value in pairs}
+        return load_compressor(method, reader, **settings)
+    if cls is not None and cls.interface == "text":
+        return make_compressor(name, reader)
+    return load_compressor(locate(name), reader)

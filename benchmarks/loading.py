@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..adapters.store import Encoding
-from ..compressors import COMPRESSORS, Compressor, Reader, load_compressor, make_compressor
+from ..compressors import Reader
 from ..compressors.reader.loading import as_dtype
 from ..recipes.data.corpus import Record, read_records
 from ..shipped import locate
@@ -66,24 +66,6 @@ def torch_dtype(name: str, device: str) -> torch.dtype | str:
     if name == "auto":
         return torch.float32 if device == "cpu" else "auto"
     return as_dtype(name)
-
-
-def find_compressor(name: str, reader: Reader) -> Compressor:
-    """A shipped compressor by name, one from a folder or the hub, or a method that needs no training.
-
-    Raises ValueError for settings that are not `key=value`.
-    """
-    method, colon, written = name.partition(":")
-    cls = COMPRESSORS.get(method)
-    if cls is not None and cls.training_free:
-        pairs = [part.partition("=") for part in written.split(",")] if colon else []
-        if bad := [key for key, equals, value in pairs if not (key and equals and value)]:
-            raise ValueError(f"{name!r}: {bad[0]!r} is no setting; write {method}:key=value,key=value.")
-        settings = {key: int(value) if value.isdigit() else value for key, _, value in pairs}
-        return load_compressor(method, reader, **settings)
-    if cls is not None and cls.interface == "text":
-        return make_compressor(name, reader)
-    return load_compressor(locate(name), reader)
 
 
 def store_encoding(precision: str) -> Encoding:

@@ -17,8 +17,9 @@ from ..compressors import CompressedPassage, Compressor, Reader
 from ..compressors.core.textfiles import check_strings
 from ..recipes.data.corpus import Record
 from ..recipes.data.templates import Piece, Prompt, question_prompt
+from ..shipped import find_compressor
 from .baselines import BASELINES
-from .loading import CompressorSpec, find_compressor
+from .loading import CompressorSpec
 from .rows import Row
 
 

@@ -85,11 +85,6 @@ def compression_ratio(tokens: int, slots: int) -> float:
     return math.inf if rate == 0 else 1 / rate
 
 
-def recovered_share(score: float, none: float, full: float) -> float | None:
-    """(score - none) / (full - none): 0 is no context, 1 the full text; may lie outside. None unless full > none."""
-    return (score - none) / (full - none) if full > none else None
-
-
 def bootstrap_mean(values: Sequence[float] | np.ndarray, *, seed: int = 0, repeats: int = 2000) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean of `values`."""
     values = np.asarray(values, dtype=float)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ...console import friendly_errors
-from ...shipped import locate
+from ...shipped import find_compressor, locate
 from .base import StoreError
 
 store_app = typer.Typer(no_args_is_help=True, help="Maintain a store of compressed passages.")
@@ -234,13 +234,9 @@ def _open(folder: str) -> Any:
 
 
 def _load(compressor: str, reader: str, device: str) -> Any:
-    from ...compressors import COMPRESSORS, Reader, load_compressor, make_compressor
+    from ...compressors import Reader
 
-    loaded = Reader.from_pretrained(locate(reader), device=device)
-    method = COMPRESSORS.get(compressor)
-    if method is not None and method.interface == "text":
-        return make_compressor(compressor, loaded)
-    return load_compressor(locate(compressor), loaded)
+    return find_compressor(compressor, Reader.from_pretrained(locate(reader), device=device))
 
 
 def _updated(filled: Any) -> str:

@@ -21,12 +21,12 @@ from typer import Option
 from ...adapters.llama_index import CompressedContextLLM, CompressedContextPostprocessor, SentenceTransformerEmbedding
 from ...compressors import Reader
 from ...recipes.data.corpus import Record, read_records
+from ...shipped import find_compressor
 from ..loading import (
     SAMPLE,
     SAMPLE_ARTICLES,
     SAMPLE_QUESTIONS,
     CompressorSpec,
-    find_compressor,
     find_reader,
 )
 from ..methods import Compressed, lines

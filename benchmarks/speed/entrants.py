@@ -12,8 +12,9 @@ import torch
 from ...compressors import COMPRESSORS, CompressedPassage, Compressor, Reader, make_compressor
 from ...compressors.core.textfiles import check_strings
 from ...compressors.kv.encode import kv_shapes
+from ...shipped import find_compressor
 from ..costs.roofline import synchronise
-from ..loading import SAMPLE_ARTICLES, CompressorSpec, find_compressor
+from ..loading import SAMPLE_ARTICLES, CompressorSpec
 from ..methods import Compressed
 
 PROMPT_TOKENS = 64

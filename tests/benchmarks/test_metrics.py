@@ -93,12 +93,6 @@ def test_compression() -> None:
         metrics.compression_rate(-1, 0)
 
 
-def test_recovered_share() -> None:
-    assert metrics.recovered_share(0.5, none=0.2, full=0.8) == pytest.approx(0.5)
-    assert metrics.recovered_share(0.1, none=0.2, full=0.8) == pytest.approx(-1 / 6)
-    assert metrics.recovered_share(0.5, none=0.4, full=0.4) is None
-
-
 def test_bootstrap_mean_is_seeded_and_close_to_theory() -> None:
     values = np.random.default_rng(3).normal(0.5, 0.2, 400)
     low, high = metrics.bootstrap_mean(values, seed=1)
