@@ -62,7 +62,7 @@ def encode(passage: CompressedPassage, encoding: Encoding) -> tuple[str, bytes]:
         ValueError: if its numbers do not fit the encoding (for instance too large for float16).
     """
     run = bytearray()
-    specs = [_write(run, name, tensor, encoding) for name, tensor in passage._tensors().items()]
+    specs = [_write(run, name, tensor, encoding) for name, tensor in passage.tensors().items()]
     header = passage.facts() | {"tensors": specs}
     if encoding.quantize and specs:
         header["info"]["quantized"] = encoding.quantize

@@ -144,13 +144,13 @@ class CompressedPassage:
         """Bytes of the tensors, or of the UTF-8 text."""
         if self.interface == "text":
             return len(self.text.encode("utf-8", "surrogatepass"))  # type: ignore[union-attr]
-        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     # -- checks and moves ------------------------------------------------------------------------------------------
 
     def check(self) -> CompressedPassage:
         """Returns itself, or raises ``ValueError`` if a tensor holds NaN or infinity."""
-        for name, tensor in self._tensors().items():
+        for name, tensor in self.tensors().items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise ValueError(
                     f"The compressed passage's {name} holds NaN or infinite numbers; "
@@ -180,7 +180,8 @@ class CompressedPassage:
             )
         return self
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, as a file holds them; none for text."""
         if self.interface == "embeds":
             return {"embeds": self.embeds}  # type: ignore[dict-item, return-value]
         if self.interface == "kv":
@@ -236,7 +237,7 @@ class CompressedPassage:
     def to_bytes(self) -> bytes:
         """Serialises to safetensors: the tensors, and the rest as JSON in the header. Text may hold lone surrogates."""
         header = {"version": FORMAT_VERSION, **self.facts()}
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self._tensors().items()}
+        tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors().items()}
         # safetensors rejects an empty file; JSON's \u escapes keep lone surrogates.
         tensors = tensors or {"empty": torch.zeros(0)}
         return save_safetensors(tensors, metadata={_HEADER: json.dumps(header)})

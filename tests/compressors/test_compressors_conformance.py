@@ -134,14 +134,22 @@ def difference(a: CompressedPassage, b: CompressedPassage) -> float:
     assert a.slots == b.slots
     if a.interface == "text":
         return 0.0 if (a.text, a.spans) == (b.text, b.spans) else float("inf")
-    pairs = zip(a._tensors().values(), b._tensors().values())
+    pairs = zip(a.tensors().values(), b.tensors().values())
     return max([float((x - y).abs().max()) for x, y in pairs if x.numel()], default=0.0)
 
 
 methods = pytest.mark.parametrize("method", sorted(SETTINGS))
 PLACES = [(m, a) for m in sorted(METHODS) for a in ARCHITECTURES if (m, a) not in REFUSED]
 PLACES += [(m, a) for m in sorted(OPTIONS) for a in OPTION_ARCHITECTURES]
-everywhere = pytest.mark.parametrize(("method", "architecture"), PLACES)
+
+
+def places(found: list[tuple[str, str]]) -> list:
+    """`make check` runs every method on Llama, `make test` on all architectures."""
+    quick = [architecture == "llama" and ":" not in method for method, architecture in found]
+    return [pytest.param(*place, marks=() if fast else pytest.mark.slow) for place, fast in zip(found, quick)]
+
+
+everywhere = pytest.mark.parametrize(("method", "architecture"), places(PLACES))
 
 
 def test_every_registered_method_is_tested():
@@ -322,7 +330,7 @@ def test_compressing_beside_reading_changes_neither(method):
             assert max(map(difference, found, job.result())) < 1e-6
 
 
-@pytest.mark.parametrize(("method", "architecture"), [place for place in PLACES if place[0] in SOFT])
+@pytest.mark.parametrize(("method", "architecture"), places([place for place in PLACES if place[0] in SOFT]))
 def test_gradients_reach_what_trains_and_nothing_else(method, architecture):
     compressor = build(method, reader_of(architecture))
     assert isinstance(compressor, SoftCompressor)
@@ -362,7 +370,7 @@ def test_slots_are_in_the_readers_dtype(method, zoo):
     reader = Reader.from_pretrained(zoo.model("llama").to(torch.bfloat16), tokenizer=zoo.tokenizer())
     compressor = build(method, reader)
     passage = compress(compressor, TEXTS[:1])[0]
-    tensors = [t for t in passage._tensors().values() if t.is_floating_point()]
+    tensors = [t for t in passage.tensors().values() if t.is_floating_point()]
     assert bool(tensors) == (passage.interface != "text")
     assert all(t.dtype == torch.bfloat16 for t in tensors)
     assert isinstance(compressor.reader.generate([[passage, "\nAnswer:"]], 2)[0], str)

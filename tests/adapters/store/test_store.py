@@ -69,7 +69,7 @@ def same(a: CompressedPassage | None, b: CompressedPassage) -> bool:
     facts = ("interface", "source_tokens", "compressor", "reader", "text", "spans", "n_tokens", "slots", "span")
     if a is None or any(getattr(a, name) != getattr(b, name) for name in facts) or dict(a.info) != dict(b.info):
         return False
-    ours, theirs = a._tensors(), b._tensors()
+    ours, theirs = a.tensors(), b.tensors()
     return ours.keys() == theirs.keys() and all(
         ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]) for name in theirs
     )
@@ -389,8 +389,8 @@ def test_quantised_passages_keep_shape_dtype_and_most_of_their_numbers(kind, dty
     header, data = encode(passage, Encoding(quantize=encoding, group=16))
     back = decode(json.loads(header), bytearray(data))
     assert back.info["quantized"] == encoding
-    for name, tensor in passage._tensors().items():
-        got = back._tensors()[name]
+    for name, tensor in passage.tensors().items():
+        got = back.tensors()[name]
         assert (got.dtype, got.shape) == (tensor.dtype, tensor.shape)
         if tensor.is_floating_point():
             assert (got.float() - tensor.float()).abs().max() < share * tensor.float().abs().max()
@@ -398,9 +398,9 @@ def test_quantised_passages_keep_shape_dtype_and_most_of_their_numbers(kind, dty
         else:
             assert torch.equal(got, tensor)
     bits = {"int8": 8, "int4": 4}[encoding]
-    numbers = sum(t.numel() for t in passage._tensors().values() if t.is_floating_point() and t.dim() > 1)
-    exact = sum(t.numel() * t.element_size() for t in passage._tensors().values() if t.dim() == 1)
-    assert len(data) < numbers * (bits + 4) / 8 + exact + 64 * 2 * (len(passage._tensors()) + 1)
+    numbers = sum(t.numel() for t in passage.tensors().values() if t.is_floating_point() and t.dim() > 1)
+    exact = sum(t.numel() * t.element_size() for t in passage.tensors().values() if t.dim() == 1)
+    assert len(data) < numbers * (bits + 4) / 8 + exact + 64 * 2 * (len(passage.tensors()) + 1)
 
 
 def test_a_store_has_one_encoding(tmp_path):

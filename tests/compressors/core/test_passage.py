@@ -39,7 +39,7 @@ def ragged(**changes) -> CompressedPassage:
 
 
 def tensors(passage: CompressedPassage) -> list[torch.Tensor]:
-    return list(passage._tensors().values())
+    return list(passage.tensors().values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -197,7 +197,7 @@ def test_unequal_batches_equal_one_by_one(reader):
     gist.batch_positions = 1
     for a, b in zip(whole, gist.compress(texts)):
         assert torch.equal(a.positions, b.positions)
-        for x, y in zip(a._tensors().values(), b._tensors().values()):
+        for x, y in zip(a.tensors().values(), b.tensors().values()):
             assert torch.allclose(x, y, atol=1e-5)
     # a stored passage holds its own slots alone, not a view of the batch
     assert whole[0].keys[0].untyped_storage().nbytes() == whole[0].keys[0].numel() * 4

@@ -121,7 +121,7 @@ def test_a_compressor_made_on_it_gives_nearly_the_same_slots(on_whole, quantised
     assert ours.fingerprint == theirs.fingerprint
     assert ours.reader.fingerprint == theirs.reader.fingerprint
     for mine, wanted in zip(ours.compress(TEXTS), theirs.compress(TEXTS)):
-        for a, b in zip(mine._tensors().values(), wanted._tensors().values()):
+        for a, b in zip(mine.tensors().values(), wanted.tensors().values()):
             difference = (a.float() - b.float()).norm() / b.float().norm()
             assert a.shape == b.shape
             assert difference < 0.35  # 4 bits; another passage's slots are 0.7 to 1.4 away

@@ -42,7 +42,7 @@ def build(method, reader, **changes) -> SoftCompressor:
 
 
 def tensors(passage):
-    return torch.cat([t.flatten().float() for name, t in passage._tensors().items() if name != "positions"])
+    return torch.cat([t.flatten().float() for name, t in passage.tensors().items() if name != "positions"])
 
 
 @methods
