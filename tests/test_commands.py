@@ -34,6 +34,7 @@ def test_a_mistyped_file_is_no_passage(name):
     assert f"There is no file {name}." in fail(*INSPECT, name)
 
 
+@pytest.mark.slow
 def test_inspect_reads_a_file_standard_input_or_the_text(tmp_path):
     text = "The war ended in 1918, U.S.A. and/or others signed."
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())

@@ -69,6 +69,7 @@ def test_commands_and_their_options_exist(line, command_line):
     assert {word for word in words if word.startswith("-")} - known <= {"--help"}
 
 
+@pytest.mark.slow
 def test_quoted_errors_exist():
     files = [f for folder in ("compressors", "adapters", "recipes") for f in (ROOT / folder).rglob("*.py")]
     nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]

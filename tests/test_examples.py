@@ -53,6 +53,7 @@ def tokens(printed: str) -> list[int]:
     return [int(n) for n in re.findall(r"(\d+) tokens, \d+ ms", printed)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rag_before", "rag_after"])
 def test_each_pipeline_answers(run, name):
     counts = tokens(run(name))
@@ -60,6 +61,7 @@ def test_each_pipeline_answers(run, name):
     assert min(counts) > 0
 
 
+@pytest.mark.slow
 def test_side_by_side(run):
     printed, lengths = run("rag_compare").split("Compressed when indexed, longer passages")
     assert re.search(r"24 passages embedded and compressed in \d+\.\d s", printed)
@@ -80,12 +82,14 @@ def test_side_by_side(run):
     assert max(slots) < 1.15 * min(slots)  # so that the time to the first token stays what it was
 
 
+@pytest.mark.slow
 def test_chat_streaming(run):
     printed = run("chat_streaming")
     assert printed.count("> ") >= 3
     assert printed.count("(2 sources, the first: ") == 3
 
 
+@pytest.mark.slow
 def test_a_langchain_chain(run):
     pytest.importorskip("langchain_core")
     printed = run("langchain_rag")
@@ -96,6 +100,7 @@ def test_a_langchain_chain(run):
     assert len(set(answers)) > 1  # of other documents
 
 
+@pytest.mark.slow
 def test_ingestion_compresses_nothing_twice(run, tmp_path):
     pytest.importorskip("lancedb")
     first, again = (run("ingest_lancedb", str(tmp_path / "passages")) for _ in range(2))
@@ -105,6 +110,7 @@ def test_ingestion_compresses_nothing_twice(run, tmp_path):
     assert "Marie Curie was born in Warsaw" in again
 
 
+@pytest.mark.slow
 def test_a_client_starts_its_own_server(run):
     pytest.importorskip("fastapi")
     printed = run("vllm_client")
@@ -114,6 +120,7 @@ def test_a_client_starts_its_own_server(run):
     assert streamed(printed) == first_answer(printed)
 
 
+@pytest.mark.slow
 def test_a_client_of_nutgraf_serve(run, served):
     alone = run("vllm_client")
     assert run("vllm_client", f"{served}/v1", "reader-small") == alone

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import pytest
 from nutgraf.compressors import COMPRESSORS
 
 ROOT = Path(__file__).parents[1]
@@ -179,6 +180,7 @@ def test_no_circles() -> None:
     assert not circles, "\n" + "\n".join(circles)
 
 
+@pytest.mark.slow
 def test_training_needs_no_framework() -> None:
     names = [f"nutgraf.{name.removesuffix('.__init__')}" for name in modules() if name.startswith("recipes.")]
     code = (

@@ -79,6 +79,7 @@ RUNS: dict[str, Callable[[Reader], Awaitable[Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 async def test_a_cancelled_task_ends_its_generation(slow, run):
     reader, steps = slow
@@ -97,6 +98,7 @@ async def test_a_cancelled_task_ends_its_generation(slow, run):
     assert taken < 200
 
 
+@pytest.mark.slow
 async def test_a_cancelled_ingestion_ends_after_its_batch(reader):
     compressor, store = Fixed(reader), MemoryStore()
     begun, go = threading.Event(), threading.Event()
@@ -119,6 +121,7 @@ async def test_a_cancelled_ingestion_ends_after_its_batch(reader):
     assert store.stats.passages == 2
 
 
+@pytest.mark.slow
 async def test_a_cancelled_request_closes_its_connection(reader):
     closed: list[bool] = []
     asked = threading.Barrier(4)

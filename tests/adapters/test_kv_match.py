@@ -28,6 +28,7 @@ TEXTS = [
 QUESTION = "Who signed it?"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"quantize": "int8"}])
 def test_compressed_when_indexed_and_read_from_the_store(zoo, tmp_path, settings):
     reader = zoo.reader("llama", num_hidden_layers=2)
@@ -58,6 +59,7 @@ def test_a_serving_engine_refuses_them_with_a_sentence(zoo):
         EmbeddingTable.of(reader).plan([[passage, QUESTION]])
 
 
+@pytest.mark.slow
 def test_the_commands_take_it_by_its_name(zoo, tmp_path):
     folder = str(zoo.saved("llama", tmp_path / "reader"))
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))

@@ -91,6 +91,7 @@ def test_documents_keep_who_they_are(compressor, documents):
     assert {d.page_content for d in again}.isdisjoint({d.page_content for d in found}), "each request has its own"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mean-pool", "selective-context"])
 @pytest.mark.parametrize("own", [{}, {"original_text": "in French"}, {"original_text": None}, {"original_text": 3}])
 @pytest.mark.parametrize("reload", [False, True])

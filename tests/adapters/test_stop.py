@@ -39,6 +39,7 @@ ASK: dict[str, Callable[[Reader, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ask", ASK)
 def test_one_string_is_one_stop_string(reader, ask):
     whole = reader.generate([TEXT], 12)[0]

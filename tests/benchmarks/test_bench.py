@@ -71,6 +71,7 @@ def record(i: int) -> Record:
 RECORDS = [record(i) for i in range(8)]
 
 
+@pytest.mark.slow
 def test_evaluate_gives_a_row_for_each_line(reader: Reader, compressor: Strided) -> None:
     methods = lines.lines([lines.Compressed(compressor, 6)], baselines=list(baselines.BASELINES), shuffled=True)
     found = quality.evaluate(reader, methods, RECORDS, QUIET)
@@ -90,6 +91,7 @@ def test_evaluate_gives_a_row_for_each_line(reader: Reader, compressor: Strided)
         assert by_name[name]["budget_of"] == "strided-test"
 
 
+@pytest.mark.slow
 def test_ragged_passages_count_their_pairs_and_give_the_full_answers_at_ratio_1(reader: Reader) -> None:
     made = lines.named_methods(reader, ["kv-match@1,4", "kv-match:repair=none,probes=2"], [3.0])
     alone = [replace(one, passages=one.passages[:1], titles=("",), gold=0) for one in RECORDS]
@@ -107,6 +109,7 @@ def test_ragged_passages_count_their_pairs_and_give_the_full_answers_at_ratio_1(
         lines.named_methods(reader, ["kv-match:repair@4"], [])
 
 
+@pytest.mark.slow
 def test_a_tuned_reader_reads_its_own_lines_and_no_others(reader: Reader) -> None:
     gist = make_compressor("gist", reader, r=4, ratio=3.0).eval()
     with torch.no_grad():
@@ -218,6 +221,7 @@ def test_kl_needs_the_same_answer(reader: Reader) -> None:
         scoring.kl_divergence(reader, a, b)
 
 
+@pytest.mark.slow
 def test_gold_moves_and_answers_swap(reader: Reader, compressor: Strided) -> None:
     for place in range(3):
         moved = reading.move_gold(RECORDS[4], place)
@@ -284,6 +288,7 @@ def test_rows_are_json(reader: Reader) -> None:
     assert all(json.loads(json.dumps(rows.clean(line.row), allow_nan=False)) for line in found)
 
 
+@pytest.mark.slow
 def test_speed_rows(reader: Reader, compressor: Strided) -> None:
     found = speed.speed(
         reader, [entrants.Entrant("strided", 8, compressor, "embeds")], RECORDS, passages=(1, 3), requests=2, repeats=1,

@@ -99,6 +99,7 @@ def test_stores_round_slots_alone(reader: Reader) -> None:
     assert [method.name for method in methods] == ["full", "none", "selective-context"]
 
 
+@pytest.mark.slow
 def test_store_precision_on_the_command_line(zoo: ModuleType, reader: Reader, tmp_path: Any) -> None:
     reader.model.save_pretrained(tmp_path / "reader")
     zoo.tokenizer().save_pretrained(tmp_path / "reader")

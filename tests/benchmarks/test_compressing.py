@@ -29,6 +29,7 @@ def test_what_is_packed_is_seen_inside_alone() -> None:
     assert seen == [3, 5, 7]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["icae", "mean-pool", "gist", "autocompressor"])
 def test_rows_of_every_kind_of_encoder(reader: Reader, method: str) -> None:
     texts = [make_passages(reader, 1, n)[0] for n in (20, 45, 90)]
@@ -47,6 +48,7 @@ def test_rows_of_every_kind_of_encoder(reader: Reader, method: str) -> None:
         compressing.compress_rows(reader, entrants, [])
 
 
+@pytest.mark.slow
 def test_the_embedder_is_what_xrag_compresses_with() -> None:
     reader = Reader.from_pretrained(pretrained("reader-small"))
     texts = ["The treaty was signed in 1648.", "Rivers carry sediment to the sea, and some of it stays in the delta."]
@@ -65,6 +67,7 @@ def test_rectangles_hold_every_position_once(reader: Reader) -> None:
     assert make_compressor("selective-context", reader).encoder_body() is None
 
 
+@pytest.mark.slow
 def test_the_command_keeps_rows(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
     asked = ["compress", "--shape", "llama-tiny", "--compressor", "icae@8", "--passages", "2", "--repeats", "1"]

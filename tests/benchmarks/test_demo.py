@@ -28,6 +28,7 @@ def reader(zoo: ModuleType) -> Reader:
     return zoo.reader("llama")
 
 
+@pytest.mark.slow
 def test_demo_runs_through(reader: Reader, tmp_path: Path) -> None:
     selective = SelectiveContextCompressor(SelectiveContextConfig(), reader)
     settings = demo.DemoSettings(out=tmp_path / "demo", questions=4, steps=1)
@@ -77,6 +78,7 @@ def test_specs() -> None:
             CompressorSpec.parse(bad)
 
 
+@pytest.mark.slow
 def test_bench_commands(reader: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nutgraf.benchmarks.cli.options.find_reader", lambda name, device, dtype: reader)
     monkeypatch.chdir(tmp_path)

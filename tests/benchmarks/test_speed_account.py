@@ -29,6 +29,7 @@ def reader() -> Reader:
 # -- costs -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "opt", "falcon", "gpt_neox", "phi3", "qwen3"])
 def test_flops_are_what_torch_counts(zoo: ModuleType, architecture: str) -> None:
     model = zoo.model(architecture)
@@ -196,6 +197,7 @@ def measure(reader: Reader, given: list[entrants.Entrant], cases: list[account.C
     return account.account(how, given, cases, **given_to_account)
 
 
+@pytest.mark.slow
 def test_rows_of_every_entrant_and_case(reader: Reader) -> None:
     given = entrants.find_entrants(reader, ["mean-pool@8"], [16], ["embeds", "kv"], untrained=True)
     found = measure(reader, given, [account.Case(200, 4), account.Case(200, 4, 2)])
@@ -231,6 +233,7 @@ def test_rows_of_every_entrant_and_case(reader: Reader) -> None:
     assert found[4]["flops"] == pytest.approx(2 * full["flops"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_rows_that_are_there_are_not_measured_again(reader: Reader, tmp_path: Path) -> None:
     file = tmp_path / "speed.jsonl"
     given = entrants.find_entrants(reader, [], [16], ["embeds"], untrained=True)
@@ -299,6 +302,7 @@ def test_command_appends_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [row["method"] for row in rows.read_rows(out)] == ["full", "random-slots"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -50,6 +50,7 @@ def table(compressor: Any, ratios: Sequence[float], names: Sequence[str] = ("tru
 # -- what a row keeps --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rows_keep_what_pooling_needs(reader: Reader, compressor: Any) -> None:
     seen: list[str] = []
     settings = replace(QUIET, ttft=2)

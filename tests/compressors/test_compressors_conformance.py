@@ -191,6 +191,7 @@ def test_batched_equals_one_by_one(method, architecture):
     assert max(map(difference, found, pairs)) < tolerance
 
 
+@pytest.mark.slow
 @methods
 def test_sixty_four_passages_of_any_length_in_one_call_equal_each_alone(method, zoo):
     reader = zoo.reader("llama")
@@ -259,6 +260,7 @@ def test_no_ratio_is_high_enough_to_lose_a_passage(method):
     assert [bool(p.slots) for p in made] == [bool(p.slots) for p in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [m for m in sorted(SETTINGS) if m not in UNTRAINED])
 def test_a_checkpoint_that_does_not_fit_is_refused_by_name(method, tmp_path):
     compressor, _ = pair(method, "llama")
@@ -306,6 +308,7 @@ def test_fingerprints_name_reader_and_compressor_and_follow_the_weights(method):
     assert len(seen) == 1 + len(list(compressor.parameters()))
 
 
+@pytest.mark.slow
 @methods
 def test_eight_threads_get_what_one_gets(method):
     compressor, found = pair(method, "llama")
@@ -316,6 +319,7 @@ def test_eight_threads_get_what_one_gets(method):
     assert compress(compressor, []) == []
 
 
+@pytest.mark.slow
 @methods
 def test_compressing_beside_reading_changes_neither(method):
     compressor, found = pair(method, "llama")
@@ -376,6 +380,7 @@ def test_slots_are_in_the_readers_dtype(method, zoo):
     assert isinstance(compressor.reader.generate([[passage, "\nAnswer:"]], 2)[0], str)
 
 
+@pytest.mark.slow
 @methods
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(texts=st.lists(st.text(st.characters(), max_size=60), max_size=4), ratio=st.floats(1, 40))

@@ -48,6 +48,7 @@ def ask(reader: Reader, contexts: list, records: list[dict]) -> list[str]:
     return reader.generate(prompts, 12, batch_size=20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOFT)
 def test_answers_come_from_the_slots_alone(reader, records, name):
     compressor = load_compressor(pretrained(name), reader=reader)
@@ -63,6 +64,7 @@ def test_answers_come_from_the_slots_alone(reader, records, name):
     assert sum(a != b for a, b in zip(before, elsewhere)) >= len(records) // 4
 
 
+@pytest.mark.slow
 def test_reader_uses_its_context(reader, records):
     texts = [r["passages"][r["gold"]]["text"] for r in records]
 
@@ -88,6 +90,7 @@ SHIPPED = (
 
 
 # xRAG's one slot is asked to carry a sentence, not a paragraph: more of it does not survive.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(SHIPPED))
 def test_compressed_passages_answer_better_than_none_and_than_those_of_others(reader, name):
     compressor = load_compressor(pretrained(name), reader=reader)
@@ -113,6 +116,7 @@ def smollm2(model_cache: Path) -> Reader:
 
 
 # By the answers' likelihood, which tells more from few questions than answers do; this reader takes its time.
+@pytest.mark.slow
 @pytest.mark.skipif(not packaged_lm.is_installed(), reason=f"needs {packaged_lm.INSTALL}")
 @pytest.mark.parametrize("name", ["icae-smollm2", "salient-pool-query-smollm2", "xrag-smollm2"])
 def test_slots_of_the_pretrained_reader_make_answers_likelier(smollm2, records, name):

@@ -25,6 +25,7 @@ def readers(model_cache: Path) -> dict[str, Reader]:
     return {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STORED)
 def test_slots_are_the_stored_ones(name: str, readers: dict[str, Reader]) -> None:
     kind = "reader-smollm2" if name.endswith("smollm2") else "reader-small"

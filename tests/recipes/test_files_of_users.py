@@ -122,6 +122,7 @@ values = st.recursive(
 near = st.builds(lambda changes: ROW | changes, st.dictionaries(names, values, max_size=3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(row=values | near)

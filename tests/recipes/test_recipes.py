@@ -30,6 +30,7 @@ def file(tmp_path):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", recipe_names())
 def test_shipped_recipes_are_valid(name):
     recipe = load_recipe(name)

@@ -50,6 +50,7 @@ def curve(out: Path) -> list:
     return [{key: value for key, value in row.items() if key not in ("seconds", "tokens_per_s")} for row in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_runs_end_like_whole_ones(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
@@ -117,6 +118,7 @@ with only_run(Path(sys.argv[1])):
 """
 
 
+@pytest.mark.slow
 def test_one_process_trains_in_a_folder(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER, tmp_path / "run"], stdin=subprocess.PIPE, stdout=subprocess.PIPE

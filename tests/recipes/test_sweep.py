@@ -74,6 +74,7 @@ def test_cells_are_told_apart_by_what_decides_their_weights(folder, zoo):
         make_cells("reader", [], {})
 
 
+@pytest.mark.slow
 def test_two_cells_are_trained_scored_and_not_done_twice(folder, tmp_path, zoo):
     reader = zoo.reader()
     cells = make_cells(folder / "toy.yaml", [f"reader={folder / 'reader'}"], {"seed": ["0", "1"]})
@@ -115,6 +116,7 @@ def test_two_cells_are_trained_scored_and_not_done_twice(folder, tmp_path, zoo):
     assert len(written) == 6
 
 
+@pytest.mark.slow
 def test_a_cell_that_diverges_is_told_and_the_others_go_on(folder, tmp_path, zoo):
     cells = make_cells(folder / "toy.yaml", [], {"stages.*.lr": ["1e-3", "1e38"]})
     asked = Evaluation(("qa_toy.jsonl",), limit=2, max_new_tokens=2)
@@ -132,6 +134,7 @@ def test_files_without_questions_of_the_half_are_refused(folder):
     assert len(Evaluation((), half=None, limit=4).records(str(folder / "qa_toy.jsonl"), None)) == 4
 
 
+@pytest.mark.slow
 def test_the_command(folder, tmp_path):
     from nutgraf.cli import app
 

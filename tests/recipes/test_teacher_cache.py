@@ -141,6 +141,7 @@ def write_for_ever(folder: Path, made: TeacherLogits) -> None:
         n += 1
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_whole_files_alone(tmp_path: Path) -> None:
     made = entry(8)
     writer = multiprocessing.get_context("fork").Process(target=write_for_ever, args=(tmp_path, made))
@@ -175,6 +176,7 @@ def recipe(folder: Path, **stage: object):  # type: ignore[no-untyped-def]
     return parse_recipe({**made, "compressor": {"method": "icae", "mem_size": 16, "r": 2}})
 
 
+@pytest.mark.slow
 def test_a_recipe_trains_the_same_from_the_cache(tmp_path: Path, zoo, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     reader = zoo.reader("llama")
     folder = str(tmp_path / "logits")

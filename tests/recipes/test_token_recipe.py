@@ -192,6 +192,7 @@ def reader(zoo):
     return zoo.reader("llama")
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_leaves_the_encoder_alone(folder, reader, tmp_path):
     recipe = recipe_for(folder)
     task = TokenTask(recipe, reader)
@@ -215,6 +216,7 @@ def test_training_lowers_the_loss_and_leaves_the_encoder_alone(folder, reader, t
     assert p.n_tokens <= p.source_tokens // 2
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(folder, reader, tmp_path):
     recipe = recipe_for(folder, {"steps": 6, "eval_every": None, "save_every": 3})
     whole = TokenTask(recipe, reader)

@@ -68,6 +68,7 @@ def read_log(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_leaves_the_reader_alone(folder, tmp_path, zoo):
     reader = zoo.reader()
     before = {name: p.clone() for name, p in reader.model.named_parameters()}
@@ -90,6 +91,7 @@ def test_training_lowers_the_loss_and_leaves_the_reader_alone(folder, tmp_path, 
     assert torch.equal(loaded.compress([text])[0].embeds, task.compressor.compress([text])[0].embeds)
 
 
+@pytest.mark.slow
 def test_slots_can_be_matched_to_their_tokens_before_anything_is_read(folder, tmp_path, zoo):
     stages = [{"steps": 30, "objectives": {"match": 1.0}, "mix": {"match": 1.0}, "ratios": None}]
     compressor = {"method": "icae", "mem_size": 16, "r": 4, "residual": False}
@@ -100,6 +102,7 @@ def test_slots_can_be_matched_to_their_tokens_before_anything_is_read(folder, tm
     assert log[-1]["loss"] == pytest.approx(log[-1]["loss/match"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_objective_needs_only_its_class(folder, tmp_path, zoo, monkeypatch):
     class Doubled(KLDistillationLoss):
         def total(self, scored):
@@ -114,6 +117,7 @@ def test_an_objective_needs_only_its_class(folder, tmp_path, zoo, monkeypatch):
     assert row["loss"] == pytest.approx(3 * row["loss/kl"])
 
 
+@pytest.mark.slow
 def test_only_the_intended_parameters_change(folder, tmp_path, zoo):
     stages = [{"name": "first", "trainable": ["memory"]}, {"name": "second", "trainable": ["lora"], "steps": 4}]
     task = CompressorTask(recipe_for(folder, stages=stages), zoo.reader())
@@ -142,6 +146,7 @@ def test_teacher_rows_belong_to_the_students_targets(folder, zoo):
     assert out["ratio"] == 1.0
 
 
+@pytest.mark.slow
 def test_accumulation_equals_one_large_batch(folder, tmp_path, zoo):
     losses = []
     for number, (batch, accumulate) in enumerate([(8, 1), (2, 4)]):
@@ -189,6 +194,7 @@ def test_sources_without_a_share_are_left_out():
     assert 30 < both.count("common") < 70
 
 
+@pytest.mark.slow
 def test_evaluation_is_logged_and_changes_nothing(folder, tmp_path, zoo):
     outcomes = []
     for name, every in [("with", 4), ("without", None)]:
@@ -234,6 +240,7 @@ def toy_recipe(**changes):
     return parse_recipe({"name": "toy", "kind": "reader", "model": {}, "stages": [stage]})
 
 
+@pytest.mark.slow
 def test_a_stage_ends_when_its_metric_is_reached(tmp_path):
     run_recipe(toy_recipe(stop_when={"metric": "loss", "below": 0.2, "patience": 2}), _Toy(), tmp_path)
     losses = [row["loss"] for row in read_log(tmp_path)]
@@ -242,6 +249,7 @@ def test_a_stage_ends_when_its_metric_is_reached(tmp_path):
     assert losses[-2] < 0.2 <= losses[-3]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_trained_is_said(tmp_path):
     with pytest.raises(ValueError, match="trains nothing"):
         run_recipe(toy_recipe(trainable="none"), _Toy(), tmp_path / "a")
@@ -260,6 +268,7 @@ def test_private_methods_of_the_trainer_exist():
         check_trainer(object)
 
 
+@pytest.mark.slow
 def test_time_limit_stops_with_a_checkpoint(tmp_path):
     stopped = run_recipe(toy_recipe(steps=6), _Toy(), tmp_path, max_minutes=1e-6)
     assert stopped.parent == tmp_path / "checkpoints"

@@ -33,6 +33,7 @@ def test_bounds_hold():
     assert allocate([], [], 5) == []
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 300), st.floats(-5, 5)), max_size=8),

@@ -57,6 +57,7 @@ def ask(engine_nodes, reader, compressor, store, **kwargs):
     return index.as_query_engine(llm=llm, node_postprocessors=[post], similarity_top_k=9).query(QUESTION)
 
 
+@pytest.mark.slow
 def test_ingested_nodes_are_not_compressed_at_query_time(reader, store):
     compressor = Fixed(reader)
     before = [node.model_dump() for node in nodes()]
@@ -145,6 +146,7 @@ def test_images_and_nodes_without_text(reader, store):
     assert compressor.asked == ["", TEXTS[0]]
 
 
+@pytest.mark.slow
 async def test_async_ingestion_with_a_splitter_and_events(reader, store, events):
     steps = [SentenceSplitter(chunk_size=40, chunk_overlap=0), CompressPassages(Fixed(reader), store)]
     out = await IngestionPipeline(transformations=steps).arun(documents=[Document(text=". ".join(TEXTS))])

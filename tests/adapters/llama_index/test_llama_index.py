@@ -75,6 +75,7 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 # -- conformance ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chat", [False, True], ids=["completion", "chat"])
 @pytest.mark.parametrize("mode", MODES)
 async def test_identity_slots_read_as_text_in_every_mode(reader, compressor, index, seen, mode, chat):
@@ -368,6 +369,7 @@ def test_as_text_and_bad_arguments_are_refused(reader, compressor):
 # -- many at once --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_64_queries_at_once_give_the_serial_answers(reader, compressor, index):
     questions = [f"Who signed in {1600 + i}?" for i in range(64)]
     engine = make_engine(index, CompressedContextLLM(reader, max_new_tokens=2), compressor)

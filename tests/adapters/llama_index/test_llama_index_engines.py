@@ -72,6 +72,7 @@ CONTEXT_PROMPT = "Documents:\n{context_str}\nAnswer in brief.\n"
 # -- engines -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chat", [False, True], ids=["completion", "chat"])
 @pytest.mark.parametrize("kind", [ContextChatEngine, CondensePlusContextChatEngine])
 def test_chat_engines_hold_the_same_conversation(reader, compressor, index, events, kind, chat):
@@ -91,6 +92,7 @@ def test_chat_engines_hold_the_same_conversation(reader, compressor, index, even
     assert set(compressor.asked) == set(TEXTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [ContextChatEngine, CondensePlusContextChatEngine])
 async def test_chat_engines_in_an_event_loop(llm, compressor, index, kind):
     conversations = []
@@ -170,6 +172,7 @@ class Script(LogitsProcessor):
         return forced
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 async def test_a_react_agent_asks_through_a_tool(reader, llm, compressor, index, events, streaming):
     script = Script(

@@ -166,6 +166,7 @@ def test_chat_needs_a_template(zoo):
         reader.tokenizer.chat_template = template
 
 
+@pytest.mark.slow
 def test_an_llm_is_let_go(zoo):
     reader = zoo.reader("llama", num_hidden_layers=1, seed=5)
     fingerprint = reader.fingerprint
@@ -302,6 +303,7 @@ def embedding() -> SentenceTransformerEmbedding:
     return SentenceTransformerEmbedding("all-MiniLM-L6-v2", device="cpu")
 
 
+@pytest.mark.slow
 async def test_a_real_index_finds_what_is_asked_for(embedding, reader):
     texts = ["The treaty of Westphalia was signed in 1648.", "Penguins live in Antarctica.", "Bread needs yeast."]
     index = VectorStoreIndex([TextNode(text=t) for t in texts], embed_model=embedding)

@@ -53,6 +53,7 @@ def engine(index, compressor, llm, **options):
     return index.as_query_engine(llm=llm, node_postprocessors=posts, similarity_top_k=3, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chat", [False, True])
 async def test_a_query_engine_gives_the_local_readers_answers(reader, served, compressor, index, chat):
     local, remote = (CompressedContextLLM(one, max_new_tokens=6, chat=chat) for one in (reader, served))

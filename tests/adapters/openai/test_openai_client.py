@@ -210,6 +210,7 @@ def served(server: Engine, reader: Any, **options: Any) -> ServedReader:
 ENGINES = ["vllm", "vllm-chat", "sglang"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ENGINES)
 def test_compressed_passages_and_text_get_the_local_readers_answers(engine, reader, passage, kind):
     chat = kind == "vllm-chat"
@@ -226,6 +227,7 @@ def test_compressed_passages_and_text_get_the_local_readers_answers(engine, read
     assert engine.requests[0][2]["X-Nutgraf-Reader"] == reader.fingerprint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 def test_chat_templates_are_applied_here(engine, reader, passage, kind):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [passage, QUESTION]}]
@@ -276,6 +278,7 @@ def test_stop_strings_and_sampling_are_passed_on(engine, reader):
     assert Settings.of(3, None, {"do_sample": False, "temperature": 0.7}).sampling == {"temperature": 0.0}
 
 
+@pytest.mark.slow
 async def test_async_forms_give_the_same_and_leave_the_loop_free(engine, reader, passage):
     import asyncio
 
@@ -324,6 +327,7 @@ def test_embedding_table_of_a_checkpoint_without_safetensors(zoo, tmp_path):
 # -- what cannot be sent -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ENGINES)
 def test_keys_and_values_are_refused(engine, reader, kind):
     kv = CompressedPassage(
@@ -363,6 +367,7 @@ def test_passages_that_would_be_misread_are_refused(engine, reader, passage, kin
 # -- faults --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_errors_then_success(engine, reader, passage):
     prompt = [passage, QUESTION]
     wanted = reader.generate([prompt], 8)
@@ -375,6 +380,7 @@ def test_errors_then_success(engine, reader, passage):
     assert len(engine.requests) == 2 * (4 + 3)
 
 
+@pytest.mark.slow
 def test_retries_are_bounded_and_backed_off(engine, reader):
     engine.always = "500"
     start = time.monotonic()
@@ -400,6 +406,7 @@ def test_answers_of_another_form(engine, reader, fault):
     assert len(engine.requests) == 1
 
 
+@pytest.mark.slow
 def test_slow_and_absent_servers(engine, reader):
     engine.always = "slow"
     with pytest.raises(ServerTimeoutError, match=r"within 0\.3 s"):
@@ -537,6 +544,7 @@ def test_sglang_with_its_radix_cache_is_refused(engine, reader, passage):
         served(engine, reader, engine="sglang").generate([[passage, QUESTION]], 2)
 
 
+@pytest.mark.slow
 def test_bad_arguments(reader):
     for wrong in (
         {"engine": "tgi"},

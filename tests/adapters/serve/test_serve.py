@@ -96,6 +96,7 @@ def refused(answer: httpx.Response, status: int = 400) -> str:
 # -- answers -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_text_ids_and_the_texts_own_embeddings_give_the_readers_answer(running, reader):
     text = PASSAGE + QUESTION
     wanted = reader.generate([text], 12)
@@ -115,6 +116,7 @@ def test_special_tokens_in_a_text_are_text(running, reader):
     assert running.ask(prompt="Hello</s><|user|>", max_tokens=8) == reader.generate(["Hello</s><|user|>"], 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["vllm", "vllm-chat"])
 def test_compressed_passages_through_client_and_server(running, reader, passage, engine):
     prompts = [["About: ", passage, QUESTION], PASSAGE + QUESTION, [passage, "\n", passage, QUESTION]]
@@ -168,6 +170,7 @@ def test_usage_and_finish_reasons(running, reader, passage):
     assert answer["usage"]["prompt_tokens"] == reader.length("Hello", chat=True)
 
 
+@pytest.mark.slow
 def test_sampling_differs_and_greedy_does_not(running):
     hot = {running.ask(prompt=PASSAGE, max_tokens=12, temperature=2.0, top_p=0.99)[0] for _ in range(4)}
     cold = {running.ask(prompt=PASSAGE, max_tokens=12, temperature=0, seed=3)[0] for _ in range(2)}
@@ -204,6 +207,7 @@ def test_streams(running, reader):
     assert "One prompt" in refused(running.post(prompt=["a", "b"], stream=True))
 
 
+@pytest.mark.slow
 def test_a_reader_that_fails_breaks_no_later_answer(zoo):
     reader = zoo.reader("llama", num_hidden_layers=1)
     server = Running(reader, limits=LIMITS)
@@ -227,6 +231,7 @@ def test_a_reader_that_fails_breaks_no_later_answer(zoo):
 # -- batching ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_concurrent_requests_are_read_together_with_the_serial_answers(running, reader, passage):
     prompts: list[Any] = [[f"Number {i}: ", passage, QUESTION] for i in range(24)]
     prompts += [f"Number {i}: {PASSAGE}{QUESTION}" for i in range(24)]
@@ -240,6 +245,7 @@ def test_concurrent_requests_are_read_together_with_the_serial_answers(running, 
     assert max(sizes) <= LIMITS.max_batch
 
 
+@pytest.mark.slow
 def test_requests_of_other_settings_are_not_mixed_up(running, reader):
     def ask(i: int) -> bool:
         n = 1 + i % 3
@@ -249,6 +255,7 @@ def test_requests_of_other_settings_are_not_mixed_up(running, reader):
         assert all(pool.map(ask, range(24)))
 
 
+@pytest.mark.slow
 def test_a_full_queue_and_a_slow_reader(zoo):
     reader = zoo.reader("llama", num_hidden_layers=1)
     gate = threading.Event()
@@ -271,6 +278,7 @@ def test_a_full_queue_and_a_slow_reader(zoo):
         server.stop()
 
 
+@pytest.mark.slow
 def test_streams_are_limited_and_a_client_that_leaves_frees_its_place(zoo):
     reader = zoo.reader("llama", num_hidden_layers=1)
     wanted = reader.generate(["Hello"], 2)
@@ -297,6 +305,7 @@ def abandoned(ask: Any) -> None:
         ask(timeout=0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["leave", "timeout"])
 def test_answers_that_are_no_longer_awaited_end(zoo, how):
     reader = zoo.reader("llama", num_hidden_layers=1)
@@ -331,6 +340,7 @@ def test_answers_that_are_no_longer_awaited_end(zoo, how):
         server.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["completions", "chat/completions"])
 def test_a_stream_whose_client_leaves_before_its_first_piece_ends(zoo, page):
     reader = zoo.reader("llama", num_hidden_layers=1)
@@ -446,6 +456,7 @@ def test_parameters_of_chats_that_are_not_served(running, body, said):
     assert said in refused(running.post("chat/completions", **body))
 
 
+@pytest.mark.slow
 @given(
     st.dictionaries(
         st.text(max_size=12) | st.sampled_from(sorted(ChatRequest.unserved)),
@@ -598,6 +609,7 @@ def _zip(files: dict[str, bytes]) -> bytes:
     return out.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BAD_TENSORS)
 def test_bad_tensors(running, name):
     make, said = BAD_TENSORS[name]
@@ -631,6 +643,7 @@ def command(*arguments: str, **options: Any) -> Any:
     return subprocess.run(run, capture_output=True, text=True, check=False, **options)
 
 
+@pytest.mark.slow
 def test_the_commands_help_and_errors():
     assert "--max-batch" in command("--help", env={**os.environ, "COLUMNS": "120"}).stdout
     bad = command("--reader", "no-such-reader")

@@ -145,6 +145,7 @@ def test_stored_slots_are_views_and_writing_into_them_changes_no_file(tmp_path):
     assert same(LanceStore(tmp_path / "s").get_many([one.key])[0], one.passage)
 
 
+@pytest.mark.slow
 def test_threads_share_a_store(store):
     entries = [entry(made("embeds", i), f"{i}") for i in range(24)]
     wrong: list[int] = []
@@ -247,6 +248,7 @@ GIVEN = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["memory", "slabs", "table"])
 @given(st.lists(st.tuples(st.integers(0, 2), st.booleans(), GIVEN), min_size=2, max_size=6))
 @settings(max_examples=12, deadline=None)

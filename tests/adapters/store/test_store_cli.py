@@ -102,6 +102,7 @@ def test_an_empty_folder_is_told(tmp_path):
 # -- compressing ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_corpus_is_compressed_shown_verified_and_compacted(models, corpus, tmp_path):
     reader, one, _ = models
     store = tmp_path / "store"
@@ -120,6 +121,7 @@ def test_a_corpus_is_compressed_shown_verified_and_compacted(models, corpus, tmp
     assert {e.about["title"] for e in LanceStore(store).entries()} == {f"t{i}" for i in range(7)}
 
 
+@pytest.mark.slow
 def test_facts_follow_the_newest_corpus_and_a_document_is_deleted(models, corpus, tmp_path):
     reader, one, _ = models
     store = tmp_path / "store"
@@ -136,6 +138,7 @@ def test_facts_follow_the_newest_corpus_and_a_document_is_deleted(models, corpus
     assert "3 passages compressed" in run("compress", corpus, *options)
 
 
+@pytest.mark.slow
 def test_damage_is_told_dropped_and_made_good(models, corpus, tmp_path):
     reader, one, _ = models
     store = tmp_path / "store"
@@ -151,6 +154,7 @@ def test_damage_is_told_dropped_and_made_good(models, corpus, tmp_path):
     assert "0 damaged" in run("store", "verify", store)
 
 
+@pytest.mark.slow
 def test_migration_to_another_encoding_and_to_another_compressor(models, corpus, tmp_path):
     reader, one, two = models
     store = tmp_path / "store"
@@ -166,6 +170,7 @@ def test_migration_to_another_encoding_and_to_another_compressor(models, corpus,
     assert "either --to" in fail("store", "migrate", store)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on(models, corpus, tmp_path, monkeypatch):
     reader, one, _ = models
     make = ("compress", corpus, "--store", tmp_path / "s", "--compressor", one, "--reader", reader, "--batch-size", 2)

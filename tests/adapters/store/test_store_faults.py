@@ -49,6 +49,7 @@ def check_kills(killed: dict) -> None:
     assert killed["slabs"] <= 2
 
 
+@pytest.mark.slow
 def test_killed_writers_lose_nothing_and_leave_nothing_half_written(driven):
     check_kills(driven["killed"])
 
@@ -58,6 +59,7 @@ def test_a_hundred_kills():
     check_kills(drive(kills=100)["killed"])
 
 
+@pytest.mark.slow
 def test_writers_at_the_same_time_all_succeed(driven):
     assert driven["race"] == [0, 0, 0]
     assert driven["race_wrong"] == driven["race_wrong_after"] == []
@@ -65,6 +67,7 @@ def test_writers_at_the_same_time_all_succeed(driven):
     assert rows == passages  # what two of them put at the same moment stands there once after compaction
 
 
+@pytest.mark.slow
 def test_a_read_only_store_is_read_and_says_so(driven):
     found = driven["read_only"]
     assert found["wrong"] == []

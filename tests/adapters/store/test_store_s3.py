@@ -84,6 +84,7 @@ def holds(store: LanceStore, *numbers: int, **kwargs: Any) -> bool:
     return all(p is not None and torch.equal(p.embeds, one.passage.embeds) for p, one in zip(found, wanted))
 
 
+@pytest.mark.slow
 def test_passages_are_kept_in_the_table_and_found_by_whoever_opens_it(s3):
     store = opened(s3)
     store.put_many([entry(i) for i in range(6)])
@@ -103,6 +104,7 @@ def test_passages_are_kept_in_the_table_and_found_by_whoever_opens_it(s3):
         opened(s3, layout="slabs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_quantised_slots(s3, quantize):
     with opened(s3, quantize=quantize, group=32) as store:
@@ -124,6 +126,7 @@ def test_what_a_changed_compressor_makes_is_never_mixed(s3):
     assert {made.maker.compressor for made in store.stats.makers} == {"compressor", "changed"}
 
 
+@pytest.mark.slow
 def test_writers_at_the_same_time_all_succeed(s3):
     opened(s3)
     stores = [opened(s3) for _ in range(3)]
@@ -150,6 +153,7 @@ def test_writers_at_the_same_time_all_succeed(s3):
     assert len(list(store.entries())) == store.stats.passages == len(everything)
 
 
+@pytest.mark.slow
 def test_compaction_joins_what_was_written_bit_by_bit(s3):
     store, reader = opened(s3), opened(s3)
     for i in range(5):
@@ -179,6 +183,7 @@ def test_refused_writes_leave_the_store_as_it_was(s3):
     assert verify(store) == []
 
 
+@pytest.mark.slow
 def test_storage_that_does_not_answer_is_told(s3):
     store = opened(s3)
     store.put_many([entry(0)])
@@ -190,6 +195,7 @@ def test_storage_that_does_not_answer_is_told(s3):
         LanceStore(s3.uri, storage_options=options)
 
 
+@pytest.mark.slow
 def test_no_bucket_and_no_store(s3):
     with pytest.raises(StoreError, match="NoSuchBucket: The specified bucket does not exist"):
         LanceStore("s3://there-is-none/passages", storage_options=s3.options)
@@ -221,6 +227,7 @@ def test_a_changed_byte_is_noticed_dropped_and_made_good(s3):
     assert holds(again, 0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["cut", "gone"])
 def test_a_truncated_or_missing_file_is_told(s3, lost):
     opened(s3).put_many([entry(0)])
@@ -233,6 +240,7 @@ def test_a_truncated_or_missing_file_is_told(s3, lost):
         opened(s3).get_many([entry(0).key])
 
 
+@pytest.mark.slow
 def test_a_pipeline_answers_from_it_as_from_memory(s3, zoo, make_index):
     reader = zoo.reader("llama")
     compressor = make_compressor("icae", reader, ratio=4.0)
@@ -261,6 +269,7 @@ def run(*arguments: object, status: int = 0) -> str:
     return " ".join(done.output.split())
 
 
+@pytest.mark.slow
 def test_the_commands_take_s3(s3, zoo, tmp_path, monkeypatch):
     for name, value in s3.options.items():  # as a user would: AWS's own variables
         monkeypatch.setenv(name.upper() if name.startswith("aws") else f"AWS_{name.upper()}", value)

@@ -54,6 +54,7 @@ def test_passages_of_mixed_lengths_leave_little_padding() -> None:
     assert len(batches) <= 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["icae", "mean-pool", "gist", "pisco", "autocompressor"])
 def test_the_encoder_runs_its_own_tokens_and_no_head(zoo: ModuleType, method: str) -> None:
     from nutgraf.benchmarks.costs.costs import decoder_shape

@@ -86,6 +86,7 @@ def test_a_number_date_id_or_address_is_one_word(one):
     assert [text[a:b] for a, b in words(text)] == ["it", "was", "(", one, "),", "so", one, "."]
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(one=things, around=around, tokens=st.integers(1, 3), cut=st.tuples(st.integers(0, 99), st.integers(1, 9)))
 def test_nothing_divides_it(one, around, tokens, cut):
@@ -136,6 +137,7 @@ def test_data_is_no_number():
     assert list(words(link)) == [(0, len(link))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "odd", ["1,", "a1-", "(", "http://(", "5 km ", "1 x ", "12 345 ", "+-", "A1 ", "5(2)", "日1", "a@"]
 )

@@ -38,6 +38,7 @@ def logits(reader, prompt):
     return reader.target_logits([prompt], [" Warsaw"])[0]
 
 
+@pytest.mark.slow
 @methods
 def test_the_tuned_reader_begins_as_the_reader_and_has_a_rank_of_its_own(method, reader, tmp_path):
     compressor = build(method, reader, reader_r=3, reader_target_modules=["q_proj", "up_proj"])
@@ -92,6 +93,7 @@ def test_settings_that_cannot_be(settings, message, reader):
         build("icae", reader, **settings)
 
 
+@pytest.mark.slow
 def test_a_recipe_tunes_the_reader_beside_the_compressor_and_alone(tmp_path, zoo):
     rows = [
         {"id": str(i), "question": f"Where does {name} live?", "answers": [city], "source": "toy", "gold": 0}

@@ -461,6 +461,7 @@ def test_the_suite_reports_the_curve_at_equal_tokens(compressor):
         assert {"command", "dtype", "seed", "date", "reader", "compressor"} <= set(row)
 
 
+@pytest.mark.slow
 def test_calibration_by_probability(reader, compressor):
     settings = Settings("toy", 3, 4, progress=False)
     method, records = Compressed(compressor, 4.0), questions(9)
@@ -517,6 +518,7 @@ def test_auc():
 # -- the shipped models --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_true_slots_score_above_zeroed_and_foreign_ones():
     reader = Reader.from_pretrained(pretrained("reader-small"), dtype="float32")
     compressor = load_compressor(pretrained("mean-pool-small"), reader=reader)

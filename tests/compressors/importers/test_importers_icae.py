@@ -99,6 +99,7 @@ def logits_by_hand(model, *parts, target):
     return model(inputs_embeds=embeds).logits[0, -len(target) - 1 : -1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 @pytest.mark.parametrize("bos", [True, False])
 def test_version_2_computes_what_the_equations_give(zoo, tmp_path, base, memory, state, reader, suffix, bos):
@@ -130,6 +131,7 @@ def test_version_2_computes_what_the_equations_give(zoo, tmp_path, base, memory,
     assert torch.allclose(found, logits_by_hand(base, want, lm, target=target), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 23, 24, 25, 48, 49, 71])
 def test_segments_are_those_of_the_authors_code(tmp_path, base, memory, state, reader, n):
     icae = import_checkpoint("icae", write(tmp_path / "a.pt", state), reader, mean_compression_rate=RATE)
@@ -169,6 +171,7 @@ def whole(zoo, memory):
     return base, {**state, "memory_token_embed.weight": memory}
 
 
+@pytest.mark.slow
 def test_version_1_brings_its_reader_and_reads_one_segment(zoo, tmp_path, memory, whole):
     base, state = whole
     given = zoo.reader("llama", seed=5)  # another one: its config and tokenizer are all that is taken

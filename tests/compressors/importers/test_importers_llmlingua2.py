@@ -96,6 +96,7 @@ def test_the_releases_options_are_set_at_import(zoo, folder, tmp_path):
             import_checkpoint("llmlingua2", folder, reader, **wrong)
 
 
+@pytest.mark.slow
 def test_damage_is_refused_by_name(zoo, folder):
     reader = zoo.reader("llama")
     with pytest.raises(MissingOption, match="reader"):

@@ -137,6 +137,7 @@ def reader(zoo, new) -> Reader:
     return Reader.from_pretrained(copy.deepcopy(new.base), tokenizer=zoo.tokenizer())
 
 
+@pytest.mark.slow
 def test_2026_computes_what_the_equations_give(zoo, tmp_path, new, reader):
     folder = new.write(tmp_path / "pisco")
     assert recognise(folder) == "pisco"
@@ -183,6 +184,7 @@ NEW_DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", sorted(NEW_DAMAGE))
 def test_2026_damage_is_refused_by_name(tmp_path, new, reader, damage):
     change = NEW_DAMAGE[damage]
@@ -273,6 +275,7 @@ def old(zoo, request):
     return Old(zoo, request.param == "pisco-v1", request.param == "first-cocom")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", [True, False])
 def test_the_older_layouts_compute_what_the_equations_give(tmp_path, old, reader, tokenizer):
     folder = old.write(tmp_path / "old", tokenizer)
@@ -293,6 +296,7 @@ def test_the_older_layouts_compute_what_the_equations_give(tmp_path, old, reader
     assert torch.allclose(found, hand, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_older_layouts_are_written_with_their_reader(tmp_path, old, reader):
     folder = old.write(tmp_path / "old")
     import_to("cocom", folder, tmp_path / "out", reader)

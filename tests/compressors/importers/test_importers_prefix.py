@@ -62,6 +62,7 @@ def auto_pass(model, soft, ids, summary):
     return model.model(inputs_embeds=embeds).last_hidden_state[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("equal", [False, True])
 def test_autocompressor_computes_what_the_equations_give(zoo, tmp_path, auto, equal):
     model, summary = auto
@@ -190,6 +191,7 @@ def gist_logits(model, tokenizer, text, target):
     return model(ids, attention_mask=mask, position_ids=positions).logits[0, len(prompt) - 1 : -1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("diff", [False, True])
 @pytest.mark.parametrize("n", [1, 3])
 def test_gist_tokens_compute_what_one_masked_pass_gives(zoo, tmp_path, gist, n, diff):
@@ -311,6 +313,7 @@ def test_500x_computes_what_the_authors_positions_give(zoo, tmp_path, five, pad_
             assert torch.allclose(found, hand, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_500x_accounts_for_every_key(zoo, tmp_path, five):
     _, _, _, state = five
     reader = zoo.reader("llama")

@@ -217,6 +217,7 @@ def test_the_other_prompts_are_spelled_out_and_bad_ones_refused(tmp_path, state,
         xrag_prompt(reader, [text], QUESTION)
 
 
+@pytest.mark.slow
 def test_the_retriever_gives_its_bare_last_hidden_state(zoo, tmp_path, state, settings, tokenizer, projector):
     body = AutoModel.from_config(zoo.model("mistral").config)
     retriever = tmp_path / "retriever"

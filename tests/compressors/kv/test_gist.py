@@ -65,6 +65,7 @@ def reader(zoo) -> Reader:
 # -- the masked pass -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ROTARY)
 def test_stored_slots_equal_the_masked_pass(zoo, architecture):
     gist = build(zoo.reader(architecture))
@@ -97,6 +98,7 @@ def test_both_readings_train_alike(reader):
     assert all(float(g.abs().max()) > 0 for g in grads[0].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
 def test_the_papers_mask_equals_reading_the_slots_alone(zoo, architecture, left):
@@ -279,6 +281,7 @@ def test_gradient_checkpointing_is_refused(reader):
         gist.train().encode([LONG])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_a_few_steps_lower_the_loss(zoo, tuning):
     reader = zoo.reader("llama")
@@ -335,6 +338,7 @@ def test_config_is_validated(settings):
 # -- under the trainer ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"method": "gist", "n_gist": 16}, {"method": "500x", "num_mem": 16}])
 def test_the_trainer_lowers_the_loss(zoo, tmp_path, settings):
     cities = ["Bergen", "Oslo", "Lima", "Cairo", "Kyoto", "Quito"]

@@ -57,6 +57,7 @@ def by_hand(
     return [(layer.keys[:, :, -slots:], layer.values[:, :, -slots:]) for layer in cache.layers]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt_neox", "phi3"])
 def test_slots_equal_a_plain_peft_model_run_by_hand(zoo, architecture):
     memory = build(zoo.reader(architecture), ratio=None)
@@ -109,6 +110,7 @@ def test_the_given_reader_reads_them_anywhere(reader):
     assert together == [reader.generate([prompt], 4)[0] for prompt in prompts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gemma2"])
 @pytest.mark.parametrize("places", [1, 2])
 def test_one_token_after_the_slots_is_enough(zoo, architecture, places):

@@ -53,6 +53,7 @@ def plain_attention(reader: Reader, ids: list[int], probes: list[list[int]]) -> 
     return [torch.cat(parts, 2) for parts in zip(*layers)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MOVABLE)
 def test_probes_read_in_one_batch_attend_as_each_does_alone(zoo, name):
     reader = zoo.reader(name)
@@ -194,6 +195,7 @@ def test_weights_stay_within_bounds():
     assert LOW <= float(weights.min()) <= float(weights.max()) <= HIGH
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MOVABLE)
 def test_at_ratio_1_the_reader_gives_its_own_logits(zoo, name, monkeypatch):
     reader = zoo.reader(name)
@@ -219,6 +221,7 @@ def test_joined_at_ratio_1_they_equal_the_block_mask_of_independent_passages(zoo
     assert int((kept.positions == 0).sum()) == kept.counts.numel()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", sorted(SCORES))
 @pytest.mark.parametrize("budget", ["global", "per-layer", "uniform"])
 def test_every_score_with_every_budget_keeps_what_was_asked(zoo, score, budget):

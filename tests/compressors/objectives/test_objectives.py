@@ -69,6 +69,7 @@ def test_top_k_keeps_a_proper_distribution(setup):
     assert KLDistillationLoss(head, top_k=3)(teacher, teacher).abs() < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [4, 64])
 @pytest.mark.parametrize("top_k", [None, 3])
 def test_gradients_by_finite_differences(setup, chunk, top_k):

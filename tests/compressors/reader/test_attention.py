@@ -48,6 +48,7 @@ def close(got: torch.Tensor, want: torch.Tensor) -> bool:
     return torch.allclose(got, want, atol=1e-5 * max(1.0, float(want.abs().max())), rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", MOVABLE)
 @pytest.mark.parametrize("keep", [1.0, 0.5])
@@ -105,6 +106,7 @@ def test_gradients_reach_pairs_and_bias(zoo):
     assert moving.bias.grad.abs().min() > 0
 
 
+@pytest.mark.slow
 def test_readers_whose_keys_or_attention_do_not_allow_it_say_so(zoo):
     for name, message in (("gpt2", "cannot be read at position"), ("opt", "cannot be read at position")):
         reader = zoo.reader(name)

@@ -46,6 +46,7 @@ def tokens(tokenizer, ids):
     return "".join(tokenizer.convert_ids_to_tokens(ids)).replace("Ġ", MARK).replace("Ċ", "\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=st.text(st.sampled_from(CHARACTERS + "  "), max_size=12))
 def test_a_run_inside_a_prompt_gets_no_space(kind, text):

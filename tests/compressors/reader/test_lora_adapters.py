@@ -101,6 +101,7 @@ def test_a_tokenizer_beside_the_adapter_is_taken(base, zoo, tmp_path):
     assert Reader.from_pretrained(folder).tokenizer.chat_template == longer.chat_template
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"ensure_weight_tying": True, "target_modules": ["q_proj"]}])
 def test_lora_on_a_tied_head_leaves_the_embeddings_alone(tied, tmp_path, settings):
     peft, folder = adapter(tied, tmp_path / "adapter", **{"target_modules": ["q_proj", "lm_head"], **settings})
@@ -115,6 +116,7 @@ def test_lora_on_a_tied_head_leaves_the_embeddings_alone(tied, tmp_path, setting
     assert again.fingerprint == reader.fingerprint
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The following")  # a pattern without a targeted module
 @given(
     r=st.integers(1, 5),
@@ -168,6 +170,7 @@ ANY |= {"qalora_group_size"}
 OTHERS = [field.name for field in dataclasses.fields(LoraConfig) if field.name not in ANY]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*OTHERS, "a_setting_of_next_year"])
 def test_every_other_setting_is_refused_by_name(base, tmp_path, name):
     _, folder = adapter(base, tmp_path / "adapter")
@@ -219,6 +222,7 @@ def test_no_weight_of_an_adapter_is_made_up_or_left_out(base, tmp_path):
         Reader.from_pretrained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tied", "base"])
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
 def test_added_tokens_come_with_their_rows(request, zoo, tmp_path, kind, targets):

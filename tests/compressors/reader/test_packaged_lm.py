@@ -30,6 +30,7 @@ def smollm2(model_cache):
     return Reader.from_pretrained(SMOLLM2), model_cache
 
 
+@pytest.mark.slow
 @needs_package
 def test_the_packaged_model_answers(smollm2):
     reader, _ = smollm2
@@ -39,6 +40,7 @@ def test_the_packaged_model_answers(smollm2):
     assert "1648" in reader.generate([asked], 24, chat=True)[0]
 
 
+@pytest.mark.slow
 @needs_package
 def test_it_is_unpacked_once_and_whole(smollm2, monkeypatch):
     reader, cache = smollm2
@@ -50,6 +52,7 @@ def test_it_is_unpacked_once_and_whole(smollm2, monkeypatch):
     assert again.name == SMOLLM2
 
 
+@pytest.mark.slow
 @needs_package
 def test_the_shipped_adapter_answers_briefly_and_from_the_passage(smollm2):
     plain, _ = smollm2

@@ -32,6 +32,7 @@ def close(a: torch.Tensor, b: torch.Tensor, atol: float = 1e-4) -> bool:
     return torch.allclose(a, b, atol=atol, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_plain_prompt_gives_base_model_logits(reader):
     target = " Warsaw in 1903"
     ids = reader.tokenize(target)
@@ -48,6 +49,7 @@ def test_identity_slots_read_like_their_text(reader):
     assert close(reader.target_logits([prompt], [" x"])[0][0], want)
 
 
+@pytest.mark.slow
 def test_batched_equals_one_by_one_in_any_order(reader):
     prompts = [
         SHORT,
@@ -68,12 +70,14 @@ def test_batched_equals_one_by_one_in_any_order(reader):
     )
 
 
+@pytest.mark.slow
 def test_greedy_answer_follows_target_logits(reader):
     prompt = [reader.identity(LONG), QUESTION]
     first = int(reader.target_logits([prompt], [" x"])[0][0].argmax())
     assert reader.generate([prompt], 1)[0] == ("" if first in reader.eos_ids else reader.decode([first]))
 
 
+@pytest.mark.slow
 def test_stream_joined_is_generate(reader):
     prompt = [reader.identity(LONG), QUESTION]
     for options in ({}, {"stop": ["e", "zz"]}):
@@ -127,6 +131,7 @@ def one_pass(reader: Reader, pieces: list[tuple[str, bool]]) -> torch.Tensor:
         ).logits[0, -1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma3_text", "phi3", "gpt_neox"])
 def test_kv_after_text_and_kv_equals_one_masked_pass(zoo, name):
     reader = zoo.reader(name)
@@ -151,6 +156,7 @@ def test_kv_after_text_and_kv_equals_one_masked_pass(zoo, name):
     assert reader.generate([prompt], 5, num_beams=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["opt", "gpt2"])
 def test_kv_that_cannot_move_is_refused(zoo, name):
     reader = zoo.reader(name)
@@ -171,6 +177,7 @@ def test_kv_gradients_reach_the_slots(zoo):
     assert all(k.grad is not None and k.grad.abs().sum() > 0 for k in keys)
 
 
+@pytest.mark.slow
 def test_slots_matter_and_gradients_reach_them(reader):
     passage = reader.identity(LONG)
     slots = passage.embeds.clone().requires_grad_()
@@ -221,6 +228,7 @@ TEXTS = st.text(st.characters(codec=None, categories=None), max_size=60) | st.sa
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=TEXTS)
 def test_any_text_can_be_read(zoo, text):
@@ -338,6 +346,7 @@ def _without_bos(zoo):
     return bare
 
 
+@pytest.mark.slow
 def test_threads_read_alike(zoo):
     reader = _llama(zoo)
     prompts = [[reader.identity(LONG[i:]), QUESTION] for i in range(8)]
@@ -355,6 +364,7 @@ def test_reader_parameters_are_frozen_and_unchanged(zoo):
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gist", "pisco"])
 def test_an_untrained_tuned_reader_streams(zoo, method):
     compressor = make_compressor(method, zoo.reader("llama", num_hidden_layers=1))

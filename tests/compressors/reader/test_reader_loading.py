@@ -99,12 +99,14 @@ def engine(index: Any, reader: Reader, *posts: Any) -> RetrieverQueryEngine:
 # -- quantised -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_is_the_same_reader(whole, quantised):
     assert quantised.fingerprint == whole.fingerprint
     assert quantised.identity_card.runs_as["quantisation"]
     assert whole.identity_card.runs_as["quantisation"] is None
 
 
+@pytest.mark.slow
 def test_slots_are_read_as_the_text_they_hold(whole, quantised):
     as_text = [text + ASKED for text in TEXTS]
     as_slots = [[whole.identity(text), ASKED] for text in TEXTS]  # made with the whole reader
@@ -115,6 +117,7 @@ def test_slots_are_read_as_the_text_they_hold(whole, quantised):
     assert "".join(quantised.stream(as_slots[0], 6)) == answers[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mean-pool-small", "icae-small", "gist-small"])
 def test_a_compressor_made_on_it_gives_nearly_the_same_slots(on_whole, quantised, name):
     ours, theirs = load_compressor(pretrained(name), reader=quantised), on_whole(name)
@@ -138,6 +141,7 @@ def test_a_pipeline_answers_from_slots_as_from_text(whole, quantised, make_index
 # -- partly on disk ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_offloaded_reader_reads_what_others_compressed(whole, on_whole, offloaded, make_index):
     assert offloaded.model.model.layers[0].mlp.up_proj.weight.is_meta
     assert offloaded.fingerprint == whole.fingerprint
@@ -148,6 +152,7 @@ def test_an_offloaded_reader_reads_what_others_compressed(whole, on_whole, offlo
     assert str(engine(index, offloaded, post).query(QUESTION)) == str(engine(index, whole, post).query(QUESTION))
 
 
+@pytest.mark.slow
 def test_all_of_it_may_be_offloaded(whole, tmp_path):
     reader = Reader.from_pretrained(
         pretrained(NAME), dtype=torch.float32, device_map={"": "disk"}, offload_folder=str(tmp_path)
@@ -157,6 +162,7 @@ def test_all_of_it_may_be_offloaded(whole, tmp_path):
     assert reader.generate(prompts, 6) == whole.generate(prompts, 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mean-pool-small", "icae-small", "gist-small", "pisco-small"])
 def test_methods_that_run_the_readers_weights_say_that_they_cannot(offloaded, name):
     with pytest.raises(ValueError, match=r"they are offloaded.*into a store with the reader loaded whole"):
@@ -169,6 +175,7 @@ def test_an_offloaded_model_object_cannot_be_identified(offloaded):
         _ = reader.fingerprint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device_map", ["auto", "cpu"])
 def test_a_device_map_that_keeps_all_in_memory_changes_nothing(whole, on_whole, device_map):
     reader = Reader.from_pretrained(pretrained(NAME), dtype=torch.float32, device_map=device_map)

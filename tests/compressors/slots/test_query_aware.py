@@ -45,6 +45,7 @@ def tensors(passage):
     return torch.cat([t.flatten().float() for name, t in passage.tensors().items() if name != "positions"])
 
 
+@pytest.mark.slow
 @methods
 def test_the_question_changes_the_slots_and_not_their_number(method, reader):
     compressor, plain = build(method, reader), build(method, reader, query_aware=False)
@@ -60,6 +61,7 @@ def test_the_question_changes_the_slots_and_not_their_number(method, reader):
     assert torch.equal(tensors(plain.compress([PASSAGE], query=ASKED[0])[0]), tensors(plain.compress([PASSAGE])[0]))
 
 
+@pytest.mark.slow
 @methods
 def test_without_a_question_it_refuses_and_training_reads_the_passage_alone(method, reader):
     compressor, plain = build(method, reader), build(method, reader, query_aware=False)
@@ -136,6 +138,7 @@ def recipe_for(folder, data=None, **compressor):
     return parse_recipe(raw)
 
 
+@pytest.mark.slow
 def test_training_hands_each_passage_its_own_question(folder, tmp_path, zoo):
     recipe = recipe_for(folder, query_aware=True)
     task = CompressorTask(recipe, zoo.reader())

@@ -90,6 +90,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "case"), [*(("llama", case) for case in CASES), ("opt", "default")])
 def test_summaries_and_losses_are_the_papers_equations(zoo, architecture, case):
     reader = zoo.reader(architecture)
@@ -223,6 +224,7 @@ def test_slots_start_on_the_readers_scale(zoo):
     assert 0.7 < norm < 1.4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tuning", "adapts"), [("lora", True), ("full", True), ("lora", False), ("none", True)])
 def test_the_tuned_reader_reads_what_is_its_own(tmp_path, reader, tuning, adapts):
     compressor = build(reader, tuning=tuning, adapt_reader=adapts)
@@ -323,6 +325,7 @@ def task_for(folder, reader, stage=None, **compressor) -> CompressorTask:
     return CompressorTask(recipe, reader)
 
 
+@pytest.mark.slow
 def test_a_recipe_trains_on_segments(tmp_path, reader):
     task = task_for(tmp_path, reader)
     plain = reader.target_logits([PASSAGE], [" it"])[0]

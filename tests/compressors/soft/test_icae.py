@@ -30,6 +30,7 @@ def reader(zoo) -> Reader:
     return zoo.reader("llama")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", ["append", "spread"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "gpt2", "phi3"])
 def test_slots_equal_a_plain_peft_model_run_by_hand(zoo, architecture, positions):

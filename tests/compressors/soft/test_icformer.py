@@ -71,6 +71,7 @@ def by_hand(compressor: ICFormerCompressor, reader: Reader, ids: list[int], slot
     return torch.stack([rms_norm(row, state["norm.weight"]) for row in digests]) * state["log_scale"].exp()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "heads"), [("llama", None), ("llama", 2), ("gemma3_text", None), ("opt", 3)])
 def test_slots_equal_the_papers_equations(zoo, architecture, heads):
     reader = zoo.reader(architecture)

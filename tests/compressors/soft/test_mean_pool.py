@@ -113,6 +113,7 @@ def test_a_readers_state_knows_what_comes_before_and_not_after(reader):
     assert not torch.allclose(behind, compressor.compress([PASSAGE], ratio=1)[0].embeds[-20:], atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighting", ["uniform", "learned"])
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_batches_equal_one_by_one_and_save_and_load(reader, encoder, weighting, tmp_path):
@@ -147,6 +148,7 @@ def test_gradients_reach_what_trains_and_the_reader_stays(reader, encoder):
     assert all(torch.equal(p, before[name]) for name, p in reader.model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_few_steps_teach_it_to_repeat(reader):
     compressor = build(reader, trained=False, weighting="learned").train()
     optimizer = torch.optim.Adam(compressor.parameters(), lr=3e-3)

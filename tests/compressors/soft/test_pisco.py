@@ -39,6 +39,7 @@ def build(reader, **settings) -> PISCOCompressor:
     return pisco.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory_tokens", [1, 5])
 @pytest.mark.parametrize("ratio", [1, 1.7, 4, 16, 1000])
 def test_slots_are_proportional_and_nothing_is_cut(reader, ratio, memory_tokens):

@@ -47,6 +47,7 @@ def test_values_are_carried_over_by_characters():
     assert not seen.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [PASSAGE, LONG])
 def test_training_starts_at_the_embeddings_of_the_tokens_most_worth_keeping(reader, plain, text):
     compressor = SalientPoolCompressor(config(), reader, tagger=plain).eval()
@@ -90,6 +91,7 @@ def test_a_window_holds_what_stands_before_its_anchor(reader, plain):
     assert torch.allclose(slots[1], (e[2] + e[3] + e[4]) / 3**0.5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_part_can_learn(reader, asking):
     compressor = SalientPoolCompressor(config(), reader, tagger=asking).train()
     with torch.no_grad():
@@ -100,6 +102,7 @@ def test_every_part_can_learn(reader, asking):
     assert missing == []
 
 
+@pytest.mark.slow
 def test_the_question_moves_the_slots_and_is_asked_for(reader, asking, plain, tmp_path):
     compressor = SalientPoolCompressor(config(ratio=3.0), reader, tagger=asking).eval()
     assert compressor.query_aware
@@ -127,6 +130,7 @@ def test_only_a_tagger_that_can_be_trained_is_taken(reader):
         SalientPoolCompressor(config(), reader, tagger=make_compressor("mean-pool", reader, encoder="embeddings"))
 
 
+@pytest.mark.slow
 def test_llmlingua2_keeps_words_for_the_question(reader, asking):
     one, two = asking.compress([PASSAGE] * 2, query=["Where was she born?", "Which prizes did she win?"], ratio=2)
     assert one.text != two.text

@@ -152,6 +152,7 @@ def test_a_loaded_compressor_that_is_given_vectors_loads_no_embedder(xrag, reade
     assert loaded.fingerprint == xrag.fingerprint
 
 
+@pytest.mark.slow
 def test_another_embedder_is_refused(xrag, reader, tmp_path):
     xrag.save_pretrained(tmp_path)
     model = load_embedder("all-MiniLM-L6-v2", "cpu").model

@@ -39,6 +39,7 @@ def build(reader: Reader, **settings) -> LLMLinguaCompressor:
 # -- fast ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [1.0, 1.3, 2, 5, 40])
 @pytest.mark.parametrize("complete", [True, False])
 def test_exact_budgets_spans_and_whole_characters(reader, ratio, complete):
@@ -105,6 +106,7 @@ def test_bad_shares_are_refused():
 # -- published -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [1.25, 2, 6])
 @pytest.mark.parametrize("size", [40, 200])
 def test_published_equals_the_published_loop(reader, ratio, size):

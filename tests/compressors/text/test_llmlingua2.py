@@ -185,6 +185,7 @@ def test_long_texts_are_cut_at_sentence_ends_and_nothing_is_lost(reader):
     assert all(b - a <= 9 for a, b in cut("y" * 400, one_word, 9))
 
 
+@pytest.mark.slow
 def test_every_token_is_read_about_once(reader, classifier):
     model, _ = classifier
     compressor = build(reader, classifier)
@@ -305,6 +306,7 @@ def published_by_hand(model, tokenizer, text: str, rate: float, count, force=(),
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.8, 0.5, 0.2])
 @pytest.mark.parametrize("digits", [False, True])
 def test_published_equals_the_published_steps(reader, classifier, rate, digits):
@@ -355,6 +357,7 @@ def test_published_thresholds_hold_per_chunk_and_cut_after_full_stops(reader):
     assert compressor.compress([CORPUS[0]], ratio=1)[0].text.replace(" ", "") == CORPUS[0].replace(" ", "")
 
 
+@pytest.mark.slow
 def test_contexts_are_filtered_by_their_mean_probability(reader, classifier):
     compressor = build(reader, classifier, mode="published")
     texts = [*CORPUS, passage(2, 5), passage(2, 6)]

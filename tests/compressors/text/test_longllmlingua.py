@@ -182,6 +182,7 @@ def test_passages_of_different_questions_do_not_share(reader):
 # -- published -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ratio", "size"), [(2, 40), (4, 60), (1.2, 200)])
 def test_published_equals_the_published_loop(reader, ratio, size):
     text = passage(230)

@@ -55,6 +55,7 @@ class Forwarded:
             handle.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture", ["llama", "mistral", "qwen3", "gemma3_text", "phi3", "gpt_neox", "opt", "gpt2"]
 )
@@ -145,6 +146,7 @@ def test_no_opening_token_at_all(zoo, monkeypatch):
 # -- units ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(st.characters(), max_size=80) | st.text("ab .,!?\n🦊👩\u200d🏽é\u0301日本。🇫🇷\r", max_size=60))

@@ -52,6 +52,7 @@ def check(reader: Reader, text: str, passage, target: int) -> None:
     assert passage.source_tokens == len(reader.tokenize(text))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", LEVELS)
 @pytest.mark.parametrize("ratio", [1.0, 1.01, 1.5, 2, 3.3, 8, 1000])
 def test_never_above_the_budget_and_close_to_it(reader, unit, ratio):
@@ -71,6 +72,7 @@ def test_a_short_passage_is_not_returned_whole(reader, unit):
     assert 0 < passage.n_tokens <= n / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize("unit", LEVELS)
 def test_odd_texts(reader, unit, name):
@@ -86,6 +88,7 @@ def test_odd_texts(reader, unit, name):
     assert "\ufffd" not in passage.text
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_characters(zoo):
     reader = zoo.reader("llama", num_hidden_layers=1)
     text = "The treaty was signed in Westphalia in 1648. " * 2300
@@ -228,6 +231,7 @@ SENTENCES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [1.0, 1.5, 2, 4])
 @pytest.mark.parametrize("unit", ["token", "phrase", "sentence"])
 def test_published_drops_what_lies_below_the_percentile(reader, unit, ratio):

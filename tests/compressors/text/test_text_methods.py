@@ -69,6 +69,7 @@ def texts_and_things(n: int) -> list[tuple[str, list[tuple[int, int]]]]:
     return out
 
 
+@pytest.mark.slow
 @methods
 @pytest.mark.parametrize(
     "settings", [*({"unit": unit} for unit in LEVELS), {"keep": ("3", "e"), "keep_patterns": (r"\d\d",)}]
@@ -103,6 +104,7 @@ SHORT = [
 ]
 
 
+@pytest.mark.slow
 @methods
 @pytest.mark.parametrize("ratio", [2, 4, 30])
 def test_a_short_text_does_not_become_nothing(made, method, ratio):
@@ -118,6 +120,7 @@ def test_a_short_text_does_not_become_nothing(made, method, ratio):
     assert (blank.text, empty.text) == ("", "")
 
 
+@pytest.mark.slow
 @methods
 def test_target_tokens_are_never_exceeded(made, method):
     for target in (0, 1, 3):

@@ -312,6 +312,7 @@ def test_scores():
     assert f1("", ["x"]) == 0.0
 
 
+@pytest.mark.slow
 def test_the_recipe_trains_scores_and_saves_a_loadable_reader(recipe, tmp_path):
     task = ReaderTask(recipe)
     final = run_recipe(recipe, task, tmp_path / "run")
@@ -352,6 +353,7 @@ def on_base(data, base, *overrides):
     )
 
 
+@pytest.mark.slow
 def test_a_pretrained_base_becomes_an_adapter_that_a_reader_loads(data, base, tmp_path):
     recipe = on_base(data, base, "stages.*.lr=0.05")
     task = ReaderTask(recipe)
@@ -375,6 +377,7 @@ def test_a_pretrained_base_becomes_an_adapter_that_a_reader_loads(data, base, tm
         assert (got - Reader.from_pretrained(base, dtype=torch.float32).model(ids).logits).abs().max() > 0.2
 
 
+@pytest.mark.slow
 def test_rows_on_a_base_are_laid_out_in_its_own_chat_format(data, base):
     recipe = on_base(data, base, "stages.*.mix.formats={chat: 1.0}", "stages.*.mix.kinds={human: 1.0}")
     task = ReaderTask(recipe)
@@ -400,6 +403,7 @@ def test_the_small_reader_keeps_its_chat_format(task):
 EVERYWHERE = ("model.target_modules=all-linear", "model.first_layer=0")
 
 
+@pytest.mark.slow
 def test_rows_on_a_base_give_what_each_prompt_gives_alone(data, zoo, tmp_path):
     for name in ("llama", "qwen3", "gemma3_text", "gpt_neox", "olmo2"):
         model = zoo.model(name).float().eval()
