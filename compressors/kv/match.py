@@ -63,12 +63,6 @@ class KVMatchCompressor(PairCompressor):
     Args:
         config: the settings.
         reader: the reader; its keys must be movable, and its attention sdpa or eager.
-
-    Attributes:
-        batch_positions: positions of one forward pass (memory vs. speed; changes no result).
-
-    Raises:
-        ValueError: if the reader's keys cannot move or its attention cannot take a bias.
     """
 
     config_class = KVMatchConfig
