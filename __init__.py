@@ -10,8 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .compressors import CompressedPassage, Compressor, Reader, load_compressor, make_compressor
-    from .shipped import pretrained
+    from .compressors import CompressedPassage, Compressor, Reader, load_compressor, make_compressor, pretrained
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,9 +27,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # torch takes seconds to import, and `nutgraf --help` does not need it.
     if name in __all__:
-        from . import compressors, shipped
+        from . import compressors
 
-        return getattr(shipped if name == "pretrained" else compressors, name)
+        return getattr(compressors, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

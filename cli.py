@@ -12,7 +12,6 @@ import typer
 import typer.core
 
 from .console import friendly_errors, highlight
-from .shipped import locate
 
 if TYPE_CHECKING:
     from .compressors import CompressedPassage, Compressor
@@ -110,12 +109,10 @@ def inspect(
 ) -> None:
     """Show the compressed form of a text: tokens, slots, and what the reader can repeat from it."""
     with friendly_errors():
-        from .compressors import COMPRESSORS, Reader, load_compressor, make_compressor
+        from .compressors import Reader, load_compressor
 
         passage_text = _read_text(text)
-        loaded = Reader.from_pretrained(locate(reader))
-        method = COMPRESSORS.get(compressor)
-        made = make_compressor(compressor, loaded) if method else load_compressor(locate(compressor), loaded)
+        made = load_compressor(compressor, Reader.from_pretrained(reader))
         (found,) = made.compress([passage_text], query=query, ratio=ratio)
         _show(made, found, passage_text, query)
 
@@ -156,8 +153,7 @@ def import_(
             if not equals:
                 raise ValueError(f"Settings are written name=value, got {setting!r}.")
             given[key] = parse_value(value)
-        found = locate(reader) if reader else None
-        ignored = import_to(name, path, out, found, device=device, **given)
+        ignored = import_to(name, path, out, reader, device=device, **given)
         for line in describe_ignored(ignored):
             typer.echo(f"left out, {line}", err=True)
         typer.echo(str(out))

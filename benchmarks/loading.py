@@ -13,7 +13,6 @@ from ..adapters.store import Encoding
 from ..compressors import Reader
 from ..compressors.reader.loading import as_dtype
 from ..recipes.data.corpus import Record, read_records
-from ..shipped import locate
 from .metrics import containment
 
 SAMPLE = Path(__file__).resolve().parent / "sample"
@@ -58,7 +57,7 @@ def find_reader(name: str, device: str = "auto", dtype: str = "auto") -> Reader:
         dtype: `auto`: float32 on the CPU, else the checkpoint's own.
     """
     device = pick_device(device)
-    return Reader.from_pretrained(locate(name), device=device, dtype=torch_dtype(dtype, device))
+    return Reader.from_pretrained(name, device=device, dtype=torch_dtype(dtype, device))
 
 
 def torch_dtype(name: str, device: str) -> torch.dtype | str:

@@ -13,11 +13,10 @@ from typing import Any
 
 from ..adapters.store import Encoding
 from ..adapters.store.codec import round_trip
-from ..compressors import CompressedPassage, Compressor, Reader
+from ..compressors import CompressedPassage, Compressor, Reader, load_compressor
 from ..compressors.core.textfiles import check_strings
 from ..recipes.data.corpus import Record
 from ..recipes.data.templates import Piece, Prompt, question_prompt
-from ..shipped import find_compressor
 from .baselines import BASELINES
 from .loading import CompressorSpec
 from .rows import Row
@@ -253,7 +252,7 @@ def named_methods(reader: Reader, specs: Sequence[str], ratios: Sequence[float])
     found = []
     for text in check_strings("specs", specs, "compressors"):
         spec = CompressorSpec.parse(text, ratios)
-        loaded = find_compressor(spec.name, reader)
+        loaded = load_compressor(spec.name, reader)
         name = spec.name if ":" in spec.name and loaded.training_free else ""
         together: list[Compressed] = []
         for ratio in spec.ratios:

@@ -11,6 +11,7 @@ from .base import Compressor, SoftCompressor, TextCompressor
 from .core.config import CompressorConfig
 from .core.errors import CheckpointError, ReaderMismatchError
 from .core.passage import CompressedPassage
+from .core.shipped import pretrained
 from .fidelity.gate import FidelityGate
 from .fidelity.probes import FidelityConfig
 from .loading import load_compressor
@@ -34,5 +35,6 @@ __all__ = [
     "TextCompressor",
     "load_compressor",
     "make_compressor",
+    "pretrained",
     "register_compressor",
 ]

@@ -23,7 +23,6 @@ from typing import Any
 
 from ..compressors import Compressor, Reader, load_compressor
 from ..compressors.core.textfiles import check_strings
-from ..shipped import locate
 from .data.corpus import Record
 from .data.records import load_records
 from .tasks.compressor import CompressorTask
@@ -169,7 +168,7 @@ def run_sweep(
     rows: list[Row] = []
     for number, cell in enumerate(cells, 1):
         name = str(cell.recipe.reader)
-        reader = loaded.get(name) or loaded.setdefault(name, Reader.from_pretrained(locate(name)))
+        reader = loaded.get(name) or loaded.setdefault(name, Reader.from_pretrained(name))
         key = cell.key(reader)
         wanted = [(file, ratio) for file in evaluation.files for ratio in evaluation.ratios]
         lines = {place: _line(cell, key, place, evaluation) for place in wanted}

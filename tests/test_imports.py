@@ -32,12 +32,11 @@ LAYERS = [
 MAY_IMPORT = {
     "console": {"compressors"},
     "compressors": set(),
-    "shipped": {"compressors"},
-    "recipes": {"compressors", "shipped"},
-    "adapters": {"compressors", "shipped", "console"},
-    "benchmarks": {"compressors", "shipped", "console", "recipes", "adapters"},
-    "__init__": {"compressors", "shipped"},
-    "examples": {"__init__", "compressors", "shipped", "adapters"},
+    "recipes": {"compressors"},
+    "adapters": {"compressors", "console"},
+    "benchmarks": {"compressors", "console", "recipes", "adapters"},
+    "__init__": {"compressors"},
+    "examples": {"__init__", "compressors", "adapters"},
 }
 # Adapters of different frameworks, and the package each wraps.
 FRAMEWORKS = {"llama_index": "llama_index", "langchain": "langchain_core", "haystack": "haystack"}

@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from ...console import friendly_errors
-from ...shipped import locate
 
 
 def serve(
@@ -33,7 +32,6 @@ def serve(
 ) -> None:
     """Serve a reader to OpenAI clients: text, token ids and prompt embeddings; batched, streamed, bounded."""
     with friendly_errors():
-        folder = locate(reader)  # report a wrong name before the large imports
         from ...compressors import Reader
         from .limits import Limits
 
@@ -53,7 +51,7 @@ def serve(
             from .app import create_app
         except ImportError as error:
             raise ImportError("Serving needs FastAPI and uvicorn: pip install 'nutgraf[serve]'.") from error
-        loaded = Reader.from_pretrained(folder, device=device, dtype=dtype)
+        loaded = Reader.from_pretrained(reader, device=device, dtype=dtype)
         app = create_app(loaded, name=name, limits=limits, api_key=api_key)
         typer.echo(f"{name or loaded.name} ({loaded.fingerprint}) on http://{host}:{port}/v1", err=True)
     uvicorn.run(app, host=host, port=port, log_level="warning")

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from ...console import friendly_errors
-from ...shipped import find_compressor, locate
 from .base import StoreError
 
 store_app = typer.Typer(no_args_is_help=True, help="Maintain a store of compressed passages.")
@@ -69,8 +68,8 @@ def compress(
                 filled = compress_corpus_with_ray(
                     passages,
                     opened,
-                    locate(compressor),
-                    locate(reader),
+                    compressor,
+                    reader,
                     ratio=ratio,
                     batch_size=batch_size,
                     workers=workers,
@@ -234,9 +233,9 @@ def _open(folder: str) -> Any:
 
 
 def _load(compressor: str, reader: str, device: str) -> Any:
-    from ...compressors import Reader
+    from ...compressors import Reader, load_compressor
 
-    return find_compressor(compressor, Reader.from_pretrained(locate(reader), device=device))
+    return load_compressor(compressor, Reader.from_pretrained(reader, device=device))
 
 
 def _updated(filled: Any) -> str:

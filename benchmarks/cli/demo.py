@@ -19,9 +19,8 @@ from rich.text import Text
 from typer import Option
 
 from ...adapters.llama_index import CompressedContextLLM, CompressedContextPostprocessor, SentenceTransformerEmbedding
-from ...compressors import Reader
+from ...compressors import Reader, load_compressor
 from ...recipes.data.corpus import Record, read_records
-from ...shipped import find_compressor
 from ..loading import (
     SAMPLE,
     SAMPLE_ARTICLES,
@@ -63,7 +62,7 @@ def demo(settings: DemoSettings) -> None:
     console.rule("Load the shipped reader and compressors")
     reader = find_reader("reader-small", "cpu")
     specs = [CompressorSpec.parse(text) for text in COMPRESSORS]
-    compressed = [Compressed(find_compressor(spec.name, reader), spec.ratios[0]) for spec in specs]
+    compressed = [Compressed(load_compressor(spec.name, reader), spec.ratios[0]) for spec in specs]
     run_demo(reader, compressed, read_records(SAMPLE_QUESTIONS), settings, console, train=train_visibly)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...shipped import PRETRAINED
+from ...compressors.core.shipped import PRETRAINED
 from .costs import DecoderShape, decoder_shape
 
 if TYPE_CHECKING:
@@ -85,8 +85,7 @@ def random_reader(name: str, *, device: str = "cpu", dtype: str = "auto", seed: 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ...compressors import Reader
-    from ...shipped import pretrained
+    from ...compressors import Reader, pretrained
     from ..loading import pick_device, torch_dtype
 
     config = shape_config(name)

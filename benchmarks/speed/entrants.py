@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from ...compressors import COMPRESSORS, CompressedPassage, Compressor, Reader, make_compressor
+from ...compressors import COMPRESSORS, CompressedPassage, Compressor, Reader, load_compressor, make_compressor
 from ...compressors.core.textfiles import check_strings
 from ...compressors.kv.encode import kv_shapes
-from ...shipped import find_compressor
 from ..costs.roofline import synchronise
 from ..loading import SAMPLE_ARTICLES, CompressorSpec
 from ..methods import Compressed
@@ -94,7 +93,7 @@ def find_entrants(
                 f"A reader with random weights has no trained compressors, and {spec.name!r} is no method; "
                 f"methods are {', '.join(sorted(COMPRESSORS))}."
             )
-        made = make_compressor(spec.name, reader).eval() if untrained else find_compressor(spec.name, reader)
+        made = make_compressor(spec.name, reader).eval() if untrained else load_compressor(spec.name, reader)
         found += [Entrant(made.config.method, r, made, made.interface, not untrained) for r in spec.ratios]
     return found
 

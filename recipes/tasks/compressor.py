@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from ...compressors import Reader, SoftCompressor, load_compressor, make_compressor
-from ...shipped import locate
 from ..data.corpus import Record
 from ..data.records import Material, load_articles, load_records
 from ..training.schema import Recipe, Stage, validate
@@ -41,11 +40,11 @@ class CompressorTask:
             raise ValueError(f"The recipe {recipe.name!r} trains a {recipe.kind}; a compressor recipe is needed here.")
         self.data = validate(CompressorData, recipe.data, recipe.name, "data")
         self.recipe = recipe
-        self.reader = reader or Reader.from_pretrained(locate(str(recipe.reader)))
+        self.reader = reader or Reader.from_pretrained(str(recipe.reader))
         torch.manual_seed(recipe.seed)
         settings = dict(recipe.compressor)
         if isinstance(settings.get("tagger"), str):
-            settings["tagger"] = load_compressor(locate(settings["tagger"]), self.reader)
+            settings["tagger"] = load_compressor(settings["tagger"], self.reader)
         compressor = make_compressor(settings.pop("method"), self.reader, **settings)
         if not isinstance(compressor, SoftCompressor):
             raise ValueError(f"{type(compressor).__name__} selects text and has nothing to train with a reader.")

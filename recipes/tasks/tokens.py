@@ -18,7 +18,6 @@ from torch.nn.functional import cross_entropy
 from ...compressors import Reader, make_compressor
 from ...compressors.core.batching import pad_rows
 from ...compressors.text.llmlingua2 import LLMLingua2Compressor
-from ...shipped import locate
 from ..data.corpus import find_files, read_pairs
 from ..data.records import Asked, Material, load_records, need_folder
 from ..training.schema import Recipe, Stage, validate
@@ -111,7 +110,7 @@ class TokenTask:
         torch.manual_seed(recipe.seed)
         settings = dict(recipe.compressor)
         found = make_compressor(
-            settings.pop("method"), reader or Reader.from_pretrained(locate(str(recipe.reader))), **settings
+            settings.pop("method"), reader or Reader.from_pretrained(str(recipe.reader)), **settings
         )
         if not isinstance(found, LLMLingua2Compressor) or found.words.tagger is None:
             raise ValueError("A recipe of kind 'tokens' trains llmlingua2 with LoRA and a head: leave out classifier.")

@@ -18,7 +18,6 @@ from nutgraf.adapters.llama_index import (
 from nutgraf.adapters.openai.embeddings import EmbeddingTable
 from nutgraf.adapters.store import LanceStore
 from nutgraf.cli import app
-from nutgraf.shipped import locate
 from typer.testing import CliRunner
 
 TEXTS = [
@@ -70,5 +69,5 @@ def test_the_commands_take_it_by_its_name(zoo, tmp_path):
     done = CliRunner().invoke(app, ["inspect", TEXTS[0], "-c", "kv-match", "--reader", folder, "--query", QUESTION])
     assert done.exit_code == 0, done.output
     assert "kv" in done.output
-    with pytest.raises(ValueError, match="No shipped artefact is called 'kv-matched'"):
-        locate("kv-matched")
+    with pytest.raises(ValueError, match="There is no compressor 'kv-matched'"):
+        load_compressor("kv-matched", reader=zoo.reader("llama"))

@@ -12,7 +12,7 @@ from nutgraf.benchmarks.speed.clock import peak_memory
 from nutgraf.benchmarks.speed.entrants import make_passages
 from nutgraf.benchmarks.studies import llmlingua_release as release
 from nutgraf.compressors import Reader, make_compressor
-from nutgraf.shipped import pretrained
+from nutgraf import pretrained
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 THREADS = torch.get_num_threads()
