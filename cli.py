@@ -101,9 +101,12 @@ def sweep(
 def inspect(
     text: Annotated[str, typer.Argument(help="The passage, a file with it, or - for standard input.")],
     compressor: Annotated[
-        str, typer.Option("--compressor", "-c", help="A shipped compressor, a folder, a hub id or a method's name.")
-    ],
-    reader: Annotated[str, typer.Option(help="A shipped reader, a folder or a hub id.")] = "reader-small",
+        str,
+        typer.Option(
+            "--compressor", "-c", help="A method without training, a shipped compressor, a folder or a hub id."
+        ),
+    ] = "kv-match",
+    reader: Annotated[str, typer.Option(help="A shipped reader, a folder or a hub id.")] = "reader-smollm2",
     ratio: Annotated[float | None, typer.Option(help="Compression ratio; default: the compressor's own.")] = None,
     query: Annotated[str | None, typer.Option(help="Compress for this question, and answer it.")] = None,
 ) -> None:

@@ -38,9 +38,9 @@ class CompressorSpec:
         try:
             own = [float(part) for part in listed.split(",")] if at else list(ratios)
         except ValueError as error:
-            raise ValueError(f"{text!r} is not NAME or NAME@RATIO,RATIO, such as icae-small@4,8.") from error
+            raise ValueError(f"{text!r} is not NAME or NAME@RATIO,RATIO, such as kv-match@4,8.") from error
         if not name or any(not ratio >= 1 for ratio in own):
-            raise ValueError(f"{text!r} needs a name and ratios of at least 1, such as icae-small@4,8.")
+            raise ValueError(f"{text!r} needs a name and ratios of at least 1, such as kv-match@4,8.")
         return cls(name, tuple(own) or (None,))
 
 

@@ -26,7 +26,7 @@ def fail(*arguments: object, text: bytes | None = None) -> str:
     return said
 
 
-INSPECT = ("inspect", "--compressor", "selective-context")
+INSPECT = ("inspect", "--compressor", "selective-context", "--reader", "reader-small")
 
 
 @pytest.mark.parametrize("name", ["typo.txt", "typo.JSONL", "data/typo.md", "/no/such", "../typo", "my notes.txt"])
@@ -60,7 +60,7 @@ def test_a_reader_that_does_not_exist_is_one_sentence(tmp_path, monkeypatch):
             Reader.from_pretrained(name)
         assert caught.value.__cause__ is caught.value.__context__ is None
         assert "\n" not in str(caught.value)
-    assert "There is no reader 'no/such'" in fail(*INSPECT, "Some text.", "--reader", "no/such")
+    assert "There is no reader 'no/such'" in fail("inspect", "Some text.", "--reader", "no/such")
 
 
 QUESTION = {"question": "When?", "answers": ["1901"], "passages": [{"text": "In 1901."}], "gold": 0}

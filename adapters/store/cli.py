@@ -16,7 +16,10 @@ from .base import StoreError
 store_app = typer.Typer(no_args_is_help=True, help="Maintain a store of compressed passages.")
 
 Folder = Annotated[str, typer.Argument(help="The store: a folder or a URI for LanceDB.")]
-CompressorName = Annotated[str, typer.Option("--compressor", "-c", help="A shipped compressor, a folder or a hub id.")]
+CompressorName = Annotated[
+    str,
+    typer.Option("--compressor", "-c", help="A method without training, a shipped compressor, a folder or a hub id."),
+]
 ReaderName = Annotated[str, typer.Option("--reader", "-r", help="A shipped reader, a folder or a hub id.")]
 Ratio = Annotated[float | None, typer.Option(help="Compression ratio; default: the compressor's own.")]
 Batch = Annotated[int, typer.Option(min=1, help="Passages compressed and stored at a time.")]
@@ -34,8 +37,8 @@ _errors = functools.partial(
 def compress(
     corpus: Annotated[Path, typer.Argument(help="JSON lines or text (.jsonl, .txt, .md; also .xz, .gz), or a folder.")],
     store: Annotated[str, typer.Option("--store", "-s", help="The store; created if missing.")],
-    compressor: CompressorName,
-    reader: ReaderName = "reader-small",
+    compressor: CompressorName = "kv-match",
+    reader: ReaderName = "reader-smollm2",
     field: Annotated[str, typer.Option(help="Field of the text in JSON lines.")] = "text",
     ratio: Ratio = None,
     batch_size: Batch = 64,
@@ -185,7 +188,7 @@ def migrate(
     group: Group = None,
     layout: Annotated[str | None, typer.Option(help="slabs or table; default: by the kind of place.")] = None,
     compressor: Annotated[str | None, typer.Option("--compressor", "-c", help="Recompress the texts with it.")] = None,
-    reader: ReaderName = "reader-small",
+    reader: ReaderName = "reader-smollm2",
     ratio: Ratio = None,
     batch_size: Batch = 64,
     device: Device = "auto",

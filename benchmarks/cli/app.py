@@ -134,7 +134,7 @@ def allocation(asked: AllocationOptions) -> None:
     """A budget of slots over several passages: one ratio for all of them, or slots by retrieval score."""
     dataset, records = asked.questions(asked.passages)
     reader = asked.load_reader()
-    methods = asked.lines(reader, "Name a compressor whose slots are divided, such as --compressor mean-pool-small@8.")
+    methods = asked.lines(reader, "Name a compressor whose slots are divided, such as --compressor icae-smollm2@8.")
     rows = allocation_rows(
         reader,
         methods,
@@ -157,7 +157,7 @@ def gate(asked: GateOptions) -> None:
     records = [record for name in asked.file for record in find_records(name, asked.half, asked.limit)]
     config = FidelityConfig(signals=tuple(asked.signal)) if asked.signal else FidelityConfig()
     methods = asked.lines(
-        asked.load_reader(), "A gate judges a compressor's passages: name one, such as --compressor mean-pool-small@4."
+        asked.load_reader(), "A gate judges a compressor's passages: name one, such as --compressor icae-smollm2@4."
     )
     for method in methods:
         fitted = calibrate(method, dev, settings, config, asked.target, asked.priced)

@@ -36,7 +36,7 @@ def many(*values: Any) -> Any:
 class Run:
     """Options of every command that measures."""
 
-    reader: Annotated[str, Option(help="A shipped reader, a folder or a hub id.")] = "reader-small"
+    reader: Annotated[str, Option(help="A shipped reader, a folder or a hub id.")] = "reader-smollm2"
     device: Annotated[str, Option(help="Where to run: auto, cpu, cuda, ...")] = "auto"
     dtype: Annotated[str, Option(help="auto (float32 on the CPU), float32, bfloat16 or float16.")] = "auto"
     seed: Annotated[int, Option(help="Seed of draws, controls and intervals.")] = 0
@@ -66,7 +66,7 @@ class Named(Run):
     """Options of suites over named compressors."""
 
     compressor: Annotated[
-        Names, Option(help="NAME or NAME@RATIO,RATIO: a shipped one, a folder, a hub id, a text method.")
+        Names, Option(help="NAME or NAME@RATIO,RATIO: a shipped one, a folder, a hub id, a method without training.")
     ] = many()
     ratio: Annotated[Numbers, Option(help="Ratio of compressors that name none.")] = many()
     half: Annotated[str | None, Option(help="Only questions of this half (`tune` or `report`).")] = None

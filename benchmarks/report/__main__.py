@@ -21,7 +21,7 @@ from .table import build, render
 
 PAGES = PACKAGE / "docs" / "results"
 PICTURE = PAGES / "quality.png"
-PRETRAINED, TOY = "smollm2", "tradeoff"  # results files of the two readers
+PRETRAINED = "smollm2"  # results file of the pretrained reader
 RATIO = 4.0  # of the one number per method
 
 
@@ -32,15 +32,14 @@ def rows_of(*names: str) -> list[Row]:
 
 def pages() -> dict[Path, str]:
     """Every text file that follows from the rows, by path."""
-    rows, toy = rows_of(PRETRAINED), pool(rows_of(TOY))
+    rows = rows_of(PRETRAINED)
     pooled, sets = pool(rows), comparable(rows)
     return {
         PAGES / "quality.md": quality_page(pooled, sets),
         PAGES / "speed.md": speed_page(rows_of("speed", "store", "training_speed", "selection")),
-        PAGES / "studies.md": studies_page(toy),
+        PAGES / "studies.md": studies_page(),
         PAGES / "methods.json": json.dumps(method_numbers(pooled), indent=2) + "\n",
         RESULTS / f"{PRETRAINED}_pooled.jsonl": "".join(json.dumps(row) + "\n" for row in pooled),
-        RESULTS / "pooled.jsonl": "".join(json.dumps(row) + "\n" for row in toy),
     }
 
 
@@ -66,16 +65,13 @@ def speed_page(rows: Sequence[Row]) -> str:
     return render("speed.md", tables=speed_tables(rows), missing=missing(rows))
 
 
-def studies_page(pooled: Sequence[Row]) -> str:
-    """The page about the earlier studies on the small reader."""
+def studies_page() -> str:
+    """The page about gate, allocation and store precision."""
     return render(
         "studies.md",
-        about=quality.about(pooled, pooled[0]["datasets"]),
-        pooled=build(quality.POOLED_COLUMNS, quality.in_order(pooled)),
         gate=quality.gate_table(rows_of("gate")),
         allocation=quality.allocation_table(rows_of("allocation")),
         precision=quality.precision_table(rows_of("store_precision")),
-        sweeps=quality.sweep_table(rows_of("sweeps")),
     )
 
 

@@ -188,7 +188,7 @@ def about(pooled: Sequence[Row], measured: Collection[str]) -> dict[str, Any]:
     }
 
 
-# -- earlier studies -------------------------------------------------------------------------------------------------
+# -- studies ---------------------------------------------------------------------------------------------------------
 
 
 def _change(title: str, key: str, scale: float, form: str) -> Column:
@@ -260,18 +260,3 @@ def precision_table(rows: Iterable[Row]) -> Table:
     )
     keys = ("dataset", "stored_of", "ratio_asked", "store_precision")
     return build(shown, newest((row for row in rows if "store_precision" in row), keys))
-
-
-def sweep_table(rows: Iterable[Row]) -> Table:
-    """Every cell of every sweep."""
-    shown = (
-        Column("recipe", "recipe"),
-        Column("settings", lambda row: ", ".join(f"`{key}={value}`" for key, value in row["settings"].items())),
-        Column("set (questions)", lambda row: f"{dataset_title(row['dataset'])} ({row['n']})"),
-        Column("ratio", "ratio_asked", "{:g}x"),
-        Column("steps", "steps"),
-        Column("F1", lambda row: f"{100 * row['f1']:.1f} ± {100 * row['f1_se']:.1f}"),
-        *columns("{:.1f}", {"full text": "f1_full", "no context": "f1_none"}, 100),
-    )
-    found = (row for row in rows if row.get("suite") == "sweep" and "f1" in row)
-    return build(shown, newest(found, ("recipe", "cell", "dataset", "ratio_asked")))

@@ -33,10 +33,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ...compressors import Reader, make_compressor
+from ...compressors import Reader, make_compressor, pretrained
 from ...compressors.encoders.embedder import packaged_minilm
 from ...compressors.encoders.token_classifier import load_classifier
-from ...compressors import pretrained
 from ..rows import Row, append_rows, clean, key_of, provenance, read_rows
 from ..speed.clock import timed
 from ..speed.entrants import make_passages

@@ -7,10 +7,12 @@ it in logical order.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +48,8 @@ class KVPlacement:
     def _probe(self) -> list[str]:
         device = self.model.get_input_embeddings().weight.device
         ids = torch.arange(1, 7, device=device)[None] % self.config.vocab_size
-        here, there = (self._encode(ids, offset) for offset in (0, 5))
+        with _same_inputs(self.decoder, self.config.num_hidden_layers):
+            here, there = (self._encode(ids, offset) for offset in (0, 5))
         delta = torch.full((ids.shape[1],), 5, device=device)
         close = functools.partial(_close, quantised=getattr(self.model.config, "quantization_config", None) is not None)
         kinds = []
@@ -58,7 +61,7 @@ class KVPlacement:
             else:
                 moved = self._try_rotate(k0, delta, layer)
                 kinds.append(ROTARY if moved is not None and close(moved, k1) else FIXED)
-        return kinds
+        return [FIXED] * len(kinds) if FIXED in kinds else kinds
 
     def _encode(self, ids: Tensor, offset: int) -> list[tuple[Tensor, Tensor]]:
         positions = torch.arange(ids.shape[1], device=ids.device)[None] + offset
@@ -242,9 +245,33 @@ def position_arguments(decoder: nn.Module, positions: Tensor) -> dict[str, Tenso
     return {}
 
 
+@contextlib.contextmanager
+def _same_inputs(decoder: nn.Module, count: int) -> Iterator[None]:
+    """Gives all layers but the first the hidden states of their first call in every later call of this thread.
+
+    Rounding grows from layer to layer (in bfloat16 to 18 % of a value in 30 of them), and would hide how positions enter one.
+    """
+    lists = [part for part in decoder.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
+    own, first = threading.get_ident(), {}
+
+    def replay(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != own:
+            return None
+        if args:
+            return (first.setdefault(layer, args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": first.setdefault(layer, kwargs["hidden_states"])}
+
+    hooks = [layer.register_forward_pre_hook(replay, with_kwargs=True) for layer in (lists[0][1:] if lists else ())]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _close(a: Tensor, b: Tensor, quantised: bool) -> bool:
     if quantised:  # int8 activations round differently at each position; a position mixed in changes far more
         return float((a - b).float().norm()) <= 0.2 * float(a.float().norm())
-    # Rounding grows over the layers: to 3e-4 of the largest value in 30 of them. A position that is mixed in changes far more.
+    # Of the largest value. A position that is mixed in changes far more.
     tolerance = {torch.float32: 2e-3, torch.float64: 1e-6}.get(a.dtype, 3e-2)
     return bool(torch.allclose(a.float(), b.float(), atol=tolerance * max(1.0, float(a.abs().max())), rtol=0))

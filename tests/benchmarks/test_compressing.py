@@ -49,10 +49,9 @@ def test_rows_of_every_kind_of_encoder(reader: Reader, method: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_embedder_is_what_xrag_compresses_with() -> None:
-    reader = Reader.from_pretrained(pretrained("reader-small"))
+def test_the_embedder_is_what_xrag_compresses_with(reader: Reader) -> None:
     texts = ["The treaty was signed in 1648.", "Rivers carry sediment to the sea, and some of it stays in the delta."]
-    entrants = find_entrants(reader, ["xrag-small"], (), (), untrained=False)
+    entrants = find_entrants(reader, ["xrag"], (), (), untrained=True)
     entrants[0].compressor.compress(texts)  # type: ignore[union-attr]  # remembered vectors are no measurement
     (row,) = compressing.compress_rows(reader, entrants, texts, repeats=1, warmup=0)
     embedder = entrants[0].compressor.embedder  # type: ignore[union-attr]

@@ -70,11 +70,11 @@ def test_draw_takes_different_passages_first() -> None:
 
 
 def test_specs() -> None:
-    assert CompressorSpec.parse("icae-small@4,8.5") == CompressorSpec("icae-small", (4, 8.5))
+    assert CompressorSpec.parse("kv-match@4,8.5") == CompressorSpec("kv-match", (4, 8.5))
     assert CompressorSpec.parse("a/b", [2]) == CompressorSpec("a/b", (2,))
     assert CompressorSpec.parse("a") == CompressorSpec("a", (None,))
     for bad in ("a@x", "a@0.5", "@4"):
-        with pytest.raises(ValueError, match="icae-small@4,8"):
+        with pytest.raises(ValueError, match="kv-match@4,8"):
             CompressorSpec.parse(bad)
 
 

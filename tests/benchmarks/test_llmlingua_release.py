@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from nutgraf import pretrained
 from nutgraf.benchmarks.speed.clock import peak_memory
 from nutgraf.benchmarks.speed.entrants import make_passages
 from nutgraf.benchmarks.studies import llmlingua_release as release
 from nutgraf.compressors import Reader, make_compressor
-from nutgraf import pretrained
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 THREADS = torch.get_num_threads()

@@ -133,7 +133,7 @@ def test_what_is_missing_is_named() -> None:
     assert speed_tables.missing([*gpu, account("full", reader_shape="llama-1b")]) == []
 
 
-def test_tables_of_earlier_studies_hold_the_newest_rows() -> None:
+def test_tables_of_studies_hold_the_newest_rows() -> None:
     gate = {
         "test": "gate", "sending": "gate", "level": "0.2", "dataset": "qa_dev_squad + qa_dev_qamr", "n": 90, "share": 0.2,
         "method": "mean-pool", "ratio_asked": 4.0, "reader_tokens": 80.0, "f1": 0.2, "calibrated_by": "probability",
@@ -144,14 +144,6 @@ def test_tables_of_earlier_studies_hold_the_newest_rows() -> None:
         "SQuAD + QAMR (90)", "mean-pooled windows 4x", "probability per token", "0.2", "20 %", "80", "20.0"
     )  # fmt: skip
     assert line[7:] == ("+1.0 (-0.4 to +2.0)", "", "")
-    cell = {
-        "suite": "sweep", "recipe": "icae", "settings": {"a.b": "1", "c": "{x: 2}"}, "cell": "0f", "dataset": "qa_dev_squad",
-        "n": 50, "ratio_asked": 4.0, "steps": 9, "f1": 0.1, "f1_se": 0.02, "f1_full": 0.3, "f1_none": 0.01,
-    }  # fmt: skip
-    table = quality_tables.sweep_table([cell, cell | {"cell": "1f", "f1": 0.12}, {"suite": "sweep", "diverged": "nan"}])
-    assert table.lines[1] == (
-        "icae", "`a.b=1`, `c={x: 2}`", "SQuAD (50)", "4x", "9", "12.0 ± 2.0", "30.0", "1.0"
-    )  # fmt: skip
     stored = quality("mean-pool-int8", 0.2, 40, 8, store_precision="int8", stored_of="mean-pool", same_answers=0.9)
     assert quality_tables.precision_table([stored]).lines[0][1:3] == ("mean-pooled windows 8x", "int8")
     uniform = quality("mean-pool", 0.2, 40, 8, allocation="uniform")
@@ -172,21 +164,21 @@ def test_the_pages_and_the_picture_are_those_of_the_committed_rows() -> None:
 
 @pytest.mark.slow
 def test_the_quality_page_names_the_best_and_has_every_line() -> None:
-    rows = pages.rows_of("tradeoff")
-    found, sets = pooled.pool(rows), pooled.comparable(rows)
+    rows = pages.rows_of("smollm2")
+    tuned = [r | {"method": "pisco", "reader_tuned": True} for r in rows if r["method"] == "icae"]
+    alike = [r | {"method": "full-text", "reader_tuned": True} for r in rows if r["method"] == "full"]
+    found, sets = pooled.pool([*rows, *tuned, *alike]), pooled.comparable([*rows, *tuned, *alike])
     page = pages.quality_page(found, sets)
-    assert page.count("\n| mean-pooled windows |") == 6 + sum(
-        key[0] == "mean-pool" for lines in sets.values() for key in lines
-    )
+    assert page.count("\n| ICAE |") == 2 + sum(key[0] == "icae" for lines in sets.values() for key in lines)
     assert "are compared with the full text of a reader tuned alike" in page
     budget = next(line for line in page.splitlines() if line.startswith("| 4x |"))
     assert budget.count("**") == 2
     assert "full text, tuned reader" in page
     assert "| passages | no context | full text |" in page
-    without = [row for row in rows if row["dataset"] != "qa_dev_nq" and row["method"] != "full-text"]
+    without = [row for row in [*rows, *tuned] if row["dataset"] != "qa_dev_nq"]
     page = pages.quality_page(pooled.pool(without), pooled.comparable(without))
     assert "are not ranked" in page
-    assert "Not measured: NQ.\n" in page
+    assert "Not measured: NQ, " in page
 
 
 def test_one_number_per_method_is_that_of_the_nearest_ratio() -> None:

@@ -521,7 +521,7 @@ def test_auc():
 @pytest.mark.slow
 def test_true_slots_score_above_zeroed_and_foreign_ones():
     reader = Reader.from_pretrained(pretrained("reader-small"), dtype="float32")
-    compressor = load_compressor(pretrained("mean-pool-small"), reader=reader)
+    compressor = load_compressor(pretrained("icae-small"), reader=reader)
     rows = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
     texts = list(dict.fromkeys(row["passages"][row["gold"]]["text"] for row in rows))[:8]
     passages = compressor.compress(texts, ratio=4.0)

@@ -10,6 +10,7 @@ import torch
 from nutgraf import CompressedPassage, Reader
 from nutgraf.compressors.kv.encode import cached_layers
 from nutgraf.compressors.reader.attention import attending
+from nutgraf.compressors.reader.kv import KVPlacement
 from oracles.ragged_pass import one_pass
 
 SHORT = "It was signed in 1648."
@@ -161,3 +162,15 @@ def test_a_failed_read_leaves_the_model_as_it_was(zoo):
 
 def zoo_fingerprint(reader: Reader) -> str:
     return Reader(reader.model, reader.tokenizer).fingerprint
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_neox", "opt", "gpt2"])
+def test_how_keys_move_is_found_in_bfloat16_too(zoo, name):
+    layers = {"opt": 12, "gpt2": 12}.get(name, 24)  # over which rounding grows
+    change = {"n_layer": layers} if name == "gpt2" else {"num_hidden_layers": layers}
+    if name == "gemma3_text":
+        change["layer_types"] = ["sliding_attention", "full_attention"] * (layers // 2)
+    model = zoo.model(name, **change)
+    kinds = KVPlacement(model).kinds
+    assert set(kinds) == {"fixed" if name in ("opt", "gpt2") else "rotary"}
+    assert KVPlacement(model.to(torch.bfloat16)).kinds == kinds

@@ -118,7 +118,7 @@ def test_slots_are_read_as_the_text_they_hold(whole, quantised):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mean-pool-small", "icae-small", "gist-small"])
+@pytest.mark.parametrize("name", ["icae-small", "500x-small"])
 def test_a_compressor_made_on_it_gives_nearly_the_same_slots(on_whole, quantised, name):
     ours, theirs = load_compressor(pretrained(name), reader=quantised), on_whole(name)
     assert ours.fingerprint == theirs.fingerprint
@@ -163,7 +163,7 @@ def test_all_of_it_may_be_offloaded(whole, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mean-pool-small", "icae-small", "gist-small", "pisco-small"])
+@pytest.mark.parametrize("name", ["icae-small", "500x-small"])
 def test_methods_that_run_the_readers_weights_say_that_they_cannot(offloaded, name):
     with pytest.raises(ValueError, match=r"they are offloaded.*into a store with the reader loaded whole"):
         load_compressor(pretrained(name), reader=offloaded)
