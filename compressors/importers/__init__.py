@@ -4,8 +4,8 @@
 writes it as a folder for `load_compressor`. Only tensors are unpickled. Every key of a checkpoint is used, left out for a
 reported reason, or refused by name.
 
-Use the authors' prompts, token for token: `prompts.xrag_prompt`, `prompts.icae_prompt`, `prompts.pisco_prompt` (COCOM too),
-`prompts.slots_first` (AutoCompressor), `prompts.gist_source` and `prompts.gist_prompt`, `prompts.fivehundred_prompt`.
+Use the authors' prompts, token for token: `prompts.xrag_prompt`, `prompts.icae_prompt`, `prompts.pisco_prompt` (COCOM and CLaRa
+too), `prompts.slots_first` (AutoCompressor), `prompts.gist_source` and `prompts.gist_prompt`, `prompts.fivehundred_prompt`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from .layout import MissingOption, Source, listed
 IMPORTERS = {
     "xrag": "xrag",
     "pisco": "pisco",
+    "clara": "clara",
     "cocom": "cocom",
     "autocompressor": "autocompressor",
     "icae": "icae",
