@@ -34,6 +34,7 @@ IMPORTERS = {
     "xrag": "xrag",
     "pisco": "pisco",
     "clara": "clara",
+    "arc-encoder": "arc_encoder",
     "cocom": "cocom",
     "autocompressor": "autocompressor",
     "icae": "icae",
@@ -45,6 +46,7 @@ IMPORTERS = {
 # Method -> module and class that reproduce its release.
 PUBLISHED = {
     "autocompressor": ("autocompressor", "PublishedAutoCompressor"),
+    "arc-encoder": ("arc_encoder", "PublishedARCEncoder"),
     "icae": ("icae", "PublishedICAE"),
     "500x": ("five_hundred", "PublishedKVMemory"),
     "gist": ("gist", "PublishedGist"),
