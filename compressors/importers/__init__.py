@@ -4,8 +4,8 @@
 writes it as a folder for `load_compressor`. Only tensors are unpickled. Every key of a checkpoint is used, left out for a
 reported reason, or refused by name.
 
-Use the authors' prompts, token for token: `prompts.xrag_prompt`, `prompts.icae_prompt`, `prompts.pisco_prompt` (COCOM too),
-`prompts.slots_first` (AutoCompressor), `prompts.gist_source` and `prompts.gist_prompt`, `prompts.fivehundred_prompt`.
+Use the authors' prompts, token for token: `prompts.xrag_prompt`, `prompts.icae_prompt`, `prompts.pisco_prompt` (COCOM and CLaRa
+too), `prompts.slots_first` (AutoCompressor), `prompts.gist_source` and `prompts.gist_prompt`, `prompts.fivehundred_prompt`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from .layout import MissingOption, Source, listed
 IMPORTERS = {
     "xrag": "xrag",
     "pisco": "pisco",
+    "clara": "clara",
+    "arc-encoder": "arc_encoder",
     "cocom": "cocom",
     "autocompressor": "autocompressor",
     "icae": "icae",
@@ -44,6 +46,7 @@ IMPORTERS = {
 # Method -> module and class that reproduce its release.
 PUBLISHED = {
     "autocompressor": ("autocompressor", "PublishedAutoCompressor"),
+    "arc-encoder": ("arc_encoder", "PublishedARCEncoder"),
     "icae": ("icae", "PublishedICAE"),
     "500x": ("five_hundred", "PublishedKVMemory"),
     "gist": ("gist", "PublishedGist"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from .pisco import PublishedPISCO, PublishedPISCOConfig
 ADAPTERS, ROWS = "adapters.pth", "decoder_first_last_layers.pth"
 _TYPES = {"COCOM", "PISCO"}
 _TASKS = ("<AE>", "<ENC>", "<SEP>")
+QUESTIONS = "query_reasoner_adapter"
+_HELD = ("encoder_adapter", "decoder_adapter", "default")
 
 
 def recognises(path: Path) -> bool:
@@ -58,13 +61,29 @@ def load(
             tokenizer knows <MEM0>.
         lora_alpha: default: twice the rank, as in the authors' code.
     """
+    if light := peek_json(source.path / "config.json").get("compr_model_name"):
+        raise CheckpointError(
+            f"{source.path} compresses with {light!r} (COCOM-light), which is not supported; only checkpoints whose decoder "
+            "compresses are."
+        )
+    return build(source, compr_rate, doc_max_length, different_mem_tokens, lora_alpha)
+
+
+def build(
+    source: Source,
+    compr_rate: float | None,
+    doc_max_length: int | None,
+    different_mem_tokens: bool | None,
+    lora_alpha: float | None,
+    held: Sequence[str] = _HELD,
+) -> PublishedPISCO:
+    """The compressor of a folder in this layout; arguments as of `load`.
+
+    Args:
+        held: adapters that ``adapters.pth`` may hold. A ``query_reasoner_adapter`` becomes the encoder of questions.
+    """
     path = source.path
     settings = peek_json(path / "config.json")
-    if settings.get("compr_model_name"):
-        raise CheckpointError(
-            f"{path} compresses with {settings['compr_model_name']!r} (COCOM-light), which is not supported; only "
-            "checkpoints whose decoder compresses are."
-        )
     base = source.need_reader(f"holds no base decoder (it was trained on {settings.get('decoder_model_name')!r})")
     rate = compr_rate or settings.get("compr_rate")
     rate = float(need(rate, "compr_rate", "how many source tokens a slot stands for", path))
@@ -78,11 +97,12 @@ def load(
         raise CheckpointError(f"{path}: the tokenizer lacks {listed(missing)}.")
 
     if (path / ADAPTERS).is_file():
-        reader, adapters = _adapters(source, base, tokenizer)
+        reader, adapters = _adapters(source, base, tokenizer, held)
     else:
         reader, adapters = _whole(source, base, tokenizer)
     encoder = adapters.get("encoder_adapter") or next(iter(adapters.values()))
     decoder = adapters.get("decoder_adapter") or next(iter(adapters.values()))
+    asker = adapters.get(QUESTIONS)
     rank, targets = lora_shape({**decoder, **encoder}, path)
     ids = [known[name] for name in names]
     if max(ids) >= reader.vocab_size:
@@ -105,10 +125,13 @@ def load(
         prefix=prefix,
         suffix=() if tok.eos_token_id is None else (tok.eos_token_id,),
         as_prompt=as_prompt(reader.prompts, prefix),
+        query_encoder=asker is not None,
     )
     compressor = PublishedPISCO(config, reader)
     fill_lora(compressor.encoder, encoder, path)  # type: ignore[arg-type]
     fill_lora(compressor.decoder, decoder, path)  # type: ignore[arg-type]
+    if asker is not None:
+        fill_lora(compressor.query_encoder, asker, path)  # type: ignore[arg-type]
     with torch.no_grad():
         compressor.memory.copy_(reader.embed(torch.tensor(ids, device=reader.device)))
     return compressor
@@ -122,19 +145,22 @@ def _tokenizer(source: Source, base: Reader, several: bool | None, n: int) -> An
         need(None, "different_mem_tokens", "whether there is one <MEM> token or one for each place", source.path)
     tokenizer = copy.deepcopy(base.tokenizer)
     memory = [f"<MEM{i}>" for i in range(n)] if several else ["<MEM>"]
-    tokenizer.add_tokens([*memory, *_TASKS], special_tokens=True)
+    extra = ["<KBTC>"] if peek_json(source.path / "config.json").get("kbtc_training") else []
+    tokenizer.add_tokens([*memory, *_TASKS, *extra], special_tokens=True)
     return tokenizer
 
 
-def _adapters(source: Source, base: Reader, tokenizer: Any) -> tuple[Reader, dict[str, dict[str, Tensor]]]:
+def _adapters(
+    source: Source, base: Reader, tokenizer: Any, known: Sequence[str]
+) -> tuple[Reader, dict[str, dict[str, Tensor]]]:
     path = source.path / ADAPTERS
     held = load_pickle(path)
     if not isinstance(held, dict) or not held:
         raise CheckpointError(f"{path} must hold a dict of adapters, got {type(held).__name__}.")
     adapters = {}
     for name, state in held.items():
-        if name not in ("encoder_adapter", "decoder_adapter", "default") or (name == "default" and len(held) > 1):
-            raise CheckpointError(f"{path} holds an adapter {name!r} that is not known; known are encoder and decoder.")
+        if name not in known or (name == "default" and len(held) > 1):
+            raise CheckpointError(f"{path} holds an adapter {name!r} that is not known; known are {listed(known)}.")
         keys = source.keys(check_state(state, path), path)
         keys.ignore(r"(embed_tokens|lm_head)\.((?!lora_)\w+\.)*weight$", f"embedding rows, which are taken from {ROWS}")
         adapters[str(name)] = take_lora(keys, r"(?:.*?\.)?(?=layers\.)")

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 from transformers import AutoModel
 
 from ..base import Passages
-from ..core.config import check_choices, setting
+from ..core.batching import run_sequences
+from ..core.config import added, check_choices, setting
 from ..core.errors import CheckpointError
+from ..core.passage import CompressedPassage
+from ..encoders.lora_twin import LoRATwin
 from ..encoders.small_lm import SmallLMEncoder
 from ..reader.reader import Reader
+from ..slots.memory_tokens import memory_rows, memory_sequences
 from ..slots.segments import Segment, even_shares
 from ..soft.pisco import PISCOCompressor, PISCOConfig
 from .layout import Keys, Source, load_model_state, load_tensors, need, peek_json, read_json
@@ -38,6 +44,7 @@ class PublishedPISCOConfig(PISCOConfig):
     prefix: tuple[int, ...] | None = setting(None, "ids before each segment; default: BOS", kw_only=True)
     suffix: tuple[int, ...] = setting((), "ids between each segment and its <MEM> tokens", kw_only=True)
     as_prompt: bool = setting(False, "tokenise a passage as the start of a prompt", kw_only=True)
+    query_encoder: bool = added(False, "a third LoRA encodes questions, to rank passages by their slots (CLaRa)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,10 +55,16 @@ class PublishedPISCOConfig(PISCOConfig):
             raise ValueError("The released PISCO reads no question; set query_aware to false.")
         self.prefix = None if self.prefix is None else tuple(self.prefix)
         self.suffix = tuple(self.suffix)
+        if self.query_encoder and (self.slots != "fixed" or self.encoder != "lora"):
+            raise ValueError("query_encoder compares as many slots of the reader on both sides: slots must be 'fixed'.")
 
 
 class PublishedPISCO(PISCOCompressor):
-    """PISCO and COCOM as their authors' code runs them."""
+    """PISCO, COCOM and CLaRa as their authors' code runs them.
+
+    Attributes:
+        query_encoder: the `LoRATwin` that reads questions (CLaRa's query reasoner), or ``None``.
+    """
 
     config_class: ClassVar[type[PISCOConfig]] = PublishedPISCOConfig
     config: PublishedPISCOConfig
@@ -62,6 +75,45 @@ class PublishedPISCO(PISCOCompressor):
         super().__init__(config, reader, encoder_model=encoder_model)
         if config.scale == "none":
             self.log_scale = None
+        self.query_encoder = LoRATwin(reader.model, **config.lora) if config.query_encoder else None
+
+    @torch.no_grad()
+    def relevance(self, question: str, passages: Sequence[CompressedPassage]) -> Tensor:
+        """Scores passages for a question, without reading them (CLaRa, arXiv 2511.18659).
+
+        The query encoder reads the question as if it were a passage. The score is the cosine of the question's slots and a
+        segment's slots, each as one vector; a passage scores as its best segment.
+
+        Returns:
+            ``[passages]`` in float32. CLaRa reads the ``k`` highest.
+
+        Raises:
+            ValueError: if there is no query encoder, the question is empty or longer than a segment, or a passage has no slots.
+        """
+        if self.query_encoder is None:
+            raise ValueError("This checkpoint has no query encoder, so it cannot rank passages; CLaRa-E2E has one.")
+        ids = self.token_ids(Passages([question], [None], [self.base_reader.tokenize(question)]))[0]
+        segments = self.segments_of(ids, [], len(ids), None, 0)
+        if len(segments) != 1:
+            raise ValueError(
+                f"A question has 1 to {self.config.segment_tokens} tokens, this one {len(ids)}: {question!r:.200}"
+            )
+        if bad := [
+            i for i, p in enumerate(passages) if p.embeds is None or not p.slots or p.compressor != self.fingerprint
+        ]:
+            raise ValueError(f"Passage {bad[0]} holds no slots of this compressor; rank what its compress() returned.")
+        rows = memory_rows(self.memory, segments)
+        states = run_sequences(
+            self.query_encoder,
+            memory_sequences(segments, rows, "append"),
+            self.source.embed,
+            self.base_reader.device,
+            self.batch_positions,
+        )[0]
+        asked = states[-segments[0].slots :].float().flatten()
+        found = [passage.embeds.to(asked.device).float().reshape(-1, len(asked)) for passage in passages]  # type: ignore[union-attr]
+        best = [cosine_similarity(vectors, asked[None]).max() for vectors in found]
+        return torch.stack(best) if best else asked.new_zeros(0)
 
     @property
     def prefix(self) -> list[int]:

@@ -54,6 +54,7 @@ SETTINGS: dict[str, dict] = {
     "salient-pool": {"r": 2},
     "kv-match": {"probes": 4},
     "icformer": {"digests": 6, "layers": 2, "ratio": 4.0},
+    "arc-encoder": {"segment_tokens": 40, "dropped_layers": 1, "bridge_width": 16, "r": 4},
 }
 # Options that change how a method compresses, as `method:option`, tried on some of the architectures.
 _ICAE = {"mem_size": 6, "r": 4, "projector": "linear"}
@@ -82,6 +83,7 @@ REFUSED = {
     for method in ("500x", "gist", "kv-match")
     for name in ("gpt2", "opt")
 }
+REFUSED |= {("arc-encoder", name): "changes embeddings before its first layer" for name in ("gpt2", "opt")}
 REFUSED["kv-match", "falcon"] = r"must go through transformers\.AttentionInterface"
 TEXTS = [
     "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911).",

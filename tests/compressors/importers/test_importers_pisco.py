@@ -345,6 +345,93 @@ def test_damage_of_the_older_layouts_is_refused_by_name(tmp_path, zoo, reader):
         import_checkpoint("cocom", folder, reader)
 
 
+# -- CLaRa ---------------------------------------------------------------------------------------------------------
+
+
+class CLaRa(Old):
+    """The layout of the first PISCO with one repeated memory token, and an adapter that reads questions."""
+
+    def __init__(self, zoo):
+        super().__init__(zoo, several=False)
+        self.decoder, self.asker = lora(self.base, 2), lora(self.base, 5)
+        self.settings |= {"model_type": "CLaRa", "compr_model_name": "google-bert/bert-base-uncased"}
+
+    def write(self, folder, tokenizer=False, **adapters):
+        super().write(folder, tokenizer)
+        held = {"encoder_adapter": self.encoder, "decoder_adapter": self.decoder, "query_reasoner_adapter": self.asker}
+        held = {name: state for name, state in (held | adapters).items() if state is not None}
+        torch.save({k: {f"{n}.weight": t for n, t in v.items()} for k, v in held.items()}, folder / "adapters.pth")
+        return folder
+
+
+@pytest.fixture(scope="module")
+def clara(zoo):
+    torch.manual_seed(0)
+    return CLaRa(zoo)
+
+
+def test_clara_computes_what_the_equations_give(tmp_path, clara, reader):
+    folder = clara.write(tmp_path / "clara")
+    assert recognise(folder) == "clara"
+    made = import_checkpoint("clara", folder, reader)
+    passages = made.compress([*PASSAGES, ""])
+    wanted = [clara.slots(text) for text in PASSAGES]
+    assert [p.slots for p in passages] == [len(MEMS), len(MEMS), 0]
+    for passage, want in zip(passages, wanted):
+        assert torch.allclose(passage.embeds, want, atol=1e-4)
+    # The decoder reads [slots]<SEP> per document; its adapter is not the encoder's.
+    model = tuned(with_rows(clara.base, clara.embed, clara.head), clara.decoder)
+    documents = ("<MEM>" * len(MEMS) + "<SEP>") * 2
+    clara.tokenizer.chat_template = reader.tokenizer.chat_template
+    text = chat(clara.tokenizer, f"Background:\n{documents}\n\nQuestion:{QUESTION}")
+    target = clara.tokenizer("in Warsaw", add_special_tokens=False)["input_ids"]
+    hand = logits_by_hand(model, clara.tokenizer, text, ["<MEM>"], torch.cat(wanted), target)
+    prompt = pisco_prompt(made.reader, passages[:2], QUESTION, form="2025")
+    assert torch.allclose(made.reader.target_logits([prompt], [target])[0], hand, atol=1e-4)
+    # Relevance is the cosine of all slots as one vector, the question's made by the third adapter.
+    asked = Old.slots(clara_for_questions(clara), QUESTION).flatten()
+    cosines = [torch.cosine_similarity(asked, want.flatten(), dim=0) for want in wanted]
+    assert torch.allclose(made.relevance(QUESTION, passages[:2]), torch.stack(cosines), atol=1e-4)
+    with pytest.raises(ValueError, match="Passage 2 holds no slots"):
+        made.relevance(QUESTION, passages)
+    with pytest.raises(ValueError, match="1 to 40 tokens"):
+        made.relevance(QUESTION * 20, passages[:2])
+
+
+def clara_for_questions(clara):
+    other = copy.copy(clara)
+    other.encoder = clara.asker
+    return other
+
+
+def test_clara_is_written_with_its_reader_and_query_encoder(tmp_path, clara, reader):
+    folder = clara.write(tmp_path / "clara")
+    import_to("clara", folder, tmp_path / "out", reader)
+    loaded, memory = load_compressor(tmp_path / "out"), load_compressor(folder, reader)
+    a, b = (c.compress(PASSAGES) for c in (loaded, memory))
+    assert all(torch.equal(x.embeds, y.embeds) for x, y in zip(a, b))
+    assert torch.equal(loaded.relevance(QUESTION, a), memory.relevance(QUESTION, b))
+
+
+def test_clara_without_an_adapter(tmp_path, clara, reader):
+    made = import_checkpoint("clara", clara.write(tmp_path / "instruct", query_reasoner_adapter=None), reader)
+    with pytest.raises(ValueError, match="no query encoder"):
+        made.relevance(QUESTION, made.compress(PASSAGES))
+    one = "model.layers.0.mlp.up_proj.lora_A"
+    for i, (changes, named) in enumerate(
+        (
+            (dict(encoder_adapter=None), "lacks encoder_adapter"),
+            (dict(other_adapter=clara.asker), "other_adapter"),
+            (
+                dict(query_reasoner_adapter={k: v for k, v in clara.asker.items() if k != one}),
+                r"missing layers\.0\.mlp\.up_proj\.lora_A",
+            ),
+        )
+    ):
+        with pytest.raises(CheckpointError, match=named):
+            import_checkpoint("clara", clara.write(tmp_path / str(i), **changes), reader)
+
+
 # -- forms of the authors' code ------------------------------------------------------------------------------------
 
 
