@@ -82,6 +82,7 @@ class PairCompressor(Compressor):
         key = str((ids, probes))
         if key not in self._evidence:
             self._evidence[key] = read(self.base_reader, ids, probes)
+            self._evidence[key].shared = True
         return self._evidence[key]
 
     def _compress(

@@ -35,6 +35,7 @@ class LayerEvidence:
         asked: ``[batch, kv_heads, m, head_dim]`` keys of the probes.
         scaling: factor of the scores.
         softcap: limit of the scores, as in Gemma 2, or ``None``.
+        attended: attention of the probes to the passage, once it was computed for `shared` evidence.
     """
 
     front: Tensor
@@ -45,6 +46,7 @@ class LayerEvidence:
     asked: Tensor
     scaling: float
     softcap: float | None
+    attended: Tensor | None = None
 
 
 @dataclass
@@ -57,6 +59,7 @@ class Evidence:
         rows: ``[batch, m]`` bool, false at padding.
         seen: ``[batch, m, m]`` bool, which tokens of the probes each of them sees.
         layers: in order.
+        shared: whether several ratios use it, so that attention is kept.
     """
 
     start: int
@@ -64,6 +67,7 @@ class Evidence:
     rows: Tensor
     seen: Tensor
     layers: list[LayerEvidence] = field(default_factory=list)
+    shared: bool = False
 
     def enter(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Mapping[str, Any]

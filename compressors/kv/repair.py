@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 LOW, HIGH = 0.05, 20.0  # bounds of a pair's weight
-STEPS = 200
+ROUNDS = 20  # of the active-set method, at most; some five are enough
 WEIGHT_RIDGE = 1e-2  # of the mean diagonal of the normal matrix, towards a weight of 1
 VALUE_RIDGE = 1e-2  # the same, towards the pair's own value
 
@@ -20,8 +20,6 @@ def repair(attention: Tensor, values: Tensor, kept: Tensor, how: str) -> tuple[T
         kept: ``[..., n]`` bool.
         how: ``"bias"`` or ``"bias+values"``.
     """
-    dtype = values.dtype
-    attention, values = attention.double(), values.double()  # normal matrices square float32's rounding
     # Only kept columns take part: those of each head are moved to the front, up to the longest head.
     order = kept.int().argsort(dim=-1, descending=True, stable=True)[..., : int(kept.sum(-1).max())]
     part = kept.gather(-1, order)
@@ -30,18 +28,19 @@ def repair(attention: Tensor, values: Tensor, kept: Tensor, how: str) -> tuple[T
     weights = match_weights(columns, share, part)
     bias = torch.zeros_like(attention[..., 0, :]).scatter(-1, order, weights.log())
     if how == "bias":
-        return bias.to(dtype), values.to(dtype)
+        return bias, values
     where = order[..., None].expand(*order.shape, values.shape[-1])
     columns = columns * weights[..., None, :]
     columns = columns / (columns.sum(-1, keepdim=True) + (1 - share).clamp(min=0)).clamp(min=1e-12)
     fitted = refit_values(columns, attention @ values, values.gather(-2, where), part)
-    return bias.to(dtype), values.scatter(-2, where, fitted).to(dtype)
+    return bias, values.scatter(-2, where, fitted)
 
 
 def match_weights(columns: Tensor, share: Tensor, part: Tensor) -> Tensor:
     """Weights ``[..., t]`` within bounds with which kept pairs take the attention of the whole passage.
 
-    Minimises ``|columns w - share|^2 + ridge |w - 1|^2`` by accelerated projected gradient.
+    Minimises ``|columns w - share|^2 + ridge |w - 1|^2`` by a primal-dual active-set method (Hintermueller, Ito and Kunisch
+    2002): weights that would leave the bounds stand at them, the others are solved for, until both sets stay as they are.
 
     Args:
         columns: ``[..., rows, t]`` attention to the kept pairs, zero at padding.
@@ -50,14 +49,23 @@ def match_weights(columns: Tensor, share: Tensor, part: Tensor) -> Tensor:
     """
     normal, target = columns.mT @ columns, (columns.mT @ share)[..., 0]
     ridge = WEIGHT_RIDGE * _mean_diagonal(normal, part)
-    step = 1 / (normal.sum(-1).amax(-1, keepdim=True) + ridge).clamp(min=1e-12)
-    weights = ahead = torch.ones_like(target)
-    for k in range(STEPS):
-        slope = (normal @ ahead[..., None])[..., 0] - target + ridge * (ahead - 1)
-        new = (ahead - step * slope).clamp(LOW, HIGH)
-        ahead = new + (k / (k + 3)) * (new - weights)
-        weights = new
-    return weights
+    normal, target = _with_diagonal(normal, ridge, part), (target + ridge).masked_fill(~part, 1.0)
+    scale = normal.diagonal(dim1=-2, dim2=-1)
+    weights, force = torch.ones_like(target), torch.zeros_like(target)
+    before = None
+    for _ in range(ROUNDS):
+        moved = weights + force / scale
+        low, high = moved < LOW, moved > HIGH
+        fixed = low | high
+        if before is not None and torch.equal(fixed, before):
+            break
+        before = fixed
+        stand = low.to(normal) * LOW + high.to(normal) * HIGH
+        missing = torch.where(fixed, stand, target - (normal @ stand[..., None])[..., 0])
+        system = normal.masked_fill(fixed[..., None] | fixed[..., None, :], 0.0) + torch.diag_embed(fixed.to(normal))
+        weights = torch.cholesky_solve(missing[..., None], torch.linalg.cholesky(system))[..., 0]
+        force = (target - (normal @ weights[..., None])[..., 0]) * fixed
+    return weights.clamp(LOW, HIGH)
 
 
 def refit_values(columns: Tensor, outputs: Tensor, values: Tensor, part: Tensor) -> Tensor:
@@ -70,9 +78,15 @@ def refit_values(columns: Tensor, outputs: Tensor, values: Tensor, part: Tensor)
         part: ``[..., t]`` bool, false at padding.
     """
     normal = columns.mT @ columns
-    ridge = (VALUE_RIDGE * _mean_diagonal(normal, part)).clamp(min=1e-12).expand(part.shape)
-    return values + torch.linalg.solve(normal + torch.diag_embed(ridge), columns.mT @ (outputs - columns @ values))
+    system = _with_diagonal(normal, VALUE_RIDGE * _mean_diagonal(normal, part), part)
+    missing = columns.mT @ (outputs - columns @ values)
+    return values + torch.cholesky_solve(missing, torch.linalg.cholesky(system))
 
 
 def _mean_diagonal(normal: Tensor, part: Tensor) -> Tensor:
     return normal.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) / part.sum(-1, keepdim=True).clamp(min=1)
+
+
+def _with_diagonal(normal: Tensor, ridge: Tensor, part: Tensor) -> Tensor:
+    """A normal matrix with its ridge, positive definite also where nothing attends; the identity at padding."""
+    return normal + torch.diag_embed(torch.where(part, ridge.clamp(min=1e-12), 1.0))

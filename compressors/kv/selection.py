@@ -29,6 +29,8 @@ def attention(layer: LayerEvidence, evidence: Evidence, *, own: bool = False) ->
     Rows are those of all query heads that share the KV head; they are zero at padding. The softmax runs over BOS and passage,
     with ``own`` also over the probe itself.
     """
+    if layer.attended is not None and not own:
+        return layer.attended
     batch, heads = layer.keys.shape[:2]
     groups, start, n = layer.queries.shape[1] // heads, layer.front.shape[2], layer.keys.shape[2]
     queries = wide(layer.queries).reshape(batch, heads, -1, layer.queries.shape[-1])
@@ -40,7 +42,10 @@ def attention(layer: LayerEvidence, evidence: Evidence, *, own: bool = False) ->
     if own:
         scores[..., start + n :].masked_fill_(~evidence.seen.repeat(1, groups, 1)[:, None], -torch.inf)
     rows = evidence.rows.repeat(1, groups)[:, None, :, None]
-    return scores.softmax(-1)[..., start : start + n].masked_fill(~rows, 0.0)
+    found = scores.softmax(-1)[..., start : start + n].masked_fill_(~rows, 0.0)
+    if evidence.shared and not own:
+        layer.attended = found
+    return found
 
 
 def count_rows(layer: LayerEvidence, evidence: Evidence) -> Tensor:
