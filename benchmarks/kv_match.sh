@@ -1,30 +1,42 @@
 #!/usr/bin/env bash
-# The rows of results/kv_match.jsonl: keys and values matched without training, on a pretrained reader in float32.
-# Rows that the file holds already (same code, weights and questions) are left out, so it can be stopped and started again.
-# LIMIT (questions per set), DATA (folder of the sets), OUT, SETS, RATIOS and PARTS (main, choices, several) may be set.
+# The rows of results/kv_match.jsonl: keys and values kept without training, on a pretrained reader in bfloat16, beside the other
+# methods that compress once. Rows that the file holds already (same code, weights and questions) are left out, so it can be
+# stopped and started again.
+# LIMIT (questions per set), DATA (folder of the sets), OUT, SETS, RATIOS, PARTS (main, others, choices) may be set.
 set -euo pipefail
-LIMIT=${LIMIT:-300} DATA=${DATA:-data} OUT=${OUT:-benchmarks/results/kv_match.jsonl} NUTGRAF=${NUTGRAF:-nutgraf}
+LIMIT=${LIMIT:-80} DATA=${DATA:-data} OUT=${OUT:-benchmarks/results/kv_match.jsonl} NUTGRAF=${NUTGRAF:-nutgraf}
 RATIOS=${RATIOS:-1,2,4,8,16} # 1: all pairs precomputed
 
 quality() { # set, further arguments
-  $NUTGRAF bench quality "$DATA/qa_dev_$1.jsonl.xz" --reader reader-smollm2 --dtype float32 --half report --limit "$LIMIT" \
-    --no-shuffled --baseline none --resume --out "$OUT" "${@:2}"
+  $NUTGRAF bench quality "$DATA/qa_dev_$1.jsonl.xz" --reader reader-smollm2 --dtype bfloat16 --half report --limit "$LIMIT" \
+    --no-shuffled --no-likelihood --baseline none --resume --out "$OUT" "${@:2}"
+}
+
+others() { # shorter texts, the passage's first tokens, and slots
+  quality "$1" --baseline truncate --baselines-of llmlingua2 --compressor "llmlingua2-small@${RATIOS#1,}" \
+    --compressor icae-smollm2@2,4
 }
 
 choices() { # other scores, budgets and repairs; each name changes what it says and keeps the rest
-  for changed in repair=none repair=bias budget=per-layer budget=uniform budget=uniform,repair=none \
-    score=kvzip,budget=uniform,repair=none score=kvzip score=keydiff,repair=none score=expected,repair=none \
-    score=snapkv,budget=uniform,repair=none score=random,repair=none score=first,repair=none; do
-    quality "$1" --compressor "kv-match:$changed@${RATIOS#1,}"
+  local score budget how
+  for budget in global per-layer uniform; do
+    for how in bias+values bias none; do
+      [ "$budget,$how" = global,bias+values ] || quality "$1" --compressor "kv-match:budget=$budget,repair=$how@${RATIOS#1,}"
+    done
+  done
+  for score in kvzip,budget=uniform keydiff,budget=uniform expected,budget=per-layer snapkv,budget=uniform random first; do
+    quality "$1" --compressor "kv-match:score=${score%%,*},repair=none@${RATIOS#1,}"
+    quality "$1" --compressor "kv-match:score=${score%%,*}@${RATIOS#1,}"
+    [ "$score" = "${score%%,*}" ] || quality "$1" --compressor "kv-match:score=$score,repair=none@${RATIOS#1,}"
   done
 }
 
-for set in ${SETS:-squad nq}; do
-  for part in ${PARTS:-main choices several}; do
+for part in ${PARTS:-main others choices}; do
+  for set in ${SETS:-nq squad qamr fairytaleqa quoref}; do
     case $part in
     main) quality "$set" --compressor "kv-match@$RATIOS" ;;
-    choices) choices "$set" ;;
-    several) quality "${set}_10" --passages 5 --compressor "kv-match@$RATIOS" ;;
+    others) others "$set" ;;
+    choices) case $set in squad | nq) choices "$set" ;; esac ;;
     esac
   done
 done

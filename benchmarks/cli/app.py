@@ -78,7 +78,7 @@ def quality(asked: QualityOptions) -> None:
     if asked.resume and asked.out is None:
         raise ValueError("--resume continues what --out holds; give --out.")
     dataset, records = asked.questions(asked.passages)
-    settings = asked.settings(dataset, beta=asked.beta, ttft=asked.ttft)
+    settings = asked.settings(dataset, beta=asked.beta, ttft=asked.ttft, likelihood=asked.likelihood)
     encodings = [store_encoding(precision) for precision in asked.store_precision]
     names = [name for name in (BASELINES if asked.baseline is None else asked.baseline) if name != "none"]
     reader = asked.load_reader()

@@ -90,6 +90,8 @@ def pooled_row(sets: dict[str, dict[Key, Row]], key: Key, seed: int = 0) -> Row:
     if all(r.get("ratio", 0) > 0 for r in rows):
         row["ratio"] = math.exp(sum(math.log(r["ratio"]) for r in rows) / len(rows))
     row["reader_tokens"] = sum(r["reader_tokens"] for r in rows) / len(rows)
+    if all("bytes_per_passage" in r for r in rows):
+        row["bytes_per_passage"] = sum(r["bytes_per_passage"] for r in rows) / len(rows)
     if all("ttft_ms" in r and "ttft_ms" in lines[FULL] for r, lines in zip(rows, sets.values())):
         # each line was timed in turns with the full text, so the ratio of the two counts
         full = [lines[FULL]["ttft_ms"] for lines in sets.values()]
@@ -105,6 +107,16 @@ def pooled_row(sets: dict[str, dict[Key, Row]], key: Key, seed: int = 0) -> Row:
     if (share := metrics.pooled_recovered_share(scores, seed=seed)) is not None:  # type: ignore[arg-type]
         row |= dict(zip(("recovered_share", "ci_low", "ci_high"), share))
     return row
+
+
+def lead(sets: dict[str, dict[Key, Row]], key: Key, over: Key, seed: int = 0) -> Row:
+    """Pooled share of a line less that of another, paired by question: `lead` with `lead_low` and `lead_high`."""
+    scores = []
+    for lines in sets.values():
+        ours, theirs, none, full = (np.array(lines[line]["f1_each"], float) for line in (key, over, NONE, FULL))
+        scores.append((ours - theirs + none, none, full))
+    found = metrics.pooled_recovered_share(scores, seed=seed)
+    return {} if found is None else dict(zip(("lead", "lead_low", "lead_high"), found)) | {"lead_over": over[0]}
 
 
 def _tuned_full_text(sets: dict[str, dict[Key, Row]]) -> Key | None:

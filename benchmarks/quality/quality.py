@@ -117,9 +117,8 @@ def evaluate(
                 scores["kl"] = np.array([kl_divergence(reader, a, b) for a, b in zip(full, likely)])
             row = _row(reader, method, scores, found, kept, settings)
             row |= method.about() | {"questions": questions_hash(kept), "skipped": len(records) - len(kept)}
-            if isinstance(method, Compressed):
-                sizes = [p.nbytes for pieces in contexts for p in pieces if isinstance(p, CompressedPassage)]
-                row["bytes_per_passage"] = sum(sizes) / max(1, len(sizes))
+            if sizes := [_nbytes(piece) for pieces in contexts for piece in pieces]:
+                row["bytes_per_passage"] = sum(sizes) / len(sizes)
             if isinstance(method, Stored):
                 row |= _stored(method, predictions, scores, found, settings.seed)
             if settings.ttft:
@@ -186,6 +185,10 @@ def _size(reader: Reader, piece: Piece) -> float:
     if not isinstance(piece, CompressedPassage):
         return len(reader.tokenize(piece))
     return piece.source_tokens / piece.ratio if piece.ragged else piece.slots
+
+
+def _nbytes(piece: Piece) -> int:
+    return piece.nbytes if isinstance(piece, CompressedPassage) else len(piece.encode("utf-8", "surrogatepass"))
 
 
 def head(reader: Reader, method: Method, records: Sequence[Record], settings: Settings) -> Row:

@@ -13,15 +13,17 @@ from typing import Any
 
 from ..names import dataset_title, kind_of, method_name
 from ..quality.pooled import FULL, NONE, Key, comparable, pool
-from ..rows import PACKAGE, RESULTS, Row, read_rows
+from ..rows import PACKAGE, RESULTS, Row, clean, read_rows
+from . import kv_tables as kv
 from . import quality_tables as quality
-from .plots import hash_in, rows_hash, trade_off
+from .plots import by_bytes, hash_in, rows_hash, trade_off
 from .speed_tables import missing, speed_tables
 from .table import build, render
 
 PAGES = PACKAGE / "docs" / "results"
 PICTURE = PAGES / "quality.png"
-PRETRAINED = "smollm2"  # results file of the pretrained reader
+KV_PICTURE = PAGES / "kv.png"
+PRETRAINED, KEPT_PAIRS = "smollm2", "kv_match"  # results files of the pretrained reader
 RATIO = 4.0  # of the one number per method
 
 
@@ -33,8 +35,10 @@ def rows_of(*names: str) -> list[Row]:
 def pages() -> dict[Path, str]:
     """Every text file that follows from the rows, by path."""
     rows = rows_of(PRETRAINED)
-    pooled, sets = pool(rows), comparable(rows)
+    pooled, sets, pairs = pool(rows), comparable(rows), kv.page_tables(rows_of(KEPT_PAIRS))
     return {
+        PAGES / "kv.md": render("kv.md", **pairs),
+        RESULTS / f"{KEPT_PAIRS}_pooled.jsonl": "".join(json.dumps(clean(row)) + "\n" for row in pairs["pooled"]),
         PAGES / "quality.md": quality_page(pooled, sets),
         PAGES / "speed.md": speed_page(rows_of("speed", "store", "training_speed", "selection")),
         PAGES / "studies.md": studies_page(),
@@ -96,16 +100,19 @@ def main(arguments: Sequence[str]) -> int:
     if unknown := set(arguments) - {"--check"}:
         print(f"Unknown argument {min(unknown)!r}; the only one is --check.", file=sys.stderr)
         return 2
-    files, pooled = pages(), pool(rows_of(PRETRAINED))
+    files = pages()
+    pictures = {PICTURE: (trade_off, pool(rows_of(PRETRAINED))), KV_PICTURE: (by_bytes, kv.once(rows_of(KEPT_PAIRS)))}
     if "--check" not in arguments:
         PAGES.mkdir(parents=True, exist_ok=True)
         for path, text in files.items():
             path.write_text(text, encoding="utf-8")
-        PICTURE.write_bytes(trade_off(pooled) or b"")
+        for path, (draw, drawn) in pictures.items():
+            path.write_bytes(draw(drawn) or b"")
         return 0
     stale = [path for path, text in files.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
-    if not PICTURE.is_file() or hash_in(PICTURE.read_bytes()) != rows_hash(pooled):
-        stale.append(PICTURE)
+    for path, (_, drawn) in pictures.items():
+        if not path.is_file() or hash_in(path.read_bytes()) != rows_hash(drawn):
+            stale.append(path)
     for path in stale:
         print(f"{path.relative_to(PACKAGE)} is not that of the rows.", file=sys.stderr)
     return int(bool(stale))

@@ -110,6 +110,37 @@ def trade_off(rows: Sequence[Row], svg: bool = False) -> bytes | None:
     _kinds_legend(figure, left, series)
     if svg:
         return _svg_text(figure).encode()
+    return _png(figure, rows)
+
+
+def by_bytes(rows: Sequence[Row]) -> bytes | None:
+    """PNG of pooled lines: recovered share against bytes per passage. None without anything to draw."""
+    series = drawn_series([row for row in rows if "bytes_per_passage" in row])
+    if not series:
+        return None
+    figure, (axes,) = _figure((8.2, 5.0))
+    for line in series:
+        x = [row["bytes_per_passage"] for row in line["rows"]]
+        y, low, high = ([100 * r[key] for r in line["rows"]] for key in ("recovered_share", "ci_low", "ci_high"))
+        bars = [[max(a - b, 0.0) for a, b in zip(y, low)], [max(b - a, 0.0) for a, b in zip(y, high)]]
+        axes.errorbar(x, y, bars, capsize=2, elinewidth=0.9, label=line["name"], **line["look"])
+        for row, at, share in zip(line["rows"], x, y):
+            axes.annotate(f"{row['ratio_asked']:g}x", (at, share), (6, 5), textcoords="offset points", fontsize=8.5,
+                          color=line["look"]["color"])  # fmt: skip
+    full = next((row["bytes_per_passage"] for row in rows if row["method"] == "full"), None)
+    if full is not None:
+        axes.plot(full, 100, "*", color=INK, markersize=13, zorder=5)
+        axes.annotate("full text", (full, 100), (-4, 9), textcoords="offset points", ha="right", color=INK)
+    axes.axhline(100, color=INK, linewidth=1.2)
+    axes.axhline(0, color=QUIET, linewidth=1.2)
+    axes.set_xscale("log")
+    axes.set_xlabel("bytes per stored passage")
+    axes.set_ylabel("recovered share of the full text's gain, %")
+    axes.legend(frameon=False, fontsize=9.5, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
+    return _png(figure, rows)
+
+
+def _png(figure: Figure, rows: Sequence[Row]) -> bytes:
     out = io.BytesIO()
     metadata = {KEYWORD: rows_hash(rows), "Software": None}
     figure.savefig(out, format="png", dpi=150, metadata=metadata, pil_kwargs={"optimize": True})
@@ -129,6 +160,8 @@ def rows_hash(rows: Sequence[Row]) -> str:
         "ttft_ms",
         "datasets",
     )
+    if any("bytes_per_passage" in row for row in rows):
+        shown = (*shown, "bytes_per_passage")
     return hashlib.sha256(json.dumps([[row.get(key) for key in shown] for row in rows]).encode()).hexdigest()[:16]
 
 
