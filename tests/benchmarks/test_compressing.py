@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from nutgraf import pretrained
 from nutgraf.benchmarks.cli.app import bench_app
 from nutgraf.benchmarks.costs import shapes
 from nutgraf.benchmarks.speed import compressing, store
