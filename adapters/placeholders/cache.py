@@ -108,6 +108,12 @@ class PassageCache:
                 found[key] = self.put(key, passage)
         return [found[key] for key in keys]
 
+    def discard(self, key: Hashable) -> None:
+        """Remove the passage under a key, if it is kept."""
+        with self._lock:
+            if (gone := self._passages.pop(key, None)) is not None:
+                self._nbytes -= gone.nbytes
+
     def clear(self) -> None:
         """Remove every passage."""
         with self._lock:

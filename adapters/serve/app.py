@@ -1,4 +1,4 @@
-"""OpenAI-compatible server for a reader, with prompt embeddings as in vLLM."""
+"""OpenAI-compatible server for a reader, with compressed passages in prompts."""
 
 from __future__ import annotations
 
@@ -7,29 +7,36 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
 try:
     from fastapi import FastAPI, Request
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, Response, StreamingResponse
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
+
+    from .metrics import Metrics
 except ImportError as error:  # an extra of the package
-    raise ImportError("Serving needs FastAPI and uvicorn: pip install 'nutgraf[serve]'.") from error
+    raise ImportError("Serving needs FastAPI, uvicorn and prometheus-client: pip install 'nutgraf[serve]'.") from error
 
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from ...compressors import Reader
+from ...compressors import Compressor, Reader
 from ...compressors.reader.checks import check_reads_slots
 from ...compressors.reader.plan import PromptPlan
+from ..checks import check_compressor
+from ..store import PassageStore
 from ..threads import astream
 from .batching import Answered, AnswerOptions, Batcher
 from .errors import RequestError
 from .limits import Limits
+from .passages import NewPassages, Passages, check_fits
 from .replies import Reply
-from .requests import ChatRequest, CompletionRequest, Prompts, parse
+from .requests import ChatRequest, CompletionRequest, Prompts, check_model, parse
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -38,34 +45,50 @@ _FAILED = "The reader failed; the server's log says why."
 
 
 def create_app(
-    reader: Reader, *, name: str | None = None, limits: Limits | None = None, api_key: str | None = None
+    reader: Reader,
+    *,
+    compressor: Compressor | None = None,
+    store: PassageStore | None = None,
+    ratio: float | None = None,
+    name: str | None = None,
+    limits: Limits | None = None,
+    api_key: str | None = None,
 ) -> FastAPI:
-    """Make an application with ``/v1/completions``, ``/v1/chat/completions``, ``/v1/models`` and ``/health``.
+    """Make an application with OpenAI's completions, chats and models, ``/v1/passages``, ``/health`` and ``/metrics``.
 
-    Concurrent prompts are read in one batch; a streamed answer is read alone. Special tokens in texts are plain text.
+    Concurrent prompts are read in one batch, whatever passages they hold; a streamed answer is read alone. Special tokens
+    in texts are plain text. The application closes neither the reader nor the store.
 
     Args:
         reader: answers the prompts.
+        compressor: compresses passages that come as text; default: they are refused.
+        store: holds passages that prompts name by id, and those compressed here; default: none.
+        ratio: compression ratio L / l; default: the compressor's own.
         name: the model's name for clients; default: the reader's name.
         limits: limits of requests.
         api_key: bearer token that clients must send; default: none.
 
     Raises:
-        TypeError: if ``reader`` is not a `Reader`.
-        ValueError: if the reader is a state-space model that would misread embeddings.
+        TypeError: if ``reader`` is not a `Reader`, or ``compressor`` not a compressor.
+        ValueError: if the reader is a state-space model that would misread embeddings, or the compressor is for another one.
     """
     if not isinstance(reader, Reader):
         raise TypeError(f"reader must be a nutgraf Reader, got {type(reader).__name__}; see Reader.from_pretrained.")
+    if compressor is not None:
+        check_compressor(compressor)
     check_reads_slots(reader)
+    check_fits(reader, compressor)
     server = _Server(reader, name or reader.name, limits or Limits(), api_key)
+    server.passages = Passages(compressor, store, ratio, server.metrics.count_passages)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(server.batcher.close)
+        await asyncio.to_thread(server.close)
 
     app = FastAPI(title="nutgraf", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.batcher = server.batcher
+    app.add_middleware(server.metrics.wrap)  # type: ignore[arg-type]
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> JSONResponse:
@@ -91,6 +114,10 @@ def create_app(
         status = {"status": "ok" if alive else "down", "model": server.name, "waiting": server.batcher.waiting}
         return JSONResponse(status, 200 if alive else 503)
 
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(server.metrics.text(), media_type=server.metrics.content_type)
+
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
         server.check_key(request)
@@ -110,6 +137,31 @@ def create_app(
     async def chat(request: Request) -> Response:
         return await server.answer(request, ChatRequest, server.prompts.of_chat)
 
+    @app.post("/v1/passages")
+    async def add(request: Request) -> dict[str, Any]:
+        server.check_key(request)
+        new = check_model(NewPassages, await server.json(request))
+        return {"object": "list", "data": await server.in_thread(server.passages.add, new)}
+
+    @app.get("/v1/passages")
+    async def listed(request: Request, after: str = "", limit: int = 100) -> Any:
+        server.check_key(request)
+        return await server.in_thread(server.passages.page, after, limit)
+
+    @app.get("/v1/passages/{name}")
+    async def one(request: Request, name: str) -> Any:
+        server.check_key(request)
+        return await server.in_thread(server.passages.one, name)
+
+    @app.delete("/v1/passages/{name}")
+    async def delete(request: Request, name: str) -> Any:
+        server.check_key(request)
+        return await server.in_thread(server.passages.delete, name)
+
+    @app.exception_handler(RequestValidationError)
+    async def no_number(request: Request, error: RequestValidationError) -> JSONResponse:
+        return JSONResponse(RequestError("limit must be a number.", 400, "limit").body(), 400)
+
     return app
 
 
@@ -120,8 +172,13 @@ class _Server:
         self.reader = reader
         self.name = name
         self.limits = limits
-        self.prompts = Prompts(reader, limits)
         self.batcher = Batcher(reader, limits)
+        self.metrics = Metrics(self.batcher)
+        self.passages = Passages(None, None)
+        self.prompts = Prompts(reader, limits, lambda refs, param: self.passages.resolve(refs, param))
+        # Of its own: prompts that wait for the compressor must not hold up those that do not.
+        self._pool = ThreadPoolExecutor(32, "nutgraf-serve")
+        self._at_work = 0
         self.streams = asyncio.Semaphore(limits.max_streams)
         self._key = api_key
         self.card = {
@@ -143,24 +200,47 @@ class _Server:
         if name is not None and name != self.name:
             raise RequestError(f"There is no model {name!r:.100} here; it is {self.name!r}.", 404, "model")
 
+    def close(self) -> None:
+        """Finish the running batch and refuse what waits."""
+        self.batcher.close()
+        self._pool.shutdown(cancel_futures=True)
+
+    async def in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Run blocking work; give up waiting, not working, after the time limit."""
+        running = asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
+        try:
+            return await asyncio.wait_for(running, self.limits.timeout_s)
+        except TimeoutError as error:
+            raise RequestError(f"There was no answer after {self.limits.timeout_s:g} s.", 504) from error
+
     async def answer(self, http: Request, kind: type[Any], make: Callable[[Any], list[PromptPlan]]) -> Response:
         """Answer one request, whole or streamed."""
         self.check_key(http)
-        request = parse(kind, await self._json(http))
-        self._check_who(request, http)
-        return await _while_connected(http, self._respond(request, kind, make))
+        limits = self.limits
+        if self._at_work >= limits.max_queue + limits.max_batch + limits.max_streams:
+            raise RequestError(f"{self._at_work} requests are waiting already; try again later.", 429)
+        self._at_work += 1
+        try:
+            request = parse(kind, await self.json(http))
+            self._check_who(request, http)
+            return await _while_connected(http, self._respond(request, kind, make))
+        finally:
+            self._at_work -= 1
 
     async def _respond(self, request: Any, kind: type[Any], make: Callable[[Any], list[PromptPlan]]) -> Response:
-        plans = await asyncio.to_thread(make, request)
+        start = time.perf_counter()
+        plans = await self.in_thread(make, request)
         options = self.prompts.options(request, plans)
+        self.metrics.prompts.inc(sum(map(len, plans)))
         reply = Reply(self.name, chat=kind is ChatRequest)
         if request.stream:
             if len(plans) != 1:
                 raise RequestError("One prompt at a time can be streamed.", 400, "stream")
-            events = self._events(plans[0], options, reply, request.wants_usage())
+            events = self._events(plans[0], options, reply, request.wants_usage(), start)
             first = await anext(events)  # an early refusal keeps its status
-            return StreamingResponse(_prepend(first, events), media_type="text/event-stream")
+            return _Stream(_prepend(first, events), self.limits.timeout_s)
         answers = await self._read(plans, options)
+        self.metrics.tokens.inc(sum(answer.tokens for answer in answers))
         return JSONResponse(reply.whole(answers, sum(map(len, plans))))
 
     async def _read(self, plans: list[PromptPlan], options: AnswerOptions) -> list[Answered]:
@@ -180,20 +260,25 @@ class _Server:
                 future.cancel()
 
     async def _events(
-        self, plan: PromptPlan, options: AnswerOptions, reply: Reply, usage: bool
+        self, plan: PromptPlan, options: AnswerOptions, reply: Reply, usage: bool, start: float
     ) -> AsyncIterator[bytes]:
         try:
             await asyncio.wait_for(self.streams.acquire(), self.limits.timeout_s)
         except TimeoutError as error:
             raise RequestError("Too many answers are being streamed; try again later.", 429) from error
+        self.metrics.streams.inc()
+        steps = _Steps()
         try:
-            steps = _Steps()
             kwargs: dict[str, Any] = {**options.to_kwargs(), "logits_processor": LogitsProcessorList([steps])}
             try:
                 for event in reply.opening():
                     yield _sse(event)
                 async with aclosing(astream(self.reader, plan, **kwargs)) as pieces:  # type: ignore[type-var]
+                    first = True
                     async for piece in pieces:
+                        if first:
+                            self.metrics.first.observe(time.perf_counter() - start)
+                            first = False
                         yield _sse(reply.piece(piece))
             except Exception as error:
                 _log.error("A stream failed", exc_info=error)
@@ -204,15 +289,21 @@ class _Server:
                 yield _sse(reply.usage(len(plan), steps.taken))
             yield b"data: [DONE]\n\n"
         finally:
+            self.metrics.streams.dec()
+            self.metrics.tokens.inc(steps.taken)
             self.streams.release()
 
-    async def _json(self, http: Request) -> Any:
-        most = self.limits.max_body_bytes
-        body = bytearray()
-        async for chunk in http.stream():
-            body += chunk
-            if len(body) > most:
-                raise RequestError(f"A request may hold {most:,} bytes.", 413)
+    async def json(self, http: Request) -> Any:
+        """Read a request's body."""
+        most, body = self.limits.max_body_bytes, bytearray()
+        try:
+            async with asyncio.timeout(self.limits.timeout_s):
+                async for chunk in http.stream():
+                    body += chunk
+                    if len(body) > most:
+                        raise RequestError(f"A request may hold {most:,} bytes.", 413)
+        except TimeoutError as error:
+            raise RequestError(f"The request did not arrive within {self.limits.timeout_s:g} s.", 408) from error
         try:
             return json.loads(body)
         except (ValueError, RecursionError) as error:
@@ -238,6 +329,25 @@ class _Steps(LogitsProcessor):
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         self.taken += 1
         return scores
+
+
+class _Stream(StreamingResponse):
+    """An event stream that ends when the client has not read for ``timeout_s`` seconds."""
+
+    def __init__(self, events: AsyncIterator[bytes], timeout_s: float) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self.timeout_s = timeout_s
+
+    async def stream_response(self, send: Callable[[Any], Awaitable[None]]) -> None:
+        async def soon(message: Any) -> None:
+            await asyncio.wait_for(send(message), self.timeout_s)
+
+        try:
+            await super().stream_response(soon)
+        except TimeoutError:
+            _log.warning("A client did not read its stream for %g s; the stream is closed.", self.timeout_s)
+        finally:
+            await self.body_iterator.aclose()  # type: ignore[attr-defined]
 
 
 async def _while_connected(http: Request, work: Coroutine[Any, Any, T]) -> T:

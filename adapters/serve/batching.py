@@ -68,14 +68,18 @@ class Batcher:
     """A thread that reads queued prompts in batches. Thread-safe.
 
     The oldest prompt is always in the next batch; later ones with equal options join it, within ``limits``. A prompt whose
-    future is cancelled leaves the queue, and its generation ends after the current step. The attribute ``batches`` has the
-    sizes of recent batches.
+    future is cancelled leaves the queue, and its generation ends after the current step.
+
+    Attributes:
+        batches: sizes of recent batches.
+        on_batch: called with the size of each batch.
     """
 
     def __init__(self, reader: Reader, limits: Limits) -> None:
         self.reader = reader
         self.limits = limits
         self.batches: deque[int] = deque(maxlen=1000)
+        self.on_batch: Callable[[int], object] = lambda size: None
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -124,6 +128,7 @@ class Batcher:
     def _work(self) -> None:
         while batch := self._next():
             self.batches.append(len(batch))
+            self.on_batch(len(batch))
             try:
                 answers = self._generate(batch)
             except BaseException as error:

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import contextlib
+import ipaddress
+import math
+from typing import Annotated, Any
 
 import typer
 
 from ...console import friendly_errors
+from ..store import StoreError
 
 
 def serve(
     reader: Annotated[str, typer.Option("--reader", "-r", help="A shipped reader, a folder or a hub id.")],
+    store: Annotated[
+        str | None, typer.Option("--store", "-s", help="Store of compressed passages, by id; created if missing.")
+    ] = None,
+    compressor: Annotated[
+        str | None,
+        typer.Option(
+            "--compressor", "-c", help="Compresses passages that come as text: shipped, a folder or a hub id."
+        ),
+    ] = None,
+    ratio: Annotated[float | None, typer.Option(help="Compression ratio; default: the compressor's own.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
     name: Annotated[str | None, typer.Option(help="The model's name for clients; default: the reader's name.")] = None,
@@ -30,9 +44,16 @@ def serve(
     max_body_mib: Annotated[int, typer.Option(min=1, help="Largest request.")] = 64,
     timeout_s: Annotated[float, typer.Option(min=0.1, help="Seconds until a request gives up.")] = 300,
 ) -> None:
-    """Serve a reader to OpenAI clients: text, token ids and prompt embeddings; batched, streamed, bounded."""
-    with friendly_errors():
-        from ...compressors import Reader
+    """Serve a reader to OpenAI clients: text, compressed passages, prompt embeddings; batched, streamed, bounded."""
+    with friendly_errors(StoreError), contextlib.ExitStack() as opened:
+        if not api_key and not is_loopback(host):
+            raise ValueError(
+                f"{host} can be reached from other machines: set NUTGRAF_API_KEY (or --api-key) to a token that clients must "
+                "send, or listen on 127.0.0.1."
+            )
+        if ratio is not None and compressor is None:
+            raise ValueError("--ratio needs --compressor.")
+        from ...compressors import Reader, load_compressor
         from .limits import Limits
 
         limits = Limits(
@@ -50,8 +71,30 @@ def serve(
 
             from .app import create_app
         except ImportError as error:
-            raise ImportError("Serving needs FastAPI and uvicorn: pip install 'nutgraf[serve]'.") from error
+            raise ImportError(
+                "Serving needs FastAPI, uvicorn and prometheus-client: pip install 'nutgraf[serve]'."
+            ) from error
+        passages: Any = None
+        if store is not None:
+            from ..store import LanceStore
+
+            passages = opened.enter_context(LanceStore(store, create=compressor is not None))
         loaded = Reader.from_pretrained(reader, device=device, dtype=dtype)
-        app = create_app(loaded, name=name, limits=limits, api_key=api_key)
-        typer.echo(f"{name or loaded.name} ({loaded.fingerprint}) on http://{host}:{port}/v1", err=True)
-    uvicorn.run(app, host=host, port=port, log_level="warning")
+        made = None if compressor is None else load_compressor(compressor, loaded)
+        served = loaded if made is None else made.reader
+        app = create_app(
+            served, compressor=made, store=passages, ratio=ratio, name=name, limits=limits, api_key=api_key or None
+        )
+        typer.echo(f"{name or served.name} ({served.fingerprint}) on http://{host}:{port}/v1", err=True)
+        # A second signal stops at once; the first waits for answers at work.
+        uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=math.ceil(timeout_s))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False  # a name, which may mean any address

@@ -12,18 +12,21 @@ class Limits:
     Attributes:
         max_body_bytes: bytes of a request.
         max_prompts: prompts of a completion request.
+        max_passages: passages that a prompt names.
         max_new_tokens: tokens of an answer.
         max_positions: positions of a prompt and its answer; ``None``: the reader's, or 32,768.
         max_batch: prompts read together.
         max_batch_positions: positions of a batch with padding (a single prompt may be longer).
         max_wait_ms: time a prompt waits for others to join its batch.
-        max_queue: waiting prompts; more are refused with 429.
+        max_queue: waiting prompts, and requests at work besides; more are refused with 429.
         max_streams: concurrent streams; others wait.
-        timeout_s: seconds until an unanswered request gets 504, or a waiting stream 429.
+        timeout_s: seconds until an unanswered request gets 504, a waiting stream 429, a request whose body does not come
+            408; and until a stream ends whose client does not read.
     """
 
     max_body_bytes: int = 64 * 2**20
     max_prompts: int = 64
+    max_passages: int = 256
     max_new_tokens: int = 2048
     max_positions: int | None = None
     max_batch: int = 16

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...compressors import CompressedPassage, Reader
-from ...compressors.reader.plan import PromptPlan
+from ...compressors.reader.plan import KV, PromptPlan
 from ...compressors.reader.tokenization import TokenIds
 from .batching import AnswerOptions
 from .errors import RequestError
 from .limits import Limits
+from .passages import PassageRef
 from .tensors import decode_embeds
 
 _LABELS = {
@@ -119,15 +120,15 @@ class _Request(BaseModel):
 
 
 class CompletionRequest(_Request):
-    """``/v1/completions``: text, token ids or prompt embeddings."""
+    """``/v1/completions``: text, token ids, prompt embeddings, or one prompt as a list of parts as in chats."""
 
     unserved = _UNSERVED | _UNSERVED_COMPLETION
-    prompt: str | list[str] | list[int] | list[list[int]] | None = None
+    prompt: str | list[str] | list[int] | list[list[int]] | list[dict[str, Any]] | None = None
     prompt_embeds: str | list[str] | None = None
 
 
 class ChatRequest(_Request):
-    """``/v1/chat/completions``: messages of text and prompt embeddings."""
+    """``/v1/chat/completions``: messages of text, prompt embeddings and passages."""
 
     unserved = _UNSERVED | _UNSERVED_CHAT
     messages: list[dict[str, Any]] = Field(min_length=1)
@@ -137,17 +138,22 @@ class ChatRequest(_Request):
     continue_final_message: bool | None = None
 
 
-def parse(kind: type[Any], data: Any) -> Any:
-    """Validate a request. Raises ``RequestError`` with the field that is wrong or not supported."""
+def check_model(kind: type[Any], data: Any) -> Any:
+    """Make a model of a request's JSON. Raises ``RequestError`` with the field that is wrong."""
     if not isinstance(data, dict):
         raise RequestError(f"A request must be a JSON object, got {type(data).__name__}.")
     try:
-        request = kind.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = str(first["loc"][0]) if first["loc"] else None
         where = ".".join(str(step) for step in first["loc"])
         raise RequestError(f"{where or 'The request'}: {first['msg']}.", 400, field) from error
+
+
+def parse(kind: type[Any], data: Any) -> Any:
+    """Validate a request. Raises ``RequestError`` with the field that is wrong or not supported."""
+    request = check_model(kind, data)
     _refuse_others({n: v for n, v in data.items() if n not in kind.model_fields and n not in _LABELS}, kind.unserved)
     _refuse_others(request.stream_options or {}, _STREAM_OPTIONS, "stream_options.")
     if request.stream_options and not request.stream:
@@ -164,11 +170,23 @@ def _refuse_others(given: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ..
 
 
 class Prompts:
-    """Turns requests into planned prompts for a reader, within limits."""
+    """Turns requests into planned prompts for a reader, within limits.
 
-    def __init__(self, reader: Reader, limits: Limits) -> None:
+    Args:
+        reader: reads the prompts.
+        limits: limits of requests.
+        resolve: returns the compressed passages that a prompt names; see `Passages.resolve`.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        limits: Limits,
+        resolve: Callable[[Sequence[PassageRef], str], Mapping[PassageRef, CompressedPassage]],
+    ) -> None:
         self.reader = reader
         self.limits = limits
+        self.resolve = resolve
         known = [n for n in (reader.max_positions, limits.max_positions) if n is not None]
         self.max_positions = min(known, default=32_768)
 
@@ -181,13 +199,16 @@ class Prompts:
             texts: list[Any] = [prompt] if prompt or not given else []  # OpenAI's client always sends a prompt
         elif prompt and isinstance(prompt[0], int):
             texts = [prompt]
+        elif prompt and isinstance(prompt[0], dict):
+            texts = []
+            given += self._resolved([self._content(prompt, "prompt", "prompt")], "prompt")
         else:
             texts = list(prompt or [])
         if len(given) + len(texts) > self.limits.max_prompts:
             raise RequestError(
                 f"A request may hold {self.limits.max_prompts} prompts, got {len(given) + len(texts)}.", 400, "prompt"
             )
-        prompts: list[Any] = [[TokenIds(()), passage] for passage in given]
+        prompts: list[Any] = [one if isinstance(one, list) else [TokenIds(()), one] for one in given]
         prompts += [text if isinstance(text, str) else [TokenIds(tuple(text))] for text in texts]
         if not prompts:
             raise RequestError("A completion needs a prompt or prompt_embeds.", 400, "prompt")
@@ -195,14 +216,17 @@ class Prompts:
 
     def of_chat(self, request: ChatRequest) -> list[PromptPlan]:
         """Plan the prompt of a chat."""
-        messages = []
+        messages: list[dict[str, Any]] = []
         for i, message in enumerate(request.messages):
             if not isinstance(message.get("role"), str):
                 raise RequestError(f"messages.{i} needs a role.", 400, "messages")
             given = {name: value for name, value in message.items() if value is not None}
             for name in given.keys() - {"role", "content"}:
                 self._check_read(name, f"messages.{i}.{name:.60}", "messages")
-            messages.append({**given, "content": self._content(message.get("content"), f"messages.{i}.content")})
+            content = self._content(message.get("content"), f"messages.{i}.content", "messages")
+            messages.append({**given, "content": content})
+        contents = self._resolved([message["content"] for message in messages], "messages")
+        messages = [{**message, "content": content} for message, content in zip(messages, contents)]
         options = dict(request.chat_template_kwargs or {})
         for name in options.keys() - _TEMPLATE_OPTIONS:
             self._check_read(name, f"chat_template_kwargs.{name:.60}", "chat_template_kwargs")
@@ -226,14 +250,14 @@ class Prompts:
     def options(self, request: _Request, plans: list[PromptPlan]) -> AnswerOptions:
         """Return the options of the answers."""
         asked = getattr(request, "max_completion_tokens", None) or request.max_tokens
-        most = max(1, min(self.limits.max_new_tokens, self.max_positions - max(map(len, plans))))
+        most = max(1, min(self.limits.max_new_tokens, self._positions(plans) - max(map(len, plans))))
         default = 16 if isinstance(request, CompletionRequest) else most  # OpenAI's
         temperature = 1.0 if request.temperature is None else request.temperature
         sampled: dict[str, Any] = {}
         if request.repetition_penalty not in (None, 1.0):
-            if any(plan.soft for plan in plans):
+            if any(plan.soft or plan.kv for plan in plans):
                 raise RequestError(
-                    "repetition_penalty counts the prompt's tokens, which embeddings do not have; leave it out.",
+                    "repetition_penalty counts the prompt's tokens, which compressed passages do not have; leave it out.",
                     400,
                     "repetition_penalty",
                 )
@@ -256,26 +280,37 @@ class Prompts:
             raise RequestError("stop takes up to 16 strings of 1 to 256 characters.", 400, "stop")
         return AnswerOptions(min(asked or default, most), tuple(stop), tuple(sorted(sampled.items())))
 
-    def _content(self, content: Any, where: str) -> list[Any]:
+    def _content(self, content: Any, where: str, param: str) -> list[Any]:
+        """Strings, soft passages from the client, and references to passages."""
         if content is None or isinstance(content, str):
             return [content or ""]
         if not isinstance(content, list):
-            raise RequestError(f"{where} must be a string or a list of parts.", 400, "messages")
+            raise RequestError(f"{where} must be a string or a list of parts.", 400, param)
         atoms: list[Any] = []
         for i, part in enumerate(content):
             kind = part.get("type") if isinstance(part, dict) else None
             field = {"text": "text", "prompt_embeds": "data"}.get(kind) if isinstance(kind, str) else None
             if field and (other := [n for n, v in part.items() if n not in ("type", field) and v is not None]):
-                raise RequestError(f"{where}.{i}.{other[0]:.60} is not served here; leave it out.", 400, "messages")
+                raise RequestError(f"{where}.{i}.{other[0]:.60} is not served here; leave it out.", 400, param)
             if kind == "text" and isinstance(part.get("text"), str):
                 atoms.append(part["text"])
+            elif kind == "passage":
+                atoms.append(PassageRef.of(part, f"{where}.{i}", param))
             elif kind == "prompt_embeds":
                 atoms.append(self._embeds(part.get("data"), f"{where}.{i}.data"))
             else:
                 raise RequestError(
-                    f"{where}.{i} must be a text or a prompt_embeds part, got {kind!r:.60}.", 400, "messages"
+                    f"{where}.{i} must be a text, a passage or a prompt_embeds part, got {kind!r:.60}.", 400, param
                 )
         return atoms
+
+    def _resolved(self, contents: list[list[Any]], param: str) -> list[list[Any]]:
+        """The contents with the passages that they name."""
+        refs = [atom for atoms in contents for atom in atoms if isinstance(atom, PassageRef)]
+        if len(refs) > self.limits.max_passages:
+            raise RequestError(f"A request may name {self.limits.max_passages} passages, got {len(refs)}.", 400, param)
+        found = self.resolve(refs, param) if refs else {}
+        return [[found[atom] if isinstance(atom, PassageRef) else atom for atom in atoms] for atoms in contents]
 
     def _embeds(self, data: Any, param: str) -> CompressedPassage:
         embeds = decode_embeds(data, self.reader.width, self.max_positions, param=param)
@@ -294,12 +329,19 @@ class Prompts:
             raise RequestError(str(error), 400, param) from error
         except Exception as error:  # chat templates may raise anything
             raise RequestError(f"The chat template refuses the messages: {error}", 400, param) from error
-        longest = max(map(len, plans))
-        if longest + (asked or 1) > self.max_positions:
+        if any(plan.kinds[-1] == KV for plan in plans):
+            raise RequestError("A prompt must not end with a passage: put the question after it.", 400, param)
+        longest, most = max(map(len, plans)), self._positions(plans)
+        if longest + (asked or 1) > most:
             raise RequestError(
-                f"The prompt takes {longest} positions and {asked or 1} more are asked for, but there are "
-                f"{self.max_positions}; shorten it.",
+                f"The prompt takes {longest} positions and {asked or 1} more are asked for, but there are {most}; "
+                "shorten it.",
                 400,
                 param,
             )
         return plans
+
+    def _positions(self, plans: Sequence[PromptPlan]) -> int:
+        """Positions that prompts and their answers may take; keys and values may allow fewer than tokens."""
+        limit = self.reader.kv_placement.max_length if any(plan.kv for plan in plans) else None
+        return self.max_positions if limit is None else min(limit, self.max_positions)

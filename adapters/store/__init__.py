@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Entry, Facts, Hit, Maker, MakerStats, PassageKey, PassageStore, StoreError, StoreStats
+from .base import Entry, Facts, Hit, Listed, Maker, MakerStats, PassageKey, PassageStore, StoreError, StoreStats
 from .codec import Encoding
 from .fill import Filled, explain_missing, fill, get_or_compress, keys_for
 from .memory import MemoryStore
@@ -27,6 +27,7 @@ __all__ = [
     "Filled",
     "Hit",
     "LanceStore",
+    "Listed",
     "Maker",
     "MakerStats",
     "MemoryStore",

@@ -152,6 +152,17 @@ class Entry:
         return replace(self, text=facts.text, vector=facts.vector, about=facts.about)
 
 
+class Listed(NamedTuple):
+    """A stored passage without its slots: what a listing shows. ``nbytes``: bytes of the slots as stored."""
+
+    key: PassageKey
+    interface: str
+    source_tokens: int
+    slots: int
+    nbytes: int
+    about: Mapping[str, Any] | None = None
+
+
 class Hit(NamedTuple):
     """An entry that a search found, and its distance from the vector searched for (squared L2)."""
 
@@ -236,6 +247,14 @@ class PassageStore(ABC):
     @abstractmethod
     def _replace_facts(self, facts: Mapping[PassageKey, Facts]) -> None:
         """Overwrite the facts of stored keys."""
+
+    @abstractmethod
+    def ids(self, after: str = "", limit: int = 100) -> list[str]:
+        """Return the ids (`PassageKey.id`) of up to ``limit`` passages that follow the id ``after``, sorted."""
+
+    @abstractmethod
+    def listed(self, ids: Iterable[str]) -> dict[str, Listed]:
+        """Return the stored ones of the passages under these ids, without their slots."""
 
     @abstractmethod
     def delete(self, keys: Iterable[PassageKey]) -> int:

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...compressors import CompressedPassage
-from .base import Entry, Facts, Hit, Maker, PassageKey, PassageStore, StoreError, StoreStats, batched, merged
+from .base import Entry, Facts, Hit, Listed, Maker, PassageKey, PassageStore, StoreError, StoreStats, batched, merged
 from .codec import Encoding, decode, encode
-from .rows import PLACE, Place, facts_of, key_of, row_of, text_columns
+from .rows import KEY, PLACE, Place, facts_of, key_of, row_of, text_columns
 from .table import FIELDS, VECTOR, PassageTable, of_maker, quoted, writable
 
 Layout = Literal["slabs", "table"]
@@ -250,6 +250,25 @@ class LanceStore(PassageStore):
         for row, run in zip(rows, runs):
             slab, start = next(places) if run else (None, None)
             row |= {"slab": slab, "start": start, "data": None}
+
+    def ids(self, after: str = "", limit: int = 100) -> list[str]:
+        self._table.refresh()
+        return self._table.first_keys(after, limit)
+
+    def listed(self, ids: Iterable[str]) -> dict[str, Listed]:
+        wanted = list(dict.fromkeys(ids))
+        sizes = ("interface", "source_tokens", "slots", "nbytes")
+        columns = ["key", *KEY, *sizes, "text", "about"]
+        found: dict[str, Listed] = {}
+        for fresh in (False, True):
+            unknown = [name for name in wanted if name not in found]
+            if not unknown or (fresh and not self._table.refresh()):
+                break
+            for row in self._table.look_up(unknown, columns):
+                found[row["key"]] = Listed(
+                    key_of(row), **{name: row[name] for name in sizes}, about=facts_of(row).about
+                )
+        return found
 
     def entries(self, maker: Maker | None = None) -> Iterator[Entry]:
         self._table.refresh()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import secrets
 import threading
 from collections import OrderedDict
@@ -9,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ...compressors import CompressedPassage
-from .base import Entry, Facts, Maker, MakerStats, PassageKey, PassageStore, StoreStats, merged
+from .base import Entry, Facts, Listed, Maker, MakerStats, PassageKey, PassageStore, StoreStats, merged
 
 GIBIBYTE = 2**30
 
@@ -78,6 +79,20 @@ class MemoryStore(PassageStore):
     def missing(self, keys: Iterable[PassageKey]) -> list[PassageKey]:
         with self._lock:
             return [key for key in dict.fromkeys(keys) if key not in self._entries]
+
+    def ids(self, after: str = "", limit: int = 100) -> list[str]:
+        with self._lock:
+            return heapq.nsmallest(limit, (key.id for key in self._entries if key.id > after))
+
+    def listed(self, ids: Iterable[str]) -> dict[str, Listed]:
+        wanted = set(ids)
+        with self._lock:
+            found = {key.id: entry for key, entry in self._entries.items() if key.id in wanted}
+        out = {}
+        for name, entry in found.items():
+            one = entry.passage
+            out[name] = Listed(entry.key, one.interface, one.source_tokens, one.slots, one.nbytes, entry.about)
+        return out
 
     def entries(self, maker: Maker | None = None) -> Iterator[Entry]:
         with self._lock:

@@ -10,6 +10,7 @@ from typing import Any
 
 from .base import Entry, Facts, PassageKey
 
+KEY = ("text_hash", "compressor", "reader", "ratio", "query_hash")
 PLACE = ("header", "slab", "start", "nbytes", "crc")
 _TEXT = "nutgraf:text"  # key in ``about`` for a text that Arrow cannot hold
 
@@ -62,7 +63,7 @@ def text_columns(facts: Facts) -> dict[str, str | None]:
 
 def key_of(row: Mapping[str, Any]) -> PassageKey:
     """Return the key of a row."""
-    return PassageKey(row["text_hash"], row["compressor"], row["reader"], row["ratio"], row["query_hash"])
+    return PassageKey(*(row[name] for name in KEY))
 
 
 def facts_of(row: Mapping[str, Any], vector: Any = None) -> Facts:

@@ -119,6 +119,12 @@ class PassageTable:
         """Read columns of all rows; ``_rowid`` may be one of them."""
         return self._read(lambda: self._scan(columns, where).to_arrow())
 
+    def first_keys(self, after: str, limit: int) -> list[str]:
+        """Return up to ``limit`` distinct keys that follow ``after``, sorted."""
+        keys = pc.unique(self.column_table(["key"], f"key > {quoted(after)}")["key"])
+        first = pc.select_k_unstable(keys, limit, sort_keys=[("key", "ascending")])
+        return list(keys.take(first).to_pylist())
+
     def batches(
         self, columns: Sequence[str], where: str | None = None, size: int = 256
     ) -> Iterator[list[dict[str, Any]]]:

@@ -15,7 +15,7 @@ from ...compressors import Compressor
 from .base import Facts, Maker, PassageKey, PassageStore, StoreError, batched, sha256
 from .fill import Filled, fill, keys_for
 from .lance import LanceStore
-from .rows import key_of
+from .rows import KEY, key_of
 from .table import of_maker, quoted
 
 _BATCH_BYTES = 2**26  # of slots copied at a time
@@ -102,7 +102,7 @@ def compact(store: LanceStore, keep_hours: float = 24.0) -> Compacted:
 def _drop_duplicates(store: LanceStore) -> int:
     ids = Counter(store._table.column_table(["key"])["key"].to_pylist())
     for keys in batched([key for key, number in ids.items() if number > 1], _BATCH):
-        found = store._table.look_up(keys, ["text_hash", "compressor", "reader", "ratio", "query_hash"])
+        found = store._table.look_up(keys, KEY)
         store._write_facts(store.facts(map(key_of, found)))  # one row may lack what the other one holds
     seen: set[str] = set()
     twice = []

@@ -23,48 +23,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nutgraf import CompressedPassage, Reader, make_compressor
 from nutgraf.adapters.openai import EmbeddingTable, RequestRefusedError, ServedReader, ServerFaultError, encode_tensor
+from nutgraf.adapters.serve import Limits
+from nutgraf.adapters.serve.errors import RequestError
+from nutgraf.adapters.serve.requests import _LABELS, ChatRequest, parse
 from safetensors.torch import save as save_safetensors
+from serving import Running, refused
 from texts import TREATY
-
-uvicorn = pytest.importorskip("uvicorn")
-pytest.importorskip("fastapi")
-from nutgraf.adapters.serve import Limits, create_app  # noqa: E402
-from nutgraf.adapters.serve.errors import RequestError  # noqa: E402
-from nutgraf.adapters.serve.requests import _LABELS, ChatRequest, parse  # noqa: E402
 
 PASSAGE = TREATY
 QUESTION = "\nQuestion: who signed it?\nAnswer:"
 LIMITS = Limits(max_prompts=4, max_new_tokens=64, max_positions=512, max_body_bytes=2**20, max_wait_ms=30)
-
-
-class Running:
-    """A server in a thread of its own, on a free port."""
-
-    def __init__(self, reader: Reader, **options: Any) -> None:
-        self.app = create_app(reader, name="tiny", **options)
-        self.server = uvicorn.Server(uvicorn.Config(self.app, host="127.0.0.1", port=0, log_level="error"))
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        while not self.server.started:
-            assert self.thread.is_alive()
-            time.sleep(0.01)
-        port = self.server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.http = httpx.Client(base_url=self.url, timeout=60)
-
-    def post(self, page: str = "completions", **body: Any) -> httpx.Response:
-        return self.http.post(f"/v1/{page}", json=body)
-
-    def ask(self, **body: Any) -> list[str]:
-        answer = self.post(**{"temperature": 0, **body})
-        assert answer.status_code == 200, answer.text
-        return [choice["text"] for choice in answer.json()["choices"]]
-
-    def stop(self) -> None:
-        self.http.close()
-        self.server.should_exit = True
-        self.thread.join(20)
-        assert not self.thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +50,6 @@ def running(reader):
 def embeds_of(reader: Reader, *prompt: Any) -> torch.Tensor:
     table = EmbeddingTable.of(reader)
     return table.embed(table.plan([list(prompt)])[0])
-
-
-def refused(answer: httpx.Response, status: int = 400) -> str:
-    """An error in OpenAI's form; its message."""
-    assert answer.status_code == status, answer.text
-    error = answer.json()["error"]
-    assert error["code"] == status
-    assert error["type"]
-    return error["message"]
 
 
 # -- answers -------------------------------------------------------------------------------------------------------------

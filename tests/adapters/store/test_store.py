@@ -107,6 +107,29 @@ def test_what_was_put_comes_back_bit_for_bit(store):
     assert store.stats.passages == len(entries)
 
 
+def test_passages_are_listed_by_id_in_pages(store):
+    entries = [entry(made(k, i), f"{k} {i}", about={"i": i}) for i, k in enumerate(KINDS * 3)]
+    store.put_many(entries)
+    ids = sorted(one.key.id for one in entries)
+    pages = [store.ids(limit=5)]
+    while pages[-1]:
+        pages.append(store.ids(after=pages[-1][-1], limit=5))
+    assert [len(page) for page in pages] == [5, 5, 2, 0]
+    assert [name for page in pages for name in page] == ids
+    found = store.listed([*ids, "f" * 32, "it's none"])
+    assert found.keys() == set(ids)
+    for one in entries:
+        seen = found[one.key.id]
+        passage = one.passage
+        assert seen.key == one.key
+        assert (seen.interface, seen.slots) == (passage.interface, passage.slots)
+        assert (seen.source_tokens, seen.about) == (passage.source_tokens, one.about)
+        assert seen.nbytes >= passage.nbytes or passage.interface == "text"  # a text stands in the row
+    store.delete([entries[0].key])
+    assert entries[0].key.id not in store.listed(ids)
+    assert len(store.ids()) == 11
+
+
 def test_a_store_is_opened_again(tmp_path):
     entries = [entry(made(k), k) for k in KINDS]
     with LanceStore(tmp_path / "s") as first:
