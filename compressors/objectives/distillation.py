@@ -26,16 +26,22 @@ class KLDistillationLoss(ChunkedLoss, Objective):
     With `top_k`, the teacher's k most likely tokens keep their probabilities and all others form one more outcome, for
     both. Nothing is renormalised, so probability that the student puts outside the top k counts.
 
+    With `reverse` = r, the divergence goes both ways (KV-Distill, with r = 0.4):
+    :math:`(1 - r) D_{KL}(teacher \,\|\, student) + r D_{KL}(student \,\|\, teacher)`. The second term keeps the student from
+    putting probability where the teacher has none.
+
     Args:
         head: hidden states ``[n, d]`` to logits ``[n, V]``: `Reader.head`.
         temperature: T; the factor T squared keeps the gradient's size.
         top_k: number of the teacher's tokens, None for all.
         chunk: rows whose logits exist at the same time.
         teacher_head: the teacher's head, if the student's is trained.
+        reverse: share of the reverse divergence, from 0 to 1.
 
     References:
         - Hinton et al., Distilling the Knowledge in a Neural Network, arXiv 1503.02531, section 2.
         - Cheng et al., xRAG, arXiv 2405.13792, eq. 4.
+        - Chari et al., KV-Distill, arXiv 2503.10337 (both ways).
 
     Inputs:
         hidden: ``[N, d]`` student's hidden states, slots in the prompt.
@@ -44,7 +50,8 @@ class KLDistillationLoss(ChunkedLoss, Objective):
         weights, num_items: ``[N]`` weights of the rows, default 1; divisor, default the sum of the weights.
 
     Memory:
-        At most ``24 * min(N, chunk) * V`` bytes (float32 logits and log-probabilities of both, the terms, the gradient).
+        At most ``24 * min(N, chunk) * V`` bytes (float32 logits and log-probabilities of both, the terms, the gradient), with
+        `reverse` 32 instead of 24.
         Of the teacher only hidden states ``[N, d]`` are kept, never logits.
 
     Example:
@@ -66,6 +73,7 @@ class KLDistillationLoss(ChunkedLoss, Objective):
         top_k: int | None = None,
         chunk: int = 512,
         teacher_head: Head | None = None,
+        reverse: float = 0.0,
     ) -> None:
         super().__init__(head, chunk)
         hide(self, "teacher_head", teacher_head or head)
@@ -73,12 +81,17 @@ class KLDistillationLoss(ChunkedLoss, Objective):
             raise ValueError(f"temperature must be above 0, got {temperature}.")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1, or None for the whole vocabulary, got {top_k}.")
-        self.temperature, self.top_k = temperature, top_k
+        if not 0 <= reverse <= 1:
+            raise ValueError(f"reverse is the share of the reverse divergence and must lie in [0, 1], got {reverse}.")
+        self.temperature, self.top_k, self.reverse = temperature, top_k, reverse
 
     @classmethod
     def create(cls, setup: Setup) -> Self:
         compressor = setup.compressor
-        return cls(compressor.reader.head, setup.temperature, setup.top_k, teacher_head=compressor.base_reader.head)
+        teacher_head = compressor.base_reader.head
+        return cls(
+            compressor.reader.head, setup.temperature, setup.top_k, teacher_head=teacher_head, reverse=setup.reverse
+        )
 
     def total(self, scored: Scored) -> Tensor:
         if scored.teacher is None:
@@ -100,7 +113,11 @@ class KLDistillationLoss(ChunkedLoss, Objective):
         return self._divergence(student, teacher)
 
     def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1) * self.temperature**2
+        found = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+        if self.reverse:
+            back = F.kl_div(teacher, student, reduction="none", log_target=True).sum(-1)
+            found = (1 - self.reverse) * found + self.reverse * back
+        return found * self.temperature**2
 
     def forward(
         self, hidden: Tensor, teacher: Other, weights: Tensor | None = None, num_items: float | Tensor | None = None

@@ -14,9 +14,10 @@ from .teacher import TeacherLogits
 
 # What a training item offers to an objective. The first four are texts that the reader predicts after reading slots: the
 # answer to a question, what follows the passage, a restatement of it, the passage itself. With "slots" nothing is read and
-# the slots themselves are scored; with "document" the method gets whole documents.
-Target = Literal["answer", "continuation", "paraphrase", "passage", "slots", "document"]
-UNREAD: frozenset[Target] = frozenset({"slots", "document"})
+# the slots themselves are scored; "triple" is a question, its passage and another one, all compressed; "ranking" is a question
+# and passages, the most relevant first; with "document" the method gets whole documents.
+Target = Literal["answer", "continuation", "paraphrase", "passage", "slots", "triple", "ranking", "document"]
+UNREAD: frozenset[Target] = frozenset({"slots", "triple", "ranking", "document"})
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,14 @@ class Setup:
 
     Attributes:
         compressor: the compressor in training.
-        temperature, top_k: settings of distillation.
+        temperature, top_k, reverse: settings of distillation.
         draw: ``draw(name, n)`` returns n passages of the training data, the same ones for the same name.
     """
 
     compressor: SoftCompressor
     temperature: float = 1.0
     top_k: int | None = None
+    reverse: float = 0.0
     draw: Callable[[str, int], list[str]] = lambda name, n: []
 
 
@@ -43,14 +45,20 @@ class Scored:
         targets: target ids of each item.
         hidden, ids: ``[N, d]`` hidden states that predict the target tokens, and these ``[N]``; None for `UNREAD` targets.
         teacher: the reader's predictions with the passages as text, if the objective asks for a teacher.
-        passages: compressed passages, differentiable, for objectives on ``slots``.
+        blind: ``[N, d]`` the reader's hidden states without the passages, if the objective asks for them.
+        passages: compressed passages, differentiable, for objectives on `UNREAD` targets.
+        sizes: how many of the passages belong to each item, in order.
+        questions: the question of each item, for objectives on ``ranking``.
     """
 
     targets: Sequence[Sequence[int]]
     hidden: Any = None
     ids: Any = None
     teacher: Tensor | TeacherLogits | None = None
+    blind: Tensor | None = None
     passages: Sequence[CompressedPassage] = ()
+    sizes: Sequence[int] = ()
+    questions: Sequence[str] = ()
 
 
 class Objective:
@@ -59,10 +67,14 @@ class Objective:
     Class attributes:
         targets: training targets that it is taken on.
         teacher: whether it needs the predictions of the reader that reads the passages as text.
+        blind: whether it needs those of the reader without the passages.
+        trains: whether it has parameters of its own, which train with the compressor and are thrown away afterwards.
     """
 
     targets: ClassVar[frozenset[Target]]
     teacher: ClassVar[bool] = False
+    blind: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
 
     @classmethod
     def create(cls, setup: Setup) -> Self:

@@ -11,7 +11,7 @@ from ..core.batching import SoftSequence, run_sequences
 from ..core.hidden import hide
 from ..encoders.lora_twin import Twin
 from ..reader.reader import Reader
-from .segments import Segment, slot_of_token
+from .segments import Segment, equal_lengths, room_for_tokens, slot_of_token
 
 _LIMIT = 8.0  # bound of a gate's logarithm: silences a token without overflow
 
@@ -82,6 +82,37 @@ def token_states(
     sequences = [SoftSequence([*s.front, *s.ids], [], nothing) for s in segments]
     states = run_sequences(encoder, sequences, embed, device, budget)
     return [found[len(segment.front) :] for found, segment in zip(states, segments)]
+
+
+def passage_states(
+    reader: Reader,
+    encoder: Twin,
+    ids: Sequence[list[int]],
+    questions: Sequence[list[int]],
+    chunk_tokens: int,
+    budget: int,
+) -> Tensor:
+    """``[all tokens, hidden]``: last hidden states at the passages' tokens, read in stretches, each after BOS and question.
+
+    Args:
+        reader: source of embeddings and positions.
+        encoder: a tuned copy of the reader, or of some of its layers.
+        ids: token ids of each passage.
+        questions: token ids of each passage's question.
+        chunk_tokens: longest stretch.
+        budget: positions per forward pass.
+
+    Raises:
+        ValueError: if a question leaves no room for a token.
+    """
+    stretches = []
+    for passage, question in zip(ids, questions):
+        room = room_for_tokens(reader.max_positions, reader.name, len(reader.bos_ids), len(question))
+        start = 0
+        for n in equal_lengths(len(passage), min(chunk_tokens, room or chunk_tokens)):
+            stretches.append(Segment(passage[start : start + n], 0, [*reader.bos_ids, *question]))
+            start += n
+    return torch.cat(token_states(encoder, stretches, reader.embed, reader.device, budget))
 
 
 def averaged(

@@ -17,10 +17,10 @@ from ..encoders.lora import LoRASettings, ReaderTuningSettings, lora_rank, tuned
 from ..encoders.lora_twin import LoRATwin
 from ..reader.reader import Reader
 from ..registry import register_compressor
-from ..slots.pooling import token_states
+from ..slots.pooling import passage_states
 from ..slots.projector import WindowProjector
 from ..slots.question import QuerySettings, question_ids
-from ..slots.segments import Segment, equal_lengths, room_for_tokens, window_lengths
+from ..slots.segments import window_lengths
 
 
 @dataclass
@@ -139,11 +139,4 @@ class MeanPoolCompressor(WindowProjector, SoftCompressor):
 
     def states(self, encoder: LoRATwin, ids: Sequence[list[int]], questions: Sequence[list[int]]) -> Tensor:
         """``[all tokens, hidden]``: the tuned reader's last hidden states, read in stretches, each after its question."""
-        reader, stretches = self.base_reader, []
-        for passage, question in zip(ids, questions):
-            room = room_for_tokens(reader.max_positions, reader.name, len(reader.bos_ids), len(question))
-            start = 0
-            for n in equal_lengths(len(passage), min(self.config.chunk_tokens, room or self.config.chunk_tokens)):
-                stretches.append(Segment(passage[start : start + n], 0, [*reader.bos_ids, *question]))
-                start += n
-        return torch.cat(token_states(encoder, stretches, reader.embed, reader.device, self.batch_positions))
+        return passage_states(self.base_reader, encoder, ids, questions, self.config.chunk_tokens, self.batch_positions)

@@ -20,6 +20,8 @@ Prompt = list[Piece]
 SEPARATOR = "\n\n"
 QUESTION = "Question: {question}\nAnswer:"
 REPEAT = "\nRepeat the passage:\n"
+SPAN = "\nGo on with the passage from these words:\n"
+INSTRUCTION = "Question:"
 UNANSWERABLE = " unanswerable"
 # LlamaIndex's default prompts. A test compares them with the installed llama-index, which training does not need.
 LLAMA_INDEX_QA = (
@@ -77,6 +79,16 @@ def llama_index_prompt(context: Sequence[Piece], question: str) -> Prompt:
 def autoencoding_prompt(piece: Piece) -> Prompt:
     """Asks for the passage itself."""
     return [piece, REPEAT]
+
+
+def span_prompt(piece: Piece, lead: str) -> Prompt:
+    """Asks for what follows some words of the passage (arXiv 2406.06110)."""
+    return [piece, SPAN + lead]
+
+
+def instruction_prompt(piece: Piece) -> Prompt:
+    """Asks for the question that stands at the end of the compressed text, and its answer (arXiv 2406.06110)."""
+    return [piece, SEPARATOR + INSTRUCTION]
 
 
 def paraphrase_prompt(piece: Piece, which: int = 0) -> Prompt:

@@ -20,7 +20,7 @@ from ..data.corpus import Record
 from ..data.records import Material, load_articles, load_records
 from ..training.schema import Recipe, Stage, validate
 from .evaluation import compressed_scores
-from .items import CompressorData, CompressorItems, Item, ItemMaker, Reading, draw_ratio
+from .items import FROM_QUESTIONS, CompressorData, CompressorItems, Item, ItemMaker, Reading, draw_ratio
 from .module import CompressorBatch, CompressorModule
 
 
@@ -54,7 +54,7 @@ class CompressorTask:
             )
         self.data = self.data.model_copy(update={"query_aware": compressor.query_aware})
         self.compressor = compressor
-        self.module = CompressorModule(compressor)
+        self.module = CompressorModule(compressor, [name for stage in recipe.stages for name in stage.objectives])
         self._material: Material | None = None
         self._dev: list[Record] | None = None
 
@@ -63,7 +63,7 @@ class CompressorTask:
         """Training data, read at first use; question files only if a stage uses them."""
         if self._material is None:
             data = self.data
-            human = any(stage.mix.get("human") or stage.mix.get("match") for stage in self.recipe.stages)
+            human = any(stage.mix.get(kind) for stage in self.recipe.stages for kind in FROM_QUESTIONS)
             self._material = Material(
                 load_records(data.questions, data.dir) if human else [],
                 load_articles(data.texts, data.dir, data.documents),

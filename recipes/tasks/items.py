@@ -13,17 +13,20 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 from torch.utils.data import Dataset
 
-from ...compressors.fidelity.questions import make_questions
+from ...compressors.fidelity.questions import make_questions, word_set
 from ...compressors.objectives.registry import UNREAD, Target, needs_teacher, targets_of
 from ..data.records import Material
 from ..data.templates import (
+    INSTRUCTION,
     QUESTION_TEMPLATES,
     SEPARATOR,
     Piece,
     Prompt,
     autoencoding_prompt,
     continuation_prompt,
+    instruction_prompt,
     paraphrase_prompt,
+    span_prompt,
 )
 from ..training.schema import Span, Stage
 
@@ -31,14 +34,21 @@ from ..training.schema import Span, Stage
 KINDS: dict[str, Target] = {
     "human": "answer",  # questions written by people
     "made": "answer",  # questions made by rule
+    "instruct": "answer",  # the question is compressed with the passage: write it again, then the answer
     "repeat": "passage",
+    "span": "passage",  # go on with a passage from some of its words
     "continue": "continuation",
     "paraphrase": "paraphrase",  # the passage again, in one of several wordings
     "match": "slots",
+    "triple": "triple",  # a question, its passage and another one
+    "rank": "ranking",  # a question and passages, the most relevant first
     "documents": "document",
 }
 NOT_READ = tuple(kind for kind, target in KINDS.items() if target in UNREAD)  # kinds without a prompt
+FROM_QUESTIONS = ("human", "instruct", "match", "triple", "rank")  # kinds that use the question records
 T = TypeVar("T")
+SPAN_WORDS = 12  # words of a span that the prompt gives (the paper: 10 to 20 tokens), and the fewest left to write
+RANKED = 8  # passages of a ranking
 BLOCK = 16  # batches drawn together and sorted by length, so that items of a batch have similar length
 
 
@@ -94,10 +104,10 @@ class Reading:
     """A prompt over an item's passages, its target and the objectives on it.
 
     Attributes:
-        kind: `repeat`, `paraphrase`, `continue`, the name of a question template, or one of `NOT_READ`.
+        kind: `repeat`, `span`, `instruct`, `paraphrase`, `continue`, the name of a question template, or one of `NOT_READ`.
         target: text that follows the prompt, or the document; with `eos` an end-of-sequence token is added.
         wording: number of the paraphrase prompt.
-        lead: text between the passages of `continue` and the target.
+        lead: text between the passages of `continue` or `span` and the target.
     """
 
     kind: str
@@ -112,6 +122,10 @@ class Reading:
         """Prompt over `context`: texts for the teacher, compressed passages for the student."""
         if self.kind == "repeat":
             return autoencoding_prompt(context[0])
+        if self.kind == "span":
+            return span_prompt(context[0], self.lead)
+        if self.kind == "instruct":
+            return instruction_prompt(context[0])
         if self.kind == "paraphrase":
             return paraphrase_prompt(context[0], self.wording)
         if self.kind == "continue":
@@ -193,6 +207,36 @@ class ItemMaker:
         passage = self._any_passage(rng, rng.choice([150, 300, 500]))
         return [passage], [Reading("repeat", passage, self.objectives["passage"])]
 
+    def _span(self, rng: random.Random) -> tuple[Sequence[str], list[Reading]]:
+        passage = self._any_passage(rng, self.data.max_chars)
+        starts = [match.start() for match in re.finditer(r"(?<=\s)\S", passage)]
+        if len(starts) <= 2 * SPAN_WORDS:
+            return [passage], []
+        first = rng.randrange(len(starts) - 2 * SPAN_WORDS)
+        begin, cut = starts[first], starts[first + SPAN_WORDS]
+        lead = passage[begin:cut].rstrip()
+        target = passage[begin + len(lead) :]
+        return [passage], [Reading("span", target, self.objectives["passage"], lead=lead)]
+
+    def _instruct(self, rng: random.Random) -> tuple[Sequence[str], list[Reading]]:
+        asked = self.material.human(rng)
+        question, answer = rng.choice(asked.pairs)
+        compressed = f"{asked.passage}{SEPARATOR}{INSTRUCTION} {question}"
+        return [compressed], [Reading("instruct", f" {question}\nAnswer: {answer}", self.objectives["answer"])]
+
+    def _triple(self, rng: random.Random) -> tuple[Sequence[str], list[Reading]]:
+        asked = self.material.human(rng)
+        question = rng.choice(asked.pairs)[0]
+        passages = [question, asked.passage, self.material.distractor(rng, asked.passage)]
+        return passages, [Reading("triple", question, self.objectives["triple"], eos=False)]
+
+    def _rank(self, rng: random.Random) -> tuple[Sequence[str], list[Reading]]:
+        asked = self.material.human(rng)
+        question = rng.choice(asked.pairs)[0]
+        others = {self.material.distractor(rng, asked.passage) for _ in range(RANKED - 1)}
+        ranked = [asked.passage, *sorted(others, key=lambda text: (-shared_words(question, text), text))]
+        return ranked, [Reading("rank", question, self.objectives["ranking"], question, eos=False)]
+
     def _paraphrase(self, rng: random.Random) -> tuple[Sequence[str], list[Reading]]:
         passage = self._any_passage(rng, rng.choice([150, 300, 500]))
         return [passage], [Reading("paraphrase", passage, self.objectives["paraphrase"], wording=rng.randrange(64))]
@@ -268,6 +312,11 @@ class CompressorItems(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         return self._block(index // self._size)[index % self._size]
+
+
+def shared_words(question: str, text: str) -> int:
+    """Number of different words of a question that occur in a text."""
+    return len(word_set(question) & word_set(text))
 
 
 def draw_ratio(ratios: list[float] | Span | None, key: str) -> float | None:

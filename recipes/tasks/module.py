@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ...compressors import CompressedPassage, SoftCompressor
 from ...compressors.core.batching import pack, pass_positions
 from ...compressors.objectives.registry import OBJECTIVES, Scored, Setup
 from ...compressors.objectives.teacher import TeacherLogits
+from ..data.templates import SEPARATOR
 from ..training.schema import Stage
 from .items import NOT_READ, Reading
 from .teacher_cache import TeacherCache
@@ -49,14 +50,21 @@ class CompressorBatch:
 class CompressorModule(nn.Module):
     """A soft compressor with the objectives of a stage; `forward(batch)` computes the weighted loss.
 
-    Its parameters are the compressor's; the original reader is frozen and stays in eval mode.
+    Its parameters are the compressor's and those of objectives that train a decoder of their own (`Objective.trains`), which
+    are made once, for all stages, and not saved. The original reader is frozen and stays in eval mode.
+
+    Args:
+        compressor: the compressor.
+        objectives: names of the objectives of all stages.
     """
 
     accepts_loss_kwargs = True
 
-    def __init__(self, compressor: SoftCompressor) -> None:
+    def __init__(self, compressor: SoftCompressor, objectives: Sequence[str] = ()) -> None:
         super().__init__()
         self.compressor: SoftCompressor = compressor
+        own = [name for name in dict.fromkeys(objectives) if name in OBJECTIVES and OBJECTIVES[name].trains]
+        self.decoders = nn.ModuleDict({name: cast(Any, OBJECTIVES[name].create(Setup(compressor))) for name in own})
         self.weights: dict[str, float] = {}
         self.losses: dict[str, Any] = {}
         self.temperature = 1.0
@@ -71,8 +79,14 @@ class CompressorModule(nn.Module):
                 f"Stage {stage.name!r} asks for the objective {unknown[0]}, which the method "
                 f"{self.compressor.config.method!r} does not have; give it no weight, or train a method that has it."
             )
-        setup = Setup(self.compressor, stage.temperature, stage.teacher_top_k, draw)
-        self.losses = {name: OBJECTIVES[name].create(setup) for name in self.weights if name in OBJECTIVES}
+        setup = Setup(self.compressor, stage.temperature, stage.teacher_top_k, stage.reverse_kl, draw)
+        self.losses = {
+            name: self.decoders[name] if name in self.decoders else OBJECTIVES[name].create(setup)
+            for name in self.weights
+            if name in OBJECTIVES
+        }
+        for name, decoder in self.decoders.items():
+            decoder.requires_grad_(name in self.losses)
         self.temperature = stage.temperature
         self.teacher_cache = None
         if stage.teacher_cache is not None and stage.teacher_top_k is not None:
@@ -115,8 +129,13 @@ class CompressorModule(nn.Module):
             if not unread:
                 continue
             if name in self.losses:
-                slots = [passages[j] for i in unread for j in batch.contexts[i]]
-                sums[name] = self.losses[name].total(Scored([batch.targets[i] for i in unread], passages=slots))
+                scored = Scored(
+                    [batch.targets[i] for i in unread],
+                    passages=[passages[j] for i in unread for j in batch.contexts[i]],
+                    sizes=[len(batch.contexts[i]) for i in unread],
+                    questions=[batch.readings[i].question for i in unread],
+                )
+                sums[name] = self.losses[name].total(scored)
             else:
                 own = type(self.compressor).own_objectives()[name]
                 texts, rng = [batch.readings[i].target for i in unread], random.Random(f"{batch.key}/{name}")
@@ -155,7 +174,8 @@ class CompressorModule(nn.Module):
             rows = torch.tensor(flags, device=found.rows.device)[found.rows]
             which = [i for i, flag in zip(chosen, flags) if flag]
             targets, teacher = [batch.targets[i] for i in which], self.teacher(batch, which) if loss.teacher else None
-            sums[name] = loss.total(Scored(targets, found.hidden[rows], found.ids[rows], teacher))
+            blind = torch.cat(self.teacher_hidden(batch, which, blind=True)) if loss.blind else None
+            sums[name] = loss.total(Scored(targets, found.hidden[rows], found.ids[rows], teacher, blind))
         return sums
 
     def teacher(self, batch: CompressorBatch, chosen: Sequence[int]) -> Tensor | TeacherLogits:
@@ -176,19 +196,21 @@ class CompressorModule(nn.Module):
                 cache.put(keys[n], entry)
         return TeacherLogits.join([entry.to(reader.device) for entry in found if entry is not None])
 
-    def _teacher_prompt(self, batch: CompressorBatch, index: int) -> Any:
-        return batch.readings[index].prompt([batch.texts[j] for j in batch.contexts[index]])
+    def _teacher_prompt(self, batch: CompressorBatch, index: int, blind: bool = False) -> Any:
+        texts = [batch.texts[j] for j in batch.contexts[index]]
+        prompt = batch.readings[index].prompt([""] if blind else texts)
+        return prompt if any(prompt) else [SEPARATOR]
 
     @torch.no_grad()
-    def teacher_hidden(self, batch: CompressorBatch, chosen: Sequence[int]) -> list[Tensor]:
-        """Hidden states ``[target tokens, d]`` of the untuned reader with the passages as text, per reading."""
+    def teacher_hidden(self, batch: CompressorBatch, chosen: Sequence[int], blind: bool = False) -> list[Tensor]:
+        """Hidden states ``[target tokens, d]`` of the untuned reader with the passages as text, or without, per reading."""
         reader = self.compressor.base_reader
         lengths = [sum(len(batch.texts[j]) for j in batch.contexts[i]) // 3 + len(batch.targets[i]) for i in chosen]
         parts: dict[int, Tensor] = {}
         for group in self._pack(lengths):
             which = [chosen[g] for g in group]
             targets = [batch.targets[i] for i in which]
-            hidden = reader.target_hidden([self._teacher_prompt(batch, i) for i in which], targets).hidden
+            hidden = reader.target_hidden([self._teacher_prompt(batch, i, blind) for i in which], targets).hidden
             parts.update(zip(which, hidden.split([len(target) for target in targets])))
         return [parts[i] for i in chosen]
 

@@ -78,6 +78,7 @@ class Stage(_Strict):
         trainable: parts that train, named by the task (`projector`, `lora`, `all`, ...).
         objectives: weights of registered objectives (`ae`, `lm`, `kl`, `match`, ...) or of the method's own.
         temperature, teacher_top_k: settings of distillation.
+        reverse_kl: share of the reverse divergence in distillation.
         teacher_cache: folder that stores the teacher's `teacher_top_k` most likely tokens for reuse.
         ratios: compression ratios to draw from, one per batch; None: the compressor's own.
         passages: number of passages in a prompt; a number, a list to draw from or a range.
@@ -103,6 +104,7 @@ class Stage(_Strict):
     objectives: dict[str, Annotated[float, Field(ge=0)]] = {}
     temperature: float = Field(default=1.0, gt=0)
     teacher_top_k: Positive | None = None
+    reverse_kl: float = Field(default=0.0, ge=0, le=1)
     teacher_cache: str | None = None
     ratios: Annotated[list[Annotated[float, Field(ge=1)]], Field(min_length=1)] | Span | None = None
     passages: Positive | Annotated[list[Positive], Field(min_length=1)] | Span = 1
@@ -206,6 +208,8 @@ class Recipe(_Strict):
         for stage in whole["stages"]:
             for key in ("log_every", "save_every", "teacher_cache"):
                 stage.pop(key)
+            if not stage["reverse_kl"]:  # later than the first recipes, whose runs still resume
+                stage.pop("reverse_kl")
         return whole
 
 

@@ -54,6 +54,10 @@ SETTINGS: dict[str, dict] = {
     "salient-pool": {"r": 2},
     "kv-match": {"probes": 4},
     "icformer": {"digests": 6, "layers": 2, "ratio": 4.0},
+    "extensible": {"layers": 2, "chunk_tokens": 40},
+    "readonce": {"ratio": 4.0, "chunk_tokens": 40},
+    "uniicl": {"ratio": 4.0, "segment_tokens": 40},
+    "gist-coco": {"passage_gists": 6, "question_gists": 3, "ratio": 4.0, "r": 4},
     "arc-encoder": {"segment_tokens": 40, "dropped_layers": 1, "bridge_width": 16, "r": 4},
 }
 # Options that change how a method compresses, as `method:option`, tried on some of the architectures.

@@ -288,3 +288,60 @@ def test_teacher_and_student_prompts_come_from_one_function(zoo):
     assert ["It rained in Bergen." if piece is passage else piece for piece in student] == teacher
     assert "".join(teacher) == "It rained in Bergen.\n\nIt rained in Bergen.\n\nQuestion: Where?\nAnswer:"
     assert question_prompt([], "Where?") == ["Question: Where?\nAnswer:"]
+
+
+SURVEY = {
+    "important_kl": {"human": 1.0, "continue": 1.0},
+    "slot_ae": {"match": 1.0},
+    "contrast": {"triple": 1.0},
+    "rank": {"rank": 1.0},
+    "lm": {"instruct": 1.0},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", SURVEY)
+def test_objectives_of_the_survey_train_from_a_recipe(objective, folder, tmp_path, zoo):
+    stage = {"steps": 12, "objectives": {objective: 1.0}, "mix": SURVEY[objective], "reverse_kl": 0.4}
+    task = CompressorTask(recipe_for(folder, stages=[stage]), zoo.reader())
+    start = {name: p.detach().clone() for name, p in task.module.named_parameters()}
+    final = run_recipe(task.recipe, task, tmp_path)
+    log = read_log(tmp_path)
+    assert min(row[f"loss/{objective}"] for row in log[1:]) < log[0][f"loss/{objective}"]
+    assert all(not torch.equal(p, start[name]) for name, p in task.module.named_parameters())
+    assert load_compressor(final, task.reader).compress(["Ada lives in Bergen."])[0].slots
+
+
+@pytest.mark.slow
+def test_a_stage_resumes_after_one_with_a_decoder_of_its_own(folder, tmp_path, zoo):
+    stage = {"steps": 2, "objectives": {"slot_ae": 1.0}, "mix": {"match": 1.0}}
+    recipe = recipe_for(folder, stages=[stage, {"name": "next", "steps": 4, "save_every": 2, "mix": {"human": 1.0}}])
+    whole = CompressorTask(recipe, zoo.reader())
+    run_recipe(recipe, whole, tmp_path / "whole")
+    first = recipe.model_copy(update={"stages": [recipe.stages[0], recipe.stages[1]]})
+    run_recipe(first, CompressorTask(first, zoo.reader()), tmp_path / "parts", max_minutes=0)
+    again = CompressorTask(recipe, zoo.reader())
+    run_recipe(recipe, again, tmp_path / "parts")
+    for (name, p), (_, q) in zip(whole.module.named_parameters(), again.module.named_parameters()):
+        assert torch.equal(p, q), name
+
+
+def test_a_span_is_continued_from_its_words(folder, zoo):
+    task = CompressorTask(recipe_for(folder), zoo.reader())
+    stage = task.recipe.stages[0].model_copy(update={"mix": {"span": 1.0, "instruct": 1.0}})
+    make = ItemMaker(task.material, task.data, stage).make
+    kinds = set()
+    for number in range(40):
+        item = make(str(number))
+        (reading,) = item.readings
+        kinds.add(reading.kind)
+        if reading.kind == "span":
+            assert item.passages[0].endswith(reading.lead + reading.target)
+            assert reading.objectives == ("ae",)
+            assert reading.prompt(["P"])[0] == "P"
+            assert reading.prompt(["P"])[1].endswith("\n" + reading.lead)
+        else:
+            question, _, answer = reading.target.partition("\nAnswer: ")
+            assert item.passages[0].endswith(f"\n\nQuestion:{question}")
+            assert answer in item.passages[0]
+    assert kinds == {"span", "instruct"}
