@@ -125,7 +125,9 @@ class QualityOptions(OfFile):
         Names, Option(help="Also read slots rounded by a store: int8, int4, float16, bfloat16.")
     ] = many()
     ttft: Annotated[int, Option(help="Questions to time to the first token, slots in memory.")] = 0
-    likelihood: Annotated[bool, Option(help="Also perplexity and KL of the reference answers: half the reading.")] = True
+    likelihood: Annotated[bool, Option(help="Also perplexity and KL of the reference answers: half the reading.")] = (
+        True
+    )
     beta: Annotated[float, Option(help="Weight of recall in ROUGE-L.")] = 1.0
     resume: Annotated[
         bool, Option(help="Leave out lines in --out that the same code and weights measured on the same questions.")
