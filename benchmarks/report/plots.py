@@ -127,7 +127,7 @@ def by_bytes(rows: Sequence[Row]) -> bytes | None:
         for row, at, share in zip(line["rows"], x, y):
             axes.annotate(f"{row['ratio_asked']:g}x", (at, share), (6, 5), textcoords="offset points", fontsize=8.5,
                           color=line["look"]["color"])  # fmt: skip
-    full = next((row["bytes_per_passage"] for row in rows if row["method"] == "full"), None)
+    full = next((row.get("bytes_per_passage") for row in rows if row["method"] == "full"), None)
     if full is not None:
         axes.plot(full, 100, "*", color=INK, markersize=13, zorder=5)
         axes.annotate("full text", (full, 100), (-4, 9), textcoords="offset points", ha="right", color=INK)
