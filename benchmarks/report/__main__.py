@@ -13,7 +13,7 @@ from typing import Any
 
 from ..names import dataset_title, kind_of, method_name
 from ..quality.pooled import FULL, NONE, Key, comparable, pool
-from ..rows import PACKAGE, RESULTS, Row, clean, read_rows
+from ..rows import PACKAGE, RESULTS, Row, read_rows
 from . import kv_tables as kv
 from . import quality_tables as quality
 from .plots import by_bytes, hash_in, rows_hash, trade_off
@@ -38,7 +38,7 @@ def pages() -> dict[Path, str]:
     pooled, sets, pairs = pool(rows), comparable(rows), kv.page_tables(rows_of(KEPT_PAIRS))
     return {
         PAGES / "kv.md": render("kv.md", **pairs),
-        RESULTS / f"{KEPT_PAIRS}_pooled.jsonl": "".join(json.dumps(clean(row)) + "\n" for row in pairs["pooled"]),
+        RESULTS / f"{KEPT_PAIRS}_pooled.jsonl": "".join(json.dumps(row) + "\n" for row in pairs["pooled"]),
         PAGES / "quality.md": quality_page(pooled, sets),
         PAGES / "speed.md": speed_page(rows_of("speed", "store", "training_speed", "selection")),
         PAGES / "studies.md": studies_page(),

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..names import kind_of, method_name
 from ..quality.pooled import FULL, NONE, POOLED, Key, comparable, lead, pooled_row, tellable
-from ..rows import Row
+from ..rows import Row, clean
 from .quality_tables import set_title, share
 from .table import Column, Table, build, interval
 
@@ -27,11 +27,11 @@ def once(rows: Sequence[Row]) -> list[Row]:
         return []
     first, *others = sets.values()
     keys = [key for key in first if ":" not in key[0] and all(key in lines for lines in others)]
-    pooled = {key: pooled_row(sets, key) for key in keys if not first[key].get("query_aware")}
+    pooled = {key: clean(pooled_row(sets, key)) for key in keys if not first[key].get("query_aware")}
     for key, row in pooled.items():
         rivals = [k for k, r in pooled.items() if k[1] == key[1] and k[0] != OURS and "recovered_share" in r]
         if key[0] == OURS and rivals and "recovered_share" in row:
-            row |= lead(sets, key, max(rivals, key=lambda k: pooled[k]["recovered_share"]))
+            row |= clean(lead(sets, key, max(rivals, key=lambda k: pooled[k]["recovered_share"])))
     return list(pooled.values())
 
 
@@ -44,7 +44,7 @@ def choices(rows: Sequence[Row]) -> list[Row]:
     first, second = sets.values()
     keys = [key for key in first if key in second and key[0].partition(":")[0] == OURS]
     return [
-        pooled_row(sets, key) | DEFAULTS | dict(part.split("=") for part in key[0].partition(":")[2].split(",") if part)
+        clean(pooled_row(sets, key)) | DEFAULTS | dict(part.split("=") for part in key[0].partition(":")[2].split(",") if part)
         for key in keys
     ]
 

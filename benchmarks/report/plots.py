@@ -127,14 +127,16 @@ def by_bytes(rows: Sequence[Row]) -> bytes | None:
         for row, at, share in zip(line["rows"], x, y):
             axes.annotate(f"{row['ratio_asked']:g}x", (at, share), (6, 5), textcoords="offset points", fontsize=8.5,
                           color=line["look"]["color"])  # fmt: skip
-    full = next((row["bytes_per_passage"] for row in rows if row["method"] == "full"), None)
+    full = next((row.get("bytes_per_passage") for row in rows if row["method"] == "full"), None)
     if full is not None:
         axes.plot(full, 100, "*", color=INK, markersize=13, zorder=5)
         axes.annotate("full text", (full, 100), (-4, 9), textcoords="offset points", ha="right", color=INK)
     axes.axhline(100, color=INK, linewidth=1.2)
     axes.axhline(0, color=QUIET, linewidth=1.2)
     axes.set_xscale("log")
-    axes.set_xlabel("bytes per stored passage")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} MB" if value >= 1e6 else f"{value / 1e3:g} kB")
+    axes.minorticks_off()
+    axes.set_xlabel("size of a stored passage")
     axes.set_ylabel("recovered share of the full text's gain, %")
     axes.legend(frameon=False, fontsize=9.5, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
     return _png(figure, rows)

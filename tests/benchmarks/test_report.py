@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from nutgraf.benchmarks.quality import pooled
 from nutgraf.benchmarks.report import __main__ as pages
-from nutgraf.benchmarks.report import html, plots, quality_tables, speed_tables
+from nutgraf.benchmarks.report import html, kv_tables, plots, quality_tables, speed_tables
 from nutgraf.benchmarks.report.table import Column, build, render, rich_table
 from rich.console import Console
 
@@ -280,3 +280,40 @@ def test_templates_escape_html_only() -> None:
     context = {"title": "t", "lead": "", "sets": [], "examples": [], "notes": [], "origins": [], "costs": [table]}
     assert "x &amp; y" in render("report.html", **context)
     assert "x & y" in render("speed.md", tables=[table], missing=[])
+
+
+# -- keys and values -------------------------------------------------------------------------------------------------
+
+
+def _kept(dataset: str, method: str, scores: list[float], ratio: float | None = None, **more: Any) -> dict[str, Any]:
+    row = {"suite": "quality", "dataset": dataset, "half": "report", "questions": dataset, "reader": "a", "method": method}
+    row |= {"f1_each": scores, "f1": sum(scores) / len(scores), "n": len(scores), "reader_tokens": 10.0, "skipped": 0}
+    return row | ({} if ratio is None else {"ratio_asked": ratio, "ratio": ratio}) | {"bytes_per_passage": 800.0} | more
+
+
+def test_the_page_of_keys_and_values_has_the_lead_over_the_best_other_that_compresses_once() -> None:
+    rows = []
+    for name in ("qa_dev_squad", "qa_dev_nq"):
+        rows += [_kept(name, "full", [1.0] * 40), _kept(name, "none", [0.0] * 40)]
+        rows += [_kept(name, "kv-match", [1.0, 1.0, 1.0, 0.0] * 10, 4.0, interface="kv")]
+        rows += [_kept(name, "kv-match:score=random,repair=none", [0.0, 0.0, 0.0, 1.0] * 10, 4.0, interface="kv")]
+        rows += [_kept(name, "llmlingua2", [0.0, 1.0, 0.0, 0.0] * 10, 4.0, interface="text")]
+        rows += [_kept(name, "truncate", [1.0, 0.0, 1.0, 0.0] * 10, 4.0, interface="text", budget_of="llmlingua2")]
+        rows += [_kept(name, "asked", [1.0] * 40, 4.0, interface="text", query_aware=True)]
+    found = {row["method"]: row for row in kv_tables.once(rows)}
+    assert set(found) == {"full", "none", "kv-match", "llmlingua2", "truncate"}
+    ours = found["kv-match"]
+    assert ours["lead_over"] == "truncate"
+    assert ours["lead"] == pytest.approx(0.25)
+    assert 0 < ours["lead_low"] < 0.25 < ours["lead_high"] < 0.5
+    varied = {row["score"]: row for row in kv_tables.choices(rows)}
+    assert varied["probes"]["repair"] == "bias+values"
+    assert (varied["random"]["budget"], varied["random"]["repair"]) == ("global", "none")
+    page = render("kv.md", **kv_tables.page_tables(rows))
+    assert "| 4x | the passage's first tokens | 25 (" in page
+    assert "| random | global | none |  | 25 %" in page
+    assert kv_tables.choices(rows[:7]) == []
+    image = plots.by_bytes(kv_tables.once(rows))
+    assert image is not None
+    assert plots.hash_in(image) == plots.rows_hash(kv_tables.once(rows))
+    assert plots.by_bytes([]) is None
