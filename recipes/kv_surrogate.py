@@ -15,11 +15,10 @@ from typing import Annotated, Any
 import typer
 
 from ..compressors import Reader, make_compressor
-from ..shipped import locate
 from .data.corpus import read_documents, split_paragraphs
 from .data.records import cut_at_sentence
 
-SHORTEST, LONGEST = 150, 2500  # characters of a passage
+SHORTEST, LONGEST = 150, 2000  # characters of a passage
 
 
 def draw_passages(documents: Iterable[str], count: int, seed: int = 0) -> list[str]:
@@ -46,12 +45,12 @@ def main(
     text: Annotated[Path, typer.Argument(help="Documents of plain text, separated by lines <|doc|>.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     reader: Annotated[str, typer.Option(help="Reader: a shipped one, a folder or a hub id.")] = "reader-smollm2",
-    passages: Annotated[int, typer.Option(help="Passages; every eighth is held out.")] = 400,
+    passages: Annotated[int, typer.Option(help="Passages; every eighth is held out.")] = 96,
     probes: Annotated[int, typer.Option(help="Rule-made questions per passage.")] = 48,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Fit a surrogate and save the compressor that uses it."""
-    loaded = Reader.from_pretrained(locate(reader), dtype="float32")
+    loaded = Reader.from_pretrained(reader, dtype="float32")
     compressor: Any = make_compressor("kv-match", loaded, score="surrogate")
     about = compressor.fitted.fit(loaded, draw_passages(read_documents(text), passages, seed), probes)
     compressor.save_pretrained(out)

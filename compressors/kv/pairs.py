@@ -69,6 +69,10 @@ class PairCompressor(Compressor):
         """The pairs are the reader's."""
         return [self.base_reader.fingerprint]
 
+    def encoder_body(self) -> Any:
+        """The reader's layers."""
+        return self.base_reader.model.get_decoder()
+
     def compress_at(
         self,
         texts: Sequence[str],

@@ -20,7 +20,7 @@ from .selection import apart_from_sink, gaussian_attention, root_mean_square, un
 EXTRA = 5  # features beside the hidden state
 RIDGE = 1e-2  # of the mean diagonal of the normal matrix
 LEAST = 1e-6  # smaller scores count as this
-BATCH = 4
+BATCH = 2  # passages of like length
 
 
 def features(layer: LayerEvidence, evidence: Evidence) -> Tensor:
@@ -48,7 +48,7 @@ class FittedScore(nn.Module):
         if not all(bool(weight.any()) for weight in self.parameters()):
             raise ValueError(
                 "This score has weights, and they were not fitted; load a folder that holds them, such as "
-                "load_compressor(pretrained('kv-surrogate-smollm2'), reader=reader), or fit them to this reader: "
+                "load_compressor('kv-surrogate-smollm2', reader=reader), or fit them to this reader: "
                 "python -m nutgraf.recipes.kv_surrogate."
             )
 
@@ -79,7 +79,7 @@ class Surrogate(FittedScore):
 
         Args:
             reader: whose states and scores.
-            texts: passages; every eighth is held out.
+            texts: passages; every eighth by length is held out.
             probes: questions per passage at most.
 
         Returns:
@@ -89,9 +89,9 @@ class Surrogate(FittedScore):
         normal = torch.zeros(layers, size, size, dtype=torch.float64)
         target = torch.zeros(layers, size, heads, dtype=torch.float64)
         held: list[tuple[Tensor, Tensor]] = []
-        tokens = 0
-        for start in range(0, len(texts), BATCH):
-            part = list(texts[start : start + BATCH])
+        tokens, ordered = 0, sorted(texts, key=len)
+        for start in range(0, len(ordered), BATCH):
+            part = ordered[start : start + BATCH]
             ids = reader.tokenize_batch(part)
             asked = [write_probes(reader, text, "questions", probes, None) for text in part]
             evidence = read(reader, ids, asked, states=True)

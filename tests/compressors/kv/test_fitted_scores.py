@@ -82,7 +82,7 @@ def test_a_surrogate_equals_ridge_regression_on_the_probes_scores(zoo):
         compressor.compress([TEXT])
     about = compressor.fitted.fit(reader, GENERIC, probes=3)
     x, y = [], []
-    for i, text in enumerate(GENERIC):
+    for i, text in enumerate(sorted(GENERIC, key=len)):
         (ids,) = reader.tokenize_batch([text])
         evidence = read(reader, [ids], [write_probes(reader, text, "questions", 3, None)])
         scores = [SCORES["probes"][0](*pair, reader.kv_placement, 0) for pair in zip(evidence.layers, [evidence] * 3)]
@@ -153,6 +153,6 @@ def test_passages_for_fitting_have_all_lengths():
     assert found == draw_passages(documents, 30)
     assert len(set(found)) == 30
     sizes = sorted(map(len, found))
-    assert sizes[0] < 300 < 1000 < sizes[-1] <= 2500
+    assert sizes[0] < 300 < 1000 < sizes[-1] <= 2000
     with pytest.raises(ValueError, match="need as many documents"):
         draw_passages(documents, 50)
