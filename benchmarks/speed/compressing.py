@@ -2,7 +2,8 @@
 
 `compress_ms` is `compressor.compress` on passages of mixed lengths, as a user calls it. `bare_ms` is the encoder's layers,
 LoRA included, over sequences of the same total length without padding or mask, at the fastest of several batch sizes;
-`plain_ms` the same with the reader's layers, without LoRA. `bare_share` is bare / compress.
+`plain_ms` the same with the reader's layers, without LoRA. `bare_share` is bare / compress. For methods that keep the reader's
+keys and values the bare pass is a prefill of the passages; what is read besides counts as their cost.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...compressors import Reader
+from ...compressors import Reader, SoftCompressor
 from ...compressors.core.batching import watch_lengths
 from ..rows import Row, clean, provenance
 from .clock import timed
@@ -95,7 +96,11 @@ def _run(body: Any, lengths: list[int], budget: int) -> None:
 
 @torch.no_grad()
 def encoded_lengths(compressor: Any, texts: Sequence[str], ratio: float | None = None) -> list[int]:
-    """Tokens and slots of every sequence that the encoder reads for some passages."""
+    """Tokens and slots of every sequence that the encoder reads for some passages; just the passages' tokens for a method
+    that keeps the reader's own keys and values."""
+    if not isinstance(compressor, SoftCompressor):
+        reader = compressor.base_reader
+        return [len(reader.bos_ids) + len(ids) for ids in reader.tokenize_batch(list(texts)) if ids]
     with watch_lengths() as lengths:
         compressor.encode(list(texts), None, ratio)
     return lengths

@@ -94,7 +94,8 @@ def find_entrants(
                 f"methods are {', '.join(sorted(COMPRESSORS))}."
             )
         made = make_compressor(spec.name, reader).eval() if untrained else load_compressor(spec.name, reader)
-        found += [Entrant(made.config.method, r, made, made.interface, not untrained) for r in spec.ratios]
+        name = spec.name if made.training_free else made.config.method  # with its settings
+        found += [Entrant(name, r, made, made.interface, not untrained) for r in spec.ratios]
     return found
 
 

@@ -14,25 +14,33 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..core.config import CompressorConfig, check_choices, check_counts, check_ratio
+from ..core.config import CompressorConfig, check_choices, check_counts
+from ..reader.reader import Reader
 from ..registry import register_compressor
-from .pairs import PairCompressor
+from .pairs import PairCompressor, PairSettings
 from .probing import Evidence, write_probes
 from .repair import repair
 from .selection import BUDGETS, SCORES, attention, select, wide
+from .surrogate import FITTED
+
+# What each score reads after a passage.
+NEEDS = dict.fromkeys(FITTED, "nothing") | {name: needs for name, (_, needs) in SCORES.items()}
 
 
 @dataclass
-class KVMatchConfig(CompressorConfig):
+class KVMatchConfig(PairSettings, CompressorConfig):
     """Settings of KV matching; none of them needs training."""
 
     method: ClassVar[str] = "kv-match"
     title: ClassVar[str] = "KV matching"
     cost: ClassVar[str] = "states"
 
-    ratio: float = field(default=4.0, metadata={"help": "compression ratio unless another one is asked for"})
-    score: Literal["probes", "kvzip", "snapkv", "keydiff", "expected", "random", "first"] = field(
-        default="probes", metadata={"help": "what ranks the pairs; 'snapkv' needs the question"}
+    score: str = field(
+        default="probes",
+        metadata={
+            "help": f"what ranks the pairs: {', '.join(NEEDS)}; 'snapkv' needs the question, {' and '.join(FITTED)} have "
+            "weights"
+        },
     )
     budget: Literal["global", "per-layer", "uniform"] = field(
         default="global", metadata={"help": "divide the pairs over all heads, over the heads of each layer, or evenly"}
@@ -43,14 +51,14 @@ class KVMatchConfig(CompressorConfig):
     probes: int = field(default=48, metadata={"help": "rule-made questions per passage"})
 
     def __post_init__(self) -> None:
-        check_ratio(self.ratio)
+        self.check_pairs()
         check_counts(self, {"probes": 1})
-        check_choices(self, {"score": SCORES, "budget": BUDGETS, "repair": ("bias+values", "bias", "none")})
+        check_choices(self, {"score": NEEDS, "budget": BUDGETS, "repair": ("bias+values", "bias", "none")})
 
     @property
     def query_aware(self) -> bool:
         """Whether passages are compressed for a question."""
-        return SCORES[self.score][1] == "query"
+        return NEEDS[self.score] == "query"
 
 
 @register_compressor
@@ -68,24 +76,33 @@ class KVMatchCompressor(PairCompressor):
     config_class = KVMatchConfig
     config: KVMatchConfig
 
-    def probes(self, text: str, query: str | None) -> list[list[int]]:
+    def __init__(self, config: KVMatchConfig, reader: Reader) -> None:
+        super().__init__(config, reader)
+        self.needs_states = config.score in ("surrogate", "kvzip+")
+        self.fitted = FITTED[config.score](reader) if config.score in FITTED else None
+
+    def probes(self, text: str, query: str | None, room: int | None) -> list[list[int]]:
         """The questions, the repetition or the user's question that the score needs."""
-        needs = SCORES[self.config.score][1]
+        needs = NEEDS[self.config.score]
+        if self.fitted is not None:
+            self.fitted.check_fitted()
         if needs == "query" and not query:
             raise ValueError(f"The score {self.config.score!r} needs the question: compress(texts, query=...).")
         if needs == "nothing":
             if self.config.repair == "none":
                 return []
             needs = "questions"
-        return write_probes(self.base_reader, text, needs, self.config.probes, query)
+        return write_probes(self.base_reader, text, needs, self.config.probes, query, room)
 
     def keep(self, evidence: Evidence, ratio: float) -> Iterator[tuple[Tensor, ...]]:
         """Scores the pairs, divides the budget and repairs what is kept."""
         config, placement = self.config, self.base_reader.kv_placement
-        score, device = SCORES[config.score][0], evidence.tokens.device
+        score, device = self.fitted or SCORES[config.score][0], evidence.tokens.device
         scores = [score(layer, evidence, placement, i) for i, layer in enumerate(evidence.layers)]
         stacked = torch.stack(scores, 1)  # [batch, layers, kv_heads, n]
-        kept = select(stacked, evidence.tokens.sum(1), ratio, config.budget, sink=not evidence.start)
+        kept = select(
+            stacked, evidence.tokens.sum(1), ratio, config.budget, sink=not evidence.start, protected=evidence.protected
+        )
         fitted = []
         for i, layer in enumerate(evidence.layers):
             bias, values = torch.zeros_like(stacked[:, i]), wide(layer.values)

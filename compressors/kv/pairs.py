@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..base import Compressor, Query
 from ..core.batching import pack, pass_positions
+from ..core.config import check_ratio
+from ..core.keep import KeepSettings
 from ..core.passage import CompressedPassage, Interface
 from ..reader.attention import check_reachable
 from ..reader.reader import Reader
@@ -18,13 +22,26 @@ from .encode import check_movable, kv_shapes
 from .probing import Evidence, read
 
 
+@dataclass(kw_only=True)
+class PairSettings(KeepSettings):
+    """Config mixin of every method that keeps pairs. What must stay counts against the budget."""
+
+    ratio: float = field(default=4.0, metadata={"help": "compression ratio unless another one is asked for"})
+
+    def check_pairs(self) -> None:
+        """Raises ``ValueError`` for a ratio below 1 or a wrong list of what must stay."""
+        check_ratio(self.ratio)
+        self.check_keep()
+
+
 class PairCompressor(Compressor):
     """Reads each passage followed by probes, and packages the pairs that a method keeps as a ragged KV passage.
 
-    A method implements `probes` (what is read after a passage) and `keep` (the pairs, from what was recorded). Its config has
-    a ``ratio``.
+    A method implements `probes` (what is read after a passage) and `keep` (the pairs, from what was recorded). Its config
+    extends `PairSettings`.
 
     Attributes:
+        needs_states: whether `keep` wants the residual stream, too.
         batch_positions: positions of one forward pass (memory vs. speed; changes no result).
 
     Raises:
@@ -33,6 +50,7 @@ class PairCompressor(Compressor):
 
     interface: ClassVar[Interface] = "kv"
     training_free = True
+    needs_states = False
     config: Any
 
     def __init__(self, config: Any, reader: Reader) -> None:
@@ -50,6 +68,10 @@ class PairCompressor(Compressor):
     def identity_parts(self) -> list[Any]:
         """The pairs are the reader's."""
         return [self.base_reader.fingerprint]
+
+    def encoder_body(self) -> Any:
+        """The reader's layers."""
+        return self.base_reader.model.get_decoder()
 
     def compress_at(
         self,
@@ -78,10 +100,10 @@ class PairCompressor(Compressor):
 
     def _read(self, ids: list[list[int]], probes: list[list[list[int]]]) -> Evidence:
         if self._evidence is None:
-            return read(self.base_reader, ids, probes)
+            return read(self.base_reader, ids, probes, states=self.needs_states)
         key = str((ids, probes))
         if key not in self._evidence:
-            self._evidence[key] = read(self.base_reader, ids, probes)
+            self._evidence[key] = read(self.base_reader, ids, probes, states=self.needs_states)
             self._evidence[key].shared = True
         return self._evidence[key]
 
@@ -91,12 +113,16 @@ class PairCompressor(Compressor):
         if options:
             raise TypeError(f"{self.config.method} has no options {sorted(options)}.")
         reader = self.base_reader
-        ids = reader.tokenize_batch(texts)
-        probes = [self.probes(text, query) if tokens else [] for text, tokens, query in zip(texts, ids, queries)]
-        for passage, asked in zip(ids, probes):
-            self._check_room(len(passage) + max(map(len, asked), default=0))
-        sizes = [len(passage) + sum(map(len, asked)) + len(reader.bos_ids) for passage, asked in zip(ids, probes)]
         wanted = self.config.ratio if ratio is None else float(ratio)
+        ids = reader.tokenize_batch(texts)
+        protected = [self._protected(text, len(tokens), wanted) for text, tokens in zip(texts, ids)]
+        probes = [
+            self.probes(text, query, self._room(len(tokens))) if tokens else []
+            for text, tokens, query in zip(texts, ids, queries)
+        ]
+        for passage, asked in zip(ids, probes):
+            self._check_room(len(passage), max(map(len, asked), default=0))
+        sizes = [len(passage) + sum(map(len, asked)) + len(reader.bos_ids) for passage, asked in zip(ids, probes)]
         none = torch.zeros(0, device=reader.device, dtype=reader.dtype)
         heads, wide, deep = self.shape
         counts = torch.zeros(len(reader.kv_placement.kinds), heads, dtype=torch.int32)
@@ -106,13 +132,14 @@ class PairCompressor(Compressor):
         for batch in pack([sizes[i] for i in full], self.batch_positions, pass_positions(reader.device)):
             which = [full[i] for i in batch]
             evidence = self._read([ids[i] for i in which], [probes[i] for i in which])
+            evidence.protected = pad_sequence([protected[i] for i in which], batch_first=True).to(reader.device)
             for i, pairs in zip(which, self.keep(evidence, wanted)):
                 out[i] = self._package(pairs, len(ids[i]), wanted)
         return [out[i] for i in range(len(texts))]
 
     @abstractmethod
-    def probes(self, text: str, query: str | None) -> list[list[int]]:
-        """Token ids of each text that is read after a passage."""
+    def probes(self, text: str, query: str | None, room: int | None) -> list[list[int]]:
+        """Token ids of each text that is read after a passage, where ``room`` tokens fit (``None``: any number)."""
 
     @abstractmethod
     def keep(self, evidence: Evidence, ratio: float) -> Iterable[tuple[Tensor, ...]]:
@@ -121,13 +148,38 @@ class PairCompressor(Compressor):
         All are concatenated over layers, then heads. A bias without entries means none.
         """
 
-    def _check_room(self, tokens: int) -> None:
+    def _protected(self, text: str, tokens: int, ratio: float) -> Tensor:
+        """``[tokens]`` bool, those that must stay; raises ``ValueError`` if they exceed the budget."""
+        stay = torch.zeros(tokens, dtype=torch.bool)
+        if not (tokens and self.config.keeps):
+            return stay
+        spans = self.config.kept_spans(text)
+        places = self.base_reader.tokenize_with_offsets(text)[1] if spans else []
+        for i, (start, end) in enumerate(places):
+            stay[i] = any(start < b and a < max(end, start + 1) for a, b in spans)
+        sink = not self.base_reader.bos_ids and not bool(stay[0])  # always kept, too
+        if (least := int(stay.sum()) + sink) > max(1, int(tokens / ratio + 1e-6)) and bool(stay.any()):
+            raise ValueError(
+                f"What must stay takes {least} of the {tokens} tokens of {text[:40]!r}..., and ratio {ratio:g} leaves room "
+                f"for {max(1, int(tokens / ratio + 1e-6))} in every head; ask for ratio {tokens / least:.4g} or less, or "
+                "keep fewer words (keep, keep_patterns, keep_digits, keep_names)."
+            )
+        return stay
+
+    def _room(self, tokens: int) -> int | None:
+        """Tokens that fit after a passage of so many; ``None``: any number."""
         reader = self.base_reader
         limits = [n for n in (reader.max_positions, reader.kv_placement.max_length) if n is not None]
-        if limits and len(reader.bos_ids) + tokens > min(limits):
+        return min(limits) - len(reader.bos_ids) - tokens if limits else None
+
+    def _check_room(self, tokens: int, probe: int) -> None:
+        room = self._room(tokens)
+        if room is not None and probe > room:
+            reader = self.base_reader
             raise ValueError(
-                f"A passage and the longest probe take {tokens} tokens, and {reader.name!r} reads keys and values in "
-                f"prompts of up to {min(limits)} positions; cut the passage into shorter ones."
+                f"A passage of {tokens} tokens leaves {max(room, 0)} of the {tokens + room + len(reader.bos_ids)} positions in "
+                f"which {reader.name!r} reads keys and values, and what is read after it takes {probe}; cut the passage into "
+                "shorter ones."
             )
 
     def _package(self, pairs: tuple[Tensor, ...], tokens: int, ratio: float) -> CompressedPassage:

@@ -21,6 +21,7 @@ from ..reader.reader import Reader
 
 QUESTION = "\n\nQuestion: {}\nAnswer:"
 REPEAT = ("\n\nRepeat the previous context exactly.", "\n")  # as in KVzip
+SHORTEST_REPEAT = 8  # tokens of a passage in one repetition, at least
 
 
 @dataclass
@@ -36,6 +37,7 @@ class LayerEvidence:
         scaling: factor of the scores.
         softcap: limit of the scores, as in Gemma 2, or ``None``.
         attended: attention of the probes to the passage, once it was computed for `shared` evidence.
+        states: ``[batch, n + m, hidden]`` residual stream that enters the layer, of passages and probes, if asked for.
     """
 
     front: Tensor
@@ -47,6 +49,7 @@ class LayerEvidence:
     scaling: float
     softcap: float | None
     attended: Tensor | None = None
+    states: Tensor | None = None
 
 
 @dataclass
@@ -60,6 +63,7 @@ class Evidence:
         seen: ``[batch, m, m]`` bool, which tokens of the probes each of them sees.
         layers: in order.
         shared: whether several ratios use it, so that attention is kept.
+        protected: ``[batch, n]`` bool, tokens whose pairs must stay in every head.
     """
 
     start: int
@@ -68,6 +72,7 @@ class Evidence:
     seen: Tensor
     layers: list[LayerEvidence] = field(default_factory=list)
     shared: bool = False
+    protected: Tensor | None = None
 
     def enter(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Mapping[str, Any]
@@ -90,7 +95,9 @@ class Evidence:
         return key, value, mask
 
 
-def write_probes(reader: Reader, text: str, needs: str, count: int, query: str | None) -> list[list[int]]:
+def write_probes(
+    reader: Reader, text: str, needs: str, count: int, query: str | None, room: int | None = None
+) -> list[list[int]]:
     """Token ids of what is read after a passage: rule-made questions, the passage again, or the user's question.
 
     Args:
@@ -99,21 +106,35 @@ def write_probes(reader: Reader, text: str, needs: str, count: int, query: str |
         needs: ``"questions"``, ``"repetition"`` or ``"query"``.
         count: questions at most; a passage that none can be made of is repeated.
         query: the user's question.
+        room: tokens that fit after the passage. Longer questions are left out; a longer repetition is divided, as in KVzip.
     """
     if needs == "query":
         return reader.tokenize_batch([QUESTION.format(query)])
     made = make_questions(text, count, random.Random(0)) if needs == "questions" else []
-    written = [f"{QUESTION.format(question)} {answer}" for question, answer in made]
-    return reader.tokenize_batch(written) or [[i for part in reader.tokenize_batch([*REPEAT, text]) for i in part]]
+    written = reader.tokenize_batch([f"{QUESTION.format(question)} {answer}" for question, answer in made])
+    written = [probe for probe in written if room is None or len(probe) <= room]
+    if written:
+        return written
+    *opening, passage = reader.tokenize_batch([*REPEAT, text])
+    opened = [i for part in opening for i in part]
+    most = len(passage) if room is None else max(SHORTEST_REPEAT, room - len(opened))
+    return [[*opened, *passage[start : start + most]] for start in range(0, len(passage), most)]
 
 
-def read(reader: Reader, passages: Sequence[Sequence[int]], probes: Sequence[Sequence[Sequence[int]]]) -> Evidence:
+def read(
+    reader: Reader,
+    passages: Sequence[Sequence[int]],
+    probes: Sequence[Sequence[Sequence[int]]],
+    *,
+    states: bool = False,
+) -> Evidence:
     """Reads passages, each followed by its own probes.
 
     Args:
         reader: the reader.
         passages: token ids of each, BOS left out.
         probes: token ids of each passage's probes.
+        states: also record the residual stream.
     """
     bos, device = list(reader.bos_ids), reader.device
     n, m = max(map(len, passages)), max((sum(map(len, asked)) for asked in probes), default=0)
@@ -142,10 +163,13 @@ def read(reader: Reader, passages: Sequence[Sequence[int]], probes: Sequence[Seq
     evidence = Evidence(start, block[:, start : start + n] == 0, block[:, after] > 0, allowed[:, after, after])
     decoder = reader.model.get_decoder()
     with attending(reader.model, evidence):
-        decoder(
+        out = decoder(
             inputs_embeds=reader.embed(ids),
             attention_mask=mask,
             use_cache=False,
+            output_hidden_states=states,
             **position_arguments(decoder, positions),
         )
+    for layer, entered in zip(evidence.layers, out.hidden_states if states else ()):
+        layer.states = entered[:, start:].to(device)
     return evidence

@@ -75,32 +75,90 @@ def key_difference(layer: LayerEvidence, evidence: Evidence, placement: KVPlacem
     return -F.cosine_similarity(keys, keys.sum(2, keepdim=True), dim=-1)
 
 
+def contribution(layer: LayerEvidence, evidence: Evidence, placement: KVPlacement, index: int) -> Tensor:
+    """Largest share of the residual stream that a pair adds: attention ``|W_O v| / |h|`` (KVzip+, arXiv 2601.07891).
+
+    ``h`` is the residual stream of the row that attends, as it enters the layer. kvpress divides by its norm after the
+    layer's normalisation.
+    """
+    if layer.states is None:
+        raise ValueError("KVzip+ needs the residual stream: read(..., states=True).")
+    heads, n = layer.keys.shape[1], layer.keys.shape[2]
+    groups = layer.queries.shape[1] // heads
+    rows = attention(layer, evidence, own=True).unflatten(2, (groups, -1))
+    out = wide(output_weight(placement, index)).to(rows).unflatten(1, (heads, groups, -1))
+    gram = torch.einsum("okgd,okge->kgde", out, out)
+    values = wide(layer.values)
+    added = torch.einsum("bknd,kgde,bkne->bkgn", values, gram, values).clamp(min=0).sqrt()
+    size = wide(layer.states[:, n:]).norm(dim=-1).clamp(min=1e-12)
+    return (rows * added[:, :, :, None] / size[:, None, None, :, None]).amax((2, 3))
+
+
+def output_weight(placement: KVPlacement, index: int) -> Tensor:
+    """Output projection ``[hidden, heads * head_dim]`` of a layer's attention; raises ``ValueError`` if it has none to see."""
+    names = ("self_attn.o_proj", "attention.dense", "self_attention.dense", "attn.out_proj")
+    found = dict(placement.decoder.layers[index].named_modules())
+    weight = next((getattr(found[name], "weight", None) for name in names if name in found), None)
+    if weight is None or not weight.is_floating_point():
+        raise ValueError(
+            f"The score 'kvzip+' multiplies by the output projection of {type(placement.model).__name__}, and finds none in "
+            f"floating point under {', '.join(names)}; use 'kvzip', or load the reader unquantised."
+        )
+    return weight
+
+
 def expected_attention(layer: LayerEvidence, evidence: Evidence, placement: KVPlacement, index: int) -> Tensor:
     """Attention that a Gaussian of the passage's own queries gives, times the value's norm (arXiv 2510.00636).
 
     Mean and covariance are those of the unrotated queries, moved to the average of the next 512 positions.
     """
-    batch, heads, n, width = layer.own.shape
+    queries = unrotated(layer.own, evidence, placement, index)
+    weights = apart_from_sink(evidence)
+    weights = (weights / weights.sum(1, keepdim=True))[:, None, :, None]
+    mean = (queries * weights).sum(2, keepdim=True)
+    covariance = ((queries - mean) * weights).mT @ (queries - mean)
+    return gaussian_attention(layer, evidence, placement, index, mean[:, :, 0], covariance)
+
+
+def unrotated(queries: Tensor, evidence: Evidence, placement: KVPlacement, index: int) -> Tensor:
+    """Queries ``[batch, heads, n, head_dim]`` of a passage as they were before rotation, at least in float32."""
+    queries = wide(queries)
+    if placement.kinds[index] != ROTARY:
+        return queries
+    home = torch.arange(queries.shape[2], device=queries.device) + evidence.start
+    return placement.rotate(queries.flatten(0, 1), -home, index).view_as(queries)
+
+
+def apart_from_sink(evidence: Evidence) -> Tensor:
+    """``[batch, n]`` bool, the tokens of passages, without the first where it is the attention sink."""
+    used = evidence.tokens.clone()
+    if not evidence.start and used.shape[1] > 1:
+        used[:, 0] &= evidence.tokens.sum(1) < 2
+    return used
+
+
+def gaussian_attention(
+    layer: LayerEvidence, evidence: Evidence, placement: KVPlacement, index: int, mean: Tensor, covariance: Tensor
+) -> Tensor:
+    """Attention of Gaussian queries at the next 512 positions, times the value's norm (arXiv 2510.00636, equations 6 to 9).
+
+    Args:
+        layer, evidence, placement, index: as for every score.
+        mean: ``[batch or 1, heads, head_dim]`` of unrotated queries.
+        covariance: ``[batch or 1, heads, head_dim, head_dim]``.
+    """
+    heads, width = layer.own.shape[1], layer.own.shape[-1]
     device, end = layer.own.device, evidence.tokens.sum(1) + evidence.start
-    queries = wide(layer.own)
-    average = torch.eye(width, device=device).expand(batch, -1, -1)  # maps a row of a query to its average place
+    average = torch.eye(width, device=device).expand(len(end), -1, -1)  # maps a row of a query to its average place
     if placement.kinds[index] == ROTARY:
-        home = torch.arange(n, device=device) + evidence.start
-        queries = placement.rotate(queries.flatten(0, 1), -home, index).view_as(queries)
         eye = torch.eye(width, device=device)[:, None].expand(-1, FUTURE, -1)
         ahead = torch.arange(FUTURE, device=device)
         average = torch.stack([placement.rotate(eye, ahead + int(at), index).mean(1) for at in end])
-    used = evidence.tokens.clone()
-    if not evidence.start and n > 1:
-        used[:, 0] &= evidence.tokens.sum(1) < 2  # the first token is the attention sink
-    weights = (used / used.sum(1, keepdim=True))[:, None, :, None]
-    mean = (queries * weights).sum(2, keepdim=True)
-    covariance = ((queries - mean) * weights).mT @ (queries - mean)
-    mean, covariance = mean @ average[:, None], average[:, None].mT @ covariance @ average[:, None]
+    mean, covariance = mean[:, :, None] @ average[:, None], average[:, None].mT @ covariance @ average[:, None]
     keys = wide(layer.keys).repeat_interleave(heads // layer.keys.shape[1], 1)
     scores = (keys @ mean.mT)[..., 0] * layer.scaling
     scores = scores + ((keys @ covariance) * keys).sum(-1) * layer.scaling**2 / 2
-    scores = scores.masked_fill(~used[:, None], -torch.inf).softmax(-1)
+    scores = scores.masked_fill(~apart_from_sink(evidence)[:, None], -torch.inf).softmax(-1)
     shared = scores.unflatten(1, (layer.keys.shape[1], -1)).mean(2)
     return shared * wide(layer.values).norm(dim=-1)
 
@@ -123,6 +181,7 @@ Score = Callable[[LayerEvidence, Evidence, KVPlacement, int], Tensor]
 SCORES: dict[str, tuple[Score, str]] = {
     "probes": (root_mean_square, "questions"),
     "kvzip": (largest, "repetition"),
+    "kvzip+": (contribution, "repetition"),
     "snapkv": (pooled_mean, "query"),
     "keydiff": (key_difference, "nothing"),
     "expected": (expected_attention, "nothing"),
@@ -132,7 +191,9 @@ SCORES: dict[str, tuple[Score, str]] = {
 BUDGETS = ("global", "per-layer", "uniform")
 
 
-def select(scores: Tensor, lengths: Tensor, ratio: float, budget: str, *, sink: bool) -> Tensor:
+def select(
+    scores: Tensor, lengths: Tensor, ratio: float, budget: str, *, sink: bool, protected: Tensor | None = None
+) -> Tensor:
     """Which pairs to keep.
 
     Args:
@@ -143,6 +204,7 @@ def select(scores: Tensor, lengths: Tensor, ratio: float, budget: str, *, sink: 
             score (AdaKV, arXiv 2407.11550), ``"global"`` divides all pairs over all heads by one ranking. The last two
             leave every head `FLOOR` of an even share.
         sink: always keep the first token.
+        protected: ``[batch, n]`` bool, tokens to keep in every head; they must fit the budget.
 
     Returns:
         ``[batch, layers, kv_heads, n]`` bool.
@@ -152,6 +214,8 @@ def select(scores: Tensor, lengths: Tensor, ratio: float, budget: str, *, sink: 
     scores = scores.masked_fill(at >= lengths.to(at.device)[:, None, None, None], -torch.inf)
     if sink:
         scores[..., 0] = torch.inf
+    if protected is not None:
+        scores = scores.masked_fill(protected[:, None, None], torch.inf)
     groups = {"global": 1, "per-layer": layers, "uniform": layers * heads}[budget]
     kept = torch.zeros_like(scores, dtype=torch.bool)
     order = scores.argsort(dim=-1, descending=True, stable=True)

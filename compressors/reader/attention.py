@@ -184,6 +184,9 @@ class Prefix:
 
     def __init__(self, placement: KVPlacement, plans: Sequence[PromptPlan], rows: Tensor) -> None:
         self.rows = rows
+        self._later: dict[int, Tensor] = {}  # of each layer, what `_seen` gives after the prompt
+        self._step: tuple[Any, ...] = ()
+        self._masks: dict[int, tuple[Tensor | None, Tensor]] = {}  # the model's masks of a step, by id
         parts = [
             _Part.of(placement, row, start, passage) for row, plan in enumerate(plans) for start, passage in plan.kv
         ]
@@ -230,19 +233,37 @@ class Prefix:
         keys, values, bias, starts = self.layers[layer]
         if keys.shape[1] != key.shape[1]:
             raise ValueError(f"Layer {layer} of the KV passages has {keys.shape[1]} heads, the reader {key.shape[1]}.")
-        (batch, heads, time, _), length, rows = query.shape, key.shape[2], self.rows
-        if beams := batch // len(rows) - 1:
-            keys, values, bias, starts, rows = (
-                t.repeat_interleave(beams + 1, 0) for t in (keys, values, bias, starts, rows)
-            )
+        (batch, heads, time, _), length = query.shape, key.shape[2]
+        beams = batch // len(self.rows)
+        if beams > 1:
+            keys, values = keys.repeat_interleave(beams, 0), values.repeat_interleave(beams, 0)
         first = length - time  # tokens in the model's own cache
-        rows = rows[:, first : first + time]
-        rows = nn.functional.pad(rows, (0, time - rows.shape[1]), value=_LATER)  # the answer's tokens see all
+        if first < self.rows.shape[1]:
+            rows = self.rows[:, first : first + time]
+            rows = nn.functional.pad(rows, (0, time - rows.shape[1]), value=_LATER)
+            past = self._seen(bias, starts, rows, beams, query)
+        else:  # the answer's tokens see every passage: one bias for all steps
+            if layer not in self._later or self._later[layer].shape[:2] != (batch, heads):
+                rows = self.rows.new_full((len(self.rows), 1), _LATER)
+                self._later[layer] = self._seen(bias, starts, rows, beams, query)
+            past = self._later[layer].expand(-1, -1, time, -1)
+        own = self._own(mask, time, length, query).expand(batch, heads, -1, -1)
+        return torch.cat([keys.to(key), key], 2), torch.cat([values.to(value), value], 2), torch.cat([past, own], -1)
+
+    def _seen(self, bias: Tensor, starts: Tensor, rows: Tensor, beams: int, query: Tensor) -> Tensor:
+        """What is added to the passages' scores, ``[batch, heads, time, width]``; `rows` are positions ``[batch, time]``."""
         low = torch.finfo(query.dtype).min
         past = bias[:, :, None].masked_fill(starts[:, :, None] >= rows[:, None, :, None], low).clamp(min=low)
-        past = past.repeat_interleave(heads // past.shape[1], dim=1).to(query)
-        own = _additive(mask, time, length, low, query).expand(batch, heads, -1, -1)
-        return torch.cat([keys.to(key), key], 2), torch.cat([values.to(value), value], 2), torch.cat([past, own], -1)
+        return past.repeat_interleave(query.shape[1] // past.shape[1], 1).repeat_interleave(beams, 0).to(query)
+
+    def _own(self, mask: Tensor | None, time: int, length: int, query: Tensor) -> Tensor:
+        """The model's own mask as numbers, made once for all layers that get the same one."""
+        step = (time, length, query.dtype, query.device)
+        if self._step != step:
+            self._step, self._masks = step, {}
+        if id(mask) not in self._masks:
+            self._masks[id(mask)] = (mask, _additive(mask, time, length, torch.finfo(query.dtype).min, query))
+        return self._masks[id(mask)][1]
 
 
 def _additive(mask: Tensor | None, time: int, length: int, low: float, like: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -16,8 +15,9 @@ from torch import Tensor
 from ..base import TextCompressor
 from ..core.config import CompressorConfig, ConfigT, check_choices, check_counts, check_ratio
 from ..core.hidden import hide
+from ..core.keep import KeepSettings
 from ..core.passage import CompressedPassage
-from ..core.units import LEVELS, Span, carve, keep_spans, split_units, tokens_in, unit_scores
+from ..core.units import LEVELS, Span, carve, split_units, tokens_in, unit_scores
 from ..reader.reader import Reader
 from .budget import Search, join, merge, run_searches, search
 from .scoring import TokenScores, self_information
@@ -28,19 +28,11 @@ _OLD_NAME = "faithful"  # of mode "published" in older configs, and in fingerpri
 
 
 @dataclass(kw_only=True)
-class SelectionSettings:
+class SelectionSettings(KeepSettings):
     """Config mixin of every text method: the budget, the units, and what must stay."""
 
     ratio: float = field(default=2.0, metadata={"help": "compression ratio if a call gives no budget"})
     unit: str = field(default="phrase", metadata={"help": f"kept or dropped as a whole: one of {', '.join(LEVELS)}"})
-    keep: tuple[str, ...] = field(
-        default=(), metadata={"help": "strings that stay, with the words around them, while they fit"}
-    )
-    keep_patterns: tuple[str, ...] = field(
-        default=(), metadata={"help": "regular expressions: the words around their matches stay"}
-    )
-    keep_digits: bool = field(default=False, metadata={"help": "numbers stay while they fit"})
-    keep_names: bool = field(default=False, metadata={"help": "capitalised names stay while they fit"})
     joiner: str = field(default=" ", metadata={"help": "text between kept spans that do not touch"})
     mode: Literal["fast", "published"] = field(
         default="fast",
@@ -65,16 +57,7 @@ class SelectionConfig(SelectionSettings, CompressorConfig):
         if self.mode == _OLD_NAME:
             self.mode = "published"
         check_choices(self, {"unit": LEVELS, "mode": MODES})
-        for name in ("keep", "keep_patterns"):
-            value = getattr(self, name)
-            if isinstance(value, str) or not all(isinstance(item, str) and item for item in value):
-                raise ValueError(f"{name} must be a list of non-empty strings, got {value!r}.")
-            setattr(self, name, tuple(value))
-        for pattern in self.keep_patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"keep_patterns holds {pattern!r}, no valid regular expression: {error}.") from error
+        self.check_keep()
 
     def to_dict(self) -> dict[str, Any]:
         """A flat JSON-able dict for `from_dict`."""
@@ -234,8 +217,7 @@ class SelectingCompressor(TextCompressor):
     def _search(self, text: str, scores: TokenScores, target: int, length: int, hard: bool) -> Search:
         if not bool(torch.isfinite(scores.nll).all()):
             raise ValueError("The scoring model gave NaN or infinite scores; load it in float32 or bfloat16.")
-        config = self.config
-        must_stay = keep_spans(text, config.keep, config.keep_patterns, config.keep_digits, config.keep_names)
+        must_stay = self.config.kept_spans(text)
         finest = min(LEVELS.index(self.level), LEVELS.index("word"))
         # If no unit fits, use finer ones: half of a long sentence is better than nothing. Last, forget what must stay.
         for kept in (must_stay, []) if must_stay else ([],):

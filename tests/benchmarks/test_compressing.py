@@ -47,6 +47,16 @@ def test_rows_of_every_kind_of_encoder(reader: Reader, method: str) -> None:
         compressing.compress_rows(reader, entrants, [])
 
 
+def test_pairs_are_compared_with_a_prefill_of_the_passages(reader: Reader) -> None:
+    texts = [make_passages(reader, 1, n)[0] for n in (20, 45)]
+    entrants = find_entrants(reader, ["kv-match:probes=1@4", "kv-match:score=first,repair=none@4"], (), (), untrained=False)
+    rows = compressing.compress_rows(reader, entrants, texts, repeats=1, warmup=0)
+    assert [row["method"] for row in rows] == ["kv-match:probes=1", "kv-match:score=first,repair=none"]
+    for row in rows:
+        assert row["encoder_tokens"] == row["context_tokens"] + len(texts) * len(reader.bos_ids)
+        assert row["bare_share"] == pytest.approx(row["bare_ms"] / row["compress_ms"], rel=1e-3)
+
+
 @pytest.mark.slow
 def test_the_embedder_is_what_xrag_compresses_with(reader: Reader) -> None:
     texts = ["The treaty was signed in 1648.", "Rivers carry sediment to the sea, and some of it stays in the delta."]

@@ -74,6 +74,7 @@ OPTIONS: dict[str, dict] = {
     "xrag:reader": {**SETTINGS["xrag"], "tune_reader": True, "reader_r": 3},
     "pisco:query": {**SETTINGS["pisco"], "query_aware": True},
     "kv-match:query": {"score": "snapkv", "budget": "per-layer", "repair": "bias"},
+    "kv-match:surrogate": {"score": "surrogate", "repair": "none"},
 }
 METHODS = set(SETTINGS)
 SETTINGS |= OPTIONS
