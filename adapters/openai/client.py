@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import httpx
 import torch
@@ -102,6 +102,12 @@ class ServedReader:
         self._transport = Transport(base_url.rstrip("/").removesuffix("/v1"), headers, timeout, retries, backoff)
         self._checking = threading.Lock()
         self._checked = self._same_tokenizer = False
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "A ServedReader holds open connections and is not copied or pickled: make one there with the same arguments, or "
+            "share it between threads."
+        )
 
     @property
     def name(self) -> str:

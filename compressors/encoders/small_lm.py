@@ -32,7 +32,7 @@ class SmallLMEncoder(Twin):
     def __init__(self, body: Any, tokenizer: Any) -> None:
         super().__init__()
         self.body = body.eval().requires_grad_(True)
-        self.prompts = PromptTokenizer(tokenizer)
+        self.prompts = PromptTokenizer(tokenizer, self.vocab_size)
         self.train()
 
     @classmethod

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from legacy import CHARACTERS, MARK
-from nutgraf import Reader
+from nutgraf import Reader, make_compressor
 from nutgraf.compressors.importers.prompts import XRAG_TEMPLATE, slots_first, xrag_prompt
 from nutgraf.compressors.importers.xrag import _with_names
 from nutgraf.compressors.reader.loading import load_tokenizer, save_tokenizer
@@ -97,6 +97,19 @@ def test_ids_beyond_the_table_are_refused_by_name(zoo):
             reader.generate([prompt], 1, **options)
     with pytest.raises(ValueError, match="<later>"):
         reader.generate(["a"], 1, chat=True)
+
+
+@pytest.mark.parametrize("method", ["mean-pool", "icae", "gist", "kv-match", "llmlingua", "selective-context"])
+def test_a_text_that_needs_ids_beyond_the_table_is_refused_by_every_method(zoo, method):
+    tokenizer = copy.deepcopy(zoo.tokenizer())
+    tokenizer.add_tokens(["treaty"])
+    reader = Reader(zoo.model(vocab_size=len(tokenizer) - 1), tokenizer)
+    compressor = make_compressor(method, reader).eval()
+    assert compressor.compress(["Rivers carry sediment."])
+    with pytest.raises(ValueError, match=rf"0\.\.{len(tokenizer) - 2}.*'treaty' the id {len(tokenizer) - 1}"):
+        compressor.compress(["The treaty was signed."])
+    with pytest.raises(ValueError, match="treaty"):
+        reader.generate(["The treaty"], 1)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model"])
