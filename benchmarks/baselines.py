@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from ..compressors import Reader
+from ..compressors.core.textfiles import check_strings
 from ..compressors.encoders.embedder import MINILM, Embedder, load_embedder
 from ..recipes.data.templates import question_prompt
 
@@ -26,6 +27,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
 
 def truncate(reader: Reader, question: str, passages: Sequence[str], budget: int, rng: random.Random) -> list[str]:
     """The first tokens of every passage, equally many of each, as many as fit."""
+    passages = check_strings("passages", passages)
     cuts = [[end for _, end in reader.tokenize_with_offsets(passage)[1]] for passage in passages]
 
     def kept(n: int) -> list[str]:
@@ -38,7 +40,7 @@ def fewer_passages(
     reader: Reader, question: str, passages: Sequence[str], budget: int, rng: random.Random
 ) -> list[str]:
     """The whole passages closest to the question by BM25 that fit, in their order; if none fits, the head of the closest."""
-    return _best_units(reader, question, list(enumerate(passages)), budget, rng, bm25)
+    return _best_units(reader, question, list(enumerate(check_strings("passages", passages))), budget, rng, bm25)
 
 
 def extract(reader: Reader, question: str, passages: Sequence[str], budget: int, rng: random.Random) -> list[str]:
@@ -58,6 +60,7 @@ def extract_embedder(
 
 def random_tokens(reader: Reader, question: str, passages: Sequence[str], budget: int, rng: random.Random) -> list[str]:
     """Random tokens of all passages, in their order."""
+    passages = check_strings("passages", passages)
     tokens = [(i, start, end) for i, p in enumerate(passages) for start, end in reader.tokenize_with_offsets(p)[1]]
     order = rng.sample(range(len(tokens)), len(tokens))
 
@@ -90,7 +93,7 @@ def bm25(question: str, texts: Sequence[str]) -> list[float]:
 
     Robertson and Zaragoza, 2009, https://doi.org/10.1561/1500000019.
     """
-    bags = [Counter(_words(text)) for text in texts]
+    bags = [Counter(_words(text)) for text in check_strings("texts", texts)]
     mean = sum(bag.total() for bag in bags) / max(len(bags), 1) or 1.0
     present = Counter(word for bag in bags for word in bag)
     asked = set(_words(question))
@@ -107,7 +110,7 @@ def bm25(question: str, texts: Sequence[str]) -> list[float]:
 
 def cosine(question: str, texts: Sequence[str]) -> list[float]:
     """Cosine of each text and the question by all-MiniLM-L6-v2, which reads the first 254 tokens of a text."""
-    vectors = _minilm().embed([question, *texts])
+    vectors = _minilm().embed([question, *check_strings("texts", texts)])
     vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-12)
     return [float(x) for x in vectors[1:] @ vectors[0]]
 
@@ -118,7 +121,11 @@ def _minilm() -> Embedder:
 
 
 def _sentences(passages: Sequence[str]) -> list[tuple[int, str]]:
-    return [(i, sentence) for i, passage in enumerate(passages) for sentence in split_sentences(passage)]
+    return [
+        (i, sentence)
+        for i, passage in enumerate(check_strings("passages", passages))
+        for sentence in split_sentences(passage)
+    ]
 
 
 def _words(text: str) -> list[str]:

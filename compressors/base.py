@@ -57,6 +57,13 @@ class Compressor(nn.Module, ABC):
         self._lock = threading.RLock()
         self._fingerprint: tuple[tuple[int, ...], str] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = threading.RLock()
+
     def adapt_reader(self, reader: Reader) -> None:
         """Sets the tuned copy of the reader that reads from now on; its trained weights must be parameters of this module."""
         hide(self, "reader", reader)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from random import Random
 from types import SimpleNamespace
 
 import pytest
@@ -9,12 +10,19 @@ from nutgraf import Reader, make_compressor
 from nutgraf.adapters.placeholders.cache import PassageCache
 from nutgraf.adapters.placeholders.source import PassageSource
 from nutgraf.adapters.store import MemoryStore, fill, keys_for
+from nutgraf.benchmarks.baselines import BASELINES, bm25
 from nutgraf.benchmarks.methods import lines, named_methods
 from nutgraf.benchmarks.metrics import containment, exact_match, f1, rouge_l_answer
 from nutgraf.benchmarks.speed.entrants import find_entrants
 from nutgraf.benchmarks.studies.allocation import allocation_rows
 from nutgraf.compressors import FidelityConfig, FidelityGate
 from nutgraf.compressors.encoders.lora import module_names
+from nutgraf.compressors.text.published.llmlingua import (
+    LLMLinguaOptions,
+    compress_prompt,
+    filter_sentences,
+    rank_contexts,
+)
 from nutgraf.compressors.text.scoring import self_information
 from nutgraf.recipes.data.corpus import Record, find_files
 from nutgraf.recipes.data.records import load_articles, load_records
@@ -63,6 +71,13 @@ CALLS = {
     "scorers": lambda m: allocation_rows(m.reader, [], [], None, scorers="ab"),
     "keep": lambda m: make_compressor("selective-context", m.reader, keep="ab"),
     "target_modules": lambda m: module_names("target_modules", "q_proj"),
+    "compress_prompt": lambda m: compress_prompt(m.reader, "ab", LLMLinguaOptions()),
+    "compress_prompt of the method": lambda m: make_compressor("llmlingua", m.reader).compress_prompt("ab"),
+    "forced": lambda m: compress_prompt(m.reader, ["a", "b"], LLMLinguaOptions(), forced="01"),
+    "rank_contexts": lambda m: rank_contexts(m.reader, "ab"),
+    "filter_sentences": lambda m: filter_sentences(m.reader, "ab", 2.0),
+    **{f"baseline {name}": lambda m, f=f: f(m.reader, "a?", "ab", 9, Random(0)) for name, f in BASELINES.items()},
+    "bm25": lambda m: bm25("a?", "ab"),
     "signals": lambda m: FidelityConfig(signals="nll"),
 }
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ...compressors import CompressedPassage
+from ...compressors.reader.generation import cut_at_stop, held_back
 from ...compressors.reader.plan import Prompt, PromptPlan
 from .payload import Settings
 
@@ -35,6 +36,22 @@ class Call:
     def has_slots(self) -> bool:
         """Whether the prompt has slots besides text."""
         return bool(self.passages) or (isinstance(self.prompt, PromptPlan) and bool(self.prompt.soft))
+
+    def cut(self, text: str) -> str:
+        """End an answer at the stop strings that the server was not given."""
+        return cut_at_stop(text, self.settings.late_stop)[0]
+
+    def cut_stream(self, pieces: Iterator[str]) -> Iterator[str]:
+        """`cut` for a stream, which ends at such a string. Text that may begin one is held back."""
+        stop, text, given = self.settings.late_stop, "", 0
+        for piece in pieces:
+            text, stopped = cut_at_stop(text + piece, stop)
+            final = len(text) if stopped else len(text) - held_back(text, stop)
+            yield text[given:final]
+            given = max(given, final)
+            if stopped:
+                return
+        yield text[given:]
 
     def as_text(self) -> Call:
         """Replace the compressed passages by their original texts.

@@ -3,7 +3,9 @@
 Checked settings and where they are visible:
 
 * vLLM with LoRA adapters (``/v1/models``): prompt embeddings with ``--enable-lora`` crash some models (issue 51122).
-  Merge the adapter into the weights before serving.
+  Merge the adapter into the weights before serving. Embeddings for an adapter itself are refused: they end the server.
+* The tokenizer (``/tokenize`` of vLLM and SGLang): another one than the local reader's belongs to another model, which would
+  answer with nonsense.
 * SGLang with its radix cache (``/get_server_info``): ``input_embeds`` are refused. With chunked prefill, prompts longer than a
   chunk are not supported.
 
@@ -17,22 +19,25 @@ from typing import Any
 
 import httpx
 
+from ...compressors import ReaderMismatchError
 from .errors import KnownBugError
 from .transport import Transport
+
+_PROBE = "The treaty of 1648: naïve café, 3.14 % — 東京 Привет\n\tdef f(x): return x"
 
 
 def find_known_bugs(transport: Transport, engine: str, model: str | None) -> list[str]:
     """Return one sentence per known bug that the server's settings trigger; unavailable pages are skipped.
 
     Raises:
-        KnownBugError: if the server cannot take embeddings at all.
+        KnownBugError: if the server cannot take embeddings at all, or would crash.
     """
     if engine == "sglang":
         return _sglang(transport)
     found = []
     adapters = [entry["id"] for entry in list_models(transport) if entry.get("parent")]
     if model in adapters:
-        found.append(
+        raise KnownBugError(
             f"The model {model!r} is a LoRA adapter, and vLLM with LoRA and prompt embeddings is known to crash (issue "
             "51122): merge the adapter into the weights and serve those without --enable-lora."
         )
@@ -42,6 +47,25 @@ def find_known_bugs(transport: Transport, engine: str, model: str | None) -> lis
             "embeddings is known to crash (issue 51122): serve the reader without --enable-lora."
         )
     return found
+
+
+def check_tokenizer(transport: Transport, model: str | None, tokenizer: Any, name: str) -> None:
+    """Compare the server's tokenizer with the local one on a probe text; a server that has no such page is not checked.
+
+    Raises:
+        ReaderMismatchError: if they differ.
+    """
+    body = {"model": model, "prompt": _PROBE, "add_special_tokens": False}
+    theirs = (_json(transport.ask("/tokenize", body)) or {}).get("tokens")
+    if not isinstance(theirs, list) or not all(isinstance(i, int) for i in theirs):
+        return
+    ours = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    bare = [i for i in theirs if i not in set(tokenizer.all_special_ids)]  # an engine that adds them anyway
+    if list(ours) not in (theirs, bare):
+        raise ReaderMismatchError(
+            f"{transport.root} runs a model with another tokenizer than {name!r} (a probe text is {len(theirs)} tokens there, "
+            f"{len(ours)} here): serve the reader's own weights, or make the ServedReader with the reader that is served."
+        )
 
 
 def _sglang(transport: Transport) -> list[str]:

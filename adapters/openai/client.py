@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import httpx
 import torch
@@ -17,7 +17,7 @@ from ...compressors import Reader
 from ...compressors.reader.plan import Prompt, PromptPlan
 from ..threads import from_thread
 from .call import Call, Texts
-from .checks import find_known_bugs, list_models
+from .checks import check_tokenizer, find_known_bugs, list_models
 from .embeddings import EmbeddingTable
 from .errors import KnownBugError, KnownBugWarning, ServingError
 from .payload import FORMATS, EngineFormat, Settings
@@ -101,7 +101,13 @@ class ServedReader:
             headers["Authorization"] = f"Bearer {api_key}"
         self._transport = Transport(base_url.rstrip("/").removesuffix("/v1"), headers, timeout, retries, backoff)
         self._checking = threading.Lock()
-        self._checked = False
+        self._checked = self._same_tokenizer = False
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "A ServedReader holds open connections and is not copied or pickled: make one there with the same arguments, or "
+            "share it between threads."
+        )
 
     @property
     def name(self) -> str:
@@ -163,13 +169,15 @@ class ServedReader:
             prompts: each a string, a list of strings and compressed passages or, with ``chat``, a list of messages.
             max_new_tokens: longest answer in tokens.
             chat: apply the chat template (``vllm-chat`` always does, on the server).
-            stop: a string, or strings, that end an answer; not part of it.
+            stop: a string, or strings, that end an answer; not part of it. OpenAI's format takes four; further ones end the
+                answer here.
             template: options of the chat template.
             texts: for each prompt, the original texts of its compressed passages; for ``fallback="text"``.
             options: ``do_sample``, ``temperature``, ``top_p``, ``top_k``, ``min_p``, ``seed`` and penalties.
 
         Raises:
             ServingError: if the server gives no answer; the subclass says why.
+            ReaderMismatchError: if a passage is for another reader, or the server has another tokenizer.
             ValueError: if a passage cannot be sent, or an option is unknown.
         """
         calls = _calls(prompts, max_new_tokens, chat, stop, template, texts, options)
@@ -240,28 +248,29 @@ class ServedReader:
         request = await asyncio.to_thread(self._request, call)
         try:
             if request is not None:
-                return self._format.answer(await post(client, path, request))
+                return call.cut(self._format.answer(await post(client, path, request)))
         except ServingError as error:
             if not self._falls_back(call, error):
                 raise
         plain = await asyncio.to_thread(self._body, call.as_text())
-        return self._format.answer(await post(client, path, plain, retries=0))
+        return call.cut(self._format.answer(await post(client, path, plain, retries=0)))
 
     def _answer(self, call: Call) -> str:
         request = self._request(call)
         try:
             if request is not None:
-                return self._format.answer(self._transport.post(self._format.path, request))
+                return call.cut(self._format.answer(self._transport.post(self._format.path, request)))
         except ServingError as error:
             if not self._falls_back(call, error):
                 raise
-        return self._format.answer(self._transport.post(self._format.path, self._body(call.as_text()), retries=0))
+        plain = self._body(call.as_text())
+        return call.cut(self._format.answer(self._transport.post(self._format.path, plain, retries=0)))
 
     def _stream(self, request: dict[str, Any] | None, call: Call) -> Iterator[str]:
         text = ""
         try:
             if request is not None:
-                for piece in self._format.pieces(self._transport.stream(self._format.path, request)):
+                for piece in call.cut_stream(self._format.pieces(self._transport.stream(self._format.path, request))):
                     text += piece
                     if piece:
                         yield piece
@@ -271,7 +280,7 @@ class ServedReader:
                 error.text = text
                 raise
         plain = self._body(call.as_text())
-        for piece in self._format.pieces(self._transport.stream(self._format.path, plain, retries=0)):
+        for piece in call.cut_stream(self._format.pieces(self._transport.stream(self._format.path, plain, retries=0))):
             if piece:
                 yield piece
 
@@ -286,6 +295,8 @@ class ServedReader:
             _log.warning("A passage is keys and values, which cannot be sent; the prompt is read as text.")
             return None
         request = self._body(call)
+        if call.has_slots or self.engine != "vllm-chat":  # the server tokenises the text of chats itself
+            self._check_tokenizer()
         if call.has_slots:
             try:
                 self._check_server()
@@ -304,6 +315,12 @@ class ServedReader:
             return False
         _log.warning("The compressed passages are read as text: %s", error)
         return True
+
+    def _check_tokenizer(self) -> None:
+        with self._checking:
+            if not self._same_tokenizer:
+                check_tokenizer(self._transport, self.model, self.table.tokenizer, self.table.name)
+                self._same_tokenizer = True
 
     def _check_server(self) -> None:
         with self._checking:

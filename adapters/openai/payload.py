@@ -28,6 +28,7 @@ from ...compressors.reader.tokenization import check_messages, clean
 from .embeddings import EmbeddingTable
 from .errors import UnexpectedAnswerError
 
+MOST_STOP = 4  # stop strings of a request in OpenAI's format
 _OWN_TEMPLATE_OPTIONS = {"add_generation_prompt", "continue_final_message"}  # vLLM's own parameters
 SAMPLING = (
     "temperature",
@@ -55,6 +56,11 @@ class Settings:
     max_new_tokens: int
     stop: tuple[str, ...]
     sampling: Mapping[str, Any]
+
+    @property
+    def late_stop(self) -> tuple[str, ...]:
+        """The stop strings beyond those that OpenAI's format takes."""
+        return self.stop[MOST_STOP:]
 
     @classmethod
     def of(cls, max_new_tokens: int, stop: str | Sequence[str] | None, options: Mapping[str, Any]) -> Settings:
@@ -221,7 +227,7 @@ def _cast(embeds: Any, dtype: torch.dtype) -> Tensor:
 def _openai_options(settings: Settings) -> dict[str, Any]:
     options: dict[str, Any] = {"max_tokens": settings.max_new_tokens, **settings.sampling}
     if settings.stop:
-        options["stop"] = list(settings.stop)
+        options["stop"] = list(settings.stop[:MOST_STOP])
     return options
 
 

@@ -52,6 +52,14 @@ class Transport:
             return None
         return response if response.is_success else None
 
+    def ask(self, path: str, body: Mapping[str, Any]) -> httpx.Response | None:
+        """Post a small request without retries; ``None`` if the server does not answer it."""
+        try:
+            response = self._client.post(path, json=body, timeout=min(self.timeout, 10.0))
+        except httpx.HTTPError:
+            return None
+        return response if response.is_success else None
+
     def post(self, path: str, body: Mapping[str, Any], *, retries: int | None = None) -> Any:
         """Return the server's answer to a JSON request.
 

@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -45,6 +46,15 @@ class PassageCache:
         self._stats = CacheStats()
         self._lock = threading.Lock()  # guards the table; held briefly
         self._filling = threading.Lock()  # one compression at a time, so that no passage is compressed twice
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            held = {**self.__dict__, "_passages": self._passages.copy()}
+        return {name: value for name, value in held.items() if name not in ("_lock", "_filling")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock, self._filling = threading.Lock(), threading.Lock()
 
     def get(self, key: Hashable) -> CompressedPassage | None:
         """Return the passage under a key, or ``None``, and mark it as just used."""

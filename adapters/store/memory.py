@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from ...compressors import CompressedPassage
 from .base import Entry, Facts, Listed, Maker, MakerStats, PassageKey, PassageStore, StoreStats, merged
@@ -33,6 +34,15 @@ class MemoryStore(PassageStore):
         self._entries: OrderedDict[PassageKey, Entry] = OrderedDict()
         self._nbytes = 0
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            held = {**self.__dict__, "_entries": self._entries.copy()}
+        return {name: value for name, value in held.items() if name not in ("_lock", "name")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.name, self._lock = f"memory:{secrets.token_hex(8)}", threading.Lock()  # a store of its own
 
     def get_many(self, keys: Sequence[PassageKey]) -> list[CompressedPassage | None]:
         with self._lock:

@@ -47,7 +47,7 @@ class PooledQueries:
     def __init__(self, body: Any) -> None:
         self.body = body
         _, layers = layer_list(body)
-        self.head, self.tail = (_with_layers(body, part) for part in (layers[:-1], layers[-1:]))
+        self.head, self.tail = (_with_layers(body, part) for part in (list(layers)[:-1], list(layers)[-1:]))
         sample = torch.randn(1, 2, *body.get_input_embeddings().weight.shape[1:]).to(next(body.parameters()))
         with torch.no_grad():
             same = self._run(

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from ..core.errors import CheckpointError
-from ..reader.loading import load_tokenizer
+from ..reader.loading import load_tokenizer, save_tokenizer
 from ..reader.quiet import quiet_loading
 from ..reader.tokenization import PromptTokenizer
 from .lora_twin import Twin
@@ -32,7 +32,7 @@ class SmallLMEncoder(Twin):
     def __init__(self, body: Any, tokenizer: Any) -> None:
         super().__init__()
         self.body = body.eval().requires_grad_(True)
-        self.prompts = PromptTokenizer(tokenizer)
+        self.prompts = PromptTokenizer(tokenizer, self.vocab_size)
         self.train()
 
     @classmethod
@@ -62,7 +62,7 @@ class SmallLMEncoder(Twin):
         """Writes config and tokenizer, without the weights."""
         folder.mkdir(parents=True, exist_ok=True)
         self.body.config.save_pretrained(folder)
-        self.prompts.tokenizer.save_pretrained(folder)
+        save_tokenizer(self.prompts.tokenizer, folder)
 
     @property
     def decoder(self) -> Any:

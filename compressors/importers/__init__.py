@@ -24,6 +24,7 @@ import torch
 from ..base import Compressor
 from ..core.checkpoint import READER_FOLDER, download
 from ..core.errors import CheckpointError
+from ..reader.loading import save_tokenizer
 from ..reader.quiet import quiet_loading
 from ..reader.reader import Reader
 from ..registry import compressor_class
@@ -187,7 +188,7 @@ def save_reader(reader: Reader, folder: Path) -> None:
     """Writes a reader as a Hugging Face folder: model and tokenizer."""
     with quiet_loading():
         reader.model.save_pretrained(folder)
-        reader.tokenizer.save_pretrained(folder)
+        save_tokenizer(reader.tokenizer, folder)
 
 
 def import_recognised(path: Path, reader: Reader | None, **hyper_parameters: Any) -> Compressor | None:

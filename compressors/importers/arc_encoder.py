@@ -76,7 +76,7 @@ class PublishedARCEncoder(ARCEncoderCompressor):
         self, config: PublishedARCEncoderConfig, reader: Reader, *, encoder_model: SmallLMEncoder | None = None
     ) -> None:
         super().__init__(config, reader, encoder_model=encoder_model)
-        width: Any = self.bridge[0].weight.shape[1]  # type: ignore[union-attr]
+        width = next(self.bridge.parameters()).shape[1]
         if config.scale == "none":
             self.log_scale = None
         self.continuation = nn.Parameter(torch.zeros(1, width, device=reader.device)) if config.continuation else None

@@ -10,6 +10,7 @@ from transformers import AutoModelForTokenClassification
 
 from ..core.errors import CheckpointError
 from ..core.textfiles import check_strings
+from ..reader.loading import save_tokenizer
 from ..reader.quiet import quiet_loading
 from ..text.llmlingua2 import CLASSIFIER_FOLDER, LLMLingua2Compressor, LLMLingua2Config, LLMLingua2Options
 from .layout import MissingOption, Source, load_model_state, peek_json
@@ -80,4 +81,4 @@ def write_extras(compressor: LLMLingua2Compressor, folder: Path) -> None:
     model, tokenizer = compressor.words.frozen, compressor.words.pieces.tokenizer
     with quiet_loading():
         model.save_pretrained(folder / CLASSIFIER_FOLDER)
-        tokenizer.save_pretrained(folder / CLASSIFIER_FOLDER)
+        save_tokenizer(tokenizer, folder / CLASSIFIER_FOLDER)

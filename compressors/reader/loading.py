@@ -7,6 +7,7 @@ compressors add their own adapters.
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,19 @@ def load_tokenizer(name: str, revision: str | None = None, **options: Any) -> An
                 "convert it are not installed: pip install 'nutgraf[sentencepiece]'."
             ) from error
         raise
+
+
+def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
+    """Writes a tokenizer's files, so that `load_tokenizer` gives the same one.
+
+    ``save_pretrained`` leaves out ``legacy``, by which Llama's tokenizers decide whether text after a special token gets a
+    space.
+    """
+    tokenizer.save_pretrained(folder)
+    file, legacy = Path(folder) / "tokenizer_config.json", getattr(tokenizer, "legacy", None)
+    if isinstance(legacy, bool) and file.is_file():
+        settings = {"legacy": legacy, **json.loads(file.read_text(encoding="utf-8"))}
+        file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _installed(module: str) -> bool:

@@ -6,13 +6,14 @@ import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from ..core.errors import ReaderMismatchError
+from ..core.hidden import Unpickled
 from ..core.passage import CompressedPassage
 from ..core.shipped import locate
 from .attention import Prefix, attending
@@ -42,7 +43,7 @@ class Targets:
     rows: Tensor
 
 
-class Reader:
+class Reader(Unpickled):
     """Reads prompts of strings and compressed passages, in any order and number, with any causal LM.
 
     Freezes the model's parameters and puts it in eval mode. A prompt is a string, or a list of strings and
@@ -60,6 +61,11 @@ class Reader:
         reader.generate([[*passages, "\\nQuestion: who signed it?\\nAnswer:"]], max_new_tokens=16)
     """
 
+    why_unpickled: ClassVar[str] = (
+        "A Reader is not pickled: pass its name or folder and load it there with Reader.from_pretrained; "
+        "reader.model.save_pretrained and reader.tokenizer.save_pretrained write a folder."
+    )
+
     def __init__(self, model: PreTrainedModel, tokenizer: Any, *, name: str | None = None) -> None:
         if not isinstance(model, nn.Module) or not hasattr(model, "get_decoder"):
             raise TypeError(f"model must be a Hugging Face causal LM, got {type(model).__name__}.")
@@ -69,7 +75,7 @@ class Reader:
             )
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.prompts = PromptTokenizer(tokenizer)
+        self.prompts = PromptTokenizer(tokenizer, len(self.model.get_input_embeddings().weight))
         self.name = name or getattr(model, "name_or_path", "") or type(model).__name__
         self.identity_card = ReaderIdentity(model, self.prompts)
 

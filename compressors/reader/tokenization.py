@@ -38,11 +38,15 @@ class TokenIds:
 class PromptTokenizer:
     """Tokenises the strings of a prompt with a fast Hugging Face tokenizer, which is not changed.
 
+    Args:
+        tokenizer: the tokenizer.
+        rows: embeddings of the model; a text that needs more is refused with ``ValueError``.
+
     Raises:
         TypeError: if the tokenizer has no fast backend, which exact offsets and plain special strings need.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, rows: int | None = None) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise TypeError(
@@ -50,6 +54,8 @@ class PromptTokenizer:
                 "load it with AutoTokenizer, which converts most of them."
             )
         self.tokenizer = tokenizer
+        names = backend.get_vocab(with_added_tokens=True).values()
+        self._rows = rows if rows is not None and max(names, default=0) >= rows else None
         self._plain = Tokenizer.from_str(backend.to_str())
         self._plain.no_padding()
         self._plain.no_truncation()
@@ -87,8 +93,17 @@ class PromptTokenizer:
             at = [i for i, run in enumerate(runs) if run[1] == opens]
             marked = [("" if opens else self._sentinel) + clean(runs[i][0]) for i in at]
             for i, encoding in zip(at, backend.encode_batch_fast(marked, add_special_tokens=False) if at else []):
-                out[i] = encoding.ids if opens else encoding.ids[1:]
+                out[i] = self._checked(encoding.ids if opens else encoding.ids[1:])
         return out
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        if self._rows is not None and (bad := next((i for i in ids if i >= self._rows), None)) is not None:
+            raise ValueError(
+                f"Token ids must lie in 0..{self._rows - 1}, where the model has embeddings, and the tokenizer gives "
+                f"{self.tokenizer.convert_ids_to_tokens(bad)!r} the id {bad}: use the model's own tokenizer, or resize its "
+                "embeddings."
+            )
+        return ids
 
     def encode_between(self, pieces: Sequence[str]) -> list[list[int]]:
         """Ids of the pieces of a prompt that stand between added tokens, as the tokenizer itself encodes them there."""
@@ -99,16 +114,16 @@ class PromptTokenizer:
                 found.append([])
             else:
                 found[-1].append(i)
-        return found
+        return [self._checked(ids) for ids in found]
 
     def encode_with_offsets(self, text: str, opens: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a plain run, and the ``(start, end)`` characters of each token; ``opens`` as in `encode`."""
         if opens:
             encoding = self._plain.encode(clean(text), add_special_tokens=False)
-            return encoding.ids, encoding.offsets
+            return self._checked(encoding.ids), encoding.offsets
         encoding = self._inside.encode(self._sentinel + clean(text), add_special_tokens=False)
         shift = len(self._sentinel)
-        return encoding.ids[1:], [(a - shift, b - shift) for a, b in encoding.offsets[1:]]
+        return self._checked(encoding.ids[1:]), [(a - shift, b - shift) for a, b in encoding.offsets[1:]]
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> list[Any]:
         """The atoms of a chat: `Special`, ``str`` and the non-text contents of messages.

@@ -75,6 +75,7 @@ class ARCEncoderCompressor(SegmentCompressor):
     config_class: ClassVar[type[ARCEncoderConfig]] = ARCEncoderConfig
     interface: ClassVar[Interface] = "embeds"
     config: ARCEncoderConfig
+    run: PooledQueries
 
     def __init__(
         self, config: ARCEncoderConfig, reader: Reader, *, encoder_model: SmallLMEncoder | None = None
@@ -90,8 +91,7 @@ class ARCEncoderCompressor(SegmentCompressor):
             cut_layers(self.encoder.decoder, config.dropped_layers)
         hide(self, "run", PooledQueries(self.encoder.decoder))
         sample = [probe(self.source.vocab_size, config.segment_tokens, 8, [])]
-        with torch.no_grad():
-            (states,) = self.pooled_states(sample)
+        states = self.pooled_states(sample)[0].detach()
         first = nn.Linear(states.shape[-1], config.bridge_width, bias=False)
         self.bridge = nn.Sequential(first, nn.Linear(config.bridge_width, reader.width, bias=False)).to(reader.device)
         with torch.no_grad():
@@ -137,7 +137,7 @@ class ARCEncoderCompressor(SegmentCompressor):
 
     def project(self, states: Tensor) -> Tensor:
         """States ``[n, encoder width]`` through the bridge, scaled: ``[n, width]``."""
-        weight = self.bridge[0].weight
+        weight = next(self.bridge.parameters())
         return scaled(self.bridge(states.to(weight.device, weight.dtype)), self.log_scale)
 
     def pooled_states(self, segments: Sequence[Segment]) -> list[Tensor]:

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from ...core.config import CompressorConfig, added, check_choices, check_counts
+from ...core.textfiles import check_strings
 from ...core.units import Span, split_units
 from ...reader.reader import Reader
 from ..budget import merge
@@ -61,6 +62,7 @@ class LLMLinguaOptions(CompressorConfig):
         None, "share of the target that whole sentences may take, 1.4 in the release; null: no filter (published)"
     )
     keep_split: bool = added(False, "adjacent line breaks stay (published)")
+    token_filter: bool = added(True, "drop tokens of the chosen contexts and sentences (published)")
 
     def __post_init__(self) -> None:
         check_counts(self, {"iterative_size": 2})
@@ -82,6 +84,9 @@ class LongLLMLinguaOptions(LLMLinguaOptions):
             "help": "rank contexts by the question read 'after' them, by their own loss with the question 'before' them, or "
             "without it ('none') (published)"
         },
+    )
+    add_instruction: bool = added(
+        False, "the instruction follows the question that tokens are compared with (published)"
     )
 
     def __post_init__(self) -> None:
@@ -136,10 +141,10 @@ def compress_prompt(
         ValueError: if an argument is invalid, a question is missing, a ranked context is longer than the scorer's
             positions, or these are too few for windows to slide over a longer text.
     """
+    contexts = check_strings("contexts", contexts, "contexts")
     if not contexts:
         raise ValueError("compress_prompt needs at least one context, got none.")
-    if bad := [i for i in forced if not isinstance(i, int) or not 0 <= i < len(contexts)]:
-        raise ValueError(f"forced must hold indices of the {len(contexts)} contexts, from 0 on; got {bad[0]!r}.")
+    check_indices("forced", forced, len(contexts))
     if target is None and not 0 < rate <= 1:
         raise ValueError(f"rate is kept tokens over all tokens, in (0, 1], got {rate!r}.")
     compare = isinstance(options, LongLLMLinguaOptions)
@@ -169,14 +174,20 @@ def compress_prompt(
         taken = filter_sentences(
             scorer, taken, target, share=options.sentence_budget, question=asked, condition=condition
         )
-    prefix = question + BLANK_LINE if compare else ""
     body = BLANK_LINE.join(taken)
+    prefix = ""
+    if compare and options.token_filter:
+        more = isinstance(options, LongLLMLinguaOptions) and options.add_instruction
+        prefix = question + BLANK_LINE + (instruction + BLANK_LINE if more else "")
     ids, offsets = scorer.prompts.encode_with_offsets(prefix + body, opens=True)
     start = sum(a < len(prefix) for a, _ in offsets)
-    plan = window_plan([n + 2 for n in token_counts(scorer, taken)], target, options.iterative_size, shifts)
-    split = _line_break(scorer) if options.keep_split else None
-    kept = keep_tokens(scorer, ids, plan, options.iterative_size, start=start, compare=compare, split=split)
-    text = scorer.decode([ids[i] for i in kept])
+    if options.token_filter:
+        plan = window_plan([n + 2 for n in token_counts(scorer, taken)], target, options.iterative_size, shifts)
+        split = _line_break(scorer) if options.keep_split else None
+        kept = keep_tokens(scorer, ids, plan, options.iterative_size, start=start, compare=compare, split=split)
+        text = scorer.decode([ids[i] for i in kept])
+    else:
+        kept, text = list(range(len(ids))), body
     text = text if text.strip() else ""
     spans = [(max(offsets[i][0] - len(prefix), 0), offsets[i][1] - len(prefix)) for i in kept]
     return PublishedPrompt(
@@ -188,6 +199,12 @@ def compress_prompt(
         source_tokens=len(ids) - start,
         kept_tokens=len(kept),
     )
+
+
+def check_indices(name: str, indices: Sequence[int], count: int) -> None:
+    """Raises ``ValueError`` unless all are indices of contexts."""
+    if bad := [i for i in indices if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < count]:
+        raise ValueError(f"{name} must hold indices of the {count} contexts, from 0 on; got {bad[0]!r}.")
 
 
 def _line_break(scorer: Reader) -> int:
@@ -219,6 +236,7 @@ def context_losses(
         condition: ``"after"``: the question stands right after the context; ``"before"``: right before it.
         statement: text after the question.
     """
+    contexts = check_strings("contexts", contexts, "contexts")
     asked = question + statement if question else ""
     pairs = [(asked, context) if condition == "before" else (context, asked) for context in contexts]
     rows = [scorer.bos_ids + ids for ids in scorer.prompts.encode_batch([(a + b, True) for a, b in pairs])]
@@ -317,7 +335,7 @@ def reordered(ranked: Sequence[int], how: str) -> list[int]:
 
 def token_counts(scorer: Reader, texts: Sequence[str]) -> list[int]:
     """The scorer's tokens of each text at the start of a prompt, without BOS."""
-    return [len(ids) for ids in scorer.prompts.encode_batch([(text, True) for text in texts])]
+    return [len(ids) for ids in scorer.prompts.encode_batch([(text, True) for text in check_strings("texts", texts)])]
 
 
 # -- sentences -----------------------------------------------------------------------------------------------------------
@@ -351,7 +369,7 @@ def filter_sentences(
     Raises:
         ValueError: if a sentence is longer than the scorer's positions.
     """
-    split = [sentences_of(context) for context in contexts]
+    split = [sentences_of(context) for context in check_strings("contexts", contexts, "contexts")]
     flat = [sentence for sentences in split for sentence in sentences]
     if len(flat) < 2:
         return list(contexts)

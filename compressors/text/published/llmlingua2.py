@@ -27,6 +27,7 @@ import numpy as np
 from ...core.config import CompressorConfig
 from ...core.textfiles import check_strings
 from ...encoders.token_classifier import TokenClassifier
+from .llmlingua import check_indices
 
 _DIGIT = re.compile(r"\d")
 
@@ -76,8 +77,8 @@ class PublishedWords:
         self.classifier, self.options, self.count = words, options, count
         self.pieces, self.limit, self.merge = words.pieces, words.limit, words.merge
         self.marks = WordPieces(self.pieces.tokenizer)
-        self.force, self.digits = frozenset(force), digits
-        if several := [token for token in force if len(self.pieces(token).ids) != 1]:
+        self.force, self.digits = frozenset(check_strings("force", force)), digits
+        if several := [token for token in self.force if len(self.pieces(token).ids) != 1]:
             raise ValueError(
                 f"mode='published' forces single tokens of the classifier, and {several[0]!r} is none; use mode='fast'."
             )
@@ -126,19 +127,26 @@ class PublishedWords:
             out.append(self._string([word for word, keep in zip(words, kept) if keep]))
         return "".join(out)
 
-    def keep_contexts(self, texts: Sequence[str], share: float) -> list[bool]:
-        """Keeps about this share of the contexts, by the mean probability of their words' first tokens."""
+    def keep_contexts(self, texts: Sequence[str], share: float, forced: Sequence[int] = ()) -> list[bool]:
+        """Keeps about this share of the contexts, by the mean probability of their words' first tokens, and forced ones."""
         means = []
-        for text in texts:
+        for text in check_strings("texts", texts, "contexts"):
             values = [value for _, found in self.words(self.chunks(text), forced=False) for value in found]
             means.append(float(sum(values) / len(values)) if values else 0.0)
         if len(means) < 2:
             return [True] * len(means)
         limit = np.percentile(means, int(100 * (1 - share)))
-        return [bool(mean >= limit) for mean in means]
+        return [bool(mean >= limit) or i in forced for i, mean in enumerate(means)]
 
     def compress_contexts(
-        self, texts: Sequence[str], rate: float = 0.5, *, target_tokens: int | None = None
+        self,
+        texts: Sequence[str],
+        rate: float = 0.5,
+        *,
+        target_tokens: int | None = None,
+        target_contexts: int | None = None,
+        forced: Sequence[int] = (),
+        token_filter: bool = True,
     ) -> list[str | None]:
         """Compresses each context; ``None`` for a context that is dropped.
 
@@ -146,17 +154,27 @@ class PublishedWords:
             texts: the contexts.
             rate: of the tokens; ``(rate + 1) / 2`` of the contexts stay.
             target_tokens: the reader's tokens to keep, instead of a rate; contexts are chosen for twice as many.
+            target_contexts: how many contexts to keep (ties may keep more), instead of those shares.
+            forced: indices of contexts that stay whatever they are worth.
+            token_filter: drop words of the contexts that stay. Without it contexts are chosen for the rate or target itself.
 
         Raises:
-            ValueError: if the target is not an integer of at least 1.
+            ValueError: if a target is not an integer of at least 1, or an index is none.
         """
-        if target_tokens is not None and (not isinstance(target_tokens, int) or target_tokens < 1):
-            raise ValueError(f"target_tokens must be an integer of at least 1, got {target_tokens!r}.")
+        for name, target in (("target_tokens", target_tokens), ("target_contexts", target_contexts)):
+            if target is not None and (not isinstance(target, int) or isinstance(target, bool) or target < 1):
+                raise ValueError(f"{name} must be an integer of at least 1, got {target!r}.")
         texts = check_strings("texts", texts, "contexts")
-        share = (rate + 1) / 2
+        check_indices("forced", forced, len(texts))
+        share = (rate + 1) / 2 if token_filter else rate
         if target_tokens is not None:
-            share = min(2 * target_tokens / max(sum(map(self.count, texts)), 1), 1.0)
-        kept = self.keep_contexts(texts, share)
+            room = target_tokens * (2 if token_filter else 1)
+            share = min(room / max(sum(map(self.count, texts)), 1), 1.0)
+        if target_contexts is not None:
+            share = min(target_contexts / max(len(texts), 1), 1.0)
+        kept = self.keep_contexts(texts, share, forced)
+        if not token_filter:
+            rate, target_tokens = 1.0, None
         if target_tokens is not None:
             left = sum(self.count(chunk) for text, keep in zip(texts, kept) if keep for chunk in self.chunks(text))
             rate = min(target_tokens / max(left, 1), 1.0)

@@ -12,6 +12,7 @@ from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import legacy
 import pytest
 import torch
 from nutgraf import CompressedPassage, Reader, make_compressor
@@ -43,7 +44,7 @@ class Engine:
         self.requests: list[tuple[str, dict[str, Any], Any]] = []
         self.faults: deque[str] = deque()
         self.always: str | None = None
-        self.pages: dict[str, str] = {}
+        self.pages: dict[str, Any] = {}  # /tokenize: a tokenizer
         engine = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -53,6 +54,14 @@ class Engine:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if self.path == "/tokenize":
+                    spell = engine.pages.get(self.path)
+                    ids = (
+                        spell(body["prompt"], add_special_tokens=body["add_special_tokens"])["input_ids"]
+                        if spell
+                        else []
+                    )
+                    return self.reply(200 if spell else 404, json.dumps({"tokens": ids} if spell else {}))
                 engine.requests.append((self.path, body, self.headers))
                 fault = engine.faults.popleft() if engine.faults else engine.always
                 if fault == "slow":
@@ -122,6 +131,8 @@ class Engine:
             embeds = self.decode(body["prompt_embeds"])
         else:
             embeds = self.embed(body["prompt"])
+        if len(body.get("stop") or []) > 4:
+            raise ValueError("List should have at most 4 items after validation")
         return self.run(embeds, body["max_tokens"], body.get("stop"), body["temperature"])
 
     @staticmethod
@@ -527,9 +538,14 @@ def test_lora_with_prompt_embeddings_is_warned_of(engine, reader, passage):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         remote.generate([[passage, QUESTION]], 2)  # warned once
-    strict = ServedReader(engine.url, "adapter", reader, known_bugs="raise")
-    with pytest.raises(KnownBugError, match="merge the adapter"):
+    strict = served(engine, reader, known_bugs="raise")
+    with pytest.raises(KnownBugError, match="holds LoRA adapters"):
         strict.generate([[passage, QUESTION]], 2)
+    adapter = ServedReader(engine.url, "adapter", reader)
+    with pytest.raises(KnownBugError, match="merge the adapter"):
+        adapter.generate([[passage, QUESTION]], 2)
+    assert adapter.generate(["no passages"], 2)
+    assert ServedReader(engine.url, "adapter", reader, known_bugs="ignore").generate([[passage, QUESTION]], 2)
 
 
 def test_sglang_with_its_radix_cache_is_refused(engine, reader, passage):
@@ -542,6 +558,37 @@ def test_sglang_with_its_radix_cache_is_refused(engine, reader, passage):
     engine.pages["/get_server_info"] = json.dumps({"disable_radix_cache": True, "chunked_prefill_size": 2048})
     with pytest.warns(KnownBugWarning, match="chunked-prefill-size"):
         served(engine, reader, engine="sglang").generate([[passage, QUESTION]], 2)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_a_server_with_another_tokenizer_is_refused(engine, reader, passage, kind):
+    engine.pages["/tokenize"] = engine.tokenizer
+    assert served(engine, reader, engine=kind).generate([[passage, QUESTION]], 2)
+    engine.pages["/tokenize"] = legacy.tokenizer("prepend")
+    remote = served(engine, reader, engine=kind, fallback="text")
+    with pytest.raises(ReaderMismatchError, match="another tokenizer"):
+        remote.generate([[passage, QUESTION]], 2, texts=[[PASSAGE]])
+    if kind == "vllm-chat":  # the server tokenises text itself
+        assert remote.generate([QUESTION], 2)
+    else:
+        with pytest.raises(ReaderMismatchError, match="another tokenizer"):
+            next(remote.stream(QUESTION, 2))
+    engine.pages.clear()  # a server that cannot be asked is not refused
+    assert served(engine, reader, engine=kind).generate([[passage, QUESTION]], 2)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_more_stop_strings_than_the_format_takes(engine, reader, kind):
+    remote = served(engine, reader, engine=kind)
+    chat = kind == "vllm-chat"
+    whole = reader.generate([QUESTION], 20, chat=chat)[0]
+    for stop in (whole[6:9], whole[4:12], whole[3]):
+        many = ["@1@", "@2@", "@3@", "@4@", "@5@", stop]
+        want = reader.generate([QUESTION], 20, chat=chat, stop=many)
+        assert want[0] != whole
+        assert remote.generate([QUESTION], 20, stop=many) == want
+        assert "".join(remote.stream(QUESTION, 20, stop=many)) == want[0]
+    assert "".join(remote.stream(QUESTION, 20, stop=[*many[:5], f"{whole[-3:]}?"])) == whole
 
 
 @pytest.mark.slow

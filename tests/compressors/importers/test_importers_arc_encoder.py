@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import legacy
 import pytest
 import torch
 from nutgraf import load_compressor
@@ -124,6 +125,16 @@ def test_the_layout_of_training_and_what_an_import_writes(zoo, tmp_path, checkpo
     # Nothing is saved that the checkpoint did not hold.
     assert not [name for name, _ in loaded.named_parameters() if name.endswith("body.norm.weight")]
     assert loaded.fingerprint == import_checkpoint("arc-encoder", folder, reader, **OPTIONS).fingerprint
+
+
+@pytest.mark.parametrize("kind", legacy.RELEASED)
+def test_text_is_spelled_as_by_the_encoders_own_tokenizer(tmp_path, reader, kind):
+    held = Checkpoint(len(legacy.tokenizer(kind)))
+    folder = held.on_the_hub(tmp_path / "arc")
+    legacy.tokenizer(kind).save_pretrained(folder)
+    arc = import_checkpoint("arc-encoder", folder, reader, compress_rate=8, **OPTIONS)
+    for text, passage in zip(TEXTS, arc.compress(TEXTS)):
+        assert torch.allclose(passage.embeds, held.slots(legacy.spelled(kind, text)), atol=1e-4)
 
 
 def test_one_decoder_and_no_vectors(zoo, tmp_path, reader):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 
+import legacy
 import pytest
 import torch
 from nutgraf import Reader, load_compressor
@@ -12,6 +13,7 @@ from nutgraf.compressors import CheckpointError
 from nutgraf.compressors.importers import MissingOption, import_checkpoint, import_to, recognise
 from nutgraf.compressors.importers.pisco import PublishedPISCO, PublishedPISCOConfig
 from nutgraf.compressors.importers.prompts import PISCO_SYSTEM, pisco_prompt
+from nutgraf.compressors.reader.loading import save_tokenizer
 from safetensors.torch import save_file
 from torch.nn.functional import linear, relu
 
@@ -223,10 +225,12 @@ MEMS = [f"<MEM{i}>" for i in range(LENGTH // RATE)]
 class Old:
     """adapters.pth and decoder_first_last_layers.pth, or (the first COCOM) the whole decoder with one adapter."""
 
-    def __init__(self, zoo, several, first=False, **changes):
-        self.base = zoo.model("llama", **changes)
+    def __init__(self, zoo, several, first=False, kind=None, **changes):
+        self.base, self.kind = zoo.model("llama", **changes), kind
         self.marks = MEMS if several else ["<MEM>"] * (1 if first else len(MEMS))
-        self.tokenizer = spelled(zoo.tokenizer(), *dict.fromkeys(self.marks), "<AE>", "<ENC>", "<SEP>")
+        self.tokenizer = spelled(
+            legacy.tokenizer(kind) if kind else zoo.tokenizer(), *dict.fromkeys(self.marks), "<AE>", "<ENC>", "<SEP>"
+        )
         rows = len(self.tokenizer)
         self.embed, self.head = torch.randn(rows, 32), torch.randn(rows, 32)
         self.encoder, self.decoder = lora(self.base, 1), lora(self.base, 2 if several else 1)
@@ -239,7 +243,7 @@ class Old:
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(self.settings))
         if tokenizer:
-            self.tokenizer.save_pretrained(folder)
+            save_tokenizer(self.tokenizer, folder)
         if not self.first:
             # One adapter serves both where they were not trained apart.
             adapters = {"encoder_adapter": self.encoder} if self.several else {}
@@ -263,7 +267,7 @@ class Old:
     @torch.no_grad()
     def slots(self, text):
         model = tuned(with_rows(self.base, self.embed, self.head), self.encoder)
-        ids = self.tokenizer("<ENC><s>" + text + "</s>", add_special_tokens=False)["input_ids"]
+        ids = legacy.spelled(self.kind, "<ENC><s>" + text + "</s>", tokenizer=self.tokenizer)
         marks = self.marks * -(-(len(ids) - 3) // RATE) if self.first else self.marks
         ids += self.tokenizer.convert_tokens_to_ids(marks)
         return model.model(torch.tensor([ids])).last_hidden_state[0, -len(marks) :]
@@ -351,8 +355,8 @@ def test_damage_of_the_older_layouts_is_refused_by_name(tmp_path, zoo, reader):
 class CLaRa(Old):
     """The layout of the first PISCO with one repeated memory token, and an adapter that reads questions."""
 
-    def __init__(self, zoo):
-        super().__init__(zoo, several=False)
+    def __init__(self, zoo, kind=None):
+        super().__init__(zoo, several=False, kind=kind)
         self.decoder, self.asker = lora(self.base, 2), lora(self.base, 5)
         self.settings |= {"model_type": "CLaRa", "compr_model_name": "google-bert/bert-base-uncased"}
 
@@ -396,6 +400,17 @@ def test_clara_computes_what_the_equations_give(tmp_path, clara, reader):
         made.relevance(QUESTION, passages)
     with pytest.raises(ValueError, match="1 to 40 tokens"):
         made.relevance(QUESTION * 20, passages[:2])
+
+
+@pytest.mark.parametrize("kind", legacy.RELEASED)
+@pytest.mark.parametrize("tokenizer", [True, False])
+def test_clara_spells_text_as_the_tokenizer_does_behind_a_special_token(zoo, tmp_path, kind, tokenizer):
+    clara = CLaRa(zoo, kind)
+    folder = clara.write(tmp_path / "clara", tokenizer)
+    reader = Reader(copy.deepcopy(clara.base), legacy.tokenizer(kind))
+    texts = [PASSAGES[1], "Hi", "(1911)\n"]
+    for text, passage in zip(texts, import_checkpoint("clara", folder, reader).compress(texts)):
+        assert torch.allclose(passage.embeds, clara.slots(text), atol=1e-4)
 
 
 def clara_for_questions(clara):

@@ -6,12 +6,14 @@ import copy
 import json
 from pathlib import Path
 
+import legacy
 import pytest
 import torch
 from nutgraf import Reader, load_compressor
 from nutgraf.compressors import CheckpointError
 from nutgraf.compressors.importers import MissingOption, import_checkpoint, import_to, recognise
 from nutgraf.compressors.importers.prompts import fivehundred_prompt, gist_prompt, gist_source, slots_first
+from nutgraf.compressors.reader.loading import save_tokenizer
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
@@ -30,7 +32,7 @@ def write(folder: Path, model, state, tokenizer=None, **extra) -> Path:
     (folder / "config.json").write_text(json.dumps({**model.config.to_dict(), **extra}))
     save_file({k: v.contiguous().clone() for k, v in state.items()}, folder / "model.safetensors")
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
     return folder
 
 
@@ -242,6 +244,21 @@ def test_gist_tokens_can_be_read_without_the_white_space_around_them(zoo, tmp_pa
         gist_prompt(passage, given, stripped=True)
 
 
+@pytest.mark.parametrize("kind", legacy.RELEASED)
+def test_gist_tokens_between_parts_that_a_legacy_tokenizer_spells(zoo, tmp_path, kind):
+    tokenizer = copy.deepcopy(legacy.tokenizer(kind))
+    tokenizer.add_tokens(["<GIST>"], special_tokens=True)
+    model = zoo.model("llama", vocab_size=len(tokenizer))
+    compressor = import_checkpoint("gist", write(tmp_path / "gist", model, state_of(model), tokenizer), n_gist=2)
+    rest = f"Input: {PASSAGE}\nOutput:"
+    text = f"Instruction: {SHORT}<GIST><GIST>{rest}"  # the slow tokenizer strips the white space around <GIST>
+    ids = [*compressor.reader.bos_ids, *legacy.spelled(kind, text, tokenizer=tokenizer)]
+    (passage,) = compressor.compress([gist_source(SHORT, stripped=True)])
+    prompt = gist_prompt(passage, PASSAGE, stripped=True, reader=compressor.reader)
+    (found,) = compressor.reader.target_logits([prompt], [[9, 8]])
+    assert torch.allclose(found, gist_logits(model, tokenizer, ids, [9, 8]), atol=1e-4)
+
+
 def test_gist_checkpoints_that_lack_something_are_refused(zoo, tmp_path, gist):
     model, tokenizer = gist
     folder = write(tmp_path / "gist", model, state_of(model), tokenizer)
@@ -280,18 +297,18 @@ def five(zoo):
     return base, matrices, memory, {**state, "memory_embeddings": memory}
 
 
-@pytest.mark.parametrize("pad_to", [None, 60])
-def test_500x_computes_what_the_authors_positions_give(zoo, tmp_path, five, pad_to):
+@pytest.mark.parametrize(("pad_to", "kind"), [(None, None), (60, None), *((None, kind) for kind in legacy.RELEASED)])
+def test_500x_computes_what_the_authors_positions_give(zoo, tmp_path, five, pad_to, kind):
     base, matrices, memory, state = five
     torch.save(state, tmp_path / "500x.pt")
     assert recognise(tmp_path) == "500x"
-    reader = zoo.reader("llama")
+    reader = Reader(zoo.model("llama"), legacy.tokenizer(kind) if kind else zoo.tokenizer())
     compressor = import_checkpoint("500x", tmp_path, reader, pad_to=pad_to)
     encoder = copy.deepcopy(base)
-    ids = zoo.tokenizer()(SHORT, add_special_tokens=False)["input_ids"]
+    ids = legacy.spelled(kind, SHORT, tokenizer=reader.tokenizer)
     ids += [2] * ((pad_to or len(ids)) - len(ids))
-    target = zoo.tokenizer()(" to the sea", add_special_tokens=False)["input_ids"]
-    asked = zoo.tokenizer()("Question: where? Answer: ", add_special_tokens=False)["input_ids"]
+    target = legacy.spelled(kind, "to the sea", tokenizer=reader.tokenizer)
+    asked = legacy.spelled(kind, "Question: where? Answer: ", tokenizer=reader.tokenizer)
     with torch.no_grad():
         for name, module in encoder.named_modules():
             if f"{name}.lora_A" in matrices:

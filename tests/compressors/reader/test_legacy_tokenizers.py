@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 
+import legacy
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nutgraf import Reader
+from legacy import CHARACTERS, MARK
+from nutgraf import Reader, make_compressor
 from nutgraf.compressors.importers.prompts import XRAG_TEMPLATE, slots_first, xrag_prompt
 from nutgraf.compressors.importers.xrag import _with_names
-from nutgraf.compressors.reader.loading import load_tokenizer
+from nutgraf.compressors.reader.loading import load_tokenizer, save_tokenizer
 from nutgraf.compressors.reader.tokenization import PromptTokenizer, TokenIds
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:.?[]/\n"
-MARK = "▁"
-
-
-def build(kind):
-    """A tokenizer of single characters with an underline for a space."""
-    vocab = {t: i for i, t in enumerate(["<unk>", "<s>", "</s>", MARK, "Ġ", "Ċ", *CHARACTERS])}
-    backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
-    always = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
-    prepend = normalizers.Prepend(MARK)
-    spaces = normalizers.Replace(" ", MARK)
-    if kind == "metaspace":
-        backend.pre_tokenizer = always
-    elif kind == "metaspace in a sequence":
-        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(), always])
-        backend.pre_tokenizer = pre_tokenizers.Sequence([always, pre_tokenizers.Digits()])
-    elif kind == "prepend":
-        backend.normalizer = normalizers.Sequence([prepend, spaces])
-    elif kind == "bytes":
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-
-
-KINDS = {kind: build(kind) for kind in ("metaspace", "metaspace in a sequence", "prepend", "bytes")}
+KINDS = {kind: legacy.tokenizer(kind) for kind in legacy.KINDS if kind != "sentencepiece"}
 
 
 def tokens(tokenizer, ids):
@@ -67,34 +46,44 @@ def test_special_strings_stay_text_inside_a_prompt():
 
 
 @pytest.fixture
-def legacy(zoo):
+def prepending(zoo):
     model = zoo.model(vocab_size=100)
     return Reader(model, _with_names(KINDS["prepend"], 100))
 
 
-@pytest.mark.parametrize("kind", ["metaspace", "prepend"])
+@pytest.mark.parametrize("kind", legacy.RELEASED)
 def test_xrag_keeps_the_tokens_around_its_slots(zoo, kind):
-    reader = Reader(zoo.model(vocab_size=100), _with_names(KINDS[kind], 100))
-    tokenizer = reader.tokenizer
-    passage = reader.identity("ab")
+    rows = len(legacy.tokenizer(kind)) + 10
+    reader = Reader(zoo.model(vocab_size=rows), _with_names(legacy.tokenizer(kind), rows))
+    passage = reader.identity("a")
+    assert passage.slots == 1
     prompt = xrag_prompt(reader, [passage], "who?")
-    held = [tokens(tokenizer, atom.ids) for atom in prompt if isinstance(atom, TokenIds)]
-    background, rest = XRAG_TEMPLATE.replace(" ", MARK).replace("{question}", "who?").split("{background}")
-    between = MARK if kind == "metaspace" else 2 * MARK  # a normalizer puts one before a space too
-    assert held == [MARK + background, between, MARK + rest]
-    spelled = XRAG_TEMPLATE.format(background="<xRAG> <xRAG>", question="who?")
-    slot = tokenizer.convert_tokens_to_ids("<xRAG>")
+    text = XRAG_TEMPLATE.format(background="<xRAG>", question="who?")
+    want = legacy.spelled(kind, text, tokenizer=reader.tokenizer)
+    slot = reader.tokenizer.convert_tokens_to_ids("<xRAG>")
     (plan,) = reader.plan([prompt])
-    assert [slot if kind == 1 else i for i, kind in zip(plan.ids, plan.kinds)] == tokenizer(spelled)["input_ids"]
+    assert [slot if kind == 1 else i for i, kind in zip(plan.ids, plan.kinds)] == [*reader.bos_ids, *want]
+    pieces = reader.tokenizer.convert_ids_to_tokens(want)
+    assert pieces[: pieces.index("<xRAG>")][-2:] == [":", MARK]  # "Background: " before the first slot
 
 
-def test_slots_first_writes_the_bos_that_the_tokenizer_names(legacy):
-    assert legacy.bos_ids == []
-    passage = legacy.identity("ab")
-    assert slots_first(legacy, [passage], "", bos=True)[-1] == TokenIds((legacy.tokenizer.bos_token_id,))
-    legacy.tokenizer.bos_token = None
+@pytest.mark.parametrize("kind", legacy.KINDS)
+def test_a_saved_tokenizer_spells_as_before(tmp_path, kind):
+    tokenizer = copy.deepcopy(legacy.tokenizer(kind))
+    tokenizer.add_tokens(["<ENC>"], special_tokens=True)
+    save_tokenizer(tokenizer, tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    for text in ("Rivers carry<ENC>sediment", "<ENC> to", "a <s>b"):
+        assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+def test_slots_first_writes_the_bos_that_the_tokenizer_names(prepending):
+    assert prepending.bos_ids == []
+    passage = prepending.identity("ab")
+    assert slots_first(prepending, [passage], "", bos=True)[-1] == TokenIds((prepending.tokenizer.bos_token_id,))
+    prepending.tokenizer.bos_token = None
     with pytest.raises(ValueError, match="has no BOS token"):
-        slots_first(legacy, [passage], "", bos=True)
+        slots_first(prepending, [passage], "", bos=True)
 
 
 def test_ids_beyond_the_table_are_refused_by_name(zoo):
@@ -108,6 +97,19 @@ def test_ids_beyond_the_table_are_refused_by_name(zoo):
             reader.generate([prompt], 1, **options)
     with pytest.raises(ValueError, match="<later>"):
         reader.generate(["a"], 1, chat=True)
+
+
+@pytest.mark.parametrize("method", ["mean-pool", "icae", "gist", "kv-match", "llmlingua", "selective-context"])
+def test_a_text_that_needs_ids_beyond_the_table_is_refused_by_every_method(zoo, method):
+    tokenizer = copy.deepcopy(zoo.tokenizer())
+    tokenizer.add_tokens(["treaty"])
+    reader = Reader(zoo.model(vocab_size=len(tokenizer) - 1), tokenizer)
+    compressor = make_compressor(method, reader).eval()
+    assert compressor.compress(["Rivers carry sediment."])
+    with pytest.raises(ValueError, match=rf"0\.\.{len(tokenizer) - 2}.*'treaty' the id {len(tokenizer) - 1}"):
+        compressor.compress(["The treaty was signed."])
+    with pytest.raises(ValueError, match="treaty"):
+        reader.generate(["The treaty"], 1)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+import legacy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -124,6 +125,20 @@ def test_published_equals_the_published_loop(reader, ratio, size):
     assert p.text == found.text
     assert p.n_tokens == len(reader.tokenize(p.text))
     assert "".join(text[a:b] for a, b in p.spans).replace(" ", "") == p.text.replace(" ", "")
+
+
+@pytest.mark.parametrize("kind", legacy.RELEASED)
+def test_published_on_tokenizers_that_put_a_space_before_a_text(zoo, kind):
+    reader = Reader(zoo.model("llama"), legacy.tokenizer(kind))
+    text = f"{passage(12)}\n\n{FACTS[0]}"
+    ids = legacy.spelled(kind, text)
+    found = compress_prompt(reader, [text], LLMLinguaOptions(iterative_size=50), target=60)
+    want = by_hand(reader, ids, 60 / (len(ids) + 3), 50)
+    assert found.source_tokens == len(ids)
+    assert found.text == reader.decode([ids[i] for i in want])
+    assert found.kept_tokens == len(want)
+    split = compress_prompt(reader, [text], LLMLinguaOptions(iterative_size=50, keep_split=True), target=60)
+    assert split.text.count("\n") == 2
 
 
 def test_published_leaves_a_text_shorter_than_a_window_practically_whole(reader):

@@ -389,8 +389,19 @@ def test_contexts_are_filtered_by_their_mean_probability(reader, classifier):
     )
     rate = total // 4 / left
     assert found == [compressor.published.compress(text, rate) if keep else None for text, keep in zip(texts, kept)]
-    with pytest.raises(ValueError, match="at least 1"):
-        compressor.published.compress_contexts(texts, target_tokens=0)
+    # a number of contexts, contexts that always stay, and whole contexts
+    two = [mean >= np.percentile(means, int(100 * (1 - 2 / 6))) - 1e-7 for mean in means]
+    worst = int(np.argmin(means))
+    found = compressor.published.compress_contexts(texts, 0.5, target_contexts=2, forced=[worst])
+    assert found == [p.text if keep or i == worst else None for i, (p, keep) in enumerate(zip(alone, two, strict=True))]
+    half = [mean >= np.percentile(means, 50) - 1e-7 for mean in means]
+    found = compressor.published.compress_contexts(texts, 0.5, token_filter=False)
+    assert found == ["".join(compressor.published.chunks(t)) if keep else None for t, keep in zip(texts, half)]
+    for wrong in (dict(target_tokens=0), dict(target_contexts=0), dict(target_contexts=True)):
+        with pytest.raises(ValueError, match="at least 1"):
+            compressor.published.compress_contexts(texts, **wrong)
+    with pytest.raises(ValueError, match="forced must hold indices of the 6 contexts"):
+        compressor.published.compress_contexts(texts, forced=[6])
 
 
 def test_percentiles_ties_and_repeated_forced_tokens():

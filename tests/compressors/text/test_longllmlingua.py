@@ -183,6 +183,31 @@ def test_passages_of_different_questions_do_not_share(reader):
 
 
 @pytest.mark.slow
+def test_the_instruction_may_stand_behind_the_question(reader):
+    text, instruction = passage(150), "Answer in one word."
+    prefix = f"{QUESTION}\n\n{instruction}\n\n"
+    ids = reader.prompts.encode(prefix + text, opens=True)
+    start = len(reader.prompts.encode(prefix, opens=True))
+    want = by_hand(reader, ids, 80 / (len(ids) - start + 3), 50, start)
+    given = dict(target=80, question=QUESTION, instruction=instruction)
+    found = compress_prompt(reader, [text], LongLLMLinguaOptions(iterative_size=50, add_instruction=True), **given)
+    assert found.text == reader.decode([ids[i] for i in want])
+    assert found.prompt == f"{instruction}\n\n{found.text}\n\n{QUESTION}"
+    assert found.text != compress_prompt(reader, [text], LongLLMLinguaOptions(iterative_size=50), **given).text
+
+
+def test_tokens_may_stay_whole(reader):
+    texts = [passage(40, 1), passage(40, 2), passage(40, 3)]
+    options = LongLLMLinguaOptions(token_filter=False, context_budget=0, reorder="sort")
+    found = compress_prompt(reader, texts, options, target=40, question=QUESTION)
+    best = rank_contexts(reader, texts, QUESTION)[0]
+    assert found.order == (best,)
+    assert found.text == texts[best]
+    assert found.spans == ((0, len(texts[best])),)
+    assert found.kept_tokens == found.source_tokens == len(reader.prompts.encode(texts[best], opens=True))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("ratio", "size"), [(2, 40), (4, 60), (1.2, 200)])
 def test_published_equals_the_published_loop(reader, ratio, size):
     text = passage(230)
