@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..core.batching import pack, pad_rows, pass_positions
+from ..core.batching import pack, pass_positions
 from .kv import position_arguments
 from .plan import Layout, Prompt, PromptPlan
 from .reader import Reader, Targets
