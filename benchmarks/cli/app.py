@@ -58,7 +58,7 @@ RANDOM_RATIOS = (4.0, 16.0, 32.0, 512.0)  # of random slots, by default
 COMPRESS_KEY = ("test", "method", "ratio_asked", "reader", "threads", "passages", "context_tokens")
 TRAINING_KEY = (
     "test", "objective", "method", "reader_shape", "reader", "device", "dtype", "threads", "batch", "n",
-    "target_tokens_asked", "vocabulary",
+    "target_tokens_asked", "vocabulary", "questions",
 )  # fmt: skip
 bench_app = typer.Typer(no_args_is_help=True, help="Measure quality, speed and cost on equal terms.")
 
@@ -294,7 +294,8 @@ def training(asked: TrainingOptions) -> None:
         asked.keep([row])
         show(
             [clean(row)],
-            "method objective target_tokens vocabulary step_ms teacher_ms bare_ms step_cost tokens_per_s bare_tokens_per_s "
+            "method objective questions target_tokens vocabulary step_ms teacher_ms bare_ms step_cost tokens_per_s "
+            "bare_tokens_per_s prompts_per_s "
             "peak_bytes chunk extra_bytes bound_bytes whole_bytes",
         )
 
@@ -313,11 +314,19 @@ def training(asked: TrainingOptions) -> None:
                 "batch": asked.batch_size,
                 "method": method,
                 "objective": family,
+                "questions": asked.questions if family in ("answers", "kl", "kl-cached") else None,
                 "n": asked.steps,
                 **provenance(reader, asked.seed),
             }
             if key_of(clean(head), TRAINING_KEY) not in done:
-                wanted = Wanted(method, family, recipe_settings(method), asked.steps, batch_size=asked.batch_size)
+                wanted = Wanted(
+                    method,
+                    family,
+                    recipe_settings(method),
+                    asked.steps,
+                    batch_size=asked.batch_size,
+                    questions=asked.questions,
+                )
                 keep(head | measure_step(reader, wanted, seed=asked.seed))
 
 

@@ -212,6 +212,7 @@ class TrainingOptions(Run):
     shape: Annotated[str | None, Option(help=SHAPE)] = None
     steps: Annotated[int, Option(help="Timed steps; items are drawn 16 batches at a time.")] = 32
     batch_size: Annotated[int, Option(help="Items per step.")] = 8
+    questions: Annotated[int, Option(help="Questions per passage, for the objectives answers, kl and kl-cached.")] = 3
     memory: Annotated[
         Counts, Option(help="Instead: memory of the losses over this many target tokens, vocabulary 128,256.")
     ] = many()

@@ -2,7 +2,8 @@
 
 A step is everything the trainer does between two steps: items, tokenising, compressing, reading, objectives, backward pass,
 clipping, optimiser, log. After each step the bare passes over its batch are timed: the encoder with LoRA, the reader and the
-head with cross-entropy over as many positions, without padding, masks or optimiser. The teacher counts apart.
+head with cross-entropy over as many positions, without padding, masks or optimiser. The teacher counts apart. Positions are
+those of every prompt read whole, although a step reads what the questions about one passage have in common once.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ HEAD_ROWS = 512  # rows of logits that the bare pass holds at a time
 FAMILIES: dict[str, dict[str, Any]] = {
     "ae": {"objectives": {"ae": 1.0}, "mix": {"repeat": 1.0}},
     "lm": {"objectives": {"lm": 1.0}, "mix": {"continue": 1.0}},
+    "answers": {"objectives": {"lm": 1.0}, "mix": {"made": 1.0}},
     "kl": {"objectives": {"kl": 1.0}, "mix": {"human": 1.0}},
     "kl-cached": {"objectives": {"kl": 1.0}, "mix": {"human": 1.0}, "teacher_top_k": TOP_K},
 }
@@ -50,7 +52,9 @@ class Wanted:
     """One row: a method with random weights and `settings` of its config, trained by one family of objectives.
 
     Attributes:
-        family: `ae`, `lm`, `kl` (live teacher) or `kl-cached` (the teacher's logits are on disk).
+        family: `ae`, `lm` (continuations), `answers` (to questions made by rule), `kl` (human questions, live teacher) or
+            `kl-cached` (the teacher's logits are on disk).
+        questions: questions per passage, for the last three.
         steps: Timed steps, after `warmup` steps. Items are drawn 16 batches at a time, so use a multiple of 16.
     """
 
@@ -61,14 +65,19 @@ class Wanted:
     warmup: int = 3
     batch_size: int = 8
     ratio: float = 4.0
+    questions: int = 3
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise ValueError(f"Objectives are {', '.join(FAMILIES)}; got {self.family!r}.")
-        if self.steps < 1 or self.warmup < 1 or self.batch_size < 1:
-            raise ValueError(
-                f"steps, warmup and batch_size must be at least 1; got {self.steps}, {self.warmup}, {self.batch_size}."
-            )
+        counts = {
+            "steps": self.steps,
+            "warmup": self.warmup,
+            "batch_size": self.batch_size,
+            "questions": self.questions,
+        }
+        if bad := {name: n for name, n in counts.items() if n < 1}:
+            raise ValueError(f"{', '.join(counts)} must be at least 1; got {bad}.")
 
     def recipe(self, cache: Path, seed: int) -> Recipe:
         """One stage over the articles and questions that ship with the package."""
@@ -82,7 +91,7 @@ class Wanted:
                 "kind": "compressor",
                 "seed": seed,
                 "reader": "given",
-                "data": {**texts, "questions": [SAMPLE_QUESTIONS.name]},
+                "data": {**texts, "questions": [SAMPLE_QUESTIONS.name], "questions_per_passage": self.questions},
                 "compressor": {"method": self.method, **self.settings},
                 "stages": [stage],
             }
@@ -120,7 +129,8 @@ def measure_step(reader: Reader, wanted: Wanted, *, seed: int = 0) -> Row:
         watch = _Stopwatch(trainer, task.module, wanted.warmup)
         trainer.add_callback(watch)
         watch.start()
-        trainer.train()
+        with task.running(trainer.autocast):
+            trainer.train()
     return watch.row()
 
 
@@ -141,7 +151,8 @@ class _Stopwatch(TrainerCallback):
     def __init__(self, trainer: StageTrainer, module: CompressorModule, warmup: int) -> None:
         self.trainer, self.module, self.warmup = trainer, module, warmup
         self.device = module.compressor.base_reader.device
-        self.taken: list[tuple[float, ...]] = []  # step, teacher, bare in ms; positions, target tokens, peak bytes
+        # step, teacher, bare in ms; positions, target tokens, peak bytes, prompts
+        self.taken: list[tuple[float, ...]] = []
         self.teacher = 0.0
         self.batch: CompressorBatch | None = None
         module.register_forward_pre_hook(self._see, with_kwargs=True)
@@ -175,12 +186,12 @@ class _Stopwatch(TrainerCallback):
         encoded, read, targets = batch_positions(self.module, self.batch)
         bare = timed(self.device, lambda: bare_step(self.module, encoded, read, targets, self.trainer.autocast_context))
         if state.global_step > self.warmup:
-            self.taken.append((took, self.teacher, bare, sum(encoded) + sum(read), targets, peak or 0))
+            self.taken.append((took, self.teacher, bare, sum(encoded) + sum(read), targets, peak or 0, len(read)))
         self.start()
 
     def row(self) -> Row:
         """Figures from sums over all timed steps, so that work done only in some of them counts."""
-        whole, teacher, bare, positions, targets, _ = map(sum, zip(*self.taken))
+        whole, teacher, bare, positions, targets, _, prompts = map(sum, zip(*self.taken))
         step, n = whole - teacher, len(self.taken)
         return {
             "step_ms": step / n,
@@ -190,8 +201,9 @@ class _Stopwatch(TrainerCallback):
             "positions": positions / n,
             "target_tokens": targets / n,
             "tokens_per_s": 1000 * positions / step,
+            "prompts_per_s": 1000 * prompts / step,
             "bare_tokens_per_s": 1000 * positions / bare,
-            "peak_bytes": max(peak for *_, peak in self.taken) or None,
+            "peak_bytes": max(peak for *_, peak, _ in self.taken) or None,
             "precision": "bfloat16 autocast" if self.trainer.autocast else None,
         }
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..base import Passages, SoftCompressor
-from ..core.config import CompressorConfig, check_choices, check_counts, check_ratio, setting
+from ..core.config import CompressorConfig, added, check_choices, check_counts, check_ratio, setting
 from ..core.passage import Interface
 from ..encoders.lora import LoRASettings, ReaderTuningSettings, lora_rank, tuned_reader
-from ..encoders.lora_twin import LoRATwin
+from ..encoders.lora_twin import LoRATwin, share
+from ..encoders.pooled_queries import cut_layers
 from ..reader.reader import Reader
 from ..registry import register_compressor
 from ..slots.pooling import passage_states
@@ -46,10 +47,11 @@ class MeanPoolConfig(LoRASettings, QuerySettings, ReaderTuningSettings, Compress
     )
     hidden_size: int | None = setting(None, "width of the MLP's hidden layer; default: twice the reader's width")
     chunk_tokens: int = setting(1024, "longest stretch that encoder 'reader' reads at once")
+    dropped_layers: int = added(0, "last layers (and final norm) of encoder 'reader' that are left out")
     r: int = lora_rank(32, " (encoder 'reader')")
 
     def __post_init__(self) -> None:
-        check_counts(self, {"chunk_tokens": 1, "hidden_size": 1}, optional=("hidden_size",))
+        check_counts(self, {"chunk_tokens": 1, "hidden_size": 1, "dropped_layers": 0}, optional=("hidden_size",))
         check_ratio(self.ratio, "tokens per window")
         check_choices(self, {"encoder": ("reader", "embeddings"), "weighting": ("uniform", "learned")})
         self.check_lora()
@@ -92,7 +94,11 @@ class MeanPoolCompressor(WindowProjector, SoftCompressor):
         self.encoder: LoRATwin | None = None
         size = reader.width
         if config.encoder == "reader":
-            self.encoder = LoRATwin(reader.model, **config.lora)
+            model = reader.model
+            if config.dropped_layers:
+                model = share(model)
+                cut_layers(model.get_decoder(), config.dropped_layers)
+            self.encoder = LoRATwin(model, **config.lora)
             with torch.no_grad():  # hidden states and embeddings may differ in width
                 size = self.states(self.encoder, [[0]], [[]]).shape[1]
         self.add_projector(reader, size, config.hidden_size)

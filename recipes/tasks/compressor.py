@@ -7,8 +7,9 @@ positions go to the objectives of the stage.
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from typing import Any
 import torch
 
 from ...compressors import Reader, SoftCompressor, load_compressor, make_compressor
+from ...compressors.encoders.lora_twin import Twin
 from ..data.corpus import Record
 from ..data.records import Material, load_articles, load_records
 from ..training.schema import Recipe, Stage, validate
-from .evaluation import compressed_scores
+from .evaluation import compressed_scores, fixed_scores
 from .items import FROM_QUESTIONS, CompressorData, CompressorItems, Item, ItemMaker, Reading, draw_ratio
 from .module import CompressorBatch, CompressorModule
 
@@ -57,6 +59,7 @@ class CompressorTask:
         self.module = CompressorModule(compressor, [name for stage in recipe.stages for name in stage.objectives])
         self._material: Material | None = None
         self._dev: list[Record] | None = None
+        self._fixed: dict[str, float] = {}
 
     @property
     def material(self) -> Material:
@@ -127,6 +130,25 @@ class CompressorTask:
             parts = sorted({name.split(".")[0] for name in state})
             raise ValueError(f"Stage {stage.name!r}: nothing called {missing[0]!r} to train; there are all, {parts}.")
 
+    @contextlib.contextmanager
+    def running(self, autocast: bool) -> Iterator[None]:
+        """Within it, models use the attention that trains fastest here.
+
+        On a CPU under bfloat16 autocast that is plain matrix products: torch's fused attention takes two to six times as long
+        on rows of a few hundred tokens.
+        """
+        models: list[Any] = [self.compressor.base_reader.model]
+        models += [module.decoder for module in self.compressor.modules() if isinstance(module, Twin)]
+        fused = [m for m in models if m.config._attn_implementation == "sdpa" and m._can_set_attn_implementation()]
+        plain = autocast and self.reader.device.type == "cpu"
+        try:
+            for model in fused if plain else ():
+                model.set_attn_implementation("eager")
+            yield
+        finally:
+            for model in fused:
+                model.set_attn_implementation("sdpa")
+
     def flush(self) -> None:
         """Writes pending entries of the teacher's cache."""
         if self.module.teacher_cache is not None:
@@ -138,7 +160,8 @@ class CompressorTask:
             raise ValueError(f"Stage {stage.name!r} sets eval_every, which needs data.dev: a question file.")
         if self._dev is None:
             self._dev = self.data.thinned(load_records([self.data.dev], self.data.dir, self.data.dev_half))
-        return compressed_scores(self.compressor, self._dev)
+            self._fixed = fixed_scores(self.compressor.base_reader, self._dev)
+        return compressed_scores(self.compressor, self._dev, fixed=self._fixed)
 
     def save(self, folder: Path) -> None:
         """Writes the compressor."""

@@ -34,6 +34,7 @@ from ..training.schema import Span, Stage
 KINDS: dict[str, Target] = {
     "human": "answer",  # questions written by people
     "made": "answer",  # questions made by rule
+    "both": "answer",  # the first, filled up with the second to `questions_per_passage`
     "instruct": "answer",  # the question is compressed with the passage: write it again, then the answer
     "repeat": "passage",
     "span": "passage",  # go on with a passage from some of its words
@@ -45,7 +46,7 @@ KINDS: dict[str, Target] = {
     "documents": "document",
 }
 NOT_READ = tuple(kind for kind, target in KINDS.items() if target in UNREAD)  # kinds without a prompt
-FROM_QUESTIONS = ("human", "instruct", "match", "triple", "rank")  # kinds that use the question records
+FROM_QUESTIONS = ("human", "both", "instruct", "match", "triple", "rank")  # kinds that use the question records
 T = TypeVar("T")
 SPAN_WORDS = 12  # words of a span that the prompt gives (the paper: 10 to 20 tokens), and the fewest left to write
 RANKED = 8  # passages of a ranking
@@ -202,6 +203,12 @@ class ItemMaker:
     def _made(self, rng: random.Random) -> tuple[Sequence[str], list[Reading]]:
         passage = self.material.paragraph(rng, rng.choice([300, 600, self.data.max_chars]))
         return self._ask(passage, make_questions(passage, self.data.questions_per_passage, rng), rng)
+
+    def _both(self, rng: random.Random) -> tuple[Sequence[str], list[Reading]]:
+        asked = self.material.human(rng)
+        pairs = rng.sample(asked.pairs, len(asked.pairs))
+        missing = self.data.questions_per_passage - len(pairs)
+        return self._ask(asked.passage, pairs + make_questions(asked.passage, missing, rng), rng)
 
     def _repeat(self, rng: random.Random) -> tuple[Sequence[str], list[Reading]]:
         passage = self._any_passage(rng, rng.choice([150, 300, 500]))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ...compressors import CompressedPassage, SoftCompressor
-from ...compressors.core.batching import pack, pass_positions
+from ...compressors import CompressedPassage, Reader, SoftCompressor
 from ...compressors.objectives.registry import OBJECTIVES, Scored, Setup
 from ...compressors.objectives.teacher import TeacherLogits
+from ...compressors.reader.reader import Targets
+from ...compressors.reader.shared import target_hidden
 from ..data.templates import SEPARATOR
 from ..training.schema import Stage
 from .items import NOT_READ, Reading
@@ -119,11 +120,8 @@ class CompressorModule(nn.Module):
         counts = {name: batch.count(name) for name in self.weights}
         divisors = num_items_in_batch or counts
         total = sum((t.sum() * 0.0 for p in passages if (t := _some_tensor(p)) is not None), torch.zeros(()))
-        sums: dict[str, Tensor] = {}
         read = [i for i, reading in enumerate(batch.readings) if reading.kind not in NOT_READ]
-        for group in self._pack([self._positions(batch, i, passages) for i in read]):
-            for name, value in self._objectives(batch, [read[g] for g in group], passages).items():
-                sums[name] = sums[name] + value if name in sums else value
+        sums = self._objectives(batch, read, passages) if read else {}
         for name in self.weights:
             unread = [i for i, r in enumerate(batch.readings) if r.kind in NOT_READ and name in r.objectives]
             if not unread:
@@ -150,22 +148,12 @@ class CompressorModule(nn.Module):
         out["tokens"] = sources + sum(map(len, batch.targets))
         return {"loss": total, **out}
 
-    def _pack(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Groups prompts of similar length."""
-        return pack(lengths, POSITIONS, pass_positions(self.compressor.base_reader.device))
-
-    def _positions(self, batch: CompressorBatch, index: int, passages: Sequence[CompressedPassage]) -> int:
-        """Approximate number of positions of a reading."""
-        slots = sum(passages[i].slots for i in batch.contexts[index])
-        return slots + len(batch.targets[index]) + len(batch.readings[index].question) // 3 + 16
-
     def _objectives(
         self, batch: CompressorBatch, chosen: Sequence[int], passages: Sequence[CompressedPassage]
     ) -> dict[str, Tensor]:
-        """Sums of the objectives over some readings."""
-        reader = self.compressor.reader
+        """Sums of the objectives over the chosen readings."""
         prompts = [batch.readings[i].prompt([passages[j] for j in batch.contexts[i]]) for i in chosen]
-        found = reader.target_hidden(prompts, [batch.targets[i] for i in chosen])
+        found = self._hidden(self.compressor.reader, batch, chosen, prompts)
         sums: dict[str, Tensor] = {}
         for name, loss in self.losses.items():
             flags = [name in batch.readings[i].objectives for i in chosen]
@@ -204,15 +192,14 @@ class CompressorModule(nn.Module):
     @torch.no_grad()
     def teacher_hidden(self, batch: CompressorBatch, chosen: Sequence[int], blind: bool = False) -> list[Tensor]:
         """Hidden states ``[target tokens, d]`` of the untuned reader with the passages as text, or without, per reading."""
-        reader = self.compressor.base_reader
-        lengths = [sum(len(batch.texts[j]) for j in batch.contexts[i]) // 3 + len(batch.targets[i]) for i in chosen]
-        parts: dict[int, Tensor] = {}
-        for group in self._pack(lengths):
-            which = [chosen[g] for g in group]
-            targets = [batch.targets[i] for i in which]
-            hidden = reader.target_hidden([self._teacher_prompt(batch, i, blind) for i in which], targets).hidden
-            parts.update(zip(which, hidden.split([len(target) for target in targets])))
-        return [parts[i] for i in chosen]
+        prompts = [self._teacher_prompt(batch, i, blind) for i in chosen]
+        found = self._hidden(self.compressor.base_reader, batch, chosen, prompts)
+        return list(found.hidden.split([len(batch.targets[i]) for i in chosen]))
+
+    def _hidden(self, reader: Reader, batch: CompressorBatch, chosen: Sequence[int], prompts: Sequence[Any]) -> Targets:
+        """Hidden states at the targets of some readings; what those of one item and format have in common is read once."""
+        groups = [(*batch.contexts[i], batch.readings[i].kind) for i in chosen]
+        return target_hidden(reader, prompts, [batch.targets[i] for i in chosen], groups, POSITIONS)
 
 
 def _some_tensor(passage: CompressedPassage) -> Tensor | None:

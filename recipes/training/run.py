@@ -28,7 +28,7 @@ class TrainingTask(Protocol):
     large batch.
 
     Optional methods: `evaluate(stage) -> dict[str, float]`, logged as `eval/<name>`; `flush()`, called before each
-    checkpoint to write cached results.
+    checkpoint to write cached results; `running(autocast)`, a context manager around a stage's steps.
     """
 
     @property

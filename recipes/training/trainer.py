@@ -78,7 +78,9 @@ def _run_stage(run: Run, index: int, progress: Progress, checkpoint: Path | None
     if not any(parameter.requires_grad for parameter in run.task.module.parameters()):
         raise ValueError(f"Stage {stage.name!r} trains nothing: trainable={stage.trainable!r} freezes every parameter.")
     trainer = StageTrainer(run, index, progress)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    running = getattr(run.task, "running", None)
+    with contextlib.nullcontext() if running is None else running(trainer.autocast):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
 def _set_gradient_checkpointing(module: nn.Module, stage: Stage) -> None:

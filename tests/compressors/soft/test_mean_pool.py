@@ -193,3 +193,26 @@ def test_projector_parts(reader):
 def test_config_is_validated(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         MeanPoolConfig.from_dict(settings)
+
+
+def test_fewer_layers_encode(reader):
+    compressor = build(reader, dropped_layers=1)
+    ids = reader.tokenize(PASSAGE)
+    (passage,) = compressor.compress([PASSAGE], ratio=len(ids))
+    body, inputs = compressor.encoder.decoder, reader.embed(torch.tensor([[*reader.bos_ids, *ids]]))
+    at = torch.arange(inputs.shape[1])[None]
+    states = inputs
+    for layer in body.layers:
+        found = layer(states, position_embeddings=body.rotary_emb(inputs, at))
+        states = found[0] if isinstance(found, tuple) else found
+    states = states[0, len(reader.bos_ids) :]
+    normed = nn.functional.rms_norm(states.mean(0), states.shape[-1:], compressor.norm.weight, 1e-6)
+    pooled = reader.embed(torch.tensor(ids)).sum(0) / len(ids) ** 0.5
+    want = compressor.linear(pooled) + compressor.mlp(normed) * compressor.log_scale.exp()
+    assert torch.allclose(passage.embeds[0], want, atol=1e-4)
+    assert len(body.layers) == 2
+    assert len(reader.model.get_decoder().layers) == 3
+    with pytest.raises(ValueError, match="dropped_layers"):
+        build(reader, dropped_layers=2)
+    with pytest.raises(ValueError, match="dropped_layers must be an integer"):
+        MeanPoolConfig(dropped_layers=-1)
