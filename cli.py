@@ -182,6 +182,13 @@ _forward(
     "store", ".adapters.store.cli", "store_app", "Show, verify, compact or migrate a store of compressed passages."
 )
 _forward("serve", ".adapters.serve.cli", "serve", "Serve a reader to OpenAI clients, including prompt embeddings.")
+_forward(
+    "play",
+    ".benchmarks.cli.play",
+    "play",
+    "Open a page on this machine that compares answers from full text and compressed passages.",
+    no_args=(),
+)
 _forward("bench", ".benchmarks.cli.app", "bench_app", "Measure quality, reading, speed and cost on equal terms.")
 _forward(
     "plan", ".benchmarks.cli.plan", "plan", "Estimate whether compression pays for a reader, passages and a device."
