@@ -44,7 +44,9 @@ def choices(rows: Sequence[Row]) -> list[Row]:
     first, second = sets.values()
     keys = [key for key in first if key in second and key[0].partition(":")[0] == OURS]
     return [
-        clean(pooled_row(sets, key)) | DEFAULTS | dict(part.split("=") for part in key[0].partition(":")[2].split(",") if part)
+        clean(pooled_row(sets, key))
+        | DEFAULTS
+        | dict(part.split("=") for part in key[0].partition(":")[2].split(",") if part)
         for key in keys
     ]
 

@@ -286,7 +286,14 @@ def test_templates_escape_html_only() -> None:
 
 
 def _kept(dataset: str, method: str, scores: list[float], ratio: float | None = None, **more: Any) -> dict[str, Any]:
-    row = {"suite": "quality", "dataset": dataset, "half": "report", "questions": dataset, "reader": "a", "method": method}
+    row = {
+        "suite": "quality",
+        "dataset": dataset,
+        "half": "report",
+        "questions": dataset,
+        "reader": "a",
+        "method": method,
+    }
     row |= {"f1_each": scores, "f1": sum(scores) / len(scores), "n": len(scores), "reader_tokens": 10.0, "skipped": 0}
     return row | ({} if ratio is None else {"ratio_asked": ratio, "ratio": ratio}) | {"bytes_per_passage": 800.0} | more
 
