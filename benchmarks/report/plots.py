@@ -151,7 +151,7 @@ def _png(figure: Figure, rows: Sequence[Row]) -> bytes:
 
 def rows_hash(rows: Sequence[Row]) -> str:
     """Hash of what the picture shows of the rows."""
-    shown = (
+    shown: tuple[str, ...] = (
         "method",
         "ratio_asked",
         "budget_of",

@@ -252,7 +252,8 @@ def _same_inputs(decoder: nn.Module, count: int) -> Iterator[None]:
     Rounding grows from layer to layer (in bfloat16 to 18 % of a value in 30 of them), and would hide how positions enter one.
     """
     lists = [part for part in decoder.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
-    own, first = threading.get_ident(), {}
+    own = threading.get_ident()
+    first: dict[nn.Module, Any] = {}
 
     def replay(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if threading.get_ident() != own:

@@ -54,8 +54,8 @@ class PromptTokenizer:
                 "load it with AutoTokenizer, which converts most of them."
             )
         self.tokenizer = tokenizer
-        names = backend.get_vocab(with_added_tokens=True).values()
-        self._rows = rows if rows is not None and max(names, default=0) >= rows else None
+        known = backend.get_vocab(with_added_tokens=True).values()
+        self._rows = rows if rows is not None and max(known, default=0) >= rows else None
         self._plain = Tokenizer.from_str(backend.to_str())
         self._plain.no_padding()
         self._plain.no_truncation()
