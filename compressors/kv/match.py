@@ -98,6 +98,7 @@ class KVMatchCompressor(PairCompressor):
         """Scores the pairs, divides the budget and repairs what is kept."""
         config, placement = self.config, self.base_reader.kv_placement
         score, device = self.fitted or SCORES[config.score][0], evidence.tokens.device
+        how = config.repair if ratio > 1 else "none"  # all pairs are kept as they are
         scores = [score(layer, evidence, placement, i) for i, layer in enumerate(evidence.layers)]
         stacked = torch.stack(scores, 1)  # [batch, layers, kv_heads, n]
         kept = select(
@@ -106,13 +107,13 @@ class KVMatchCompressor(PairCompressor):
         fitted = []
         for i, layer in enumerate(evidence.layers):
             bias, values = torch.zeros_like(stacked[:, i]), wide(layer.values)
-            if config.repair != "none":
-                bias, values = repair(attention(layer, evidence), values, kept[:, i], config.repair)
+            if how != "none":
+                bias, values = repair(attention(layer, evidence), values, kept[:, i], how)
             fitted.append((layer.keys, values.to(layer.values.dtype), bias.to(layer.values.dtype)))
         keys, values, bias = (torch.stack(part, 1) for part in zip(*fitted))
         at = (torch.arange(kept.shape[-1], device=device, dtype=torch.int32) + evidence.start).expand_as(kept)
         for row, chosen in enumerate(kept):
             found = [part[row][chosen] for part in (keys, values, bias, at)]
-            if config.repair == "none":
+            if how == "none":
                 found[2] = found[2][:0]
             yield *found, chosen.sum(-1).int().cpu()

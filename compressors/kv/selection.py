@@ -54,8 +54,17 @@ def count_rows(layer: LayerEvidence, evidence: Evidence) -> Tensor:
 
 
 def root_mean_square(layer: LayerEvidence, evidence: Evidence, placement: KVPlacement, index: int) -> Tensor:
-    """Root mean square attention of the probes: how much of their attention a pair gets where it matters."""
+    """Root mean square attention of the probes, which a `Surrogate` predicts."""
     return (attention(layer, evidence).square().sum(2) / count_rows(layer, evidence)).sqrt()
+
+
+def sharp_mean(layer: LayerEvidence, evidence: Evidence, placement: KVPlacement, index: int) -> Tensor:
+    """Fourth-power mean of the probes' attention, times the value's norm: how much a pair gives to the rows that want it.
+
+    The high power favours pairs that few rows want much. The norm makes heads of different scale comparable in one ranking.
+    """
+    mean = attention(layer, evidence).square().square_().sum(2) / count_rows(layer, evidence)
+    return mean.sqrt().sqrt() * wide(layer.values).norm(dim=-1)
 
 
 def largest(layer: LayerEvidence, evidence: Evidence, placement: KVPlacement, index: int) -> Tensor:
@@ -179,7 +188,7 @@ def first_tokens(layer: LayerEvidence, evidence: Evidence, placement: KVPlacemen
 Score = Callable[[LayerEvidence, Evidence, KVPlacement, int], Tensor]
 # Of each score: its function, and what is read after the passage for it.
 SCORES: dict[str, tuple[Score, str]] = {
-    "probes": (root_mean_square, "questions"),
+    "probes": (sharp_mean, "questions"),
     "kvzip": (largest, "repetition"),
     "kvzip+": (contribution, "repetition"),
     "snapkv": (pooled_mean, "query"),
