@@ -4,7 +4,7 @@
 # stopped and started again.
 # LIMIT (questions per set), DATA (folder of the sets), OUT, SETS, RATIOS, PARTS (main, others, choices) may be set.
 set -euo pipefail
-LIMIT=${LIMIT:-80} DATA=${DATA:-data} OUT=${OUT:-benchmarks/results/kv_match.jsonl} NUTGRAF=${NUTGRAF:-nutgraf}
+LIMIT=${LIMIT:-60} DATA=${DATA:-data} OUT=${OUT:-benchmarks/results/kv_match.jsonl} NUTGRAF=${NUTGRAF:-nutgraf}
 RATIOS=${RATIOS:-1,2,4,8,16} # 1: all pairs precomputed
 
 quality() { # set, further arguments
