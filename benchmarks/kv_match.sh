@@ -2,40 +2,44 @@
 # The rows of results/kv_match.jsonl: keys and values kept without training, on a pretrained reader in bfloat16, beside the other
 # methods that compress once. Rows that the file holds already (same code, weights and questions) are left out, so it can be
 # stopped and started again.
-# LIMIT (questions per set), DATA (folder of the sets), OUT, SETS, RATIOS, PARTS (main, others, choices) may be set.
+# LIMIT (questions per set), DATA (folder of the sets), OUT, SETS, RATIOS, PARTS (main, others, slots, choices) may be set.
 set -euo pipefail
 LIMIT=${LIMIT:-60} DATA=${DATA:-data} OUT=${OUT:-benchmarks/results/kv_match.jsonl} NUTGRAF=${NUTGRAF:-nutgraf}
 RATIOS=${RATIOS:-1,2,4,8,16} # 1: all pairs precomputed
 
 quality() { # set, further arguments
   $NUTGRAF bench quality "$DATA/qa_dev_$1.jsonl.xz" --reader reader-smollm2 --dtype bfloat16 --half report --limit "$LIMIT" \
-    --no-shuffled --no-likelihood --baseline none --resume --out "$OUT" "${@:2}"
+    --no-shuffled --no-likelihood --resume --out "$OUT" "${@:2}"
 }
 
-others() { # shorter texts, the passage's first tokens, and slots
-  quality "$1" --baseline truncate --baselines-of llmlingua2 --compressor "llmlingua2-small@${RATIOS#1,}" \
-    --compressor icae-smollm2@2,4
+others() { # shorter texts, and the passage's first tokens
+  quality "$1" --baseline truncate --baselines-of llmlingua2 --compressor "llmlingua2-small@${RATIOS#1,}"
+}
+
+slots() { # trained ones
+  quality "$1" --baseline none --compressor icae-smollm2@2,4
 }
 
 choices() { # other scores, budgets and repairs; each name changes what it says and keeps the rest
   local score budget how
   for budget in global per-layer uniform; do
     for how in bias+values bias none; do
-      [ "$budget,$how" = global,bias+values ] || quality "$1" --compressor "kv-match:budget=$budget,repair=$how@${RATIOS#1,}"
+      [ "$budget,$how" = global,bias+values ] || quality "$1" --baseline none --compressor "kv-match:budget=$budget,repair=$how@${RATIOS#1,}"
     done
   done
   for score in kvzip,budget=uniform keydiff,budget=uniform expected,budget=per-layer snapkv,budget=uniform random first; do
-    quality "$1" --compressor "kv-match:score=${score%%,*},repair=none@${RATIOS#1,}"
-    quality "$1" --compressor "kv-match:score=${score%%,*}@${RATIOS#1,}"
-    [ "$score" = "${score%%,*}" ] || quality "$1" --compressor "kv-match:score=$score,repair=none@${RATIOS#1,}"
+    quality "$1" --baseline none --compressor "kv-match:score=${score%%,*},repair=none@${RATIOS#1,}"
+    quality "$1" --baseline none --compressor "kv-match:score=${score%%,*}@${RATIOS#1,}"
+    [ "$score" = "${score%%,*}" ] || quality "$1" --baseline none --compressor "kv-match:score=$score,repair=none@${RATIOS#1,}"
   done
 }
 
-for part in ${PARTS:-main others choices}; do
+for part in ${PARTS:-main others slots choices}; do
   for set in ${SETS:-nq squad qamr fairytaleqa quoref}; do
     case $part in
-    main) quality "$set" --compressor "kv-match@$RATIOS" ;;
+    main) quality "$set" --baseline none --compressor "kv-match@$RATIOS" ;;
     others) others "$set" ;;
+    slots) slots "$set" ;;
     choices) case $set in squad | nq) choices "$set" ;; esac ;;
     esac
   done

@@ -189,6 +189,19 @@ def test_repair_equals_bounded_least_squares_head_by_head():
         assert np.allclose(fitted[head, part].numpy(), moved, atol=1e-5)
 
 
+def test_repair_in_float32_reads_as_in_float64():
+    torch.manual_seed(1)
+    attended = torch.randn(2, 200, 60, dtype=torch.float64).mul(2.5).softmax(-1)
+    values, kept = torch.randn(2, 60, 16, dtype=torch.float64), torch.rand(2, 60) < 0.4
+    outputs = []
+    for dtype in (torch.float64, torch.float32):
+        bias, fitted = repair(attended.to(dtype), values.to(dtype), kept, "bias+values")
+        assert fitted.dtype == dtype
+        weights = (attended.to(dtype) * bias.exp()[:, None]).masked_fill(~kept[:, None], 0.0)
+        outputs.append((weights / weights.sum(-1, keepdim=True)) @ fitted)
+    assert close(outputs[1].double(), outputs[0], 1e-4)
+
+
 def test_weights_stay_within_bounds():
     columns = torch.tensor([[[1e-4, 0.9], [1e-4, 0.8]]])
     weights = match_weights(columns, torch.tensor([[[0.0], [0.0]]]), torch.ones(1, 2, dtype=torch.bool))
