@@ -49,7 +49,9 @@ def test_rows_of_every_kind_of_encoder(reader: Reader, method: str) -> None:
 
 def test_pairs_are_compared_with_a_prefill_of_the_passages(reader: Reader) -> None:
     texts = [make_passages(reader, 1, n)[0] for n in (20, 45)]
-    entrants = find_entrants(reader, ["kv-match:probes=1@4", "kv-match:score=first,repair=none@4"], (), (), untrained=False)
+    entrants = find_entrants(
+        reader, ["kv-match:probes=1@4", "kv-match:score=first,repair=none@4"], (), (), untrained=False
+    )
     rows = compressing.compress_rows(reader, entrants, texts, repeats=1, warmup=0)
     assert [row["method"] for row in rows] == ["kv-match:probes=1", "kv-match:score=first,repair=none"]
     for row in rows:
