@@ -65,7 +65,7 @@ def _settings(name: str) -> dict[str, Any]:
         key, _, value = part.partition("=")
         if not (key and value):
             raise ValueError(f"{name!r}: {part!r} is no setting; write METHOD:key=value,key=value.")
-        found[key] = int(value) if value.isdigit() else value
+        found[key] = int(value) if value.isdigit() else {"true": True, "false": False}.get(value.lower(), value)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Fits the surrogate of kv-match to a reader: ridge regression on the scores that probes give, minutes on a CPU.
+"""Fits a score of kv-match to a reader: a surrogate by ridge regression on the scores that probes give, minutes on a CPU.
 
 python -m nutgraf.recipes.kv_surrogate data/text_enwiki2018_1.txt.xz FOLDER --reader reader-smollm2
 """
@@ -47,11 +47,14 @@ def main(
     reader: Annotated[str, typer.Option(help="Reader: a shipped one, a folder or a hub id.")] = "reader-smollm2",
     passages: Annotated[int, typer.Option(help="Passages; every eighth is held out.")] = 96,
     probes: Annotated[int, typer.Option(help="Rule-made questions per passage.")] = 48,
+    score: Annotated[str, typer.Option(help="What is fitted: surrogate, or expected-stats.")] = "surrogate",
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
-    """Fit a surrogate and save the compressor that uses it."""
+    """Fit a score and save the compressor that uses it."""
     loaded = Reader.from_pretrained(reader, dtype="float32")
-    compressor: Any = make_compressor("kv-match", loaded, score="surrogate")
+    compressor: Any = make_compressor("kv-match", loaded, score=score)
+    if compressor.fitted is None:
+        raise typer.BadParameter(f"The score {score!r} has no weights; surrogate and expected-stats have.")
     about = compressor.fitted.fit(loaded, draw_passages(read_documents(text), passages, seed), probes)
     compressor.save_pretrained(out)
     typer.echo(json.dumps(about))

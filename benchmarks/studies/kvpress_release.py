@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers import DynamicCache
 from ...compressors import Reader
 from ...compressors.kv.probing import REPEAT, read, write_probes
 from ...compressors.kv.selection import SCORES
+from ...compressors.kv.surrogate import QueryStatistics
 from ..loading import find_reader, find_records
 from ..rows import append_rows, clean, provenance
 
@@ -50,9 +52,14 @@ def score_layers(reader: Reader, passes: Sequence[Sequence[int]], score: Score) 
     return found
 
 
-def peer_scores(reader: Reader, ids: list[int], question: list[int]) -> dict[str, list[Tensor]]:
+def peer_scores(
+    reader: Reader, ids: list[int], question: list[int], statistics: QueryStatistics
+) -> dict[str, list[Tensor]]:
     """Per method and layer ``[kv_heads, n]``, as kvpress scores the pairs of a passage."""
-    from kvpress import ExpectedAttentionPress, KeyDiffPress, KVzipPress, SnapKVPress
+    from kvpress import ExpectedAttentionPress, ExpectedAttentionStatsPress, KeyDiffPress, KVzipPress, SnapKVPress
+
+    stats = ExpectedAttentionStatsPress(n_sink=1)
+    stats.mu, stats.cov = statistics.mean, statistics.covariance
 
     def plain(press: Any) -> Score:
         return lambda module, hidden, cache, kwargs: press.score(
@@ -68,17 +75,52 @@ def peer_scores(reader: Reader, ids: list[int], question: list[int]) -> dict[str
         zip_press.score_kvzip(module, hidden, cache.keys, cache.values, None, kwargs)
         return zip_press.score_val[module.layer_idx, 0]
 
+    plus = KVzipPress(kvzip_plus_normalization=True)
+    plus.context_length = plus.end_idx = len(ids)
+    plus.score_val = torch.zeros(layers, 1, heads, len(ids), device=reader.device)
+
+    def zipped_plus(module: Any, hidden: Tensor, cache: Any, kwargs: dict[str, Any]) -> Tensor:
+        # The paper's h is the residual stream; the release takes what attention gets. Given the residual stream, its queries
+        # come through the layer's own normalisation.
+        layer = reader.model.model.layers[module.layer_idx]
+        proxy = SimpleNamespace(
+            config=module.config,
+            head_dim=module.head_dim,
+            layer_idx=module.layer_idx,
+            num_key_value_groups=module.num_key_value_groups,
+            o_proj=module.o_proj,
+            q_proj=lambda states: module.q_proj(layer.input_layernorm(states)),
+        )
+        plus.score_kvzip(proxy, entering[module.layer_idx], cache.keys, cache.values, None, kwargs)
+        return plus.score_val[module.layer_idx, 0]
+
+    entering: dict[int, Tensor] = {}
+
+    def enter(index: int) -> Any:
+        return lambda module, args: entering.__setitem__(index, args[0])
+
     again = [i for part in reader.tokenize_batch(list(REPEAT)) for i in part] + ids
+
+    def peer_plus() -> list[Tensor]:
+        hooks = [layer.register_forward_pre_hook(enter(i)) for i, layer in enumerate(reader.model.model.layers)]
+        try:
+            return score_layers(reader, [ids, again], zipped_plus)
+        finally:
+            for handle in hooks:
+                handle.remove()
+
     return {
         "keydiff": score_layers(reader, [ids], plain(KeyDiffPress())),
         "expected": score_layers(reader, [ids], plain(ExpectedAttentionPress(n_sink=1))),
+        "expected-stats": score_layers(reader, [ids], plain(stats)),
         "snapkv": score_layers(reader, [[*ids, *question]], plain(SnapKVPress(window_size=len(question)))),
         "kvzip": score_layers(reader, [ids, again], zipped),
+        "kvzip+": peer_plus(),
     }
 
 
 @torch.no_grad()
-def compare(reader: Reader, text: str, query: str) -> dict[str, float]:
+def compare(reader: Reader, text: str, query: str, statistics: QueryStatistics) -> dict[str, float]:
     """The largest difference between our scores and theirs, per method, as a share of the layer's largest score.
 
     The attention sink is left out: both sides keep it whatever its score.
@@ -86,10 +128,10 @@ def compare(reader: Reader, text: str, query: str) -> dict[str, float]:
     (ids,) = reader.tokenize_batch([text])
     (question,) = write_probes(reader, text, "query", 1, query)
     found = {}
-    for method, theirs in peer_scores(reader, ids, question).items():
-        score, needs = SCORES[method]
+    for method, theirs in peer_scores(reader, ids, question, statistics).items():
+        score, needs = SCORES.get(method, (statistics, "nothing"))
         probes = [] if needs == "nothing" else write_probes(reader, text, needs, 1, query)
-        evidence = read(reader, [ids], [probes])
+        evidence = read(reader, [ids], [probes], states=True)
         found[method] = 0.0
         for index, (layer, wanted) in enumerate(zip(evidence.layers, theirs)):
             ours, other = score(layer, evidence, reader.kv_placement, index)[0][:, 1:], wanted[:, 1 : len(ids)]
@@ -107,7 +149,9 @@ def main(
     if loaded.bos_ids:
         raise typer.BadParameter(f"{reader} has a BOS, which kvpress scores as a part of the passage.")
     records = find_records("sample", limit=questions)
-    found = [compare(loaded, record.passages[0], record.question) for record in records]
+    statistics = QueryStatistics(loaded)
+    statistics.fit(loaded, [record.question for record in records])  # any queries will do
+    found = [compare(loaded, record.passages[0], record.question, statistics) for record in records]
     for method in found[0]:
         row = {
             "test": "kvpress",
