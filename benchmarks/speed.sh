@@ -8,44 +8,32 @@ S=$RESULTS/speed.jsonl T=$RESULTS/training_speed.jsonl
 
 account() { $NUTGRAF bench speed --device "$DEVICE" --out "$S" "$@"; }
 
-cpu_contexts() { # the shipped reader, 512 to 3,840 tokens in 130 slots
-  account --reader reader-small --context 2048 --passages 10 --compressor mean-pool-small@16 --slots 16 --slots 32 \
-    --repeats 9 --warmup 2
-  for at in "512 4" "1024 8" "3840 30"; do
-    set -- $at
-    account --reader reader-small --context "$1" --passages 10 --compressor "mean-pool-small@$2" --repeats 9 --warmup 2
-  done
-}
-
-cpu_batches() { # several prompts at a time
-  account --reader reader-small --context 1024 --passages 10 --compressor mean-pool-small@16 --repeats 3 \
-    --batch 1 --batch 4 --batch 16 --batch 64
-}
-
 cpu_pretrained() { # a pretrained reader; its package must be installed
   account --reader reader-smollm2 --dtype bfloat16 --context 2048 --passages 10 --compressor icae-smollm2@16 --slots 16 \
     --repeats 3
+}
+
+cpu_kv() { # keys and values from the store at 4x, and all pairs precomputed (1x)
+  account --reader reader-smollm2 --dtype bfloat16 --context 2048 --passages 10 --compressor kv-match@1,4 --repeats 3
 }
 
 cpu_large() { # a reader of the 1B shape, float32, 5 GB
   account --shape llama-1b --context 256 --passages 2 --slots 16 --repeats 1 --decode-tokens 4
 }
 
-cpu_compress() { # every shipped encoder on 64 passages of mixed lengths
-  $NUTGRAF bench compress --device cpu --repeats 3 --out "$S" --compressor mean-pool-small@4 --compressor icae-small@4 \
-    --compressor gist-small@4 --compressor 500x-small@4 --compressor autocompressor-small@4 --compressor pisco-small@4 \
-    --compressor xrag-small
+cpu_compress() { # encoders of the pretrained reader on 16 passages of mixed lengths
+  $NUTGRAF bench compress --device cpu --repeats 3 --passages 16 --out "$S" --compressor icae-smollm2@4 --compressor xrag-smollm2
 }
 
 cpu_training() { # a step over its bare passes; memory of the losses
-  $NUTGRAF bench training --device cpu --steps 16 --out "$T"
-  $NUTGRAF bench training --device cpu --steps 16 --compressor gist --compressor mean-pool --objective lm --out "$T"
+  $NUTGRAF bench training --device cpu --shape llama-mini --steps 16 --out "$T"
+  $NUTGRAF bench training --device cpu --shape llama-mini --steps 16 --compressor gist --compressor mean-pool --objective lm --out "$T"
   $NUTGRAF bench training --device cpu --memory 2048 --memory 8192 --out "$T"
 }
 
 cpu_store() { # reading from the store, by itself and in front of an answer
   grep -qs '"state": "answer"' "$RESULTS/store.jsonl" ||
-    $PYTHON -m nutgraf.benchmarks.speed.store --reader reader-small --out "$RESULTS/store.jsonl"
+    $PYTHON -m nutgraf.benchmarks.speed.store --reader reader-smollm2 --batch 10 --repeats 5 --out "$RESULTS/store.jsonl"
 }
 
 cuda_8b() {
@@ -77,7 +65,7 @@ cuda_training() {
 }
 
 if [ "$DEVICE" = cpu ]; then
-  tasks=(contexts batches pretrained compress training store large)
+  tasks=(pretrained kv compress training store large)
 else
   tasks=(8b contexts small methods training)
 fi

@@ -12,9 +12,10 @@ import typer
 from typer import Option
 
 from ..costs.costs import item_bytes
-from ..costs.plan import Hardware, Line, Load, best, work_out
+from ..costs.plan import Hardware, Line, Load, best, loadings, work_out
 from ..costs.roofline import Roofline, measure
 from ..costs.shapes import find_shape
+from ..costs.storage import RAGGED, loading_sentence
 from ..loading import pick_device
 from ..report.table import row_table
 from .expand import takes, wide_console
@@ -22,6 +23,7 @@ from .expand import takes, wide_console
 COLUMNS = (
     "family ratio slots compress_ms ttft_ms ttft_speedup decode_ms bytes_per_passage store_bytes break_even_reads pays"
 )
+STORED = "form ratio precision bytes_per_passage load_ms prefill_ms text_ms saved_ms least_gbps"
 
 
 @dataclass(kw_only=True)
@@ -63,6 +65,10 @@ def plan(asked: PlanOptions) -> None:
     hardware = Hardware(roofline, asked.efficiency, asked.overhead_ms / 1000, asked.store_gbps * 1e9)
     lines = work_out(shape, load, hardware, asked.ratio)
     found, verdict = best(lines), sentence(lines, load)
+    stored = loadings(shape, load, hardware, asked.ratio, lines[0])
+    told = [
+        loading_sentence(row, asked.store_gbps) for row in stored if (row.form, row.precision) == (RAGGED, "as made")
+    ]
     if asked.as_json:
         document = {
             "reader": dataclasses.asdict(shape) | {"parameters": shape.parameters},
@@ -72,6 +78,8 @@ def plan(asked: PlanOptions) -> None:
             "pays": found is not lines[0],
             "best": dataclasses.asdict(found),
             "verdict": verdict,
+            "stored": [dataclasses.asdict(row) for row in stored],
+            "loading": told,
         }
         typer.echo(json.dumps(document, indent=2, allow_nan=False))
         return
@@ -86,6 +94,10 @@ def plan(asked: PlanOptions) -> None:
     rows = [dataclasses.asdict(line) | {"pays": _pays(line, lines[0])} for line in lines]
     console.print(row_table(rows, COLUMNS, title))
     console.print(verdict, highlight=False, style="bold")
+    title = f"Passages from a store at {asked.store_gbps:g} GB/s, against prefilling their text"
+    console.print(row_table([dataclasses.asdict(row) for row in stored], STORED, title))
+    for line in told:
+        console.print(line, highlight=False, style="bold")
     console.print(
         "Times are lower bounds: the work over the device's rates. `nutgraf bench speed` measures them; `nutgraf bench "
         "quality` measures what answers lose, which is not part of this.",

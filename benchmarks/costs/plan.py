@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from ...compressors import COMPRESSORS
 from .costs import DecoderShape, Work
 from .roofline import Roofline
+from .storage import DENSE, PRECISIONS, RAGGED, SOFT, TEXT, Loading, loading, stored_bytes
 
 VECTOR = 1024  # width of a retrieval embedder's vector
 BLOCKS = 3  # cross-attention blocks of IC-Former
-CHARACTERS = 4  # per token, about, for the bytes of a shorter text
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ class Family:
         """Titles of the methods."""
         found = [cls.config_class for cls in COMPRESSORS.values() if cls.interface == self.interface]
         return ", ".join(config.title or config.method for config in found if config.cost == self.cost)
+
+    @property
+    def form(self) -> str:
+        """What a store keeps of a passage."""
+        return {"embeds": SOFT, "kv": RAGGED if self.cost == "states" else DENSE}.get(self.interface, TEXT)
 
 
 FAMILIES = (
@@ -164,6 +169,34 @@ def best(lines: Sequence[Line]) -> Line:
     return max(paying, key=lambda line: line.saved_ms, default=lines[0])
 
 
+def loadings(shape: DecoderShape, load: Load, hardware: Hardware, ratios: Sequence[float], full: Line) -> list[Loading]:
+    """Soft slots and both kinds of keys and values from the store at every ratio and precision; `full`: the text's line."""
+    found = []
+    for family in (family for family in FAMILIES if family.cost in ("slots", "states") and family.methods):
+        if any(row.form == family.form for row in found):  # pooled states are stored as memory slots are
+            continue
+        for ratio in ratios:
+            line = _line(family, ratio, shape, load, hardware, full)
+            found += [
+                loading(
+                    shape,
+                    family.form,
+                    precision,
+                    counts=_counts(load, ratio),
+                    ratio=line.ratio,
+                    passages=load.passages,
+                    dtype=hardware.roofline.dtype,
+                    bandwidth=hardware.store,
+                    prefill_ms=line.ttft_ms - line.load_ms,
+                    text_ms=full.ttft_ms,
+                    compress_ms=line.compress_ms,
+                    hits=load.hits,
+                )
+                for precision in PRECISIONS
+            ]
+    return found
+
+
 FULL_TEXT = Family("full text", "text", "none")
 
 
@@ -172,11 +205,10 @@ def _line(
 ) -> Line:
     """A family at a ratio; the full text itself without `full`."""
     dtype = hardware.roofline.dtype
-    counts = [max(1, math.ceil(n / ratio)) for n in load.passage_tokens]
+    counts = _counts(load, ratio)
     slots = statistics.mean(counts)
-    sizes = {"embeds": shape.embed_bytes, "kv": shape.kv_bytes, "text": lambda n, _: CHARACTERS * n}
     stored = full is not None and not family.online
-    held = statistics.mean(sizes[family.interface](n, dtype) for n in counts) if stored else 0.0
+    held = statistics.mean(stored_bytes(shape, family.form, n, dtype) for n in counts) if stored else 0.0
     pack = load.passages  # compressed together
     each = [_encode(family, shape, n, s, pack, dtype) for n, s in zip(load.passage_tokens, counts)]
     compress = statistics.mean(map(hardware.seconds, each)) / pack
@@ -209,6 +241,11 @@ def _line(
         pays=saved > 0 and net > 0,
         fits=_fits(shape, load, max(counts)),
     )
+
+
+def _counts(load: Load, ratio: float) -> list[int]:
+    """Slots of a passage of each length."""
+    return [max(1, math.ceil(n / ratio)) for n in load.passage_tokens]
 
 
 def _encode(family: Family, shape: DecoderShape, tokens: int, slots: int, batch: int, dtype: str) -> Work:

@@ -7,6 +7,7 @@ reader's body over passages and slots, the least that an encoder of the reader's
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,7 @@ class Measurement:
             "decode_tokens": self.decode_tokens,
             "n": self.repeats,
             "threads": torch.get_num_threads() if self.reader.device.type == "cpu" else None,
+            "load_average": round(os.getloadavg()[0], 2) if self.reader.device.type == "cpu" else None,
             "matrix_tflops": self.roofline.flops / 1e12,
             "copy_gbps": self.roofline.bandwidth / 1e9,
             "roofline_source": None if self.roofline.source == "measured" else self.roofline.source,

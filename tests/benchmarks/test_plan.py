@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+from nutgraf.adapters.store import Encoding
+from nutgraf.adapters.store.codec import round_trip
 from nutgraf.benchmarks.cli.plan import plan as command
-from nutgraf.benchmarks.costs import plan, shapes
+from nutgraf.benchmarks.costs import plan, shapes, storage
 from nutgraf.benchmarks.costs.roofline import Roofline
-from nutgraf.compressors import COMPRESSORS
+from nutgraf.compressors import COMPRESSORS, make_compressor
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -40,7 +45,7 @@ def test_a_long_context_read_often_pays() -> None:
     assert slots.slots == 32
     assert slots.ttft_speedup > 10
     assert slots.bytes_per_passage == 32 * 4096 * 2
-    assert kv.bytes_per_passage == 32 * 131072
+    assert kv.bytes_per_passage == 32 * (131072 + 8)  # with positions
     assert found["one vector"].slots == 1
     assert found["one vector"].compress_ms < 0.01 * slots.compress_ms
     assert found["text for the question"].ttft_speedup < 1  # it reads everything itself, each time
@@ -76,6 +81,63 @@ def test_what_does_not_fit_is_no_advice() -> None:
     assert plan.best(lines).fits
 
 
+# llama-8b: 32 layers of 8 key-value heads of width 128, embeddings of 4,096.
+@pytest.mark.parametrize(
+    ("form", "precision", "nbytes"),
+    [
+        (storage.TEXT, "as made", 10 * 4),
+        (storage.SOFT, "as made", 10 * 4096 * 2),
+        (storage.SOFT, "int8", 10 * 64 * (64 + 2)),
+        (storage.DENSE, "as made", 10 * (256 * 2 * 128 * 2 + 8)),
+        (storage.DENSE, "int4", 10 * (256 * 2 * 2 * (32 + 2) + 8)),
+        (storage.RAGGED, "as made", 10 * 256 * (2 * 128 * 2 + 2 + 4) + 256 * 4),
+        (storage.RAGGED, "int8", 10 * 256 * (2 * 2 * (64 + 2) + 2 + 4) + 256 * 4),
+    ],
+)
+def test_bytes_of_a_stored_passage(form: str, precision: str, nbytes: int) -> None:
+    assert storage.stored_bytes(BIG, form, 10, "bfloat16", precision) == nbytes
+
+
+@pytest.mark.parametrize("precision", ["as made", "int8", "int4"])
+@pytest.mark.parametrize("form", ["kv-match", "gist", "mean-pool"])
+def test_bytes_are_those_that_the_store_writes(zoo: ModuleType, form: str, precision: str) -> None:
+    reader = zoo.reader("llama")
+    made = {"kv-match": {"probes": 2}, "mean-pool": {"encoder": "embeddings"}}.get(form, {})
+    (passage,) = make_compressor(form, reader, **made).compress(["Ada Holm sailed to Tromsø in 1907. " * 4], ratio=4)
+    shape = shapes.decoder_shape(reader.model.config)
+    kind = {"kv-match": storage.RAGGED, "gist": storage.DENSE}.get(form, storage.SOFT)
+    encoding = Encoding(quantize=None if precision == "as made" else precision)
+    written = round_trip(passage, encoding)[1]
+    counted = storage.stored_bytes(shape, kind, math.ceil(passage.slots), "float32", precision)
+    assert counted == pytest.approx(written, rel=0.02, abs=64 * 2 * len(passage.tensors()))  # the store aligns tensors
+
+
+def test_loading_wins_above_the_bandwidth_it_names() -> None:
+    def row(gbps: float, hits: float = 10) -> storage.Loading:
+        load = plan.Load((512,), 32, hits)
+        hardware = plan.Hardware(FAST, store=gbps * 1e9)
+        full = plan.work_out(BIG, load, hardware, (16,))[0]
+        found = plan.loadings(BIG, load, hardware, (16,), full)
+        (ragged,) = [r for r in found if (r.form, r.precision) == (storage.RAGGED, "as made")]
+        assert len(found) == 3 * 3
+        return ragged
+
+    given = row(1.0)
+    nbytes = 32 * 256 * (512 + 6) + 1024
+    assert given.bytes_per_passage == nbytes
+    assert given.load_ms == pytest.approx(1000 * 32 * nbytes / 1e9)
+    past = BIG.forward(64, 32 * 32)
+    assert given.prefill_ms == pytest.approx(1000 * FAST.seconds(past))
+    assert given.text_ms == pytest.approx(1000 * FAST.seconds(BIG.forward(32 * 512 + 64)))
+    least = given.least_gbps
+    assert least == pytest.approx(32 * nbytes / (given.text_ms - given.prefill_ms) / 1e6)
+    assert (row(0.99 * least).wins, row(1.01 * least).wins) == (False, True)
+    assert "loading loses, and wins above" in storage.loading_sentence(row(0.9 * least), 0.9 * least)
+    assert row(1.0, hits=1).saved_ms < given.saved_ms < given.text_ms - given.prefill_ms - given.load_ms
+    lost = dataclasses.replace(given, least_gbps=None, wins=False)
+    assert "loses at any bandwidth" in storage.loading_sentence(lost, 1.0)
+
+
 def test_every_method_belongs_to_one_family() -> None:
     named = [title for family in plan.FAMILIES for title in family.methods.split(", ")]
     for name, cls in COMPRESSORS.items():
@@ -88,6 +150,8 @@ def test_command_prints_the_verdict_and_json() -> None:
     assert done.exit_code == 0, done.output
     assert "Compressing pays" in done.output
     assert "memory slots" in done.output
+    assert "Keys and values, ragged at 16x" in done.output
+    assert "loading wins, and loses below" in done.output
     done = CliRunner().invoke(APP, [*ASK, "--hits", "0", "--json"])
     told = json.loads(done.output)
     assert told["pays"] is False
