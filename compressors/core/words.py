@@ -29,7 +29,8 @@ _UNITS = """
     % ‰ per percent percentage point points pct Prozent degree degrees Celsius Fahrenheit Kelvin
     k bn mn tn dozen hundred thousand lakh crore million millions billion billions trillion trillions
     Mio Mio. Mrd Mrd. Tausend Millionen Milliarden milliards
-    $ ¢ £ ¥ € ₹ ₽ ₩ ₪ ₫ ₺ ₴ ₿ zł kr US dollar dollars cent cents euro euros Euro Euros pence penny yen yuan rupee rupees
+    $ ¢ £ ¥ € ₹ ₽ ₩ ₪ ₫ ₺ ₴ ₿ zł kr kr. Kč Ft lei лв Rp RM FCFA XOF XAF k€ m€ M€ Mio.€ k$ m$ M$ k£ m£ M£
+    US dollar dollars cent cents euro euros Euro Euros pence penny yen yuan rupee rupees
     franc francs USD EUR GBP JPY CHF CNY RMB INR AUD CAD NZD SEK NOK DKK PLN CZK HUF RON BGN RUB UAH TRY ILS AED SAR EGP ZAR
     NGN KES BRL MXN ARS CLP COP PEN KRW TWD HKD SGD THB IDR MYR PHP VND PKR BDT BTC ETH
     B.C. A.D. am pm a.m. p.m. AM PM A.M. P.M. UTC GMT CET CEST EST EDT CST CDT MST MDT PST PDT BC AD BCE CE
@@ -56,38 +57,44 @@ _END = rf"(?!{_CHAR})"
 _INNER = r"(?:[^\s()<>\"“”«»]|\([^\s()]*\))"
 _LAST = r"(?:[^\s()<>\"“”«»'’.,;:!?…\[\]{}*|。，、；：！？（）「」]|\([^\s()]*\))"
 _ADDRESS = rf"(?:[A-Za-z][A-Za-z\d+.\-]{{1,20}}://|www\.|mailto:){_INNER}*{_LAST}"
-_PATH = r"(?:(?<![^\s(\[\"“'])(?:~|\.{1,2})?/(?=\w))"
+_PATH = r"(?:(?<![^\s(\[\"“'])(?:(?:~|\.{1,2})?/|\\\\)(?=\w))"
+# A folder's name may hold spaces if a backslash follows.
+_FOLDERS = r"(?:[A-Za-z]:|\\)\\(?:[\w.()+\-]+(?: [\w.()+\-]+){0,4}\\)+(?=\w)"
 
 # Between two parts of a word that touch it.
 _GLUE = (
     rf"(?:://|:[\\/]|::|/\?|->|[.'’\-‐‑–−/&_@:+=#~\\^%°·\u00ad\u200c\u200d{_CURRENCY}]|\?(?=\w+=)"
     rf"|(?<=\d)[,٫٬،．，：／－—×÷*⁄⁻⁺](?=[\d+\-−¹²³⁰-⁹{_CURRENCY}])"
+    r"|(?<=\w)[<>~!]=(?=\d)|,(?=[<>~!=]{1,2}\d)"  # python>=3.11,<4
     r"|(?<=[\d′'’])[\"″′](?=[\dA-Z]))"
 )
 _BEFORE = (
     rf"(?:[+\-−–±∓~≈<>≤≥=#№§^{_CURRENCY}]{{1,3}}\.?(?=\d)|\+/[\-−](?=\d)"
-    rf"|(?<![\w.])(?:\.(?=\d)|::(?=[\da-f]))|[@#$](?={_LETTER})|第(?=\d))"
+    rf"|(?<![\w'’])['’](?=\d\ds)|(?<![\w.])(?:\.(?=\d)|::(?=[\da-f]))|[@#$](?={_LETTER})|第(?=\d))"
 )
 _AFTER = (
-    rf"(?:(?<=\d)[%％‰°′″+{_CURRENCY}]{{1,2}}|(?<=['’′]\d)[\"”″]|(?<=['’′]\d\d)[\"”″]"
+    rf"(?:(?<=\d)[%％‰°′″+×{_CURRENCY}]{{1,2}}|(?<=\d)\.(?:[\-–—]{{1,2}}|\*)|(?<=[./⁄]\d)[\"″]|(?<=[./⁄]\d\d)[\"″]"
+    r"|(?<=\d)[\"″](?= ?[×x] ?\d)|(?<=[×x] \d)[\"″]|(?<=[×x] \d\d)[\"″]"
+    rf"|(?<=['’′]\d)[\"”″]|(?<=['’′]\d\d)[\"”″]"
     rf"|\+\+|(?<=[\da-f])::|(?<=\b[A-Z])#){_END}"
     rf"|(?<=\d)[{_CJK_UNITS}]{{1,3}}(?:\d+(?:[.,，]\d+)*[{_CJK_UNITS}]{{1,3}})*"
 )
 _NOTE = rf"\({_CHAR}{{1,12}}\)"  # 5(2), S0140-6736(20)30183-5, author(s)
 _PART = rf"{_RUN}(?:{_AFTER})?"
 # Atomic, so that a failing rest cannot cut the chunk.
-_CHUNK = rf"(?>(?:{_BEFORE}|{_PATH})?{_PART}(?:(?:{_NOTE}{_GLUE}?|{_GLUE}{_BEFORE}?){_PART})*(?:{_NOTE})?)"
+_CHUNK = rf"(?>(?:{_FOLDERS}|{_BEFORE}|{_PATH})?{_PART}(?:(?:{_NOTE}{_GLUE}?|{_GLUE}{_BEFORE}?){_PART})*(?:{_NOTE})?)"
 
 # Numbers of several chunks, with one space between them.
 _GROUPS = rf"{_BEFORE}?\d{{1,3}}(?:{_S}\d{{3}})+(?:[.,]\d+)?(?:{_AFTER})?(?![\d,.\-/:]*\d|{_CHAR})"
 _NUMBER = rf"(?:{_GROUPS}|(?=[^\s]{{0,8}}{_DIGIT}){_CHUNK})"
 _HEAD = (
     rf"(?:{_LABEL}\.{_S}?|Rs{_S}|[A-Z]{{2,5}}{_S}"
-    rf"|(?:[A-Z]{{1,3}}[{_CURRENCY}]|[±∓~≈<>≤≥№§{_CURRENCY}]){_S})(?={_BEFORE}?\d)"
+    rf"|(?:[A-Z]{{1,3}}[{_CURRENCY}]|§§|[±∓~≈<>≤≥№§{_CURRENCY}]){_S})(?={_BEFORE}?\d)"
 )
 _UNIT = "|".join(map(re.escape, sorted(_UNITS.split(), key=len, reverse=True)))
 _REST = (
     rf"(?:{_S}(?:{_UNIT}){_END}(?:[/·⋅⁻]+{_CHAR}{{1,6}})*"
+    rf"|(?<=°){_S}[CFK]{_END}|[–—](?={_BEFORE}?\d){_NUMBER}|(?<=:\d\d){_S}[+\-−]\d\d:?\d\d{_END}"
     rf"|{_S}[±×x–—−\-/:]{_S}(?=\S{{0,3}}\d){_NUMBER}"
     rf"|,?{_S}(?=\d{{1,2}}:\d\d){_CHUNK}|{_S}(?=\d/\d|[¼-¾⅐-↉]){_CHUNK})"
 )
@@ -108,11 +115,23 @@ _IDS = (
     rf"|[A-ZÄÖÜ]{{1,3}}[ \-][A-Z]{{1,2}}[ ]\d{{1,4}}[EH]?|[A-Z]{{2}}\d{{2}}{_S}[A-Z]{{3}}"  # number plates
     rf"|[A-Z]{{1,2}}\d[A-Z\d]?{_S}\d[A-Z]{{2}}|[A-Z]\d[A-Z]{_S}\d[A-Z]\d"  # postcodes
 )
+# Measures of two or three units, such as 6 ft 2 in.
+_COMPOUND = "|".join(
+    rf"\d+{_S}?(?:{first})(?:,?{_S}\d+(?:[.,]\d+)?{_S}?(?:{others}))+"
+    for first, others in (
+        ("ft|foot|feet", f'(?:in|inch|inches){_END}|["″”]'),
+        ("['’′]", "[\"″”]|''|′′|’’"),
+        ("lbs?|pounds?|st|stones?", f"(?:oz|ounces?|lbs?|pounds?){_END}"),
+        ("h|hrs?|hours?|Std\\.|Stunden?", f"(?:m|mins?|minutes?|Min\\.|Minuten?|s|secs?|seconds?){_END}"),
+        ("m|mins?|minutes?|Min\\.|Minuten?", f"(?:s|secs?|seconds?|Sek\\.|Sekunden?){_END}"),
+        ("years?|months?|weeks?|days?", f"(?:months?|weeks?|days?|hours?){_END}"),
+    )
+)
 _APART = rf"(?!{_GLUE}?{_CHAR}|[.,]\d|[%‰{_CURRENCY}])"
 _HAN = rf"(?:(?:[{_NUMERALS}]+[{_CJK_UNITS}]){{2,}}|[{_NUMERALS}]{{2,}}[{_CJK_UNITS}]?)"
 _WORD = re.compile(
     rf"(?P<address>{_ADDRESS})"
-    rf"|(?:(?:{_DATES})|(?:{_HEAD})?(?:{_IDS}){_APART}|(?:{_HEAD})?{_NUMBER}){_REST}*"
+    rf"|(?:(?:{_DATES}|{_COMPOUND})|(?:{_HEAD})?(?:{_IDS}){_APART}|(?:{_HEAD})?{_NUMBER}){_REST}*"
     rf"|{_CHUNK}|{_HAN}|[{_IDEOGRAPH}]|(?:(?!{_BEFORE}|{_PATH}|{_HEAD})[^\w\s])+|[^\w\s]"
 )
 _DIGITS = re.compile(_DIGIT)
