@@ -123,6 +123,7 @@ class StageTrainer(Trainer):
             remove_unused_columns=False,
             use_cpu=not torch.accelerator.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),
+            dataloader_num_workers=int(torch.cuda.is_available()),  # a GPU would wait for the items
         )
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # one process per device; use torchrun or accelerate for several

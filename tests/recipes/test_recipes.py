@@ -175,3 +175,19 @@ def test_command_line():
     assert wrong.exit_code == 2
     assert "did you mean 'steps'" in " ".join(wrong.output.split())
     assert run(app, ["inspect", "Some text.", "-c", "no-such-compressor"]).exit_code == 2
+
+
+def test_human_questions_are_filled_up_with_made_ones():
+    passage = "Marie Curie was born in Warsaw in 1867, won two prizes in Sweden, and worked in Paris with Pierre Curie."
+    row = {"question": "Where did she work?", "answers": ["Paris"], "passages": [passage], "gold": 0}
+    stage = {"name": "s", "steps": 1, "lr": 1, "objectives": {"lm": 1.0}, "mix": {"both": 1.0}}
+    raw = {"name": "t", "kind": "compressor", "reader": "r", "compressor": {"method": "icae"}, "stages": [stage]}
+    maker = ItemMaker(
+        Material([parse_record(row)], []), CompressorData(questions_per_passage=4), parse_recipe(raw).stages[0]
+    )
+    item = maker.make("0")
+    assert item.passages == (passage,)
+    assert len(item.readings) == 4
+    assert (item.readings[0].question, item.readings[0].target) == (row["question"], " Paris")
+    assert all(reading.target.strip() in passage for reading in item.readings)
+    assert len({reading.question for reading in item.readings}) == 4
