@@ -58,6 +58,11 @@ SETTINGS: dict[str, dict] = {
     "readonce": {"ratio": 4.0, "chunk_tokens": 40},
     "uniicl": {"ratio": 4.0, "segment_tokens": 40},
     "gist-coco": {"passage_gists": 6, "question_gists": 3, "ratio": 4.0, "r": 4},
+    "rmt": {"memory_tokens": 6, "segment_tokens": 12, "ratio": 4.0, "r": 4},
+    "qgc": {"layers": 1, "ratio": 4.0, "segment_tokens": 40},
+    "scc": {"inner": "icae", "ratio": 2.0, "inner_settings": {"mem_size": 6, "r": 4, "projector": "linear"}},
+    "pe-rank": {"shard_tokens": 24, "reader_r": 3},
+    "pc": {"steps": 2, "probes": 4},
     "arc-encoder": {"segment_tokens": 40, "dropped_layers": 1, "bridge_width": 16, "r": 4},
 }
 # Options that change how a method compresses, as `method:option`, tried on some of the architectures.
@@ -80,7 +85,7 @@ METHODS = set(SETTINGS)
 SETTINGS |= OPTIONS
 OPTION_ARCHITECTURES = ("llama", "gemma3_text", "gpt_neox")
 QUESTION = "Who won two prizes?"
-UNTRAINED = ("selective-context", "llmlingua", "longllmlingua", "kv-match", "kv-match:query")
+UNTRAINED = ("selective-context", "llmlingua", "longllmlingua", "kv-match", "kv-match:query", "pc")
 SOFT = [name for name in sorted(SETTINGS) if issubclass(COMPRESSORS[name.partition(":")[0]], SoftCompressor)]
 # Readers that a method cannot work with, and what it says when it is built for one.
 REFUSED = {
@@ -108,7 +113,7 @@ def embedder():
 def build(method: str, reader: Reader) -> Compressor:
     torch.manual_seed(0)
     cls = COMPRESSORS[method.partition(":")[0]]
-    extra = {"embedder": embedder()} if method.startswith("xrag") else {}
+    extra = {"embedder": embedder()} if method.startswith(("xrag", "pe-rank")) else {}
     compressor = cls(cls.config_class.from_dict(SETTINGS[method]), reader, **extra)
     with torch.no_grad():  # as after some training: no matrix is zero
         for p in compressor.parameters():
@@ -117,7 +122,8 @@ def build(method: str, reader: Reader) -> Compressor:
 
 
 def load(folder, reader: Reader) -> Compressor:
-    extra = {"embedder": embedder()} if '"method": "xrag"' in (folder / "config.json").read_text() else {}
+    about = (folder / "config.json").read_text()
+    extra = {"embedder": embedder()} if '"method": "xrag"' in about or '"method": "pe-rank"' in about else {}
     return load_compressor(folder, reader, **extra)
 
 
