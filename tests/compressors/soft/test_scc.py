@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nutgraf.compressors import make_compressor
 
 PASSAGE = "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911)."
-INNER = {"inner": "icae", "inner_settings": {"mem_size": 16, "r": 4}}
+INNER = {"inner": "icae", "inner_settings": {"mem_size": 200, "r": 4}}  # a gap is one segment
 
 
 @pytest.fixture(scope="module")
