@@ -60,9 +60,10 @@ SETTINGS: dict[str, dict] = {
     "gist-coco": {"passage_gists": 6, "question_gists": 3, "ratio": 4.0, "r": 4},
     "rmt": {"memory_tokens": 6, "segment_tokens": 12, "ratio": 4.0, "r": 4},
     "qgc": {"layers": 1, "ratio": 4.0, "segment_tokens": 40},
+    "rcc": {"ratio": 4.0, "segment_tokens": 40, "r": 4},
     "scc": {"inner": "icae", "ratio": 2.0, "inner_settings": {"mem_size": 6, "r": 4, "projector": "linear"}},
     "pe-rank": {"shard_tokens": 24, "reader_r": 3},
-    "pc": {"steps": 2, "probes": 4},
+    "pc": {"steps": 2, "probes": 1},
     "arc-encoder": {"segment_tokens": 40, "dropped_layers": 1, "bridge_width": 16, "r": 4},
 }
 # Options that change how a method compresses, as `method:option`, tried on some of the architectures.
@@ -90,7 +91,7 @@ SOFT = [name for name in sorted(SETTINGS) if issubclass(COMPRESSORS[name.partiti
 # Readers that a method cannot work with, and what it says when it is built for one.
 REFUSED = {
     (method, name): "mixes positions into its keys"
-    for method in ("500x", "gist", "kv-match")
+    for method in ("500x", "gist", "kv-match", "rcc")
     for name in ("gpt2", "opt")
 }
 REFUSED |= {("arc-encoder", name): "changes embeddings before its first layer" for name in ("gpt2", "opt")}
@@ -205,7 +206,7 @@ def test_batched_equals_one_by_one(method, architecture):
 
 
 @pytest.mark.slow
-@methods
+@pytest.mark.parametrize("method", sorted(set(SETTINGS) - {"pc"}))  # it fits each passage by gradient descent
 def test_sixty_four_passages_of_any_length_in_one_call_equal_each_alone(method, zoo):
     reader = zoo.reader("llama")
     reader.model.double()  # in float32 rounding grows over the segments of a long passage, to 1e-3 in a hundred of them
