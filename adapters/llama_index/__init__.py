@@ -26,6 +26,7 @@ from .policy import AutoBudget, Form, Policy, ScoreBudget, TextAbove, TextBelowF
 from .postprocessor import CompressedContextPostprocessor
 from .prompt_helper import SlotAwarePromptHelper, SlotAwareTokenizer
 from .reading import ReaderRefusedError
+from .reranker import CompressedReranker
 from .synthesizer import PassageScores
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "CompressedDocument",
     "CompressedIndexNode",
     "CompressedNode",
+    "CompressedReranker",
     "CompressedTextNode",
     "CompressionEvent",
     "Form",

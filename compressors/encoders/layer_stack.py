@@ -42,7 +42,8 @@ class LayerStack(Twin):
             raise ValueError(
                 f"The encoder takes layers {first + 1} to {last} of the reader, which has {len(layers)}; choose fewer layers."
             )
-        self.layers = copy.deepcopy(nn.ModuleList(list(layers)[first:last])).requires_grad_(True)
+        same = {id(config): config for config in (lm.config, body.config)}  # what the layers run by stays one object
+        self.layers = copy.deepcopy(nn.ModuleList(list(layers)[first:last]), same).requires_grad_(True)
         setattr(body, name, self.layers)
         config = body.config.get_text_config()
         config.num_hidden_layers = last - first

@@ -49,14 +49,10 @@ class KVSlotConfig(SegmentSettings, LoRASettings, QuerySettings, CompressorConfi
         self.check_query()
 
 
-class KVSlotCompressor(SegmentCompressor):
-    """Base class of methods whose slots are the KV cache at appended memory tokens.
-
-    A tuned copy of the reader reads ``[BOS][segment][memory tokens]``. A method sets ``encoder`` and implements `most_slots`
-    and `memory`.
+class KVSegmentCompressor(SegmentCompressor):
+    """Base class of methods that give one dense set of keys and values per segment (`KVSlots`).
 
     Attributes:
-        encoder: the tuned copy of the reader.
         slot_shapes: ``(kv_heads, width of a key, width of a value)`` per layer.
 
     Raises:
@@ -64,18 +60,12 @@ class KVSlotCompressor(SegmentCompressor):
     """
 
     interface: ClassVar[Interface] = "kv"
-    config: KVSlotConfig
-    encoder: Twin
 
-    def __init__(self, config: KVSlotConfig, reader: Reader) -> None:
+    def __init__(self, config: CompressorConfig, reader: Reader) -> None:
         super().__init__(config, reader)
         check_movable(reader)
         self.slot_shapes = kv_shapes(reader)
-        self.longest_segment(config.ratio)
-
-    @abstractmethod
-    def memory_embeddings(self) -> Tensor:
-        """``[most_slots or 1, width]`` embeddings of the memory tokens, differentiable."""
+        self.longest_segment(self.ratio_or_default(None))
 
     @property
     def max_positions(self) -> int | None:
@@ -89,19 +79,6 @@ class KVSlotCompressor(SegmentCompressor):
             f"{type(self).__name__} keeps keys and values, which transformers drops while it checkpoints gradients; set "
             "gradient_checkpointing: false, and lower batch_size or batch_positions to save memory."
         )
-
-    def memory_inputs(self, segments: Sequence[Segment]) -> list[Tensor]:
-        """``[slots, width]`` input embeddings of each segment's memory tokens, differentiable."""
-        rows = memory_rows(self.memory_embeddings(), segments)
-        if not self.config.residual:
-            return rows
-        pooled = summed_runs(self.encoder.lm.get_input_embeddings(), segments).split([s.slots for s in segments])
-        return [row + extra.to(row.device) for row, extra in zip(rows, pooled)]
-
-    def encode_segments(self, segments: list[Segment]) -> list[KVSlots]:
-        """Keys and values at the memory tokens."""
-        sequences = memory_sequences(segments, self.memory_inputs(segments), self.config.positions)
-        return encode_kv(self.encoder, sequences, budget=self.batch_positions)
 
     def join(self, parts: Sequence[KVSlots]) -> KVSlots:
         """The slots of a passage, in the reader's dtype."""
@@ -118,3 +95,34 @@ class KVSlotCompressor(SegmentCompressor):
     def slot_fields(self, slots: KVSlots) -> dict[str, Any]:
         """Keys, values and positions."""
         return {"keys": slots.keys, "values": slots.values, "positions": slots.positions}
+
+
+class KVSlotCompressor(KVSegmentCompressor):
+    """Base class of methods whose slots are the KV cache at appended memory tokens.
+
+    A tuned copy of the reader reads ``[BOS][segment][memory tokens]``. A method sets ``encoder`` and implements `most_slots`
+    and `memory`.
+
+    Attributes:
+        encoder: the tuned copy of the reader.
+    """
+
+    config: KVSlotConfig
+    encoder: Twin
+
+    @abstractmethod
+    def memory_embeddings(self) -> Tensor:
+        """``[most_slots or 1, width]`` embeddings of the memory tokens, differentiable."""
+
+    def memory_inputs(self, segments: Sequence[Segment]) -> list[Tensor]:
+        """``[slots, width]`` input embeddings of each segment's memory tokens, differentiable."""
+        rows = memory_rows(self.memory_embeddings(), segments)
+        if not self.config.residual:
+            return rows
+        pooled = summed_runs(self.encoder.lm.get_input_embeddings(), segments).split([s.slots for s in segments])
+        return [row + extra.to(row.device) for row, extra in zip(rows, pooled)]
+
+    def encode_segments(self, segments: list[Segment]) -> list[KVSlots]:
+        """Keys and values at the memory tokens."""
+        sequences = memory_sequences(segments, self.memory_inputs(segments), self.config.positions)
+        return encode_kv(self.encoder, sequences, budget=self.batch_positions)

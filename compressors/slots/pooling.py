@@ -115,6 +115,21 @@ def passage_states(
     return torch.cat(token_states(encoder, stretches, reader.embed, reader.device, budget))
 
 
+def softmax_in_windows(scores: Tensor, where: Tensor, n: int) -> Tensor:
+    """Softmax over the tokens of each of ``n`` windows.
+
+    Args:
+        scores: ``[tokens, ...]``.
+        where: ``[tokens]`` index of each token's window.
+        n: number of windows.
+    """
+    index = where.view(-1, *[1] * (scores.dim() - 1)).expand_as(scores)
+    highest = scores.detach().new_full((n, *scores.shape[1:]), float("-inf"))
+    highest = highest.scatter_reduce(0, index, scores.detach(), "amax")
+    powers = (scores - highest[where]).exp()
+    return powers / powers.new_zeros(highest.shape).index_add(0, where, powers)[where]
+
+
 def averaged(
     values: Tensor, spans: Sequence[tuple[int, int]], wanted: Sequence[tuple[int, int]], characters: int
 ) -> tuple[Tensor, Tensor]:

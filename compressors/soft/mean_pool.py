@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -18,7 +17,7 @@ from ..encoders.lora_twin import LoRATwin, share
 from ..encoders.pooled_queries import cut_layers
 from ..reader.reader import Reader
 from ..registry import register_compressor
-from ..slots.pooling import passage_states
+from ..slots.pooling import passage_states, softmax_in_windows
 from ..slots.projector import WindowProjector
 from ..slots.question import QuerySettings, question_ids
 from ..slots.segments import window_lengths
@@ -138,10 +137,7 @@ class MeanPoolCompressor(WindowProjector, SoftCompressor):
         if self.token_score is None or self.state_score is None:
             return 1 / torch.bincount(where, minlength=n).to(states.dtype)[where]
         normed = nn.functional.rms_norm(states, states.shape[-1:], eps=1e-6)
-        scores = self.token_score[ids] + self.state_score(normed)[:, 0]
-        highest = scores.detach().new_full((n,), -math.inf).scatter_reduce(0, where, scores.detach(), "amax")
-        powers = (scores - highest[where]).exp()
-        return powers / powers.new_zeros(n).index_add(0, where, powers)[where]
+        return softmax_in_windows(self.token_score[ids] + self.state_score(normed)[:, 0], where, n)
 
     def states(self, encoder: LoRATwin, ids: Sequence[list[int]], questions: Sequence[list[int]]) -> Tensor:
         """``[all tokens, hidden]``: the tuned reader's last hidden states, read in stretches, each after its question."""

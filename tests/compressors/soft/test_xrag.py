@@ -145,7 +145,7 @@ def test_each_text_is_embedded_once_and_the_cache_is_bounded(monkeypatch):
 
 def test_a_loaded_compressor_that_is_given_vectors_loads_no_embedder(xrag, reader, embedder, tmp_path, monkeypatch):
     xrag.save_pretrained(tmp_path)
-    monkeypatch.setattr("nutgraf.compressors.soft.xrag.load_embedder", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr("nutgraf.compressors.slots.vectors.load_embedder", lambda *a: pytest.fail("loaded"))
     loaded = load_compressor(tmp_path, reader)
     vectors = embedder.embed([PASSAGE])
     assert torch.equal(loaded.compress([PASSAGE], vectors=vectors)[0].embeds, xrag.compress([PASSAGE])[0].embeds)
