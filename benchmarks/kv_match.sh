@@ -20,18 +20,8 @@ slots() { # trained ones
   quality "$1" --baseline none --compressor icae-smollm2@2,4
 }
 
-choices() { # other scores, budgets and repairs; each name changes what it says and keeps the rest
-  local score budget how
-  for budget in global per-layer uniform; do
-    for how in bias+values bias none; do
-      [ "$budget,$how" = global,bias+values ] || quality "$1" --baseline none --compressor "kv-match:budget=$budget,repair=$how@${RATIOS#1,}"
-    done
-  done
-  for score in kvzip,budget=uniform keydiff,budget=uniform expected,budget=per-layer snapkv,budget=uniform random first; do
-    quality "$1" --baseline none --compressor "kv-match:score=${score%%,*},repair=none@${RATIOS#1,}"
-    quality "$1" --baseline none --compressor "kv-match:score=${score%%,*}@${RATIOS#1,}"
-    [ "$score" = "${score%%,*}" ] || quality "$1" --baseline none --compressor "kv-match:score=$score,repair=none@${RATIOS#1,}"
-  done
+choices() { # other scores, budgets and repairs; passages are read once for all of them
+  ${PYTHON:-python} -m nutgraf.benchmarks.studies.kv_match choices "$DATA/qa_dev_$1.jsonl.xz" --limit "$LIMIT" --out "$OUT"
 }
 
 for part in ${PARTS:-main others slots choices}; do

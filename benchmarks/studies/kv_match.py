@@ -19,18 +19,25 @@ from torch import Tensor
 
 from ...compressors import CompressedPassage, Reader, load_compressor
 from ...compressors.kv import repair, selection
+from ...compressors.kv.pairs import shared_reading
 from ...compressors.kv.probing import Evidence, LayerEvidence, read
 from ...recipes.data.corpus import Record
 from ...recipes.data.templates import Piece, question_prompt
 from .. import metrics
 from ..loading import dataset_name, find_reader, find_records
+from ..methods import named_methods, prompt_size
+from ..progress import progress_bar
+from ..quality.quality import Settings, head, questions_hash, readable
+from ..quality.remaining import holds
 from ..quality.scoring import answers, kl_divergence, likelihoods, score_each
-from ..rows import Row, append_rows, clean, provenance
+from ..quality.source_hash import code_of
+from ..rows import Row, append_rows, clean, provenance, read_rows
 
 Weight = Callable[[Reader, LayerEvidence, Tensor, int], Tensor]
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 ReaderName = Annotated[str, typer.Option(help="A reader of the Llama family.")]
 Sets = Annotated[list[str], typer.Option(help="Question files.")]
+BLOCK = 8  # passages that are read, compressed and asked together
 Out = Annotated[Path | None, typer.Option(help="Results file to append rows to.")]
 
 
@@ -162,6 +169,77 @@ def scores(
         typer.echo(json.dumps({key: rows[-1][key] for key in ("variant", "ratio_asked", "nll", "kl_to_full")}))
     if out is not None:
         append_rows(out, rows)
+
+
+def planes() -> list[str]:
+    """Names of the choices: all budgets and repairs for questions; other scores in one ranking and in their own budget."""
+    own = {"kvzip": "uniform", "keydiff": "uniform", "expected": "per-layer", "snapkv": "uniform"}
+    named = [f"budget={b},repair={r}" for b in selection.BUDGETS for r in ("bias+values", "bias", "none")][1:]
+    for score in (*own, "random", "first"):
+        named += [f"score={score},repair=none", f"score={score}"]
+        named += [f"score={score},budget={own[score]},repair=none"] if score in own else []
+    return [f"kv-match:{changed}" for changed in named]
+
+
+@app.command()
+def choices(
+    file: Annotated[str, typer.Argument(help="Questions with one passage each.")],
+    limit: Annotated[int | None, typer.Option(help="At most this many questions of the report half.")] = None,
+    ratio: Annotated[list[float], typer.Option()] = [2.0, 4.0, 8.0, 16.0],  # noqa: B006
+    reader: ReaderName = "reader-smollm2",
+    out: Out = None,
+) -> None:
+    """Every score, budget and repair on the same questions. Passages are read once for all; rows that --out holds stay."""
+    loaded, settings = find_reader(reader, dtype="bfloat16"), Settings(dataset_name(file), likelihood=False)
+    records = readable(loaded, find_records(file, "report", limit), settings.max_new_tokens)
+    there = read_rows(out) if out is not None and out.is_file() else []
+    there = [row for row in there if row.get("questions") == questions_hash(records)]
+    lines = [line for line in named_methods(loaded, planes(), ratio) if not holds(there, line, loaded, settings)]
+    if not lines:
+        typer.echo(f"{out} holds all choices of {settings.dataset}.")
+        return
+    given: dict[str, list[str]] = {"full": [], "none": []} | {line.label: [] for line in lines}
+    sizes: dict[str, list[tuple[int, int]]] = {line.label: [] for line in lines}
+    with progress_bar(True) as bar:
+        task = bar.add_task(settings.dataset, total=len(records))
+        for start in range(0, len(records), BLOCK):
+            part = records[start : start + BLOCK]
+            contexts: dict[str, list[list[Piece]]] = {
+                "full": [list(r.passages) for r in part],
+                "none": [[] for _ in part],
+            }
+            with shared_reading({id(line.compressor): line.compressor for line in lines}.values()):
+                for line in lines:
+                    asked = [r.question for r in part] if line.query_aware else None
+                    made = line.compressor.compress([r.passages[0] for r in part], asked, line.ratio)
+                    contexts[line.label] = [[passage] for passage in made]
+                    tokens = [prompt_size(loaded, question_prompt([p], r.question)) for p, r in zip(made, part)]
+                    sizes[line.label] += zip([passage.nbytes for passage in made], tokens)
+            prompts = [question_prompt(c, r.question) for each in contexts.values() for c, r in zip(each, part)]
+            found = answers(loaded, prompts, max_new_tokens=settings.max_new_tokens, batch_size=32)
+            for place, name in enumerate(contexts):
+                given[name] += found[place * len(part) : (place + 1) * len(part)]
+            bar.advance(task, len(part))
+    f1 = {name: score_each(texts, records)["f1"] for name, texts in given.items()}
+    rows = []
+    for line in lines:
+        ours = f1[line.label]
+        row = (
+            head(loaded, line, records, settings)
+            | line.about()
+            | {"half": "report", "questions": questions_hash(records)}
+        )
+        row |= {"f1": float(ours.mean()), "f1_each": [round(float(score), 3) for score in ours], "ratio": line.ratio}
+        row |= dict(zip(("bytes_per_passage", "reader_tokens"), np.mean(sizes[line.label], axis=0).tolist()))
+        row |= {
+            "rouge_beta": settings.beta,
+            "max_new_tokens": settings.max_new_tokens,
+            "code": code_of(line.compressor),
+        }
+        rows.append(clean(row | metrics.recovered(ours, f1["none"], f1["full"])))
+    if out is not None:
+        append_rows(out, rows)
+    typer.echo(f"{len(rows)} rows of {settings.dataset}.")
 
 
 @app.command()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -88,20 +89,17 @@ class PairCompressor(Compressor):
         step = min(batch_size or 8, 8)  # what is read is kept for so few passages only: it takes some 100 MB each
         out: list[list[CompressedPassage]] = [[] for _ in ratios]
         with self._lock:
-            try:
-                for start in range(0, len(texts), step):
-                    part = slice(start, start + step)
-                    self._evidence = {}
+            for start in range(0, len(texts), step):
+                part = slice(start, start + step)
+                with shared_reading([self]):
                     for found, ratio in zip(out, ratios):
                         found += self.compress(texts[part], queries[part], ratio, **options)
-            finally:
-                self._evidence = None
         return out
 
     def _read(self, ids: list[list[int]], probes: list[list[list[int]]]) -> Evidence:
         if self._evidence is None:
             return read(self.base_reader, ids, probes, states=self.needs_states)
-        key = str((ids, probes))
+        key = str((ids, probes, self.needs_states))
         if key not in self._evidence:
             self._evidence[key] = read(self.base_reader, ids, probes, states=self.needs_states)
             self._evidence[key].shared = True
@@ -198,3 +196,17 @@ class PairCompressor(Compressor):
             bias=bias if bias.numel() else None,
             span=(len(reader.bos_ids), tokens),
         )
+
+
+@contextlib.contextmanager
+def shared_reading(compressors: Iterable[PairCompressor]) -> Iterator[None]:
+    """Lets methods with the same reader use what each of them reads, until the block ends: some 100 MB per passage."""
+    compressors = list(compressors)
+    evidence: dict[str, Evidence] = {}
+    for compressor in compressors:
+        compressor._evidence = evidence
+    try:
+        yield
+    finally:
+        for compressor in compressors:
+            compressor._evidence = None

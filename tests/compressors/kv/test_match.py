@@ -13,6 +13,7 @@ from nutgraf import Reader, load_compressor
 from nutgraf.compressors import ReaderMismatchError
 from nutgraf.compressors.fidelity.questions import make_questions
 from nutgraf.compressors.kv.encode import cached_layers
+from nutgraf.compressors.kv.pairs import shared_reading
 from nutgraf.compressors.kv.probing import read
 from nutgraf.compressors.kv.repair import HIGH, LOW, VALUE_RIDGE, WEIGHT_RIDGE, match_weights, repair
 from nutgraf.compressors.kv.selection import FLOOR, SCORES, attention, select
@@ -294,5 +295,19 @@ def test_several_ratios_at_once_are_what_each_gives_alone(zoo):
     found = compressor.compress_at([TEXT, OTHER, ""], [2, 8], batch_size=2)
     for ratio, passages in zip((2, 8), found):
         for passage, alone in zip(passages, compressor.compress([TEXT, OTHER, ""], ratio=ratio)):
+            assert torch.equal(passage.keys[0], alone.keys[0])
+            assert torch.equal(passage.values[0], alone.values[0])
+
+
+def test_methods_that_share_a_reading_give_what_each_gives_alone(zoo):
+    reader = zoo.reader("llama")
+    methods = [
+        load_compressor("kv-match", reader=reader, probes=4, **settings)
+        for settings in ({}, {"budget": "uniform"}, {"score": "kvzip"}, {"repair": "none"})
+    ]
+    with shared_reading(methods):
+        together = [method.compress([TEXT, OTHER], ratio=3) for method in methods]
+    for method, found in zip(methods, together):
+        for passage, alone in zip(found, method.compress([TEXT, OTHER], ratio=3)):
             assert torch.equal(passage.keys[0], alone.keys[0])
             assert torch.equal(passage.values[0], alone.values[0])
