@@ -173,7 +173,7 @@ def scores(
 
 def planes() -> list[str]:
     """Names of the choices: all budgets and repairs for questions; other scores in one ranking and in their own budget."""
-    own = {"kvzip": "uniform", "keydiff": "uniform", "expected": "per-layer", "snapkv": "uniform"}
+    own = {"kvzip": "uniform", "kvzip+": "uniform", "keydiff": "uniform", "expected": "per-layer", "snapkv": "uniform"}
     named = [f"budget={b},repair={r}" for b in selection.BUDGETS for r in ("bias+values", "bias", "none")][1:]
     for score in (*own, "random", "first"):
         named += [f"score={score},repair=none", f"score={score}"]
