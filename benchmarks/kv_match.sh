@@ -5,10 +5,10 @@
 # LIMIT (questions per set), DATA (folder of the sets), OUT, SETS, RATIOS, PARTS (main, others, slots, choices) may be set.
 set -euo pipefail
 LIMIT=${LIMIT:-60} DATA=${DATA:-data} OUT=${OUT:-benchmarks/results/kv_match.jsonl} NUTGRAF=${NUTGRAF:-nutgraf}
-RATIOS=${RATIOS:-1,2,4,8,16} # 1: all pairs precomputed
+RATIOS=${RATIOS:-1,2,4,8,16} HALF=${HALF:-report} # 1: all pairs precomputed
 
 quality() { # set, further arguments
-  $NUTGRAF bench quality "$DATA/qa_dev_$1.jsonl.xz" --reader reader-smollm2 --dtype bfloat16 --half report --limit "$LIMIT" \
+  $NUTGRAF bench quality "$DATA/qa_dev_$1.jsonl.xz" --reader reader-smollm2 --dtype bfloat16 --half "$HALF" --limit "$LIMIT" \
     --no-shuffled --no-likelihood --resume --out "$OUT" "${@:2}"
 }
 
@@ -24,12 +24,18 @@ choices() { # other scores, budgets and repairs; passages are read once for all 
   ${PYTHON:-python} -m nutgraf.benchmarks.studies.kv_match choices "$DATA/qa_dev_$1.jsonl.xz" --limit "$LIMIT" --out "$OUT"
 }
 
+surrogate() { # scores of one pass, with the repair of a few questions and without, beside as few questions alone
+  quality "$1" --compressor "kv-match:probes=8@${RATIOS#1,}" --compressor "kv-surrogate-smollm2@${RATIOS#1,}" \
+    --compressor "kv-surrogate-smollm2:repair=none@${RATIOS#1,}"
+}
+
 for part in ${PARTS:-main others slots choices}; do
   for set in ${SETS:-nq squad qamr fairytaleqa quoref}; do
     case $part in
     main) quality "$set" --baseline none --compressor "kv-match@$RATIOS" ;;
     others) others "$set" ;;
     slots) slots "$set" ;;
+    surrogate) surrogate "$set" ;;
     choices) case $set in squad | nq) choices "$set" ;; esac ;;
     esac
   done

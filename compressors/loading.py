@@ -38,6 +38,8 @@ def load_compressor(name_or_path: str | Path, reader: Reader | None = None, **kw
         if reader is None:
             raise ValueError(f"{name} needs a reader: load_compressor({name!r}, reader=reader).")
         return make_compressor(method, reader, **_settings(name), **kwargs)
+    if ":" in name and method in shipped_names():
+        name, kwargs = method, {**_settings(name), **kwargs}
     path = Path(locate(name))
     if not path.exists():
         if "/" not in name:

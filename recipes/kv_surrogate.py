@@ -45,14 +45,18 @@ def main(
     text: Annotated[Path, typer.Argument(help="Documents of plain text, separated by lines <|doc|>.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     reader: Annotated[str, typer.Option(help="Reader: a shipped one, a folder or a hub id.")] = "reader-smollm2",
-    passages: Annotated[int, typer.Option(help="Passages; every eighth is held out.")] = 96,
-    probes: Annotated[int, typer.Option(help="Rule-made questions per passage.")] = 48,
+    passages: Annotated[int, typer.Option(help="Passages; every eighth is held out.")] = 48,
+    probes: Annotated[int, typer.Option(help="Rule-made questions per passage whose scores are fitted.")] = 48,
+    repair_probes: Annotated[
+        int, typer.Option(help="Rule-made questions per passage when compressing, for the repair.")
+    ] = 8,
     score: Annotated[str, typer.Option(help="What is fitted: surrogate, or expected-stats.")] = "surrogate",
+    dtype: Annotated[str, typer.Option(help="In which the reader runs.")] = "bfloat16",
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Fit a score and save the compressor that uses it."""
-    loaded = Reader.from_pretrained(reader, dtype="float32")
-    compressor: Any = make_compressor("kv-match", loaded, score=score)
+    loaded = Reader.from_pretrained(reader, dtype=dtype)
+    compressor: Any = make_compressor("kv-match", loaded, score=score, probes=repair_probes)
     if compressor.fitted is None:
         raise typer.BadParameter(f"The score {score!r} has no weights; surrogate and expected-stats have.")
     about = compressor.fitted.fit(loaded, draw_passages(read_documents(text), passages, seed), probes)

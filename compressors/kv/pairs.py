@@ -6,13 +6,14 @@ import contextlib
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..base import Compressor, Query
+from ..base import Compressor, CompressorT, Query
 from ..core.batching import pack, pass_positions
 from ..core.config import check_ratio
 from ..core.keep import KeepSettings
@@ -73,6 +74,16 @@ class PairCompressor(Compressor):
     def encoder_body(self) -> Any:
         """The reader's layers."""
         return self.base_reader.model.get_decoder()
+
+    @classmethod
+    def from_pretrained(cls: type[CompressorT], folder: str | Path, reader: Reader, **settings: Any) -> CompressorT:
+        """Loads a folder written by `save_pretrained`; ``settings`` replace those in it, such as ``ratio`` and ``keep``."""
+        compressor = super().from_pretrained(folder, reader)  # type: ignore[misc]
+        changed = {**compressor.config.to_dict(), **settings}
+        if settings and changed.get("score") != compressor.config.to_dict().get("score"):
+            raise ValueError(f"{folder} holds weights of the score {compressor.config.score!r}; it has no other score.")
+        compressor.config = cls.config_class.from_dict(changed)
+        return compressor
 
     def compress_at(
         self,

@@ -141,6 +141,12 @@ def test_fitted_scores_are_saved_and_belong_to_their_reader(zoo, tmp_path, score
     for a, b in zip(made, want):
         assert torch.equal(a.keys[0], b.keys[0])
         assert torch.equal(a.values[0], b.values[0])
+    other = load_compressor(tmp_path / "fitted", reader=reader, ratio=2, keep_digits=True, repair="none")
+    assert (other.config.ratio, other.config.keep_digits, other.config.probes) == (2, True, 2)
+    assert other.compress([TEXT])[0].bias is None
+    assert other.fingerprint != compressor.fingerprint
+    with pytest.raises(ValueError, match="it has no other score"):
+        load_compressor(tmp_path / "fitted", reader=reader, score="keydiff")
     with pytest.raises(ReaderMismatchError, match="was made for the reader"):
         load_compressor(tmp_path / "fitted", reader=zoo.reader("llama", seed=1))
 
