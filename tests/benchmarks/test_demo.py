@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import io
+import math
+import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from llama_index.core import MockEmbedding
+from llama_index.core.schema import NodeWithScore, TextNode
 from nutgraf.benchmarks import loading
 from nutgraf.benchmarks.cli import demo
 from nutgraf.benchmarks.cli.app import bench_app
 from nutgraf.benchmarks.loading import CompressorSpec
-from nutgraf.benchmarks.methods import Compressed
-from nutgraf.compressors import Reader
-from nutgraf.compressors.text.selective_context import SelectiveContextCompressor, SelectiveContextConfig
+from nutgraf.compressors import Reader, load_compressor
 from nutgraf.recipes.data.corpus import read_records
 from rich.console import Console
 from typer.testing import CliRunner
@@ -30,36 +31,50 @@ def reader(zoo: ModuleType) -> Reader:
 
 @pytest.mark.slow
 def test_demo_runs_through(reader: Reader, tmp_path: Path) -> None:
-    selective = SelectiveContextCompressor(SelectiveContextConfig(), reader)
-    settings = demo.DemoSettings(out=tmp_path / "demo", questions=4, steps=1)
+    settings = demo.DemoSettings(out=tmp_path / "demo", questions=3, ratio=3)
     out = io.StringIO()
     path = demo.run_demo(
         reader,
-        [Compressed(selective, 3)],
+        load_compressor("kv-match", reader, probes=2),
         RECORDS,
         settings,
-        Console(file=out, width=160),
+        Console(file=out, width=200),
         embed_model=MockEmbedding(16),
-        train=lambda settings, console: "It trained.",
     )
-    printed = out.getvalue()
+    printed = " ".join(out.getvalue().split())
     asked = demo.draw(RECORDS, settings)
-    assert len(asked) == 4
-    for text in (
-        "full text",
-        "no context",
-        "selective-context 3x",
-        "recovered share",
-        "TTFT",
-        "decode time",
-        asked[0].question,
-    ):
+    assert len(asked) == 3
+    for text in ("full text", "no context", "kv-match 3x", "first tokens, as many", "bytes per passage", "TTFT"):
         assert text in printed
+    assert all(record.question in printed for record in asked)
     page = path.read_text(encoding="utf-8")
+    (lead,) = re.findall(r'<p class="lead">(.*?)</p>', page)
+    pattern = (
+        r"kv-match answered \d of 3 questions as the full text does, from a third of the keys and values, and gave"
+    )
+    assert re.match(pattern, lead)
+    assert lead in printed
     assert "Answers side by side" in page
-    assert "It trained." in page
-    assert page.count("data:image/svg+xml") == 1  # times; a random reader gains nothing that could be recovered
     assert "report.html" in printed
+
+
+def test_the_headline_counts_answers_and_times() -> None:
+    full = demo.Way("full", "", ["Warsaw", "in 1648", "no"], [9, 9, 9], [300.0, 100.0, 200.0])
+    ours = demo.Way("kv-match", "", ["warsaw.", "1648", "No"], [3, 3, 3], [60.0, 50.0, 40.0])
+    assert demo.headline([full, ours], 4) == (
+        "kv-match answered 2 of 3 questions as the full text does, from a quarter of the keys and values, and gave the "
+        "first token 4.0 times sooner."
+    )
+    assert "from 1/16 of" in demo.headline([full, ours], 16)
+
+
+def test_the_shorter_text_has_the_budget(reader: Reader) -> None:
+    text = RECORDS[0].gold_text
+    nodes = [NodeWithScore(node=TextNode(text=t), score=1.0) for t in (text, "")]
+    short, empty = demo.FirstTokens(reader, 4).postprocess_nodes(nodes)
+    assert text.startswith(short.node.get_content())
+    assert len(reader.tokenize(short.node.get_content())) == math.ceil(len(reader.tokenize(text)) / 4)
+    assert empty.node.get_content() == ""
 
 
 def test_draw_takes_different_passages_first() -> None:

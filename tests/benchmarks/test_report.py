@@ -95,7 +95,7 @@ def test_the_table_of_lines_has_names_kinds_and_times() -> None:
         "full text", "no context", "soft 8x", "shuffled", "truncate", "extract", "soft 4x"
     ]  # fmt: skip
     assert table.kinds == ("fixed", "fixed", "method", "beside", "beside", "beside", "method")
-    assert table.lines[2] == ("soft 8x", "7.2x", "40", "6.0 ms", "5.0 ms", "17.5", "35.0", "50 (40 to 60)")
+    assert table.lines[2] == ("soft 8x", "7.2x", "40", "–", "6.0 ms", "5.0 ms", "17.5", "35.0", "50 (40 to 60)")
     assert table.lines[1][1] == "–"
     out = io.StringIO()
     Console(file=out, width=120).print(rich_table(table))
