@@ -44,7 +44,7 @@ class RCCConfig(SegmentSettings, LoRASettings, CompressorConfig):
 class RCCCompressor(KVSegmentCompressor):
     r"""Recurrent context compression (RCC, arXiv 2406.06110).
 
-    The reader plus LoRA reads ``[BOS][segment]``. At the last token of each run of ``ratio`` tokens, its states after all layers
+    The reader plus LoRA reads ``[BOS][segment]``. At the last token of each run of ``ratio`` tokens its states of all layers
     are kept: :math:`h^0` (the token's embedding) to :math:`h^{N-1}`. The reader then runs over ``[BOS][slots]``: a slot enters
     as :math:`E h^0`, and after layer i :math:`A_i h^i` is added to it. The keys and values of the slots are the compressed
     segment. Deep layers get what the encoder knew there, where slots from the last layer have to carry everything.

@@ -15,7 +15,7 @@ from nutgraf.recipes.data.records import Material, load_articles, load_records
 from nutgraf.recipes.data.templates import question_prompt
 from nutgraf.recipes.tasks.compressor import CompressorTask
 from nutgraf.recipes.tasks.items import CompressorData, CompressorItems, ItemMaker, draw_ratio
-from nutgraf.recipes.training.schema import Span, parse_recipe
+from nutgraf.recipes.training.schema import Span, load_recipe, parse_recipe
 from nutgraf.recipes.training.stage import PRIVATE, StageTrainer, check_trainer
 from nutgraf.recipes.training.trainer import run_recipe
 from torch import nn
@@ -345,3 +345,22 @@ def test_a_span_is_continued_from_its_words(folder, zoo):
             assert item.passages[0].endswith(f"\n\nQuestion:{question}")
             assert answer in item.passages[0]
     assert kinds == {"span", "instruct"}
+
+
+SMALL = {"extensible": ["compressor.layers=2", "compressor.stream_tokens=16"], "qgc": ["compressor.layers=1"]}
+RECIPES = ["extensible", "readonce", "uniicl", "gist_coco", "rmt", "qgc", "scc", "pe_rank", "rcc"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_of_the_survey_train_every_stage(name, folder, tmp_path, zoo):
+    overrides = [f"data.dir={folder}", "data.texts=[text.txt]", "data.questions=[qa.jsonl]", "data.shares=null"]
+    overrides += ["stages.*.steps=1", "stages.*.batch_size=3", "stages.*.precision=fp32", *SMALL.get(name, [])]
+    task = CompressorTask(load_recipe(name, overrides), zoo.reader())
+    start = {key: p.detach().clone() for key, p in task.module.named_parameters()}
+    final = run_recipe(task.recipe, task, tmp_path)
+    changed = {key for key, p in task.module.named_parameters() if not torch.equal(p, start[key])}
+    assert {key.split(".")[1] for key in changed} == {key.split(".")[1] for key in start}
+    query = "Where does Ada live?" if task.compressor.query_aware else None
+    (passage,) = load_compressor(final, task.reader).compress(["Ada lives in Bergen by the river."], query=query)
+    assert 1 <= passage.slots < passage.source_tokens
