@@ -101,6 +101,11 @@ class KVMatchCompressor(PairCompressor):
         how = config.repair if ratio > 1 else "none"  # all pairs are kept as they are
         scores = [score(layer, evidence, placement, i) for i, layer in enumerate(evidence.layers)]
         stacked = torch.stack(scores, 1)  # [batch, layers, kv_heads, n]
+        if not bool(stacked.isfinite().all()):
+            raise ValueError(
+                f"Scores of {self.base_reader.name!r} are NaN or infinite; load the reader in float32 or bfloat16, and check "
+                "its weights."
+            )
         kept = select(
             stacked, evidence.tokens.sum(1), ratio, config.budget, sink=not evidence.start, protected=evidence.protected
         )

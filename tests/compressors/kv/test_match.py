@@ -290,6 +290,14 @@ def test_what_it_cannot_do_is_refused_with_a_sentence(zoo):
         zoo.reader("llama", seed=1).generate([[passage, QUESTION]], 1)
 
 
+def test_a_reader_that_gives_nan_is_refused_with_a_sentence(zoo):
+    reader = Reader.from_pretrained(copy.deepcopy(zoo.model("llama")), tokenizer=zoo.tokenizer())
+    compressor = load_compressor("kv-match", reader=reader, probes=2)
+    reader.model.model.layers[1].self_attn.q_proj.weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match="are NaN or infinite; load the reader in float32"):
+        compressor.compress([TEXT])
+
+
 def test_several_ratios_at_once_are_what_each_gives_alone(zoo):
     compressor = load_compressor("kv-match", reader=zoo.reader("llama"), probes=4)
     found = compressor.compress_at([TEXT, OTHER, ""], [2, 8], batch_size=2)
