@@ -131,7 +131,7 @@ def variants_of(reader: Reader, text: str, ratios: Sequence[float]) -> dict[tupl
             with changed(constants):
                 for ratio in ratios:
                     (pairs,) = compressor.keep(evidence, ratio)
-                    found[name, ratio] = compressor._package(pairs, len(ids), ratio)
+                    found[name, ratio] = compressor._package(pairs, ids, ratio, 0)
         finally:
             selection.SCORES["probes"] = own
     return found

@@ -44,6 +44,7 @@ class CompressedPassage:
         counts: ``[layers, kv_heads]`` integers, the pairs that each head keeps; makes a KV passage ragged.
         bias: ``[pairs]``, added to the attention scores of each pair (ragged only, optional).
         span: first position and length of the block in which ragged keys were computed; the reader moves it as a whole.
+        first: token ids that the reader reads in front of the block, as text (ragged only). They are the passage's first.
     """
 
     interface: Interface
@@ -61,6 +62,7 @@ class CompressedPassage:
     counts: Tensor | None = None
     bias: Tensor | None = None
     span: tuple[int, int] | None = None
+    first: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.interface not in get_args(Interface):
@@ -69,6 +71,8 @@ class CompressedPassage:
             raise ValueError(f"source_tokens must not be negative, got {self.source_tokens}.")
         if self.interface != "text" and not self.reader:
             raise ValueError(f"A passage compressed to {self.interface} must carry its reader's fingerprint.")
+        if self.first and self.counts is None:
+            raise ValueError("first needs counts: only ragged KV passages have tokens that are read again.")
         if self.interface == "embeds":
             if self.embeds is None or self.embeds.dim() != 2:
                 got = None if self.embeds is None else tuple(self.embeds.shape)
@@ -87,6 +91,8 @@ class CompressedPassage:
             if len(self.keys) != 1 or self.span is None:
                 raise ValueError("A ragged KV passage needs one tensor of keys, one of values, and its span.")
             check_ragged(self.keys[0], self.values[0], self.bias, self.positions, self.counts, self.span)
+            if bad := [i for i in self.first if type(i) is not int or i < 0]:
+                raise ValueError(f"first must hold token ids of at least 0, got {bad[0]!r}.")
             return
         if self.bias is not None:
             raise ValueError("A bias needs counts: only ragged KV passages carry one.")
@@ -107,7 +113,10 @@ class CompressedPassage:
 
     @property
     def slots(self) -> int:
-        """Size: soft tokens, KV positions, or tokens of text; of a ragged passage the mean pairs per head, rounded up."""
+        """Size: soft tokens, KV positions, or tokens of text.
+
+        Of a ragged passage its `first` tokens and the mean pairs per head, rounded up.
+        """
         if self.counts is not None:
             return math.ceil(self._mean_slots)
         if self.interface == "embeds":
@@ -119,13 +128,13 @@ class CompressedPassage:
     @property
     def _mean_slots(self) -> float:
         if self.counts is not None:
-            return int(self.counts.sum()) / max(self.counts.numel(), 1)
+            return len(self.first) + int(self.counts.sum()) / max(self.counts.numel(), 1)
         return self.slots
 
     @property
     def places(self) -> int:
         """Logical positions that the passage occupies in a prompt: its slots; of a ragged passage its whole span."""
-        return self.span[1] if self.counts is not None and self.span is not None else self.slots
+        return len(self.first) + self.span[1] if self.counts is not None and self.span is not None else self.slots
 
     @property
     def ratio(self) -> float:
@@ -195,7 +204,7 @@ class CompressedPassage:
 
     def facts(self) -> dict[str, Any]:
         """Everything but the tensors, as a JSON-able dict that `assemble` takes back."""
-        found = {
+        found: dict[str, Any] = {
             "interface": self.interface,
             "source_tokens": self.source_tokens,
             "compressor": self.compressor,
@@ -205,7 +214,8 @@ class CompressedPassage:
             "n_tokens": self.n_tokens,
             "info": dict(self.info),
         }
-        return found | ({} if self.span is None else {"span": self.span})
+        found |= {} if self.span is None else {"span": self.span}
+        return found | ({"first": self.first} if self.first else {})
 
     @classmethod
     def assemble(cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> CompressedPassage:
@@ -232,6 +242,7 @@ class CompressedPassage:
             counts=tensors.get("counts"),
             bias=tensors.get("bias"),
             span=None if facts.get("span") is None else (int(facts["span"][0]), int(facts["span"][1])),
+            first=tuple(facts.get("first", ())),
         )
 
     def to_bytes(self) -> bytes:

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..base import Compressor, CompressorT, Query
 from ..core.batching import pack, pass_positions
-from ..core.config import check_ratio
+from ..core.config import added, check_counts, check_ratio
 from ..core.keep import KeepSettings
 from ..core.passage import CompressedPassage, Interface
 from ..reader.attention import check_reachable
@@ -29,10 +29,12 @@ class PairSettings(KeepSettings):
     """Config mixin of every method that keeps pairs. What must stay counts against the budget."""
 
     ratio: float = field(default=4.0, metadata={"help": "compression ratio unless another one is asked for"})
+    reread: int = added(0, "first tokens of a passage that the reader reads again, after the passages in front of it")
 
     def check_pairs(self) -> None:
-        """Raises ``ValueError`` for a ratio below 1 or a wrong list of what must stay."""
+        """Raises ``ValueError`` for a ratio below 1, tokens below 0 or a wrong list of what must stay."""
         check_ratio(self.ratio)
+        check_counts(self, {"reread": 0})
         self.check_keep()
 
 
@@ -40,7 +42,8 @@ class PairCompressor(Compressor):
     """Reads each passage followed by probes, and packages the pairs that a method keeps as a ragged KV passage.
 
     A method implements `probes` (what is read after a passage) and `keep` (the pairs, from what was recorded). Its config
-    extends `PairSettings`.
+    extends `PairSettings`. With ``reread`` the first tokens of a passage are stored as token ids, and the reader reads them
+    again (EPIC, arXiv 2410.15332); the ratio is that of the tokens behind them. A passage of no more tokens keeps pairs alone.
 
     Attributes:
         needs_states: whether `keep` wants the residual stream, too.
@@ -107,14 +110,15 @@ class PairCompressor(Compressor):
                         found += self.compress(texts[part], queries[part], ratio, **options)
         return out
 
-    def _read(self, ids: list[list[int]], probes: list[list[list[int]]]) -> Evidence:
-        if self._evidence is None:
-            return read(self.base_reader, ids, probes, states=self.needs_states)
-        key = str((ids, probes, self.needs_states))
-        if key not in self._evidence:
-            self._evidence[key] = read(self.base_reader, ids, probes, states=self.needs_states)
-            self._evidence[key].shared = True
-        return self._evidence[key]
+    def _read(self, ids: list[list[int]], probes: list[list[list[int]]], again: int) -> Evidence:
+        found: dict[str, Evidence] = {} if self._evidence is None else self._evidence
+        whole = str((ids, probes, self.needs_states))
+        if whole not in found:
+            found[whole] = read(self.base_reader, ids, probes, states=self.needs_states)
+            found[whole].shared = self._evidence is not None
+        if (key := f"{whole}, {again}") not in found:
+            found[key] = found[whole].behind(again)
+        return found[key]
 
     def _compress(
         self, texts: list[str], queries: list[str | None], ratio: float | None, *, vectors: Any, **options: Any
@@ -124,7 +128,9 @@ class PairCompressor(Compressor):
         reader = self.base_reader
         wanted = self.config.ratio if ratio is None else float(ratio)
         ids = reader.tokenize_batch(texts)
-        protected = [self._protected(text, len(tokens), wanted) for text, tokens in zip(texts, ids)]
+        reread = self.config.reread
+        again = [reread if len(tokens) > reread else 0 for tokens in ids]
+        protected = [self._protected(text, len(tokens) - k, wanted, k) for text, tokens, k in zip(texts, ids, again)]
         probes = [
             self.probes(text, query, self._room(len(tokens))) if tokens else []
             for text, tokens, query in zip(texts, ids, queries)
@@ -136,14 +142,15 @@ class PairCompressor(Compressor):
         heads, wide, deep = self.shape
         counts = torch.zeros(len(reader.kv_placement.kinds), heads, dtype=torch.int32)
         empty = (none.view(0, wide), none.view(0, deep), none, none.int(), counts)
-        out = {i: self._package(empty, 0, wanted) for i, passage in enumerate(ids) if not passage}
-        full = [i for i, passage in enumerate(ids) if passage]
-        for batch in pack([sizes[i] for i in full], self.batch_positions, pass_positions(reader.device)):
-            which = [full[i] for i in batch]
-            evidence = self._read([ids[i] for i in which], [probes[i] for i in which])
-            evidence.protected = pad_sequence([protected[i] for i in which], batch_first=True).to(reader.device)
-            for i, pairs in zip(which, self.keep(evidence, wanted)):
-                out[i] = self._package(pairs, len(ids[i]), wanted)
+        out = {i: self._package(empty, [], wanted, 0) for i, passage in enumerate(ids) if not passage}
+        for k in sorted(set(again)):
+            full = [i for i, passage in enumerate(ids) if passage and again[i] == k]
+            for batch in pack([sizes[i] for i in full], self.batch_positions, pass_positions(reader.device)):
+                which = [full[i] for i in batch]
+                evidence = self._read([ids[i] for i in which], [probes[i] for i in which], k)
+                evidence.protected = pad_sequence([protected[i] for i in which], batch_first=True).to(reader.device)
+                for i, pairs in zip(which, self.keep(evidence, wanted)):
+                    out[i] = self._package(pairs, ids[i], wanted, k)
         return [out[i] for i in range(len(texts))]
 
     @abstractmethod
@@ -157,16 +164,17 @@ class PairCompressor(Compressor):
         All are concatenated over layers, then heads. A bias without entries means none.
         """
 
-    def _protected(self, text: str, tokens: int, ratio: float) -> Tensor:
-        """``[tokens]`` bool, those that must stay; raises ``ValueError`` if they exceed the budget."""
-        stay = torch.zeros(tokens, dtype=torch.bool)
+    def _protected(self, text: str, tokens: int, ratio: float, again: int) -> Tensor:
+        """``[tokens]`` bool, those after the first ``again`` that must stay; ``ValueError`` if they exceed the budget."""
+        stay = torch.zeros(again + tokens, dtype=torch.bool)
         if not (tokens and self.config.keeps):
-            return stay
+            return stay[again:]
         spans = self.config.kept_spans(text)
         places = self.base_reader.tokenize_with_offsets(text)[1] if spans else []
         for i, (start, end) in enumerate(places):
             stay[i] = any(start < b and a < max(end, start + 1) for a, b in spans)
-        sink = not self.base_reader.bos_ids and not bool(stay[0])  # always kept, too
+        stay = stay[again:]
+        sink = not self.base_reader.bos_ids and not again and not bool(stay[0])  # always kept, too
         if (least := int(stay.sum()) + sink) > max(1, int(tokens / ratio + 1e-6)) and bool(stay.any()):
             raise ValueError(
                 f"What must stay takes {least} of the {tokens} tokens of {text[:40]!r}..., and ratio {ratio:g} leaves room "
@@ -191,12 +199,12 @@ class PairCompressor(Compressor):
                 "shorter ones."
             )
 
-    def _package(self, pairs: tuple[Tensor, ...], tokens: int, ratio: float) -> CompressedPassage:
+    def _package(self, pairs: tuple[Tensor, ...], ids: list[int], ratio: float, again: int) -> CompressedPassage:
         keys, values, bias, positions, counts = pairs
         reader = self.base_reader
         return CompressedPassage(
             "kv",
-            tokens,
+            len(ids),
             self.fingerprint,
             self.reader.fingerprint,
             keys=(keys,),
@@ -205,7 +213,8 @@ class PairCompressor(Compressor):
             info={"method": self.config.method, "ratio_asked": ratio, **reader.identity_card.runs_as},
             counts=counts,
             bias=bias if bias.numel() else None,
-            span=(len(reader.bos_ids), tokens),
+            span=(len(reader.bos_ids) + again, len(ids) - again),
+            first=tuple(ids[:again]),
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -73,6 +73,24 @@ class Evidence:
     layers: list[LayerEvidence] = field(default_factory=list)
     shared: bool = False
     protected: Tensor | None = None
+
+    def behind(self, tokens: int) -> Evidence:
+        """The same evidence with so many first tokens of each passage at the front, as the BOS is: no pairs of theirs count."""
+        if not tokens:
+            return self
+        layers = [
+            replace(
+                layer,
+                front=torch.cat([layer.front, layer.keys[:, :, :tokens]], 2),
+                keys=layer.keys[:, :, tokens:],
+                values=layer.values[:, :, tokens:],
+                own=layer.own[:, :, tokens:],
+                attended=None if layer.attended is None else layer.attended[..., tokens:],
+                states=None if layer.states is None else layer.states[:, tokens:],
+            )
+            for layer in self.layers
+        ]
+        return replace(self, start=self.start + tokens, tokens=self.tokens[:, tokens:], layers=layers)
 
     def enter(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Mapping[str, Any]

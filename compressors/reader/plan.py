@@ -47,15 +47,17 @@ class PromptPlan:
         self.kinds.extend([TOKEN] * (len(self.ids) - before))
 
     def add_passage(self, passage: CompressedPassage) -> None:
-        """Appends the slots of a soft or KV passage."""
+        """Appends the slots of a soft or KV passage, and before them the tokens that are read again."""
         if passage.info.get("takes_positions") is False:
             raise ValueError("Slots without positions (AutoCompressor on OPT) are no longer supported; compress again.")
         if passage.interface == "embeds":
             self.soft.append((len(self.ids), passage.embeds))  # type: ignore[arg-type]
         else:
+            self.add_tokens(passage.first)
             self.kv.append((len(self.ids), passage))
-        self.ids.extend([0] * passage.places)
-        self.kinds.extend([SOFT if passage.interface == "embeds" else KV] * passage.places)
+        slots = passage.places - len(passage.first)
+        self.ids.extend([0] * slots)
+        self.kinds.extend([SOFT if passage.interface == "embeds" else KV] * slots)
 
 
 def merge_atoms(atoms: Iterable[Any]) -> list[Any]:
