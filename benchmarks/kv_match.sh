@@ -2,7 +2,8 @@
 # The rows of results/kv_match.jsonl: keys and values kept without training, on a pretrained reader in bfloat16, beside the other
 # methods that compress once. Rows that the file holds already (same code, weights and questions) are left out, so it can be
 # stopped and started again.
-# LIMIT (questions per set), DATA (folder of the sets), OUT, SETS, RATIOS, PARTS (main, others, slots, choices) may be set.
+# LIMIT (questions per set), DATA (folder of the sets), OUT, SETS, RATIOS, HALF (report, tune), PARTS (main, others, slots,
+# choices, surrogate) may be set.
 set -euo pipefail
 LIMIT=${LIMIT:-60} DATA=${DATA:-data} OUT=${OUT:-benchmarks/results/kv_match.jsonl} NUTGRAF=${NUTGRAF:-nutgraf}
 RATIOS=${RATIOS:-1,2,4,8,16} HALF=${HALF:-report} # 1: all pairs precomputed

@@ -53,18 +53,18 @@ def count_rows(layer: LayerEvidence, evidence: Evidence) -> Tensor:
     return evidence.rows.sum(1).clamp(min=1)[:, None, None] * (layer.queries.shape[1] // layer.keys.shape[1])
 
 
-def root_mean_square(layer: LayerEvidence, evidence: Evidence, placement: KVPlacement, index: int) -> Tensor:
-    """Root mean square attention of the probes, which a `Surrogate` predicts."""
-    return (attention(layer, evidence).square().sum(2) / count_rows(layer, evidence)).sqrt()
-
-
 def sharp_mean(layer: LayerEvidence, evidence: Evidence, placement: KVPlacement, index: int) -> Tensor:
     """Fourth-power mean of the probes' attention, times the value's norm: how much a pair gives to the rows that want it.
 
     The high power favours pairs that few rows want much. The norm makes heads of different scale comparable in one ranking.
     """
     mean = attention(layer, evidence).square().square_().sum(2) / count_rows(layer, evidence)
-    return mean.sqrt().sqrt() * wide(layer.values).norm(dim=-1)
+    return mean.sqrt().sqrt() * value_norm(layer)
+
+
+def value_norm(layer: LayerEvidence) -> Tensor:
+    """``[batch, kv_heads, n]`` lengths of the values."""
+    return wide(layer.values).norm(dim=-1)
 
 
 def largest(layer: LayerEvidence, evidence: Evidence, placement: KVPlacement, index: int) -> Tensor:

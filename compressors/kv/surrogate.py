@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ..reader.kv import KVPlacement
 from ..reader.reader import Reader
 from .probing import Evidence, LayerEvidence, read, write_probes
-from .selection import apart_from_sink, gaussian_attention, root_mean_square, unrotated
+from .selection import apart_from_sink, gaussian_attention, sharp_mean, unrotated, value_norm
 
 EXTRA = 5  # features beside the hidden state
 RIDGE = 1e-2  # of the mean diagonal of the normal matrix
-LEAST = 1e-6  # smaller scores count as this
+LEAST = 1e-6  # smaller attention counts as this
 BATCH = 2  # passages of like length
 
 
@@ -54,7 +54,7 @@ class FittedScore(nn.Module):
 
 
 class Surrogate(FittedScore):
-    """Predicts the logarithm of the root mean square attention of probes (after KVzap, arXiv 2601.07891, linear variant).
+    """Predicts the logarithm of the probes' fourth-power mean attention (after KVzap, arXiv 2601.07891, linear variant).
 
     Args:
         reader: whose layers and widths.
@@ -71,7 +71,7 @@ class Surrogate(FittedScore):
 
     def forward(self, layer: LayerEvidence, evidence: Evidence, placement: KVPlacement, index: int) -> Tensor:
         """Scores ``[batch, kv_heads, n]`` of a layer, in place of those that probes give."""
-        return (features(layer, evidence) @ self.weight[index].float()).mT.exp()
+        return (features(layer, evidence) @ self.weight[index].float()).mT.exp() * value_norm(layer)
 
     @torch.no_grad()
     def fit(self, reader: Reader, texts: Sequence[str], probes: int = 48) -> dict[str, float]:
@@ -102,7 +102,8 @@ class Surrogate(FittedScore):
             found = []
             for index, layer in enumerate(evidence.layers):
                 x = features(layer, evidence).double()
-                y = root_mean_square(layer, evidence, reader.kv_placement, index).clamp(min=LEAST).log().mT.double()
+                asked_for = sharp_mean(layer, evidence, reader.kv_placement, index) / value_norm(layer)
+                y = asked_for.clamp(min=LEAST).log().mT.double()
                 train = used & ~kept_out[:, None]
                 normal[index] += (x[train].T @ x[train]).cpu()
                 target[index] += (x[train].T @ y[train]).cpu()

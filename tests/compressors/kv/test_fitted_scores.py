@@ -85,7 +85,10 @@ def test_a_surrogate_equals_ridge_regression_on_the_probes_scores(zoo):
     for i, text in enumerate(sorted(GENERIC, key=len)):
         (ids,) = reader.tokenize_batch([text])
         evidence = read(reader, [ids], [write_probes(reader, text, "questions", 3, None)])
-        scores = [SCORES["probes"][0](*pair, reader.kv_placement, 0) for pair in zip(evidence.layers, [evidence] * 3)]
+        scores = [
+            SCORES["probes"][0](layer, evidence, reader.kv_placement, 0) / layer.values.norm(dim=-1)
+            for layer in evidence.layers
+        ]
         if i % 8 != 7:
             x.append(features(reader, ids))
             y.append(torch.stack(scores)[:, 0].clamp(min=LEAST).log().mT)
@@ -100,6 +103,7 @@ def test_a_surrogate_equals_ridge_regression_on_the_probes_scores(zoo):
         found = features(reader, reader.tokenize(text))
         for index, layer in enumerate(evidence.layers):
             got = compressor.fitted(layer, evidence, reader.kv_placement, index)[row, :, : found.shape[1]]
+            got = got / layer.values[row, :, : found.shape[1]].norm(dim=-1)
             assert close(got.log(), (found[index] @ compressor.fitted.weight[index]).mT, 1e-4)
     assert about["passages"] == len(GENERIC)
     assert about["r2"] > 0.5  # the held-out passage is one of the others, too
