@@ -17,7 +17,7 @@ pack() {
   for text in "$data"/text_enwiki20*_[01].txt.xz; do # the first articles of each
     $PYTHON -c 'import lzma, sys
 text = lzma.open(sys.argv[1], "rt", encoding="utf-8").read(7_000_000)
-lzma.open(sys.argv[2], "wt", encoding="utf-8").write(text.rsplit("\n<|doc|>\n", 1)[0])' "$text" "$G/data/$(basename "$text")"
+lzma.open(sys.argv[2], "wt", preset=1, encoding="utf-8").write(text.rsplit("\n<|doc|>\n", 1)[0])' "$text" "$G/data/$(basename "$text")"
   done
   $PYTHON -m pip download -q --no-deps --only-binary=:all: --python-version "${VERSION:-3.12}" --platform manylinux_2_17_x86_64 \
     --platform manylinux2014_x86_64 -d $G/wheels -c constraints.txt pydantic pydantic-core annotated-types typing-inspection gguf

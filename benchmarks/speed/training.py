@@ -9,6 +9,7 @@ those of every prompt read whole, although a step reads what the questions about
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -151,7 +152,7 @@ class _Stopwatch(TrainerCallback):
     def __init__(self, trainer: StageTrainer, module: CompressorModule, warmup: int) -> None:
         self.trainer, self.module, self.warmup = trainer, module, warmup
         self.device = module.compressor.base_reader.device
-        # step, teacher, bare in ms; positions, target tokens, peak bytes, prompts
+        # step, teacher, bare, processor time in ms; positions, target tokens, peak bytes, prompts
         self.taken: list[tuple[float, ...]] = []
         self.teacher = 0.0
         self.batch: CompressorBatch | None = None
@@ -176,28 +177,31 @@ class _Stopwatch(TrainerCallback):
         """Begin the next step."""
         self.teacher = 0.0
         reset_peak(self.device)
-        self.begin = now(self.device)
+        self.begin, self.cpu = now(self.device), time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the step, then time the bare passes over its batch."""
         took, peak = 1000 * (now(self.device) - self.begin), read_peak(self.device)
+        cpu = 1000 * (time.process_time() - self.cpu)
         if self.batch is None:
             raise RuntimeError("The trainer ended a step without a batch.")
         encoded, read, targets = batch_positions(self.module, self.batch)
         bare = timed(self.device, lambda: bare_step(self.module, encoded, read, targets, self.trainer.autocast_context))
         if state.global_step > self.warmup:
-            self.taken.append((took, self.teacher, bare, sum(encoded) + sum(read), targets, peak or 0, len(read)))
+            self.taken.append((took, self.teacher, bare, cpu, sum(encoded) + sum(read), targets, peak or 0, len(read)))
         self.start()
 
     def row(self) -> Row:
         """Figures from sums over all timed steps, so that work done only in some of them counts."""
-        whole, teacher, bare, positions, targets, _, prompts = map(sum, zip(*self.taken))
+        whole, teacher, bare, cpu, positions, targets, _, prompts = map(sum, zip(*self.taken))
         step, n = whole - teacher, len(self.taken)
         return {
             "step_ms": step / n,
             "bare_ms": bare / n,
             "step_cost": step / bare,
             "teacher_ms": teacher / n if teacher else None,
+            # with the teacher; other programs on a shared machine lengthen it less than `step_ms`
+            "cpu_ms": cpu / n if self.device.type == "cpu" else None,
             "positions": positions / n,
             "target_tokens": targets / n,
             "tokens_per_s": 1000 * positions / step,

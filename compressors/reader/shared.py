@@ -109,7 +109,7 @@ def _read_shared(
     overhead, found = pass_positions(reader.device), {}
     heads = [_cut(plans[which[0]], n) for which, n in shared]
     for part in pack([len(head) for head in heads], budget, overhead):
-        keys, valid = _cached(reader, [heads[g] for g in part])
+        keys, valid = prefix_cache(reader, [heads[g] for g in part])
         tails = [(i, row, shared[g][1]) for row, g in enumerate(part) for i in shared[g][0]]
         for rest in pack([len(plans[i]) - n for i, _, n in tails], budget, overhead):
             which, rows, starts = zip(*(tails[t] for t in rest))
@@ -125,7 +125,7 @@ def _cut(plan: PromptPlan, n: int) -> PromptPlan:
     return PromptPlan(plan.ids[:n], plan.kinds[:n], [(at, slots) for at, slots in plan.soft if at < n])
 
 
-def _cached(reader: Reader, heads: Sequence[PromptPlan]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+def prefix_cache(reader: Reader, heads: Sequence[PromptPlan]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Keys and values of every layer, and ``[heads, time]`` which positions are real; padded on the left."""
     _, layout, cache, _ = reader.forward(heads, use_cache=True)
     layers: list[Any] = cache.layers  # type: ignore[union-attr]
@@ -146,7 +146,7 @@ def _read_rests(
         reader: the reader.
         plans: what is read.
         starts: how many positions of each are in the cache.
-        layers, valid: of `_cached`.
+        layers, valid: of `prefix_cache`.
         rows: the row of the cache that belongs to each plan.
     """
     rests = [
@@ -189,7 +189,7 @@ def _check(reader: Reader) -> bool:
     other.add_tokens(i % reader.vocab_size for i in range(2, 9))
     with torch.autocast(reader.device.type, enabled=False):
         try:
-            keys, valid = _cached(reader, [_cut(plans[0], 5), _cut(other, 3)])
+            keys, valid = prefix_cache(reader, [_cut(plans[0], 5), _cut(other, 3)])
             rests = _read_rests(reader, [*plans, other], [5, 5, 3], keys, valid, torch.tensor([0, 0, 1]))
         except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
             return False

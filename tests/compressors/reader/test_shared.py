@@ -100,7 +100,7 @@ def test_any_prompts_in_any_groups(zoo, parts, groups):
 
 def test_a_model_without_a_cache_of_keys_reads_prompts_whole(zoo, monkeypatch):
     reader = zoo.reader("llama", seed=3)
-    monkeypatch.setattr(shared, "_cached", lambda *a: (_ for _ in ()).throw(AttributeError("layers")))
+    monkeypatch.setattr(shared, "prefix_cache", lambda *a: (_ for _ in ()).throw(AttributeError("layers")))
     assert not shared.shares_prefixes(reader)
     slots = [torch.randn(4, reader.width).requires_grad_()]
     made = passage(reader, slots[0])
