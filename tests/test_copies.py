@@ -64,7 +64,7 @@ def test_a_copied_reader_reads_with_its_own_weights(zoo):
         pickle.dumps(reader)
 
 
-@pytest.mark.parametrize("method", ["mean-pool", "pisco", "arc-encoder"])
+@pytest.mark.parametrize("method", ["mean-pool", "pisco", "arc-encoder", "readonce", "rmt"])
 def test_a_copied_compressor_compresses_the_same(reader, method):
     settings = {"arc-encoder": {"dropped_layers": 1}}.get(method, {})
     made = make_compressor(method, reader, **settings).eval()

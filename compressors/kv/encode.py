@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..core.batching import SoftSequence, soft_batches
@@ -57,6 +58,21 @@ def cached_layers(decoder: Any, embeds: Tensor, mask: Tensor, positions: Tensor)
             "checkpointing off, which drops them."
         )
     return [(layer.keys, layer.values) for layer in layers]
+
+
+@contextlib.contextmanager
+def adding(layers: Sequence[nn.Module], sums: Sequence[Tensor]) -> Iterator[None]:
+    """Within it, the first layers add ``[batch, time, hidden]`` tensors to their outputs, one each."""
+
+    def hook(extra: Tensor) -> Any:
+        return lambda layer, given, out: (out[0] + extra, *out[1:]) if isinstance(out, tuple) else out + extra
+
+    handles = [layer.register_forward_hook(hook(extra)) for layer, extra in zip(layers, sums)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from ..reader.kv import position_arguments
 from ..reader.reader import Reader
 from ..registry import register_compressor
 from ..slots.segments import Segment, SegmentSettings, slot_of_token
-from .encode import KVSlots, cached_layers
+from .encode import KVSlots, adding, cached_layers
 from .memory_slots import KVSegmentCompressor
 
 
@@ -65,6 +65,7 @@ class RCCCompressor(KVSegmentCompressor):
 
     config_class = RCCConfig
     config: RCCConfig
+    runs: Any
 
     def __init__(self, config: RCCConfig, reader: Reader) -> None:
         super().__init__(config, reader)
@@ -77,12 +78,9 @@ class RCCCompressor(KVSegmentCompressor):
         self.first = nn.Linear(reader.width, reader.width, bias=False)
         self.added = nn.ModuleList(nn.Linear(hidden, hidden, bias=False) for _ in range(len(layers) - 1))
         nn.init.eye_(self.first.weight)
-        for matrix in self.added:
-            nn.init.zeros_(matrix.weight)
+        for parameter in self.added.parameters():
+            nn.init.zeros_(parameter)
         self.to(reader.device)
-        self._sums: list[Tensor] = []  # what each layer's hook adds in the pass that runs now
-        for number, layer in enumerate(list(layers)[:-1]):
-            layer.register_forward_hook(lambda module, args, out, number=number: self._add(out, number))
 
     @property
     def most_slots(self) -> int:
@@ -104,15 +102,16 @@ class RCCCompressor(KVSegmentCompressor):
         made: dict[int, KVSlots] = {}
         for batch in soft_batches(sequences, embed, device, budget=self.batch_positions):
             width = batch.embeds.shape[1]
-            self._sums = []
+            sums = []
             for number, matrix in enumerate(self.added, 1):
                 found = [matrix(states[i][number].to(matrix.weight)) for i in batch.which]  # type: ignore[arg-type]
                 padded = [
                     nn.functional.pad(row, (0, 0, n - len(row), width - n)) for row, n in zip(found, batch.lengths)
                 ]
-                self._sums.append(torch.stack(padded).to(batch.embeds.dtype))
-            layers = cached_layers(self.runs.get_decoder(), batch.embeds, batch.mask, batch.positions)
-            self._sums = []
+                sums.append(torch.stack(padded).to(batch.embeds.dtype))
+            body = self.runs.get_decoder()
+            with adding(list(layer_list(body)[1]), sums):
+                layers = cached_layers(body, batch.embeds, batch.mask, batch.positions)
             for row, (i, length) in enumerate(zip(batch.which, batch.lengths)):
                 span = slice(length - segments[i].slots, length)
                 keys = tuple(k[row, :, span].clone() for k, _ in layers)
@@ -140,9 +139,3 @@ class RCCCompressor(KVSegmentCompressor):
                 ends = (runs.cumsum(0) - 1 + len(segment.front)).to(ids.device)
                 made[i] = [embeds[row, ends], *(layer[row, ends] for layer in out[1:])]
         return [made[i] for i in range(len(segments))]
-
-    def _add(self, out: Any, number: int) -> Any:
-        """A layer's output with its sum, if there is one."""
-        if not self._sums:
-            return out
-        return (out[0] + self._sums[number], *out[1:]) if isinstance(out, tuple) else out + self._sums[number]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.batching import SoftSequence, run_sequences
 from ..encoders.lora_twin import Twin
@@ -55,11 +55,11 @@ class MemoryTokenCompressor(SegmentCompressor):
 
     Attributes:
         encoder: the model that reads ``[front][segment][memory tokens]``.
-        memory: ``[most slots or 1, encoder width]`` memory embeddings.
+        memory: ``[most slots or 1, encoder width]`` memory embeddings, usually a parameter.
     """
 
     encoder: Twin
-    memory: nn.Parameter
+    memory: Tensor
 
     def states_at_memory(self, segments: Sequence[Segment], positions: str = "append") -> Tensor:
         """Last hidden states ``[all slots, hidden]`` at the memory tokens; ``positions`` as in `memory_sequences`."""

@@ -12,7 +12,6 @@ from ..base import Compressor, Query
 from ..core.config import CompressorConfig, check_counts, check_ratio, setting
 from ..core.passage import CompressedPassage, Interface
 from ..objectives.fitting import EVERY, SlotFitter
-from ..reader.reader import Reader
 from ..registry import register_compressor
 from ..slots.pooling import summed_runs
 from ..slots.segments import Segment, slots_for
@@ -63,10 +62,6 @@ class PCCompressor(Compressor):
     training_free: ClassVar[bool] = True
     config: PCConfig
 
-    def __init__(self, config: PCConfig, reader: Reader) -> None:
-        super().__init__(config, reader)
-        self.fitter = SlotFitter(reader, config.steps, config.lr, config.patience, config.probes)
-
     def identity_parts(self) -> list[Any]:
         """The base reader, on which the slots depend."""
         return [self.base_reader.fingerprint]
@@ -83,7 +78,8 @@ class PCCompressor(Compressor):
     ) -> list[CompressedPassage]:
         if options:
             raise TypeError(f"{type(self).__name__}.compress has no options {sorted(options)}.")
-        reader, ratio = self.base_reader, ratio or self.config.ratio
+        reader, config = self.base_reader, self.config
+        ratio = ratio or config.ratio
         ids = reader.tokenize_batch(texts)
         slots = [slots_for(len(passage), ratio, len(passage)) for passage in ids]
         read = [i for i, passage in enumerate(ids) if passage]
@@ -91,10 +87,11 @@ class PCCompressor(Compressor):
         parts = starts.split([slots[i] for i in read])
         made = [torch.zeros(0, reader.width, device=reader.device)] * len(texts)
         if read:
-            fits = [self.fitter.begin(texts[i], ids[i], start) for i, start in zip(read, parts)]
-            for i, best in zip(read, self.fitter.fit(fits)):
+            fitter = SlotFitter(reader, config.steps, config.lr, config.patience, config.probes)
+            fits = [fitter.begin(texts[i], ids[i], start) for i, start in zip(read, parts)]
+            for i, best in zip(read, fitter.fit(fits)):
                 made[i] = best
-        info = {"method": self.config.method, "ratio_asked": ratio, **reader.identity_card.runs_as}
+        info = {"method": config.method, "ratio_asked": ratio, **reader.identity_card.runs_as}
         maker, made_for = self.fingerprint, reader.fingerprint
         return [
             CompressedPassage(self.interface, len(n), maker, made_for, embeds=best.to(reader.dtype), info=dict(info))

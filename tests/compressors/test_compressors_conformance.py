@@ -60,6 +60,7 @@ SETTINGS: dict[str, dict] = {
     "gist-coco": {"passage_gists": 6, "question_gists": 3, "ratio": 4.0, "r": 4},
     "rmt": {"memory_tokens": 6, "segment_tokens": 12, "ratio": 4.0, "r": 4},
     "qgc": {"layers": 1, "ratio": 4.0, "segment_tokens": 40},
+    "compllm": {"r": 4},
     "rcc": {"ratio": 4.0, "segment_tokens": 40, "r": 4},
     "scc": {"inner": "icae", "ratio": 2.0, "inner_settings": {"mem_size": 6, "r": 4, "projector": "linear"}},
     "pe-rank": {"shard_tokens": 24, "reader_r": 3},

@@ -348,7 +348,7 @@ def test_a_span_is_continued_from_its_words(folder, zoo):
 
 
 SMALL = {"extensible": ["compressor.layers=2", "compressor.stream_tokens=16"], "qgc": ["compressor.layers=1"]}
-RECIPES = ["extensible", "readonce", "uniicl", "gist_coco", "rmt", "qgc", "scc", "pe_rank", "rcc"]
+RECIPES = ["extensible", "readonce", "uniicl", "gist_coco", "rmt", "qgc", "scc", "pe_rank", "rcc", "compllm"]
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from nutgraf.compressors.objectives.importance import ImportantKLLoss, Important
 from nutgraf.compressors.objectives.ranking import RankingLoss
 from nutgraf.compressors.objectives.registry import Scored
 from nutgraf.compressors.objectives.slot_autoencoding import SlotAutoencodingLoss, sinusoids
+from nutgraf.compressors.objectives.states import StateMatchingLoss
 from nutgraf.compressors.objectives.teacher import TeacherLogits
 from nutgraf.compressors.reader.ranking import ASK, TASK, check_rankable, rank_passages, ranking_logits, ranking_prompt
 
@@ -82,6 +83,18 @@ def test_importance_is_a_softmax_of_clipped_gains_in_each_item(rows):
     cached = TeacherLogits.of(teacher, head, 3)
     with pytest.raises(ValueError, match="teacher_cache"):
         losses["lm"].total(replace(scored, teacher=cached))
+
+
+def test_states_are_matched_relative_to_their_deviation(rows):
+    _, hidden, teacher, _, ids = rows
+    want = torch.zeros((), dtype=torch.float64)
+    for row, wanted in zip(hidden, teacher):
+        gap = ((row - wanted) / teacher.std()).abs()
+        want = want + torch.where(gap < 1, 0.5 * gap**2, gap - 0.5).mean()
+    found = StateMatchingLoss().total(Scored([[0] * ROWS], hidden, ids, teacher))
+    assert torch.allclose(found, want, atol=1e-6)
+    with pytest.raises(ValueError, match="teacher_cache"):
+        StateMatchingLoss().total(Scored([[0] * ROWS], hidden, ids))
 
 
 def test_contrast_prefers_the_questions_passage():
