@@ -189,6 +189,13 @@ _forward(
     "Open a page on this machine that compares answers from full text and compressed passages.",
     no_args=(),
 )
+_forward(
+    "doctor",
+    ".benchmarks.cli.doctor",
+    "doctor",
+    "Examine the installation, the machine and a reader.",
+    no_args=(),
+)
 _forward("bench", ".benchmarks.cli.app", "bench_app", "Measure quality, reading, speed and cost on equal terms.")
 _forward(
     "plan", ".benchmarks.cli.plan", "plan", "Estimate whether compression pays for a reader, passages and a device."
