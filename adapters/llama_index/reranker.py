@@ -67,8 +67,8 @@ class CompressedReranker(BaseNodePostprocessor):
         if compressor.interface != "embeds" or compressor.query_aware:
             what = "reads questions" if compressor.interface == "embeds" else f"gives {compressor.interface}"
             raise ValueError(
-                f"CompressedReranker compares stored soft tokens, but this {type(compressor).__name__} {what}; use a compressor "
-                "to soft tokens that was trained with the objective rank."
+                f"CompressedReranker compares stored soft tokens, but this {type(compressor).__name__} {what}; use "
+                "a compressor to soft tokens that was trained with the objective rank."
             )
         if stride > window:
             raise ValueError(f"stride must be at most window, got stride={stride} and window={window}.")

@@ -301,4 +301,6 @@ def headline(ways: Sequence[Way], ratio: float) -> str:
 
 def sooner(times: float) -> str:
     """A speedup in words."""
-    return f"{times:.1f} times sooner" if times >= 1.05 else "as soon" if times > 0.95 else f"{1 / times:.1f} times later"
+    return (
+        f"{times:.1f} times sooner" if times >= 1.05 else "as soon" if times > 0.95 else f"{1 / times:.1f} times later"
+    )

@@ -256,6 +256,4 @@ def self_test(reader: Reader) -> Finding:
     except ValueError as error:
         return Finding("note", f"{said}; {name} does not work with it: {_sentence(error)}")
     seconds = time.perf_counter() - start
-    return Finding(
-        "ok", f"{said}, and {short.strip()!r} from half of its keys and values ({name}; {seconds:.0f} s)."
-    )
+    return Finding("ok", f"{said}, and {short.strip()!r} from half of its keys and values ({name}; {seconds:.0f} s).")
