@@ -198,7 +198,8 @@ def choices(
     if not lines:
         typer.echo(f"{out} holds all choices of {settings.dataset}.")
         return
-    given: dict[str, list[str]] = {"full": [], "none": []} | {line.label: [] for line in lines}
+    given: dict[str, list[str]] = {name: [] for name in ("full", "none", *(line.label for line in lines))}
+    compressors: dict[int, Any] = {id(line.compressor): line.compressor for line in lines}
     sizes: dict[str, list[tuple[int, int]]] = {line.label: [] for line in lines}
     with progress_bar(True) as bar:
         task = bar.add_task(settings.dataset, total=len(records))
@@ -208,7 +209,7 @@ def choices(
                 "full": [list(r.passages) for r in part],
                 "none": [[] for _ in part],
             }
-            with shared_reading({id(line.compressor): line.compressor for line in lines}.values()):
+            with shared_reading(compressors.values()):
                 for line in lines:
                     asked = [r.question for r in part] if line.query_aware else None
                     made = line.compressor.compress([r.passages[0] for r in part], asked, line.ratio)
