@@ -161,10 +161,10 @@ def scores(
     for (variant, at), values in losses.items():
         row: Row = {"suite": "study", "test": "kv-scores", "method": "kv-match", "variant": variant, "ratio_asked": at}
         row |= {"sets": [dataset_name(each) for each in file], "half": "tune", "n": len(records)}
-        for i, key in enumerate(("nll", "kl_to_full")):
+        for i, figure in enumerate(("nll", "kl_to_full")):
             ours, adopted = np.array(values)[:, i], np.array(losses[ADOPTED, at])[:, i]
-            row |= {key: float(ours.mean()), f"{key}_change": float((ours - adopted).mean())}
-            row |= dict(zip((f"{key}_change_low", f"{key}_change_high"), metrics.bootstrap_mean(ours - adopted)))
+            row |= {figure: float(ours.mean()), f"{figure}_change": float((ours - adopted).mean())}
+            row |= dict(zip((f"{figure}_change_low", f"{figure}_change_high"), metrics.bootstrap_mean(ours - adopted)))
         rows.append(clean(row | provenance(loaded, 0)))
         typer.echo(json.dumps({key: rows[-1][key] for key in ("variant", "ratio_asked", "nll", "kl_to_full")}))
     if out is not None:
