@@ -14,6 +14,7 @@ import numpy as np
 import typer
 
 from ...compressors import CompressedPassage, Reader, load_compressor
+from ...compressors.kv.match import KVMatchCompressor
 from ...compressors.kv.pairs import PairCompressor, shared_reading
 from ...recipes.data.corpus import Record
 from ...recipes.data.templates import Piece, question_prompt
@@ -40,16 +41,22 @@ FOREIGN = (  # questions about nothing in the passage, as a passage beside the r
 )
 
 
+class ForeignQuestions(KVMatchCompressor):
+    """kv-match with questions about other passages among its probes."""
+
+    def probes(self, text: str, query: str | None, room: int | None) -> list[list[int]]:
+        """Those of the passage, and `FOREIGN`."""
+        foreign = ["\n\nQuestion: " + each.replace("? ", "?\n") for each in FOREIGN]
+        return [*super().probes(text, query, room), *self.base_reader.tokenize_batch(foreign)]
+
+
 def compressors(reader: Reader, reread: list[int], foreign: bool) -> dict[str, PairCompressor]:
     """The methods by the names of their lines."""
     found: dict[str, Any] = {"kv-match": load_compressor("kv-match", reader=reader)}
     for tokens in reread:
         found[f"kv-match:reread={tokens}"] = load_compressor("kv-match", reader=reader, reread=tokens)
     if foreign:
-        own = found["kv-match, foreign questions"] = load_compressor("kv-match", reader=reader)
-        probes = own.probes
-        more = reader.tokenize_batch(["\n\nQuestion: " + each.replace("? ", "?\n") for each in FOREIGN])
-        own.probes = lambda *given: probes(*given) + more
+        found["kv-match, foreign questions"] = ForeignQuestions(found["kv-match"].config, reader)
     return found
 
 

@@ -82,12 +82,13 @@ OPTIONS: dict[str, dict] = {
     "pisco:query": {**SETTINGS["pisco"], "query_aware": True},
     "kv-match:query": {"score": "snapkv", "budget": "per-layer", "repair": "bias"},
     "kv-match:surrogate": {"score": "surrogate", "repair": "none"},
+    "kv-match:reread": {"probes": 4, "reread": 3, "repair": "none"},
 }
 METHODS = set(SETTINGS)
 SETTINGS |= OPTIONS
 OPTION_ARCHITECTURES = ("llama", "gemma3_text", "gpt_neox")
 QUESTION = "Who won two prizes?"
-UNTRAINED = ("selective-context", "llmlingua", "longllmlingua", "kv-match", "kv-match:query", "pc")
+UNTRAINED = ("selective-context", "llmlingua", "longllmlingua", "kv-match", "kv-match:query", "kv-match:reread", "pc")
 SOFT = [name for name in sorted(SETTINGS) if issubclass(COMPRESSORS[name.partition(":")[0]], SoftCompressor)]
 # Readers that a method cannot work with, and what it says when it is built for one.
 REFUSED = {
