@@ -203,7 +203,8 @@ FRONT = {
 
 def front(pairs: Sequence[Row], others: Sequence[Row]) -> str:
     """The README's table of what is kept, with its questions: of the rows beside kv-match's, else of `others`."""
-    lines, measured = [], {}
+    lines: list[Row] = []
+    measured: dict[str, str] = {}
     for method, name in FRONT.items():
         rows = [row for row in pairs if row["method"] == method] or [row for row in others if row["method"] == method]
         by_ratio = {row["ratio_asked"]: row for row in rows if "ratio_asked" in row}
