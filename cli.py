@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from .console import friendly_errors, highlight
+from .console import friendly_errors, highlight, highlight_kept
 
 if TYPE_CHECKING:
     from .compressors import CompressedPassage, Compressor
@@ -204,7 +204,7 @@ _forward(
     "demo",
     ".benchmarks.cli.demo",
     "demo",
-    "Retrieve, compress, answer, train and measure with the shipped models.",
+    "Ask ten questions of real passages on the pretrained reader: full text, kv-match, a shorter text, nothing.",
     no_args=(),
 )
 
@@ -243,7 +243,7 @@ def _show(compressor: Compressor, found: CompressedPassage, text: str, query: st
     table.add_row("method", str(found.info.get("method", compressor.config_class.method)))
     table.add_row("interface", found.interface)
     table.add_row("source tokens", f"{found.source_tokens:,}")
-    table.add_row("slots", f"{found.slots:,}")
+    table.add_row("slots", f"{found.slots:,}" + " pairs per head" * (found.counts is not None))
     table.add_row("compression ratio", f"{found.ratio:.2f}")
     table.add_row("bytes", f"{found.nbytes:,}")
     console.print(table)
@@ -251,6 +251,9 @@ def _show(compressor: Compressor, found: CompressedPassage, text: str, query: st
     if found.interface == "text":
         console.print("\nKept, in bold:")
         console.print(highlight(text, found))
+    elif found.counts is not None and found.slots:
+        console.print("\nTokens whose keys and values most heads keep, in bold:")
+        console.print(highlight_kept(text, found, reader.tokenize_with_offsets(text)[1]))
     elif found.embeds is not None and found.slots:
         norms = found.embeds.float().norm(dim=-1).tolist()
         console.print(f"\nSlot norms (mean of the reader's embeddings: {reader.embedding_norm:.2f}):")

@@ -1,9 +1,9 @@
-"""Helpers of all commands: errors in one sentence, and what a text compressor kept."""
+"""Helpers of all commands: errors in one sentence, and what a compressor kept."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -63,3 +63,18 @@ def highlight(text: str, found: CompressedPassage) -> Any:
     for start, end in found.spans or ():
         shown.stylize("not dim bold green", start, end)
     return shown if found.spans is not None else Text(found.text or "")
+
+
+def highlight_kept(text: str, found: CompressedPassage, offsets: Sequence[tuple[int, int]]) -> Any:
+    """Return the text as a `rich.text.Text`: the tokens of which most heads keep their pair in bold, as many as the budget.
+
+    `offsets`: start and end of every token. `found`: a ragged KV passage.
+    """
+    from rich.text import Text
+
+    start = found.span[0] if found.span else 0
+    heads = (found.positions.long() - start).bincount(minlength=len(offsets))  # type: ignore[union-attr]
+    shown = Text(text, style="dim")
+    for token in heads.topk(min(found.slots, len(offsets))).indices.tolist():
+        shown.stylize("not dim bold green", *offsets[token])
+    return shown

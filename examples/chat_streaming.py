@@ -4,12 +4,12 @@ Run it with ``python examples/chat_streaming.py``.
 """
 
 from llama_index.core import VectorStoreIndex
-from nutgraf import Reader, load_compressor, pretrained
+from nutgraf import Reader, load_compressor
 from nutgraf.adapters.llama_index import CompressedContextLLM, CompressedContextPostprocessor
 from shared import READER, embedding, passages, questions
 
 reader = Reader.from_pretrained(READER)
-compressor = load_compressor(pretrained("salient-pool-small"), reader)
+compressor = load_compressor("kv-match", reader)
 
 
 def chat_engine():

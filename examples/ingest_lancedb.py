@@ -3,7 +3,8 @@
     pip install nutgraf[store]
     python examples/ingest_lancedb.py [FOLDER]
 
-Run it twice: the second time nothing is compressed. One LanceDB table holds texts, retrieval vectors and slots.
+Run it twice: the second time nothing is compressed. One LanceDB table holds texts, retrieval vectors and keys and
+values, in eight bits.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from llama_index.core import Document
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.query_engine import RetrieverQueryEngine
-from nutgraf import Reader, load_compressor, pretrained
+from nutgraf import Reader, load_compressor
 from nutgraf.adapters.llama_index import (
     CompressedContextLLM,
     CompressedContextPostprocessor,
@@ -24,6 +25,7 @@ from nutgraf.adapters.llama_index import (
     StoreRetriever,
 )
 from nutgraf.adapters.store import LanceStore
+from shared import READER
 
 ARTICLES = [
     "The Peace of Westphalia was signed in 1648 in Osnabrueck and Muenster. It ended the Thirty Years' War.",
@@ -35,10 +37,10 @@ QUESTION = "Where was Marie Curie born?"
 
 def main(folder: str = "passages") -> None:
     """Ingest three short articles into the store in ``folder`` and ask a question."""
-    reader = Reader.from_pretrained(pretrained("reader-small"))
-    compressor = load_compressor(pretrained("salient-pool-small"), reader)
+    reader = Reader.from_pretrained(READER)
+    compressor = load_compressor("kv-match", reader)
     embedder = SentenceTransformerEmbedding()
-    store = LanceStore(folder)
+    store = LanceStore(folder, quantize="int8")
 
     # Indexing: split, embed, compress. Stop it at any time and run it again; stored passages are skipped.
     start = time.perf_counter()
@@ -50,7 +52,7 @@ def main(folder: str = "passages") -> None:
     print(
         f"{stats.passages - before} passages compressed in {time.perf_counter() - start:.1f} s, {before} were stored."
     )
-    print(f"{stats.makers[0].ratio:.1f} tokens per slot, {stats.nbytes:,} bytes of slots in {folder}.")
+    print(f"{stats.makers[0].ratio:.1f} tokens per slot, {stats.nbytes:,} bytes of keys and values in {folder}.")
 
     # Answering: retrieval and slots come from the same table, and nothing is compressed.
     engine = RetrieverQueryEngine.from_args(

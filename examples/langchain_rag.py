@@ -9,12 +9,12 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
 from langchain_core.runnables import Runnable, RunnableLambda
 from langchain_core.vectorstores import InMemoryVectorStore
-from nutgraf import Reader, load_compressor, pretrained
+from nutgraf import Reader, load_compressor
 from nutgraf.adapters.langchain import CompressedContextDocumentCompressor, CompressedContextLLM
 from shared import READER, embedding, passages, questions
 
 reader = Reader.from_pretrained(READER)
-compressor = load_compressor(pretrained("salient-pool-small"), reader)
+compressor = load_compressor("kv-match", reader)
 shorten = CompressedContextDocumentCompressor(compressor)
 llm = CompressedContextLLM(reader=reader, max_new_tokens=16)
 prompt = PromptTemplate.from_template("{context}\n\nQuestion: {question}\nAnswer:")
@@ -59,6 +59,5 @@ if __name__ == "__main__":
         print(f"> {question}")
         for piece in answer.stream(context):
             print(piece, end="", flush=True)
-        read = llm.get_num_tokens(prompt.format(**context))
-        as_text = llm.get_num_tokens(prompt.format(question=question, context=context["text"]))
-        print(f"\n  ({read} tokens read, {as_text} as text)")
+        tokens = llm.get_num_tokens(context["text"])
+        print(f"\n  ({tokens} tokens read as {tokens / compressor.config.ratio:.0f} keys and values per head)")

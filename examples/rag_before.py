@@ -11,7 +11,7 @@ def pipeline():
     index = VectorStoreIndex(passages(), embed_model=embedding())
     return index.as_query_engine(
         similarity_top_k=2,
-        llm=TransformersLLM(folder=READER),
+        llm=TransformersLLM(name=READER),
     )
 
 

@@ -21,12 +21,12 @@ from llama_index.core.schema import TextNode
 from nutgraf.adapters.llama_index import CompressionEvent, SentenceTransformerEmbedding
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
-READER = nutgraf.pretrained("reader-small")
+READER = "reader-smollm2"  # a shipped reader, a folder or a hub id
+SOFT = "icae-smollm2"  # a compressor to soft tokens for it, where keys and values cannot be read
 SAMPLE = Path(nutgraf.__file__).parent / "benchmarks" / "sample" / "squad_dev.jsonl"
-N_PASSAGES, N_QUESTIONS = 24, 4
+N_PASSAGES, N_QUESTIONS = 12, 4
 
 
 @functools.cache
@@ -75,15 +75,15 @@ class _FirstToken(BaseStreamer):
 class TransformersLLM(CustomLLM):
     """A Hugging Face model as a plain LlamaIndex LLM, without compression."""
 
-    folder: str
+    name: str
     max_new_tokens: int = 16
     _model: Any = None
     _tokenizer: Any = None
 
     def model_post_init(self, context: Any) -> None:
         super().model_post_init(context)
-        self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        self._model = AutoModelForCausalLM.from_pretrained(self.folder).eval()
+        loaded = nutgraf.Reader.from_pretrained(self.name)  # an adapter is merged into its base model
+        self._model, self._tokenizer = loaded.model, loaded.tokenizer
 
     @property
     def metadata(self) -> LLMMetadata:
@@ -114,7 +114,7 @@ class TransformersLLM(CustomLLM):
 
 @dataclass
 class Asked:
-    """An answer, the reader positions of its prompts, and the milliseconds to its first token, compression included."""
+    """An answer, the tokens and slots read, and the milliseconds to its first token, compression included."""
 
     answer: str = ""
     reader_tokens: int = 0
@@ -128,8 +128,9 @@ class _Costs(BaseEventHandler):
         if isinstance(event, CompressionEvent):
             self.asked.ttft_ms += event.ms
         elif isinstance(event, LLMCompletionEndEvent):
-            self.asked.reader_tokens += event.response.raw["reader_tokens"]
-            self.asked.ttft_ms += event.response.raw["ttft_ms"]
+            raw = event.response.raw
+            self.asked.reader_tokens += raw["reader_tokens"] - raw.get("source_tokens", 0) + raw.get("slots", 0)
+            self.asked.ttft_ms += raw["ttft_ms"]
 
 
 def ask(engine: BaseQueryEngine, asked: Sequence[str]) -> list[Asked]:

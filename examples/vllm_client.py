@@ -1,10 +1,10 @@
-"""Compress passages in this process and let a server answer over HTTP.
+"""Compress passages to soft tokens in this process and let a server answer over HTTP.
 
     pip install nutgraf[serve]
     python examples/vllm_client.py [URL MODEL]
 
 Without a URL it starts a server in this process. The server at a URL must serve the reader named below: ``nutgraf serve
---reader reader-small``, or ``vllm serve READER --enable-prompt-embeds`` for your own reader.
+--reader reader-smollm2``, or ``vllm serve READER --enable-prompt-embeds`` for your own reader.
 """
 
 import sys
@@ -12,14 +12,14 @@ import threading
 import time
 
 import uvicorn
-from nutgraf import Reader, load_compressor, pretrained
+from nutgraf import Reader, load_compressor
 from nutgraf.adapters.openai import EmbeddingTable, ServedReader
 from nutgraf.adapters.serve import create_app
-from shared import READER, passages, questions
+from shared import READER, SOFT, passages, questions
 
 
 def start_server(reader: Reader) -> tuple[uvicorn.Server, str]:
-    """``nutgraf serve --reader reader-small`` in a thread."""
+    """``nutgraf serve --reader reader-smollm2`` in a thread."""
     server = uvicorn.Server(uvicorn.Config(create_app(reader), port=0, log_level="error"))
     threading.Thread(target=server.run, daemon=True).start()
     while not server.started:
@@ -28,7 +28,7 @@ def start_server(reader: Reader) -> tuple[uvicorn.Server, str]:
 
 
 reader = Reader.from_pretrained(READER)
-compressor = load_compressor(pretrained("salient-pool-small"), reader)
+compressor = load_compressor(SOFT, reader)
 
 
 if __name__ == "__main__":
@@ -36,7 +36,7 @@ if __name__ == "__main__":
     if url is None:
         server, url = start_server(reader)
     # Of the reader, the client needs its tokenizer and its token embeddings alone.
-    table = EmbeddingTable.from_pretrained(READER, fingerprint=reader.fingerprint)
+    table = EmbeddingTable.of(reader)  # elsewhere: EmbeddingTable.from_pretrained(FOLDER, fingerprint=...)
     texts = [node.text for node in passages()]
     texts = texts[:: max(len(texts) // len(questions()), 1)][: len(questions())]  # those that hold the answers
     compressed = compressor.compress(texts)

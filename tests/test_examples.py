@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import re
 import runpy
 import socket
@@ -25,6 +26,9 @@ def run(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.setenv("COLUMNS", "400")
     before = set(sys.modules)
+    shared = importlib.import_module("shared")
+    monkeypatch.setattr(shared, "READER", "reader-small")  # the examples' own takes minutes
+    monkeypatch.setattr(shared, "SOFT", "icae-small")
 
     def run_one(name: str, *arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", [name, *arguments])
@@ -44,7 +48,7 @@ def pipeline_lines(name: str) -> list[str]:
 
 def test_before_and_after_differ_in_two_lines_of_the_pipeline():
     changes = list(difflib.ndiff(pipeline_lines("rag_before"), pipeline_lines("rag_after")))
-    assert [line for line in changes if line.startswith("- ")] == ["-         llm=TransformersLLM(folder=READER),"]
+    assert [line for line in changes if line.startswith("- ")] == ["-         llm=TransformersLLM(name=READER),"]
     added = [line.split("=")[0].removeprefix("+").strip() for line in changes if line.startswith("+ ")]
     assert added == ["llm", "node_postprocessors"]
 
@@ -64,7 +68,7 @@ def test_each_pipeline_answers(run, name):
 @pytest.mark.slow
 def test_side_by_side(run):
     printed, lengths = run("rag_compare").split("Compressed when indexed, longer passages")
-    assert re.search(r"24 passages embedded and compressed in \d+\.\d s", printed)
+    assert re.search(r"12 passages embedded and compressed in \d+\.\d s", printed)
     counts = tokens(printed)
     text, asked, indexed = counts[::3], counts[1::3], counts[2::3]
     assert len(text) == 4
@@ -77,8 +81,8 @@ def test_side_by_side(run):
     assert int(saved[1]) == int(saved[2]) >= 30
     rows = re.findall(r"(\d) x as long, ratio \d+\W+(\d+)\W+(\d+) ms\W+(\d+)\W+(\d+) ms", lengths)
     times, text, _, slots, _ = (list(map(int, column)) for column in zip(*rows))
-    assert times == [1, 2, 4]
-    assert text[2] > 2.5 * text[0]
+    assert times == [1, 2]
+    assert text[1] > 1.5 * text[0]
     assert max(slots) < 1.15 * min(slots)  # so that the time to the first token stays what it was
 
 
@@ -93,9 +97,9 @@ def test_chat_streaming(run):
 def test_a_langchain_chain(run):
     pytest.importorskip("langchain_core")
     printed = run("langchain_rag")
-    counts = re.findall(r"\((\d+) tokens read, (\d+) as text\)", printed)
+    counts = re.findall(r"\((\d+) tokens read as (\d+) keys and values per head\)", printed)
     assert len(counts) == printed.count("> ") == 4
-    assert all(0 < int(read) < int(text) for read, text in counts)
+    assert all(0 < int(read) < int(text) for text, read in counts)
     answers = [part.split("\n")[1].strip() for part in printed.split("> ")[1:]]
     assert len(set(answers)) > 1  # of other documents
 

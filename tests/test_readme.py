@@ -10,18 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-POOLED = ROOT / "benchmarks" / "results" / "smollm2_pooled.jsonl"
-SHARE = re.compile(r"\d+ % \(\d+ to \d+\)")
-# What the README says is kept: page of the method -> lines of the pooled rows, with the ratio asked for.
-KEPT = {
-    "icae": [("icae", 4.0)],
-    "xrag": [("xrag", None)],
-    "salient-pool": [("salient-pool-query", 4.0)],
-    "llmlingua2": [("llmlingua2", 4.0), ("llmlingua2-query", 4.0)],
-    "llmlingua": [("llmlingua", 4.0)],
-    "longllmlingua": [("longllmlingua-query", 4.0)],
-    "selective-context": [("selective-context", 4.0)],
-}
+RESULTS = ROOT / "benchmarks" / "results"
+POOLED, PAIRS = RESULTS / "smollm2_pooled.jsonl", RESULTS / "kv_match_pooled.jsonl"
 
 
 def test_it_is_at_most_9_kb():
@@ -56,16 +46,20 @@ def printed(row: dict) -> str:
     return f"{share} % ({low} to {high})"
 
 
-def test_method_table_has_the_numbers_of_the_rows(shares):
-    lines = re.findall(r"^\| \[.*?\]\(docs/methods/(.*?)\.md\).*$", README.read_text(), re.M)
-    assert set(KEPT) <= set(lines)
-    for page in lines:
-        (row,) = re.findall(rf"^\| .*docs/methods/{page}\.md.*$", README.read_text(), re.M)
-        assert SHARE.findall(row) == [shares[line] for line in KEPT.get(page, [])], page
+def test_every_method_is_listed():
+    named = re.findall(r"^  \[.*?\]\(docs/methods/(.*?)\.md\),?$", README.read_text(), re.M)
+    pages = {page.stem for page in (ROOT / "docs" / "methods").glob("*.md")} - {"index", "full-text"}
+    assert sorted(named) == sorted(pages)
 
 
-def test_baselines_and_limits_have_the_numbers_of_the_rows(shares):
-    text = " ".join(README.read_text().split())
-    assert f"the passage's first tokens keep {shares['truncate', 4.0]} and sentences" in text
-    assert f"BM25 {shares['extract', 4.0]}" in text
-    assert f"keeps {shares['icae', 2.0]} at 2x" in text
+def test_the_front_table_leads_with_kv_match_and_has_the_numbers_of_the_rows(shares):
+    kept = README.read_text().partition("<!-- kept -->")[2].partition("<!-- /kept -->")[0]
+    assert list(re.findall(r"\*\*(.*?)\*\*", kept)) == ["kv-match"]
+    rows = [json.loads(line) for line in PAIRS.read_text().splitlines()]
+    of_pairs = {row["ratio_asked"]: printed(row) for row in rows if row["method"] == "kv-match"}
+    (line,) = re.findall(r"^\| \*\*kv-match.*$", kept, re.M)
+    assert [cell.strip() for cell in line.split("|")[2:-1]] == [of_pairs.get(ratio, "") for ratio in (2.0, 4.0, 8.0, 16.0)]
+
+
+def test_limits_have_the_numbers_of_the_rows(shares):
+    assert f"keeps {shares['icae', 2.0]} at 2x" in " ".join(README.read_text().split())

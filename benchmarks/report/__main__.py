@@ -20,7 +20,7 @@ from .plots import by_bytes, hash_in, rows_hash, trade_off
 from .speed_tables import missing, speed_tables
 from .table import build, render
 
-PAGES = PACKAGE / "docs" / "results"
+PAGES, README = PACKAGE / "docs" / "results", PACKAGE / "README.md"
 PICTURE = PAGES / "quality.png"
 KV_PICTURE = PAGES / "kv.png"
 PRETRAINED, KEPT_PAIRS = "smollm2", "kv_match"  # results files of the pretrained reader
@@ -44,7 +44,17 @@ def pages() -> dict[Path, str]:
         PAGES / "studies.md": studies_page(),
         PAGES / "methods.json": json.dumps(method_numbers(pooled), indent=2) + "\n",
         RESULTS / f"{PRETRAINED}_pooled.jsonl": "".join(json.dumps(row) + "\n" for row in pooled),
+        README: readme(README.read_text(encoding="utf-8"), quality.front(pairs["pooled"], pooled)),
     }
+
+
+def readme(text: str, kept: str) -> str:
+    """The README with its table of what is kept. Raises ValueError if the marks of its place are gone."""
+    before, start, rest = text.partition("<!-- kept -->\n")
+    _, end, after = rest.partition("<!-- /kept -->\n")
+    if not (start and end):
+        raise ValueError("README.md needs the lines <!-- kept --> and <!-- /kept --> around the table of what is kept.")
+    return f"{before}{start}{kept}{end}{after}"
 
 
 def quality_page(pooled: Sequence[Row], sets: dict[str, dict[Key, Row]]) -> str:

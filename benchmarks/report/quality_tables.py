@@ -8,7 +8,7 @@ from typing import Any
 from ..names import dataset_title, is_beside, kind_of, line_name, method_name, with_ratio
 from ..quality.pooled import BUDGETS, FULL, NONE, ONE_SLOT, POOLED, Key, best, budget_of
 from ..rows import Row, key_of, newest
-from .table import Column, Table, build, columns, interval, milliseconds
+from .table import Column, Table, build, columns, interval, milliseconds, render
 
 SCORES = {"embedder": "the embedder's score", "bm25": "BM25", "gold": "the known right passage"}
 SHORT = {
@@ -187,6 +187,37 @@ def about(pooled: Sequence[Row], measured: Collection[str]) -> dict[str, Any]:
         "lost": [dataset_title(name) for name in missing if name in measured],
         "absent": [dataset_title(name) for name in missing if name not in measured],
     }
+
+
+# -- the README ------------------------------------------------------------------------------------------------------
+
+FRONT_METHOD = "kv-match"
+FRONT = {
+    FRONT_METHOD: "**kv-match**: keys and values, no training",
+    "truncate": "the passage's first tokens",
+    "llmlingua2": "LLMLingua-2: shorter text",
+    "icae": "ICAE: soft tokens, trained for 23 minutes",
+    "llmlingua2-query": "LLMLingua-2, compressed again for each question",
+}
+
+
+def front(pairs: Sequence[Row], others: Sequence[Row]) -> str:
+    """The README's table of what is kept, with its questions: of the rows beside kv-match's, else of `others`."""
+    lines: list[Row] = []
+    measured: dict[str, str] = {}
+    for method, name in FRONT.items():
+        rows = [row for row in pairs if row["method"] == method] or [row for row in others if row["method"] == method]
+        by_ratio = {row["ratio_asked"]: row for row in rows if "ratio_asked" in row}
+        if by_ratio:
+            lines.append({"name": name} | {f"{ratio:g}x": _share(row) for ratio, row in by_ratio.items()})
+            measured[f"{rows[0]['n']} questions on {', '.join(map(dataset_title, rows[0]['datasets']))}"] = method
+    table = build(
+        [Column("", "name"), *(Column(f"{ratio:g}x", f"{ratio:g}x") for ratio in BUDGETS if ratio < 32)], lines
+    )
+    said = list(measured)
+    if len(said) > 1:
+        said = [f"{FRONT_METHOD}: {said[0]}", *(f"the others: {words}" for words in said[1:])]
+    return f"{render('table_only.md', t=table)}\n{'; '.join(said)}; one passage each.\n"
 
 
 # -- studies ---------------------------------------------------------------------------------------------------------

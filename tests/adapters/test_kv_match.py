@@ -68,6 +68,7 @@ def test_the_commands_take_it_by_its_name(zoo, tmp_path):
     assert "2 passages compressed" in " ".join(done.output.split())
     done = CliRunner().invoke(app, ["inspect", TEXTS[0], "-c", "kv-match", "--reader", folder, "--query", QUESTION])
     assert done.exit_code == 0, done.output
-    assert "kv" in done.output
+    assert "pairs per head" in done.output
+    assert "Tokens whose keys and values most heads keep" in done.output
     with pytest.raises(ValueError, match="There is no compressor 'kv-matched'"):
         load_compressor("kv-matched", reader=zoo.reader("llama"))
