@@ -23,7 +23,8 @@ class CompressorConfig:
     title: ClassVar[str] = ""  # name in tables and plots; empty: the name of the method
     # What compressing a passage runs: the reader over passage and slots ("slots") or over the passage ("states"), a language
     # model with its head once ("scores") or with and without the question ("contrast"), a projector on the index's vector
-    # ("vector"), a few cross-attention blocks ("blocks"), or nothing ("none": the passage is read whole).
+    # ("vector"), a few cross-attention blocks ("blocks"), many passes of the reader forward and back ("fit"), or nothing
+    # ("none": the passage is read whole).
     cost: ClassVar[str] = "slots"
     retired: ClassVar[Mapping[str, Any]] = {}
     retired_unhashed: ClassVar[Mapping[str, Any]] = {}
