@@ -30,8 +30,8 @@ from .expand import takes
 PACKAGE = "nutgraf"
 DEFAULT = "reader-smollm2"
 PASSAGE = "The bridge over the Aare was opened in 1883. It was built by Gottlieb Ott and it is 229 metres long."
-QUESTION = "Who built the bridge?"
-TAIL = "\n\nQuestion: Who built the bridge?\nAnswer:"
+QUESTION = "When was the bridge opened?"
+TAIL = f"\n\nQuestion: {QUESTION}\nAnswer:"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WEIGHT = {"ok": "green", "note": "yellow", "fault": "red"}
 
