@@ -58,7 +58,9 @@ def test_the_front_table_leads_with_kv_match_and_has_the_numbers_of_the_rows(sha
     rows = [json.loads(line) for line in PAIRS.read_text().splitlines()]
     of_pairs = {row["ratio_asked"]: printed(row) for row in rows if row["method"] == "kv-match"}
     (line,) = re.findall(r"^\| \*\*kv-match.*$", kept, re.M)
-    assert [cell.strip() for cell in line.split("|")[2:-1]] == [of_pairs.get(ratio, "") for ratio in (2.0, 4.0, 8.0, 16.0)]
+    assert [cell.strip() for cell in line.split("|")[2:-1]] == [
+        of_pairs.get(ratio, "") for ratio in (2.0, 4.0, 8.0, 16.0)
+    ]
 
 
 def test_limits_have_the_numbers_of_the_rows(shares):
