@@ -32,7 +32,7 @@ LAYERS = [
 MAY_IMPORT = {
     "console": {"compressors"},
     "compressors": set(),
-    "recipes": {"compressors"},
+    "recipes": {"compressors", "console"},
     "adapters": {"compressors", "console"},
     "benchmarks": {"compressors", "console", "recipes", "adapters"},
     "__init__": {"compressors"},
