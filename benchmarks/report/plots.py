@@ -125,8 +125,9 @@ def by_bytes(rows: Sequence[Row]) -> bytes | None:
         bars = [[max(a - b, 0.0) for a, b in zip(y, low)], [max(b - a, 0.0) for a, b in zip(y, high)]]
         axes.errorbar(x, y, bars, capsize=2, elinewidth=0.9, label=line["name"], **line["look"])
         for row, at, share in zip(line["rows"], x, y):
-            axes.annotate(f"{row['ratio_asked']:g}x", (at, share), (6, 5), textcoords="offset points", fontsize=8.5,
-                          color=line["look"]["color"])  # fmt: skip
+            left = line["kind"] == "plain"  # lies close to the shorter texts
+            axes.annotate(f"{row['ratio_asked']:g}x", (at, share), (-8 if left else 8, -3), textcoords="offset points",
+                          ha="right" if left else "left", fontsize=8.5, color=line["look"]["color"])  # fmt: skip
     full = next((row.get("bytes_per_passage") for row in rows if row["method"] == "full"), None)
     if full is not None:
         axes.plot(full, 100, "*", color=INK, markersize=13, zorder=5)
@@ -134,12 +135,17 @@ def by_bytes(rows: Sequence[Row]) -> bytes | None:
     axes.axhline(100, color=INK, linewidth=1.2)
     axes.axhline(0, color=QUIET, linewidth=1.2)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} MB" if value >= 1e6 else f"{value / 1e3:g} kB")
+    axes.xaxis.set_major_formatter(lambda size, _: _size(size))
     axes.minorticks_off()
     axes.set_xlabel("size of a stored passage")
     axes.set_ylabel("recovered share of the full text's gain, %")
     axes.legend(frameon=False, fontsize=9.5, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
     return _png(figure, rows)
+
+
+def _size(size: float) -> str:
+    unit, words = next((pair for pair in ((1e6, "MB"), (1e3, "kB")) if size >= pair[0]), (1, "B"))
+    return f"{size / unit:g} {words}"
 
 
 def _png(figure: Figure, rows: Sequence[Row]) -> bytes:
