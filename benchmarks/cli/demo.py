@@ -77,12 +77,12 @@ class Way:
 class FirstTokens(BaseNodePostprocessor):
     """Cuts every passage to its first tokens: the plain shorter text of the same budget."""
 
-    ratio: float
     _reader: Any = PrivateAttr()
+    _ratio: float = PrivateAttr()
 
     def __init__(self, reader: Reader, ratio: float) -> None:
-        super().__init__(ratio=ratio)
-        self._reader = reader
+        super().__init__()
+        self._reader, self._ratio = reader, ratio
 
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
@@ -91,7 +91,7 @@ class FirstTokens(BaseNodePostprocessor):
         for scored in nodes:
             text = scored.node.get_content()
             ends = [end for _, end in self._reader.tokenize_with_offsets(text)[1]]
-            kept = text[: ends[math.ceil(len(ends) / self.ratio) - 1]] if ends else ""
+            kept = text[: ends[math.ceil(len(ends) / self._ratio) - 1]] if ends else ""
             out.append(NodeWithScore(node=TextNode(text=kept, id_=scored.node.node_id), score=scored.score))
         return out
 
@@ -293,7 +293,7 @@ def headline(ways: Sequence[Way], ratio: float) -> str:
     full, ours = ways[0], ways[1]
     same = sum(exact_match(a, [b]) == 1 for a, b in zip(ours.texts, full.texts))
     faster = statistics.median(full.ttft_ms) / statistics.median(ours.ttft_ms)
-    part = {2: "half", 3: "a third", 4: "a quarter"}.get(ratio, f"1/{ratio:g}")
+    part = {2.0: "half", 3.0: "a third", 4.0: "a quarter"}.get(float(ratio), f"1/{ratio:g}")
     return (
         f"{ours.name} answered {same} of {len(full.texts)} questions as the full text does, from {part} of the keys and "
         f"values, and gave the first token {sooner(faster)}."

@@ -173,7 +173,7 @@ def best(lines: Sequence[Line]) -> Line:
 
 def loadings(shape: DecoderShape, load: Load, hardware: Hardware, ratios: Sequence[float], full: Line) -> list[Loading]:
     """Soft slots and both kinds of keys and values from the store at every ratio and precision; `full`: the text's line."""
-    found = []
+    found: list[Loading] = []
     for family in (family for family in FAMILIES if family.cost in ("slots", "states") and family.methods):
         if any(row.form == family.form for row in found):  # pooled states are stored as memory slots are
             continue
