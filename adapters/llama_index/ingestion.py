@@ -27,7 +27,7 @@ from llama_index.core.schema import (
 
 from ...compressors import Compressor, FidelityGate
 from ..checks import check_compressor
-from ..store import Maker, PassageStore, fill
+from ..store import Maker, PassageStore, documents, fill
 from ..threads import in_thread
 from .nodes import text_of
 
@@ -175,7 +175,7 @@ class CompressPassages(TransformComponent):
 class StoreRetriever(BaseRetriever):
     """Retrieves from a `LanceStore` with retrieval vectors: one table serves retrieval and reading.
 
-    The score of a node is the cosine similarity. Nodes with the same text are stored once.
+    The score of a node is the cosine similarity. A text is stored once; if several documents hold it, there is a node of each.
 
     Args:
         store: filled by `CompressPassages` after an embedding.
@@ -209,9 +209,10 @@ class StoreRetriever(BaseRetriever):
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         vector = query_bundle.embedding or self._embed_model.get_agg_embedding_from_queries(query_bundle.embedding_strs)
         hits = self._store.search(vector, self._top_k, self._maker, metric="cosine")
+        found = [(hit, about) for hit in hits for about in documents(hit.entry.about) or [{}]]
         return [
-            NodeWithScore(node=_node(hit.entry.text or "", hit.entry.about or {}), score=1.0 - hit.distance)
-            for hit in hits
+            NodeWithScore(node=_node(hit.entry.text or "", about), score=1.0 - hit.distance)
+            for hit, about in found[: self._top_k]
         ]
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:

@@ -48,7 +48,8 @@ class ServedReader:
             ``torch.bfloat16`` halves the request. A server in float16 cannot hold numbers above 65,504.
         fallback: ``"text"``: if the server does not answer a prompt with compressed passages, ask once more with their
             original texts, which each call must then give.
-        known_bugs: ``"warn"``, ``"raise"`` or ``"ignore"`` the findings of `find_known_bugs` when passages are first sent.
+        known_bugs: ``"warn"``, ``"raise"`` or ``"ignore"`` the findings of `find_known_bugs` when passages are first sent. The
+            server's tokenizer is then checked too, unless they are ignored.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -101,7 +102,7 @@ class ServedReader:
             headers["Authorization"] = f"Bearer {api_key}"
         self._transport = Transport(base_url.rstrip("/").removesuffix("/v1"), headers, timeout, retries, backoff)
         self._checking = threading.Lock()
-        self._checked = self._same_tokenizer = False
+        self._checked = False
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -177,7 +178,7 @@ class ServedReader:
 
         Raises:
             ServingError: if the server gives no answer; the subclass says why.
-            ReaderMismatchError: if a passage is for another reader, or the server has another tokenizer.
+            ReaderMismatchError: if a passage is for another reader, or the server of slots has another tokenizer.
             ValueError: if a passage cannot be sent, or an option is unknown.
         """
         calls = _calls(prompts, max_new_tokens, chat, stop, template, texts, options)
@@ -295,8 +296,6 @@ class ServedReader:
             _log.warning("A passage is keys and values, which cannot be sent; the prompt is read as text.")
             return None
         request = self._body(call)
-        if call.has_slots or self.engine != "vllm-chat":  # the server tokenises the text of chats itself
-            self._check_tokenizer()
         if call.has_slots:
             try:
                 self._check_server()
@@ -316,16 +315,11 @@ class ServedReader:
         _log.warning("The compressed passages are read as text: %s", error)
         return True
 
-    def _check_tokenizer(self) -> None:
-        with self._checking:
-            if not self._same_tokenizer:
-                check_tokenizer(self._transport, self.model, self.table.tokenizer, self.table.name)
-                self._same_tokenizer = True
-
     def _check_server(self) -> None:
         with self._checking:
             if self._checked or self.known_bugs == "ignore":
                 return
+            check_tokenizer(self._transport, self.model, self.table.tokenizer, self.table.name)
             found = find_known_bugs(self._transport, self.engine, self.model)
             if found and self.known_bugs == "raise":
                 raise KnownBugError(" ".join(found))

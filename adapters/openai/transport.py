@@ -55,7 +55,7 @@ class Transport:
     def ask(self, path: str, body: Mapping[str, Any]) -> httpx.Response | None:
         """Post a small request without retries; ``None`` if the server does not answer it."""
         try:
-            response = self._client.post(path, json=body, timeout=min(self.timeout, 10.0))
+            response = self._client.post(path, json=body, timeout=min(self.timeout, 3.0))
         except httpx.HTTPError:
             return None
         return response if response.is_success else None

@@ -201,7 +201,7 @@ def generate(
         [plans[i] for i in order], **options.to_kwargs(), stopping_criteria=StoppingCriteriaList([seen])
     )
     answers: list[Answered | None] = [None] * len(plans)
-    for i, text, row in zip(order, texts, seen.rows()):
+    for i, text, row in zip(order, texts, seen.rows() or [[]] * len(plans)):
         ids = cut_at_end(row, reader.eos_ids)
         stopped = cut_at_stop(reader.decode(ids), options.stop)[1]
         made = len(ids) if not stopped else len(reader.tokenize(text))
@@ -217,6 +217,10 @@ class _Seen(StoppingCriteria):
         self.cancelled = cancelled
         self.steps = 0
         self.ids: Tensor | None = None
+
+    def abandoned(self) -> bool:
+        """Whether all prompts are cancelled; the forward pass then ends too."""
+        return all(self.cancelled())
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         self.steps += 1

@@ -15,7 +15,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Entry, Facts, Hit, Listed, Maker, MakerStats, PassageKey, PassageStore, StoreError, StoreStats
+from .base import (
+    Entry,
+    Facts,
+    Hit,
+    Listed,
+    Maker,
+    MakerStats,
+    PassageKey,
+    PassageStore,
+    StoreError,
+    StoreStats,
+    documents,
+)
 from .codec import Encoding
 from .fill import Filled, explain_missing, fill, get_or_compress, keys_for
 from .memory import MemoryStore
@@ -35,6 +47,7 @@ __all__ = [
     "PassageStore",
     "StoreError",
     "StoreStats",
+    "documents",
     "explain_missing",
     "fill",
     "get_or_compress",

@@ -17,6 +17,10 @@ from ...compressors import CompressedPassage, Compressor
 ItemT = TypeVar("ItemT")
 
 
+_ALSO = "nutgraf:also"  # in ``about``: the facts of further documents that hold the text
+_DOCUMENT = ("ref_doc_id", "file")  # the facts that name a document: LlamaIndex's, a corpus'
+
+
 class StoreError(RuntimeError):
     """A store cannot be read or written: full or read-only disk, missing or damaged file.
 
@@ -77,7 +81,10 @@ class PassageKey:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a store keeps of a passage besides its slots: text, retrieval vector, the caller's facts. ``None``: not given."""
+    """What a store keeps of a passage besides its slots: text, retrieval vector, the caller's facts. ``None``: not given.
+
+    A text of several documents (facts ``ref_doc_id`` or ``file``) is stored once, with the facts of each; see `documents`.
+    """
 
     text: str | None = None
     vector: Sequence[float] | None = None
@@ -90,11 +97,13 @@ class Facts:
         object.__setattr__(self, "about", json.loads(json.dumps(dict(self.about))) if self.about else None)
 
     def over(self, older: Facts) -> Facts:
-        """Return these facts, completed by older ones."""
+        """Return these facts, completed by older ones and by those of other documents."""
+        ours, theirs = documents(self.about), documents(older.about)
+        known = all(one in theirs for one in ours)  # documents that are ingested in turn change nothing
         return Facts(
             older.text if self.text is None else self.text,
             older.vector if self.vector is None else self.vector,
-            older.about if self.about is None else self.about,
+            older.about if known else joined([*ours, *theirs]),
         )
 
     def check(self, key: PassageKey) -> Facts:
@@ -161,6 +170,24 @@ class Listed(NamedTuple):
     slots: int
     nbytes: int
     about: Mapping[str, Any] | None = None
+
+
+def documents(about: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The facts of each document that holds a passage, the newest one's first."""
+    if not about:
+        return []
+    return [{name: value for name, value in about.items() if name != _ALSO}, *about.get(_ALSO, ())]
+
+
+def joined(newest_first: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The facts of several documents as one: of each document those that come first. Without a document only the first stay."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for number, about in enumerate(newest_first):
+        named = next((f"{name}={about[name]}" for name in _DOCUMENT if about.get(name) is not None), "")
+        if named or number == 0:
+            found.setdefault(named, about)
+    first, *rest = [dict(about) for about in found.values()] or [{}]
+    return (first | {_ALSO: rest} if rest else first) or None
 
 
 class Hit(NamedTuple):

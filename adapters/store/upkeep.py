@@ -6,13 +6,13 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from ...compressors import Compressor
-from .base import Facts, Maker, PassageKey, PassageStore, StoreError, batched, sha256
+from .base import Facts, Maker, PassageKey, PassageStore, StoreError, batched, documents, joined, sha256
 from .fill import Filled, fill, keys_for
 from .lance import LanceStore
 from .rows import KEY, key_of
@@ -217,7 +217,7 @@ def forget(store: PassageStore, **about: Any) -> int:
     """Delete the passages whose stored facts have these values; return their number.
 
     ``forget(store, file="a.jsonl")`` for a corpus, ``forget(store, ref_doc_id="doc-1")`` for a document of LlamaIndex. A
-    text of several documents is stored once, with the facts of the document ingested last.
+    passage that other documents hold too stays for them.
 
     Raises:
         ValueError: without facts.
@@ -226,10 +226,20 @@ def forget(store: PassageStore, **about: Any) -> int:
     if not about:
         raise ValueError("Name at least one stored fact of the passages to delete, such as file='a.jsonl'.")
     wanted = {name: str(value) for name, value in about.items()}  # a command line knows no numbers
-    found = (entry for entry in store.entries() if entry.about)
-    return store.delete(
-        [e.key for e in found if wanted.items() <= {name: str(v) for name, v in (e.about or {}).items()}.items()]
-    )
+    gone: list[PassageKey] = []
+    left: dict[PassageKey, Facts] = {}
+    for entry in store.entries():
+        held = documents(entry.about)
+        others = [facts for facts in held if not wanted.items() <= {n: str(v) for n, v in facts.items()}.items()]
+        if len(others) == len(held):
+            continue
+        if others:
+            left[entry.key] = replace(entry.facts, about=joined(others))
+        else:
+            gone.append(entry.key)
+    if left:
+        store._replace_facts(left)
+    return store.delete(gone) + len(left)
 
 
 def drop(store: LanceStore, maker: Maker) -> None:

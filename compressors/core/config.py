@@ -44,10 +44,12 @@ class CompressorConfig:
         """Builds the config.
 
         Raises:
-            ValueError: if a setting is unknown, or retired and not at its default.
+            ValueError: if a setting is unknown, of a wrong type, or retired and not at its default.
         """
         if not is_dataclass(cls):
             raise TypeError(f"{cls.__name__} must be a dataclass.")
+        if not isinstance(data, Mapping):
+            raise ValueError(f"{cls.__name__} is made of settings by name, got a {type(data).__name__}.")
         known = {f.name for f in fields(cls)}
         retired = {**cls.retired, **cls.retired_unhashed}
         if unknown := sorted(set(data) - known - set(retired)):
@@ -58,7 +60,27 @@ class CompressorConfig:
                     f"{cls.__name__} no longer has the setting {name}: only {retired[name]!r} is supported, got "
                     f"{data[name]!r}. Leave it out, or load the checkpoint with an older release."
                 )
+        types = {f.name: str(f.type) for f in fields(cls)}
+        if odd := [f"{n}={v!r:.60} ({types[n]})" for n, v in data.items() if n in known and not _fits(v, types[n])]:
+            raise ValueError(f"{cls.__name__} has settings of a wrong type: {', '.join(odd)}.")
         return cls(**{name: value for name, value in data.items() if name in known})
+
+
+# JSON types, and what the annotation of a setting that takes them holds; values are checked by the config itself.
+_TAKEN: dict[type, tuple[str, ...]] = {
+    str: ("str", "Literal"),
+    bool: ("bool", "int", "float"),
+    int: ("int", "float"),
+    float: ("int", "float"),
+    type(None): ("None",),
+    list: ("tuple", "list", "Sequence"),
+    dict: ("dict", "Mapping", "Options"),
+}
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    taken = _TAKEN.get(type(value))
+    return taken is None or any(name in annotation for name in taken)
 
 
 def check_counts(config: Any, least: Mapping[str, int], optional: Collection[str] = ()) -> None:

@@ -9,13 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..reader.kv import position_arguments
-
-
-def layer_list(body: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of a decoder's layers."""
-    lists = [(name, child) for name, child in body.named_children() if isinstance(child, nn.ModuleList)]
-    return max(lists, key=lambda found: len(found[1]))
+from ..reader.kv import layer_list, position_arguments
 
 
 def cut_layers(body: nn.Module, dropped: int) -> None:

@@ -12,7 +12,18 @@ from torch import Tensor
 
 from ..core.errors import CheckpointError
 from ..reader.reader import Reader
-from .layout import Keys, Source, check_state, listed, load_model_state, load_pickle, load_tensors, need, peek_json
+from .layout import (
+    Keys,
+    Source,
+    check_state,
+    listed,
+    load_model_state,
+    load_pickle,
+    load_tensors,
+    need,
+    number,
+    peek_json,
+)
 from .models import (
     as_prompt,
     build_model,
@@ -86,8 +97,8 @@ def build(
     settings = peek_json(path / "config.json")
     base = source.need_reader(f"holds no base decoder (it was trained on {settings.get('decoder_model_name')!r})")
     rate = compr_rate or settings.get("compr_rate")
-    rate = float(need(rate, "compr_rate", "how many source tokens a slot stands for", path))
-    longest = int(doc_max_length or settings.get("doc_max_length") or 128)
+    rate = number(need(rate, "compr_rate", "how many source tokens a slot stands for", path), "compr_rate", path)
+    longest = int(number(doc_max_length or settings.get("doc_max_length") or 128, "doc_max_length", path))
     several = settings.get("different_mem_tokens") if different_mem_tokens is None else different_mem_tokens
     tokenizer = _tokenizer(source, base, several, int(longest // rate))
     known = tokenizer.get_vocab()

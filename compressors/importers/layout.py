@@ -123,6 +123,13 @@ def need(value: Any, name: str, what: str, path: Path) -> Any:
     return value
 
 
+def number(value: Any, name: str, path: Path, most: float = 2**20) -> float:
+    """A number of a checkpoint's config. Raises ``CheckpointError`` unless it lies in 1..most."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= most:
+        raise CheckpointError(f"{path} sets {name} to {value!r:.60}; a number from 1 to {most:g} is wanted.")
+    return float(value)
+
+
 def listed(names: Any, limit: int = 8) -> str:
     """Names for an error message: the first ones and the number of the rest."""
     names = sorted(names)

@@ -23,7 +23,7 @@ from ..reader.reader import Reader
 from ..slots.memory_tokens import memory_rows, memory_sequences
 from ..slots.segments import Segment, even_shares
 from ..soft.pisco import PISCOCompressor, PISCOConfig
-from .layout import Keys, Source, load_model_state, load_tensors, need, peek_json, read_json
+from .layout import Keys, Source, load_model_state, load_tensors, need, number, peek_json, read_json
 from .models import build_model, graft_rows, load_tokenizer, lora_shape, merge_lora, model_config, take_lora
 
 MEM = "<MEM>"
@@ -190,7 +190,7 @@ def load(
     named = settings.get("decoder_model_name")
     base = source.need_reader(f"holds no base decoder (it was trained on {named!r})")
     rate = compr_rate or settings.get("compr_rate")
-    rate = float(need(rate, "compr_rate", "how many source tokens a slot stands for", path))
+    rate = number(need(rate, "compr_rate", "how many source tokens a slot stands for", path), "compr_rate", path)
     reader = _decoder(source, base, lora_alpha)
     encoder, memory = _encoder(source, path)
     keys = source.keys(load_tensors(path / "connector.pt"), path / "connector.pt")

@@ -5,16 +5,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
+
+from .kv import layer_list
 
 _END = object()
 _OVERLAP = 32  # tokens of context in which a new token is decoded
@@ -162,11 +166,47 @@ class _QueueStreamer(BaseStreamer):
         pass
 
 
+class AbandonedError(Exception):
+    """A forward pass was left because all its prompts are abandoned."""
+
+
+_watching: ContextVar[tuple[Callable[[], bool], ...]] = ContextVar("watching", default=())
+
+
+def _leave(*_: Any) -> None:
+    if any(abandoned() for abandoned in _watching.get()):
+        raise AbandonedError
+
+
+@contextlib.contextmanager
+def interruptible(model: Any, criteria: Iterable[Any]) -> Iterator[None]:
+    """Context manager in which this thread's forward passes end between two layers once their prompts are abandoned.
+
+    Prompts are abandoned when a criterion with the method ``abandoned`` says so. Raises `AbandonedError` then.
+    """
+    checks = tuple(criterion.abandoned for criterion in criteria if hasattr(criterion, "abandoned"))
+    if not checks:
+        yield
+        return
+    hooks = [layer.register_forward_pre_hook(_leave) for layer in layer_list(model.get_decoder())[1]]
+    token = _watching.set(checks)
+    try:
+        yield
+    finally:
+        _watching.reset(token)
+        for hook in hooks:
+            hook.remove()
+
+
 class Cancelled(StoppingCriteria):
-    """Ends generation after the current step once the event is set."""
+    """Ends generation once the event is set: in the current step, between two layers."""
 
     def __init__(self, event: threading.Event) -> None:
         self.event = event
+
+    def abandoned(self) -> bool:
+        """Whether all prompts are abandoned."""
+        return self.event.is_set()
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device)

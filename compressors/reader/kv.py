@@ -238,6 +238,12 @@ def join(
     return DynamicCache(stacked), positions.to(device)
 
 
+def layer_list(body: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of a decoder's layers; an empty list if they are in none."""
+    lists = [(name, child) for name, child in body.named_children() if isinstance(child, nn.ModuleList)]
+    return max(lists, key=lambda found: len(found[1]), default=("", nn.ModuleList()))
+
+
 def position_arguments(decoder: nn.Module, positions: Tensor) -> dict[str, Tensor]:
     """``position_ids`` for the models that take them (all but the ALiBi ones)."""
     if "position_ids" in inspect.signature(decoder.forward).parameters:

@@ -17,7 +17,7 @@ from ..core.hidden import Unpickled
 from ..core.passage import CompressedPassage
 from ..core.shipped import locate
 from .attention import Prefix, attending
-from .generation import cut_at_stop, generate_ids, make_config, stop_strings, stream_text
+from .generation import AbandonedError, cut_at_stop, generate_ids, interruptible, make_config, stop_strings, stream_text
 from .head import build_head
 from .identity import ReaderIdentity
 from .kv import KVPlacement, join, position_arguments
@@ -469,9 +469,14 @@ class Reader(Unpickled):
 
     def _generate(self, plans: list[PromptPlan], config: GenerationConfig, *options: Any) -> list[list[int]]:
         self.check_room(plans, int(config.max_new_tokens or 0))
-        inputs, door = self._generation_inputs(plans, config)
-        with attending(self.model, door):
-            return generate_ids(self.model, inputs, config, self.tokenizer, *options)
+        criteria = [*(options[1].get("stopping_criteria") or ()), *options[3:]]
+        try:
+            with interruptible(self.model, criteria):
+                inputs, door = self._generation_inputs(plans, config)
+                with attending(self.model, door):
+                    return generate_ids(self.model, inputs, config, self.tokenizer, *options)
+        except AbandonedError:
+            return [[] for _ in plans]
 
     def _generation_inputs(
         self, plans: list[PromptPlan], config: GenerationConfig

@@ -73,11 +73,14 @@ class SelectionConfig(SelectionSettings, CompressorConfig):
     def from_dict(cls: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
         """Builds the config; raises ``ValueError`` for unknown keys."""
         options_class = cls.options_class  # type: ignore[attr-defined]
-        if options_class is not None:
+        if options_class is not None and isinstance(data, Mapping):
             names = {f.name for f in fields(options_class)}
             flat = {name: value for name, value in data.items() if name in names}
             given = data.get("published", {})
-            options = options_class.from_dict({**(given if isinstance(given, Mapping) else given.to_dict()), **flat})
+            given = given.to_dict() if isinstance(given, options_class) else given
+            if not isinstance(given, Mapping):
+                raise ValueError(f"published holds options by name, got a {type(given).__name__}.")
+            options = options_class.from_dict({**given, **flat})
             data = {**{name: value for name, value in data.items() if name not in names}, "published": options}
         return super().from_dict(data)  # type: ignore[misc]
 

@@ -329,7 +329,10 @@ def _explain(detail: Any, model: type[BaseModel], section: str) -> str:
             sections: dict[Any, type[BaseModel]] = {"stages": Stage, "output": Output, "checkpoints": Checkpoints}
             model = sections.get(location[0], Recipe)
             model = StopWhen if "stop_when" in location[:-1] else model
-        return f"unknown key {where}{_nearest(str(location[-1]), model.model_fields)}"
+        key = str(detail["loc"][-1])
+        if not key.isidentifier():
+            where = f"{key!r:.60}" if where == "recipe" else f"{key!r:.60} in {where}"
+        return f"unknown key {where}{_nearest(key, model.model_fields)}"
     message = detail["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if detail["type"] in ("missing", "value_error"):

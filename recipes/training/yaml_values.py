@@ -33,7 +33,7 @@ def load_yaml(text: str, where: str) -> dict[str, Any]:
     try:
         raw = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ValueError(f"{where!r} is not valid YAML: {error}") from error
+        raise ValueError(f"{where!r} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         held = type(raw).__name__
         raise ValueError(f"{where!r} must hold keys and values (name, kind, stages, ...); it holds one {held}.")

@@ -13,10 +13,13 @@ import pytest
 from fakes import Fixed
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.schema import TextNode
-from nutgraf import Reader
+from nutgraf import Reader, make_compressor
 from nutgraf.adapters.llama_index import CompressedContextLLM, CompressPassages
 from nutgraf.adapters.openai import ServedReader
+from nutgraf.adapters.serve.batching import AnswerOptions
+from nutgraf.adapters.serve.batching import generate as answer_batch
 from nutgraf.adapters.store import MemoryStore
+from nutgraf.compressors.reader.generation import Cancelled
 
 LONG = 1500
 
@@ -57,6 +60,61 @@ def _langchain(kind: str) -> Any:
 def _haystack(reader: Reader) -> Awaitable[Any]:
     adapter = pytest.importorskip("nutgraf.adapters.haystack")
     return adapter.CompressedContextGenerator(reader, max_new_tokens=LONG).run_async("Hello")
+
+
+def _counting(reader: Reader, ran: list[int], stopped: threading.Event) -> None:
+    """Notes the layers that run; sets the event in the second."""
+
+    def note(number: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            ran.append(number)
+            if number == 1:
+                stopped.set()
+
+        return hook
+
+    for number, layer in enumerate(reader.model.model.layers):
+        layer.register_forward_pre_hook(note(number))
+
+
+@pytest.mark.parametrize("kind", ["text", "embeds", "kv", "ragged"])
+def test_a_running_prefill_ends_between_two_layers(zoo, kind):
+    reader = zoo.reader("llama", num_hidden_layers=4)
+    text, question = "The treaty was signed in 1648 in Westphalia.", "\nWho signed it?"
+    prompt: list[Any] = [text, question]
+    if kind == "embeds":
+        prompt[0] = reader.identity(text)
+    elif kind in ("kv", "ragged"):
+        settings = {"kv": ("500x", {"num_mem": 4, "r": 2}), "ragged": ("kv-match", {"probes": 4})}
+        method, own = settings[kind]
+        (prompt[0],) = make_compressor(method, reader, **own).eval().compress([text], ratio=2)
+    want = reader.generate([prompt], 4)
+    ran: list[int] = []
+    stopped = threading.Event()
+    _counting(reader, ran, stopped)
+    assert reader.generate([prompt, prompt], 4, stopping_criteria=[Cancelled(stopped)], batch_size=1) == ["", ""]
+    assert ran == [0, 1, 0]  # the second batch does not run either
+    # Streams too, and a reader whose prefill was left reads as before.
+    stopped.clear()
+    ran.clear()
+    assert "".join(reader.stream(prompt, 4, stopping_criteria=[Cancelled(stopped)])) == ""
+    assert ran == [0, 1]
+    stopped.clear()
+    assert reader.generate([prompt], 4) == want
+
+
+def test_the_server_leaves_a_prefill_that_nobody_waits_for(zoo):
+    reader = zoo.reader("llama", num_hidden_layers=4)
+    ran: list[int] = []
+    stopped = threading.Event()
+    _counting(reader, ran, stopped)
+    plans = reader.plan(["Hello", "The treaty was signed in 1648."])
+    (one, other) = answer_batch(reader, plans, AnswerOptions(4), lambda place: stopped.is_set())
+    assert ran == [0, 1]
+    assert (one.text, other.text) == ("", "")
+    ran.clear()
+    answer_batch(reader, plans, AnswerOptions(4), lambda place: place == 0)  # somebody waits for the other one
+    assert ran[:4] == [0, 1, 2, 3]
 
 
 RUNS: dict[str, Callable[[Reader], Awaitable[Any]]] = {

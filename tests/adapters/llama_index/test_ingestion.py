@@ -195,6 +195,23 @@ def test_passages_stored_without_a_vector_are_retrieved_after_an_ingestion(reade
     assert found.node.ref_doc_id != "new"
 
 
+def test_a_text_of_two_documents_is_retrieved_for_both(reader, tmp_path):
+    store = LanceStore(tmp_path / "store")
+    compressor = Fixed(reader)
+    embedder = MockEmbedding(4)
+    documents = [Document(text=DELEGATES[0], id_=name, metadata={"name": name}) for name in ("one", "two")]
+    for document in documents:
+        steps = [SentenceSplitter(), embedder, CompressPassages(compressor, store)]
+        IngestionPipeline(transformations=steps).run(documents=[document])
+    assert store.stats.passages == 1
+    for held in (("two", "one"), ("two",), ()):
+        found = StoreRetriever(store, embedder, compressor, similarity_top_k=5).retrieve("Who signed?")
+        assert tuple(node.node.metadata["name"] for node in found) == held
+        assert tuple(node.node.ref_doc_id for node in found) == held
+        if held:
+            assert forget(store, ref_doc_id=held[-1]) == 1
+
+
 def test_a_store_that_cannot_be_written_costs_no_answer(reader, tmp_path, caplog):
     compressor = Fixed(reader)
     LanceStore(tmp_path / "s").put_many([])

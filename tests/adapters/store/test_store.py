@@ -22,6 +22,7 @@ from nutgraf.adapters.store import (
     MemoryStore,
     PassageKey,
     StoreError,
+    documents,
     fill,
     get_or_compress,
     keys_for,
@@ -347,6 +348,26 @@ def test_passages_and_documents_are_deleted(store):
     assert same(store.get_many([entries[0].key])[0], entries[0].passage)
     with pytest.raises(ValueError, match="at least one"):
         forget(store)
+
+
+def test_a_text_of_two_documents_is_found_and_deleted_for_each(store, reader):
+    compressor = Fixed(reader)
+    shared, own = "In both files.", "In the first file."
+    fill(store, compressor, [own, shared], abouts=[{"file": "a", "line": 1}, {"file": "a", "line": 2}])
+    fill(store, compressor, [shared], abouts=[{"file": "b", "line": 7}])
+    (key,) = keys_for(compressor, [shared])
+    assert documents(store.facts([key])[key].about) == [{"file": "b", "line": 7}, {"file": "a", "line": 2}]
+    # Ingested in turn, nothing changes; a document's own facts follow its newest ingestion.
+    for about in ({"file": "a", "line": 2}, {"file": "b", "line": 7}):
+        assert fill(store, compressor, [shared], abouts=[about]).updated == 0
+    assert fill(store, compressor, [shared], abouts=[{"file": "a", "line": 3}]).updated == 1
+    assert documents(store.facts([key])[key].about) == [{"file": "a", "line": 3}, {"file": "b", "line": 7}]
+    assert forget(store, file="a") == 2
+    assert store.missing(keys_for(compressor, [own, shared])) == keys_for(compressor, [own])
+    assert documents(store.facts([key])[key].about) == [{"file": "b", "line": 7}]
+    assert forget(store, file="a") == 0
+    assert forget(store, file="b") == 1
+    assert store.missing([key]) == [key]
 
 
 def test_compacting_loses_no_facts_of_two_writers(tmp_path):

@@ -11,6 +11,7 @@ from nutgraf import CompressedPassage, Reader
 from nutgraf.compressors.kv.encode import cached_layers
 from nutgraf.compressors.reader.attention import attending
 from nutgraf.compressors.reader.kv import KVPlacement
+from nutgraf.compressors.reader.tokenization import TokenIds
 from oracles.ragged_pass import one_pass
 
 SHORT = "It was signed in 1648."
@@ -81,6 +82,25 @@ def test_ragged_passages_equal_one_masked_pass(zoo, name, keep, implementation, 
     # and without KV passages the model is as it was
     assert reader.model.config._attn_implementation == implementation
     assert torch.equal(reader.target_logits([SHORT], [" x"])[0], plain)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_neox"])
+def test_one_token_follows_ragged_slots(zoo, name, monkeypatch):
+    """A prompt that is a passage and one token, and an answer of one token; alone and in a batch."""
+    reader = zoo.reader(name)
+    passage = ragged(reader, LONG, 0.5)
+    (first,) = reader.tokenize("?")[:1]
+    prompt = [TokenIds(()), passage, TokenIds((first,))]
+    monkeypatch.setattr(type(reader), "bos_ids", property(lambda self: []))
+    want = one_pass(reader, [(LONG, passage), (reader.decode([first]), None)], monkeypatch)
+    assert close(reader.target_logits([prompt], [[5]])[0][0], want)
+    answer = reader.decode([int(want.argmax())])
+    options = {"eos_token_id": [599]}
+    assert reader.generate([prompt], 1, **options) == [answer]
+    assert "".join(reader.stream(prompt, 1, **options)) == answer
+    assert reader.generate([[SHORT, QUESTION], prompt, ["a"]], 1, **options)[1] == answer
+    with pytest.raises(ValueError, match="must not end with a KV passage"):
+        reader.generate([[passage, ""]], 1)  # an empty question: nothing asks for an answer
 
 
 def replace_dense(passage: CompressedPassage) -> CompressedPassage:
