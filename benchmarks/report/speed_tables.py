@@ -37,7 +37,7 @@ def speed_tables(rows: Iterable[Row]) -> list[Table]:
         ),
         build(
             STEP,
-            _newest(rows, "step", ("reader_shape", "method", "objective", "batch")),
+            _newest(rows, "step", ("reader_shape", "method", "objective", "batch", "questions")),
             title="A training step",
             caption="Over a bare forward and backward pass of the same tokens; the teacher's time is not part of the step.",
         ),
@@ -168,8 +168,11 @@ SELECTION = (
 STEP = (
     Column("method", "method"),
     Column("objective", lambda row: OBJECTIVES.get(row["objective"], row["objective"])),
+    Column("questions per passage", "questions", "{:.0f}"),
     Column("step / bare", "step_cost", "{:.2f}"),
     milliseconds("step", "step_ms"),
+    milliseconds("processor time", "cpu_ms"),
+    Column("prompts", "prompts", "{:.0f}"),
     milliseconds("teacher", "teacher_ms"),
     Column("tokens/s", "tokens_per_s", "{:,.0f}"),
     Column("peak memory", "peak_bytes", "{:,.0f} MB", 1e-6),

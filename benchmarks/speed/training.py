@@ -202,6 +202,7 @@ class _Stopwatch(TrainerCallback):
             "teacher_ms": teacher / n if teacher else None,
             # with the teacher; other programs on a shared machine lengthen it less than `step_ms`
             "cpu_ms": cpu / n if self.device.type == "cpu" else None,
+            "prompts": prompts / n,
             "positions": positions / n,
             "target_tokens": targets / n,
             "tokens_per_s": 1000 * positions / step,
