@@ -18,6 +18,7 @@ from .storage import DENSE, PRECISIONS, RAGGED, SOFT, TEXT, Loading, loading, st
 
 VECTOR = 1024  # width of a retrieval embedder's vector
 BLOCKS = 3  # cross-attention blocks of IC-Former
+FITTING = 200  # steps of fitting slots to a passage, each forward and back
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ FAMILIES = (
     Family("selected keys and values", "kv", "states"),
     Family("cross-attention digests", "embeds", "blocks"),
     Family("one vector", "embeds", "vector"),
+    Family("fitted slots", "embeds", "fit"),
     Family("shorter text", "text", "scores"),
     Family("text for the question", "text", "contrast", online=True),
 )
@@ -259,6 +261,8 @@ def _encode(family: Family, shape: DecoderShape, tokens: int, slots: int, batch:
         square = shape.width * shape.width
         flops = 4 * tokens * square + 20 * slots * square + 4 * slots * (tokens + slots) * shape.width
         return Work(float(BLOCKS * batch * flops), 2.0 * BLOCKS * 12 * square)
+    if family.cost == "fit":  # reads at least the slots and the passage repeated; the way back takes twice as much
+        return shape.forward(tokens + slots, batch=batch, logits=tokens, dtype=dtype) * (3 * FITTING)
     run = tokens + slots if family.cost == "slots" else tokens
     scores = family.cost in ("scores", "contrast")
     once = shape.forward(run, batch=batch, logits=tokens if scores else 0, dtype=dtype)
