@@ -18,7 +18,7 @@ from .storage import DENSE, PRECISIONS, RAGGED, SOFT, TEXT, Loading, loading, st
 
 VECTOR = 1024  # width of a retrieval embedder's vector
 BLOCKS = 3  # cross-attention blocks of IC-Former
-FIT_STEPS = 200  # gradient steps of PC, at most
+FITTING = 200  # steps of fitting slots to a passage, each forward and back
 
 
 @dataclass(frozen=True)
@@ -261,8 +261,8 @@ def _encode(family: Family, shape: DecoderShape, tokens: int, slots: int, batch:
         square = shape.width * shape.width
         flops = 4 * tokens * square + 20 * slots * square + 4 * slots * (tokens + slots) * shape.width
         return Work(float(BLOCKS * batch * flops), 2.0 * BLOCKS * 12 * square)
-    if family.cost == "fit":  # a step reads slots, questions and the passage again, forward and back
-        return shape.forward(slots + 2 * tokens, batch=batch, logits=2 * tokens, dtype=dtype) * (3 * FIT_STEPS)
+    if family.cost == "fit":  # reads at least the slots and the passage repeated; the way back takes twice as much
+        return shape.forward(tokens + slots, batch=batch, logits=tokens, dtype=dtype) * (3 * FITTING)
     run = tokens + slots if family.cost == "slots" else tokens
     scores = family.cost in ("scores", "contrast")
     once = shape.forward(run, batch=batch, logits=tokens if scores else 0, dtype=dtype)

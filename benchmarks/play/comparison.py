@@ -72,7 +72,9 @@ class Comparison:
                     config = vars(self._compressor(name).config)
                 except ValueError:  # not with this reader
                     continue
-                found.append(_way(name, cls, config, cls.interface not in {way.interface for way in found}))
+                quick = cls.config_class.cost != "fit"  # minutes per passage: only if asked for
+                first = cls.interface not in {way.interface for way in found}
+                found.append(_way(name, cls, config, quick and first))
         for name in shipped_names():
             about = read_config(PRETRAINED / name) if not name.startswith("reader-") else {}
             if about.get("reader") == self.reader.fingerprint:

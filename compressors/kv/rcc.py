@@ -29,7 +29,6 @@ class RCCConfig(SegmentSettings, LoRASettings, CompressorConfig):
 
     method: ClassVar[str] = "rcc"
     title: ClassVar[str] = "RCC"
-    cost: ClassVar[str] = "states"
 
     ratio: float | None = setting(8.0, "tokens per slot if no ratio is asked for (the paper: 32)", kw_only=True)
     segment_tokens: int = setting(512, "longest segment (the paper: windows of 2,048)", kw_only=True)
