@@ -67,7 +67,7 @@ class Comparison:
             return [_way(name, type(one), vars(one.config), True) for name, one in loaded.items()]
         found: list[Way] = []
         for name, cls in COMPRESSORS.items():
-            if cls.training_free and cls.config_class.cost != "fit":  # fitting takes minutes per passage
+            if cls.training_free:
                 try:
                     config = vars(self._compressor(name).config)
                 except ValueError:  # not with this reader
