@@ -82,9 +82,10 @@ class PairCompressor(Compressor):
     def from_pretrained(cls: type[CompressorT], folder: str | Path, reader: Reader, **settings: Any) -> CompressorT:
         """Loads a folder written by `save_pretrained`; ``settings`` replace those in it, such as ``ratio`` and ``keep``."""
         compressor = super().from_pretrained(folder, reader)  # type: ignore[misc]
-        changed = {**compressor.config.to_dict(), **settings}
-        if settings and changed.get("score") != compressor.config.to_dict().get("score"):
-            raise ValueError(f"{folder} holds weights of the score {compressor.config.score!r}; it has no other score.")
+        saved = compressor.config.to_dict()
+        changed = {**saved, **settings}
+        if changed.get("score") != saved.get("score"):
+            raise ValueError(f"{folder} holds weights of the score {saved['score']!r}; it has no other score.")
         compressor.config = cls.config_class.from_dict(changed)
         return compressor
 
