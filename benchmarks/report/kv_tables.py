@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..names import kind_of, method_name
+from ..names import dataset_title, kind_of, method_name
 from ..quality.pooled import FULL, NONE, POOLED, Key, comparable, lead, pooled_row, tellable
 from ..rows import Row, clean
 from .quality_tables import set_title, share
@@ -22,7 +22,7 @@ Sets = dict[str, dict[Key, Row]]
 def once(rows: Sequence[Row]) -> list[Row]:
     """Pooled rows of the methods that compress a passage once, with the lead of ours over the best other of each ratio."""
     found = tellable(rows)
-    sets = {name: found[name] for name in POOLED if name in found}
+    sets = {name: found[name] for name in POOLED if any(key[0] == OURS for key in found.get(name, ()))}
     if not sets:
         return []
     first, *others = sets.values()
@@ -77,7 +77,7 @@ def set_table(rows: Sequence[Row]) -> Table:
     """Ours on each set, with the full text's and no context's F1."""
     lines = []
     for name, found in comparable(rows).items():
-        if name not in POOLED:
+        if name not in POOLED or not any(key[0] == OURS for key in found):
             continue
         line: Row = {"set": set_title(name, found), "full": found[FULL]["f1"], "none": found[NONE]["f1"]}
         line |= {"n": found[FULL]["n"], "skipped": found[FULL].get("skipped", 0)}
@@ -116,6 +116,7 @@ def page_tables(rows: Sequence[Row]) -> dict[str, Any]:
     varied.sort(key=lambda row: (row["score"] != "probes", row["score"], order[row["budget"]], order[row["repair"]]))
     return {
         "pooled": pooled,
+        "absent": [dataset_title(name) for name in POOLED if pooled and name not in pooled[0]["datasets"]],
         "once": by_ratio(compressed, {"method": lambda row: method_name(row["method"])}),
         "leads": leads(pooled),
         "sets": set_table(rows),

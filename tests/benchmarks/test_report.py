@@ -316,7 +316,11 @@ def test_the_page_of_keys_and_values_has_the_lead_over_the_best_other_that_compr
     varied = {row["score"]: row for row in kv_tables.choices(rows)}
     assert varied["probes"]["repair"] == "bias+values"
     assert (varied["random"]["budget"], varied["random"]["repair"]) == ("global", "none")
-    page = render("kv.md", **kv_tables.page_tables(rows))
+    page = render(
+        "kv.md",
+        **kv_tables.page_tables([*rows, _kept("qa_dev_qamr", "full", [1.0]), _kept("qa_dev_qamr", "none", [0.0])]),
+    )
+    assert "80 questions. Not measured: Quoref, FairytaleQA, QAMR." in page
     assert "| 4x | the passage's first tokens | 25 (" in page
     assert "| random | global | none |  | 25 %" in page
     assert kv_tables.choices(rows[:7]) == []
