@@ -68,7 +68,7 @@ SPEED = [
     {"suite": "speed", "test": "compress", **CPU, "method": "icae", "ratio_asked": 4.0, "passages": 64, "reader_shape": "r",
      "context_tokens": 11567, "tokens_per_s": 9000.4, "bare_share": 0.91, "plain_ms": 50.0, "compress_ms": 100.0},
     {"suite": "training", "test": "step", **CPU, "reader_shape": "r", "method": "icae", "objective": "kl", "batch": 8,
-     "step_cost": 1.124, "step_ms": 512.0, "teacher_ms": 13.25, "tokens_per_s": 4000.0, "peak_bytes": 6e8},
+     "questions": 3, "cpu_ms": 700.0, "prompts": 24, "step_cost": 1.124, "step_ms": 512.0, "teacher_ms": 13.25, "tokens_per_s": 4000.0, "peak_bytes": 6e8},
     {"suite": "training", "test": "loss-memory", "objective": "lm", "target_tokens": 2048, "target_tokens_asked": 2048,
      "vocabulary": 128256, "extra_bytes": 7.9e8, "bound_bytes": 7.88e8, "whole_bytes": 3.15e9, **CPU},
     {"suite": "store", "state": "answer", **CPU, "reader_shape": "r", "method": "slabs", "passages": 64, "slots": 13.0,
@@ -114,7 +114,7 @@ def test_speed_tables_hold_the_newest_figures() -> None:
     assert tables["Compressing passages of mixed lengths"].lines == (
         ("icae 4x", "64", "11,567", "9,000", "0.91", "0.50"),
     )
-    step = ("icae", "KL, live teacher", "1.12", "512 ms", "13.2 ms", "4,000", "600 MB")
+    step = ("icae", "KL, live teacher", "3", "1.12", "512 ms", "700 ms", "24", "13.2 ms", "4,000", "600 MB")
     assert tables["A training step"].lines == (step,)
     assert tables["Memory of the losses"].lines[0][3:] == ("790 MB", "788 MB", "3,150 MB")
     assert tables["Selecting tokens"].lines == (
