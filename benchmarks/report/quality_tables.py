@@ -47,14 +47,15 @@ def is_line(row: Row) -> bool:
 
 
 def line_table(rows: Sequence[Row], title: str = "", timed: Sequence[Row] | None = None) -> Table:
-    """All lines of the quality suite. Times are the rows' own, or those of speed rows in `timed` (default: `rows`)."""
+    """All lines of the quality suite, without empty columns. Times are the rows' own, or those of speed rows in `timed` (default: `rows`)."""
     speeds = [row for row in (rows if timed is None else timed) if row.get("suite") == "speed"]
 
     def kind(row: Row) -> str:
         return "beside" if is_beside(row) else "fixed" if kind_of(row) == "fixed" else "method"
 
     lines = [row | _times(row, speeds) for row in rows if is_line(row)]
-    return build(LINES, lines, title=title, missing="–", kind=kind)
+    given = [column for column in LINES if any(column.cell(line) for line in lines)]
+    return build(given, lines, title=title, missing="–", kind=kind)
 
 
 def _times(row: Row, speeds: Sequence[Row]) -> Row:
