@@ -65,6 +65,12 @@ def reader(zoo) -> Reader:
 # -- the masked pass -----------------------------------------------------------------------------------------------
 
 
+def test_a_compressor_that_was_just_made_streams(reader):
+    gist = GistCompressor(GistConfig(n_gist=6, r=4), reader)
+    prompt = [*gist.compress([SHORT]), QUESTION]
+    assert "".join(gist.reader.stream(prompt, max_new_tokens=4)) == gist.reader.generate([prompt], 4)[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ROTARY)
 def test_stored_slots_equal_the_masked_pass(zoo, architecture):
