@@ -25,9 +25,9 @@ choices() { # other scores, budgets and repairs; passages are read once for all 
   ${PYTHON:-python} -m nutgraf.benchmarks.studies.kv_match choices "$DATA/qa_dev_$1.jsonl.xz" --limit "$LIMIT" --out "$OUT"
 }
 
-surrogate() { # scores of one pass, with the repair of a few questions and without, beside as few questions alone
+surrogate() { # scores of one pass, without repair and with that of a few questions, beside as few questions alone
   quality "$1" --compressor "kv-match:probes=8@${RATIOS#1,}" --compressor "kv-surrogate-smollm2@${RATIOS#1,}" \
-    --compressor "kv-surrogate-smollm2:repair=none@${RATIOS#1,}"
+    --compressor "kv-surrogate-smollm2:repair=bias+values@${RATIOS#1,}"
 }
 
 for part in ${PARTS:-main others slots choices}; do

@@ -48,7 +48,7 @@ def main(
     passages: Annotated[int, typer.Option(help="Passages; every eighth is held out.")] = 48,
     probes: Annotated[int, typer.Option(help="Rule-made questions per passage whose scores are fitted.")] = 48,
     repair_probes: Annotated[
-        int, typer.Option(help="Rule-made questions per passage when compressing, for the repair.")
+        int, typer.Option(help="Rule-made questions per passage that it reads if repair is switched on.")
     ] = 8,
     score: Annotated[str, typer.Option(help="What is fitted: surrogate, or expected-stats.")] = "surrogate",
     dtype: Annotated[str, typer.Option(help="In which the reader runs.")] = "bfloat16",
@@ -56,7 +56,7 @@ def main(
 ) -> None:
     """Fit a score and save the compressor that uses it."""
     loaded = Reader.from_pretrained(reader, dtype=dtype)
-    compressor: Any = make_compressor("kv-match", loaded, score=score, probes=repair_probes)
+    compressor: Any = make_compressor("kv-match", loaded, score=score, repair="none", probes=repair_probes)
     if compressor.fitted is None:
         raise typer.BadParameter(f"The score {score!r} has no weights; surrogate and expected-stats have.")
     about = compressor.fitted.fit(loaded, draw_passages(read_documents(text), passages, seed), probes)
