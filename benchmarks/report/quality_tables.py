@@ -47,7 +47,10 @@ def is_line(row: Row) -> bool:
 
 
 def line_table(rows: Sequence[Row], title: str = "", timed: Sequence[Row] | None = None) -> Table:
-    """All lines of the quality suite, without empty columns. Times are the rows' own, or those of speed rows in `timed` (default: `rows`)."""
+    """All lines of the quality suite, without empty columns.
+
+    Times are the rows' own, or those of speed rows in `timed` (default: `rows`).
+    """
     speeds = [row for row in (rows if timed is None else timed) if row.get("suite") == "speed"]
 
     def kind(row: Row) -> str:
@@ -192,9 +195,8 @@ def about(pooled: Sequence[Row], measured: Collection[str]) -> dict[str, Any]:
 
 # -- the README ------------------------------------------------------------------------------------------------------
 
-FRONT_METHOD = "kv-match"
 FRONT = {
-    FRONT_METHOD: "**kv-match**: keys and values, no training",
+    "kv-match": "**kv-match**: keys and values, no training",
     "truncate": "the passage's first tokens",
     "llmlingua2": "LLMLingua-2: shorter text",
     "icae": "ICAE: soft tokens, trained for 23 minutes",
@@ -205,20 +207,19 @@ FRONT = {
 def front(pairs: Sequence[Row], others: Sequence[Row]) -> str:
     """The README's table of what is kept, with its questions: of the rows beside kv-match's, else of `others`."""
     lines: list[Row] = []
-    measured: dict[str, str] = {}
+    measured: dict[str, list[str]] = {}
     for method, name in FRONT.items():
         rows = [row for row in pairs if row["method"] == method] or [row for row in others if row["method"] == method]
         by_ratio = {row["ratio_asked"]: row for row in rows if "ratio_asked" in row}
         if by_ratio:
             lines.append({"name": name} | {f"{ratio:g}x": _share(row) for ratio, row in by_ratio.items()})
-            measured[f"{rows[0]['n']} questions on {', '.join(map(dataset_title, rows[0]['datasets']))}"] = method
+            words = f"{rows[0]['n']} questions on {', '.join(map(dataset_title, rows[0]['datasets']))}"
+            measured.setdefault(words, []).append(name.partition(":")[0].replace("*", ""))
     table = build(
         [Column("", "name"), *(Column(f"{ratio:g}x", f"{ratio:g}x") for ratio in BUDGETS if ratio < 32)], lines
     )
-    said = list(measured)
-    if len(said) > 1:
-        said = [f"{FRONT_METHOD}: {said[0]}", *(f"the others: {words}" for words in said[1:])]
-    return f"{render('table_only.md', t=table)}\n{'; '.join(said)}; one passage each.\n"
+    said = [f"{words}: {'; '.join(names)}" for words, names in measured.items()]
+    return f"{render('table_only.md', t=table)}\n{'. '.join(said)}. One passage each.\n"
 
 
 # -- studies ---------------------------------------------------------------------------------------------------------
