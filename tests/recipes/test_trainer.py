@@ -364,3 +364,20 @@ def test_recipes_of_the_survey_train_every_stage(name, folder, tmp_path, zoo):
     query = "Where does Ada live?" if task.compressor.query_aware else None
     (passage,) = load_compressor(final, task.reader).compress(["Ada lives in Bergen by the river."], query=query)
     assert 1 <= passage.slots < passage.source_tokens
+
+
+@pytest.mark.slow
+def test_attention_as_matrix_products_on_a_cpu_gives_the_same_loss(folder, zoo):
+    task = CompressorTask(recipe_for(folder), zoo.reader())
+    (stage,) = task.recipe.stages
+    task.begin_stage(stage)
+    items = task.dataset(stage)
+    batch = task.collator(stage)([items[i] for i in range(4)])["batch"]
+    models = [task.reader.model, task.compressor.encoder.decoder]
+    losses = []
+    for autocast, used in ((False, "sdpa"), (True, "eager")):
+        with task.running(autocast):
+            assert {model.config._attn_implementation for model in models} == {used}
+            losses.append(float(task.module(batch)["loss"].detach()))
+        assert {model.config._attn_implementation for model in models} == {"sdpa"}
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
