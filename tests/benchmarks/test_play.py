@@ -129,7 +129,8 @@ def test_the_default_ways_need_no_training(reader):
     assert {"kv-match", WORDS} < {way.name for way in ways}
     chosen = [way.interface for way in ways if way.chosen]
     assert chosen[0] == chosen[-1] == ""
-    assert sorted(chosen[1:-1]) == ["kv", "text"]
+    assert {"kv", "text"} <= set(chosen)
+    assert len(set(chosen[1:-1])) == len(chosen[1:-1]), "the first of each interface"
 
 
 # -- the page ------------------------------------------------------------------------------------------------------------
