@@ -143,3 +143,14 @@ def test_models_are_found_by_name_as_on_the_command_line(reader, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="holds no reader"):
         Reader.from_pretrained("reader-small")
+
+
+@pytest.mark.slow
+def test_the_surrogate_keeps_what_answers_without_reading_questions(smollm2):
+    compressor = load_compressor("kv-surrogate-smollm2", reader=smollm2)
+    text = "The treaty was signed in October 1648 in Westphalia. It ended thirty years of war in the Holy Roman Empire."
+    (passage,) = compressor.compress([text], ratio=4)
+    assert passage.ratio == pytest.approx(4, rel=0.05)
+    (answer,) = smollm2.generate([[passage, "\n\nQuestion: When was the treaty signed?\nAnswer:"]], 8)
+    assert "1648" in answer
+    assert compressor.probes(text, None, None) == []
