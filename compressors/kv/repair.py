@@ -25,7 +25,7 @@ def repair(attention: Tensor, values: Tensor, kept: Tensor, how: str) -> tuple[T
     part = kept.gather(-1, order)
     columns = attention.gather(-1, order[..., None, :].expand(*attention.shape[:-1], -1)) * part[..., None, :]
     share = attention.sum(-1, keepdim=True)
-    weights = match_weights(columns, share, part)
+    weights = match_weights(columns, share, part).to(values)
     bias = torch.zeros_like(attention[..., 0, :]).scatter(-1, order, weights.log())
     if how == "bias":
         return bias, values
@@ -47,6 +47,7 @@ def match_weights(columns: Tensor, share: Tensor, part: Tensor) -> Tensor:
         share: ``[..., rows, 1]`` attention to the whole passage.
         part: ``[..., t]`` bool, false at padding.
     """
+    columns, share = columns.double(), share.double()  # a normal matrix squares float32's rounding
     normal, target = columns.mT @ columns, (columns.mT @ share)[..., 0]
     ridge = WEIGHT_RIDGE * _mean_diagonal(normal, part)
     normal, target = _with_diagonal(normal, ridge, part), (target + ridge).masked_fill(~part, 1.0)
@@ -77,10 +78,11 @@ def refit_values(columns: Tensor, outputs: Tensor, values: Tensor, part: Tensor)
         values: ``[..., t, head_dim]`` of the kept pairs, towards which the ridge pulls.
         part: ``[..., t]`` bool, false at padding.
     """
+    missing = outputs - columns @ values
+    columns, missing = columns.double(), missing.double()
     normal = columns.mT @ columns
     system = _with_diagonal(normal, VALUE_RIDGE * _mean_diagonal(normal, part), part)
-    missing = columns.mT @ (outputs - columns @ values)
-    return values + torch.cholesky_solve(missing, torch.linalg.cholesky(system))
+    return values + torch.cholesky_solve(columns.mT @ missing, torch.linalg.cholesky(system)).to(values)
 
 
 def _mean_diagonal(normal: Tensor, part: Tensor) -> Tensor:
