@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ ItemT = TypeVar("ItemT")
 
 _ALSO = "nutgraf:also"  # in ``about``: the facts of further documents that hold the text
 _DOCUMENT = ("ref_doc_id", "file")  # the facts that name a document: LlamaIndex's, a corpus'
+# LlamaIndex gives a document without an id a random one, another one at each ingestion.
+_RANDOM = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
 
 class StoreError(RuntimeError):
@@ -183,11 +186,21 @@ def joined(newest_first: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The facts of several documents as one: of each document those that come first. Without a document only the first stay."""
     found: dict[str, Mapping[str, Any]] = {}
     for number, about in enumerate(newest_first):
-        named = next((f"{name}={about[name]}" for name in _DOCUMENT if about.get(name) is not None), "")
+        named = _document(about)
         if named or number == 0:
             found.setdefault(named, about)
     first, *rest = [dict(about) for about in found.values()] or [{}]
     return (first | {_ALSO: rest} if rest else first) or None
+
+
+def _document(about: Mapping[str, Any]) -> str:
+    """Name the document by its id, or by all other facts if the id is a random one; "" without a document."""
+    name = next((name for name in _DOCUMENT if about.get(name) is not None), None)
+    if name is None:
+        return ""
+    if not _RANDOM.fullmatch(str(about[name])):
+        return f"{name}={about[name]}"
+    return json.dumps({key: about[key] for key in about if key not in (name, "node_id")}, sort_keys=True)
 
 
 class Hit(NamedTuple):

@@ -233,3 +233,15 @@ def test_bad_use_is_told(reader, tmp_path):
     asking.query_aware = True
     with pytest.raises(ValueError, match="compresses for a question"):
         CompressPassages(asking, MemoryStore())
+
+
+def test_documents_without_an_id_are_retrieved_once_however_often_they_are_ingested(reader, tmp_path):
+    store, compressor, embedder = LanceStore(tmp_path / "store"), Fixed(reader), MockEmbedding(4)
+    ids = set()
+    for _ in range(3):
+        steps = [SentenceSplitter(), embedder, CompressPassages(compressor, store)]
+        IngestionPipeline(transformations=steps).run(documents=[Document(text=DELEGATES[0])])
+        (found,) = StoreRetriever(store, embedder, compressor, similarity_top_k=5).retrieve("Who signed?")
+        ids.add(found.node.ref_doc_id)
+    assert len(ids) == 3  # each time the newest
+    assert forget(store, ref_doc_id=found.node.ref_doc_id) == 1
