@@ -178,9 +178,7 @@ def _forward(name: str, module: str, target: str, help: str, no_args: tuple[str,
 
 
 _forward("compress", ".adapters.store.cli", "compress", "Compress a corpus into a store at indexing time.")
-_forward(
-    "store", ".adapters.store.cli", "store_app", "Show, verify, compact or migrate a store of compressed passages."
-)
+_forward("store", ".adapters.store.cli", "store_app", "Show, verify, compact or migrate a store, or delete from it.")
 _forward("serve", ".adapters.serve.cli", "serve", "Serve a reader to OpenAI clients, including prompt embeddings.")
 _forward(
     "play",

@@ -21,7 +21,9 @@ def serve(
     compressor: Annotated[
         str | None,
         typer.Option(
-            "--compressor", "-c", help="Compresses passages that come as text: shipped, a folder or a hub id."
+            "--compressor",
+            "-c",
+            help="Compresses passages that come as text: shipped, a folder, a hub id, or a method without training.",
         ),
     ] = None,
     ratio: Annotated[float | None, typer.Option(help="Compression ratio; default: the compressor's own.")] = None,

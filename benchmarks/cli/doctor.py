@@ -155,7 +155,7 @@ def machine(device: str) -> Iterator[Finding]:
     full = left < 2**30
     yield Finding("note" if full else "ok", f"{left / 2**30:.0f} GiB of disk are free for unpacked models, in {place}.")
     speeds = {name: speed(dtype, device) for name, dtype in _DTYPES.items()}
-    said = ", ".join(f"{name} {value:,.0f}" for name, value in speeds.items())
+    said = ", ".join(f"{name} {value:,.0f}" if value >= 1 else f"{name} under 1" for name, value in speeds.items())
     fastest = max(speeds, key=lambda name: speeds[name])
     faster = device == "cpu" and speeds[fastest] > 1.5 * speeds["float32"]  # there readers run in float32 by default
     advice = f" A reader may be faster with --dtype {fastest}." if faster else ""

@@ -19,6 +19,8 @@ from .storage import DENSE, PRECISIONS, RAGGED, SOFT, TEXT, Loading, loading, st
 VECTOR = 1024  # width of a retrieval embedder's vector
 BLOCKS = 3  # cross-attention blocks of IC-Former
 FITTING = 200  # steps of fitting slots to a passage, each forward and back
+# Tokens of kv-match's questions: per token of the passage (SQuAD and NQ, tune halves, 3.4 in both), and of 48 questions.
+PROBED, PROBES = 3.4, 1200
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,14 @@ class Family:
     @property
     def form(self) -> str:
         """What a store keeps of a passage."""
-        return {"embeds": SOFT, "kv": RAGGED if self.cost == "states" else DENSE}.get(self.interface, TEXT)
+        return {"embeds": SOFT, "kv": RAGGED if self.cost == "probes" else DENSE}.get(self.interface, TEXT)
 
 
 FAMILIES = (
     Family("memory slots", "embeds", "slots"),
     Family("pooled states", "embeds", "states"),
     Family("keys and values", "kv", "slots"),
-    Family("selected keys and values", "kv", "states"),
+    Family("selected keys and values", "kv", "probes"),
     Family("cross-attention digests", "embeds", "blocks"),
     Family("one vector", "embeds", "vector"),
     Family("fitted slots", "embeds", "fit"),
@@ -174,7 +176,7 @@ def best(lines: Sequence[Line]) -> Line:
 def loadings(shape: DecoderShape, load: Load, hardware: Hardware, ratios: Sequence[float], full: Line) -> list[Loading]:
     """Soft slots and both kinds of keys and values from the store at every ratio and precision; `full`: the text's line."""
     found: list[Loading] = []
-    for family in (family for family in FAMILIES if family.cost in ("slots", "states") and family.methods):
+    for family in (family for family in FAMILIES if family.cost in ("slots", "states", "probes") and family.methods):
         if any(row.form == family.form for row in found):  # pooled states are stored as memory slots are
             continue
         for ratio in ratios:
@@ -263,7 +265,7 @@ def _encode(family: Family, shape: DecoderShape, tokens: int, slots: int, batch:
         return Work(float(BLOCKS * batch * flops), 2.0 * BLOCKS * 12 * square)
     if family.cost == "fit":  # reads at least the slots and the passage repeated; the way back takes twice as much
         return shape.forward(tokens + slots, batch=batch, logits=tokens, dtype=dtype) * (3 * FITTING)
-    run = tokens + slots if family.cost == "slots" else tokens
+    run = tokens + {"slots": slots, "probes": round(min(PROBED * tokens, PROBES))}.get(family.cost, 0)
     scores = family.cost in ("scores", "contrast")
     once = shape.forward(run, batch=batch, logits=tokens if scores else 0, dtype=dtype)
     return once * (2 if family.cost == "contrast" else 1)

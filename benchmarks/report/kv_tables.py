@@ -36,13 +36,15 @@ def once(rows: Sequence[Row]) -> list[Row]:
 
 
 def choices(rows: Sequence[Row]) -> list[Row]:
-    """Pooled rows of every score, budget and repair."""
+    """Pooled rows of every score, budget and repair; none if the default alone was measured."""
     found = tellable(rows)
     if not set(CHOICES) <= found.keys():
         return []
     sets = {name: found[name] for name in CHOICES}
     first, second = sets.values()
     keys = [key for key in first if key in second and key[0].partition(":")[0] == OURS]
+    if {key[0] for key in keys} == {OURS}:
+        return []
     return [
         clean(pooled_row(sets, key))
         | DEFAULTS

@@ -21,10 +21,10 @@ class CompressorConfig:
 
     method: ClassVar[str]
     title: ClassVar[str] = ""  # name in tables and plots; empty: the name of the method
-    # What compressing a passage runs: the reader over passage and slots ("slots") or over the passage ("states"), a language
-    # model with its head once ("scores") or with and without the question ("contrast"), a projector on the index's vector
-    # ("vector"), a few cross-attention blocks ("blocks"), many passes of the reader forward and back ("fit"), or nothing
-    # ("none": the passage is read whole).
+    # What compressing a passage runs: the reader over passage and slots ("slots"), over the passage ("states") or over passage
+    # and questions about it ("probes"), a language model with its head once ("scores") or with and without the question
+    # ("contrast"), a projector on the index's vector ("vector"), a few cross-attention blocks ("blocks"), many passes of the
+    # reader forward and back ("fit"), or nothing ("none": the passage is read whole).
     cost: ClassVar[str] = "slots"
     retired: ClassVar[Mapping[str, Any]] = {}
     retired_unhashed: ClassVar[Mapping[str, Any]] = {}

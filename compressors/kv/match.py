@@ -33,7 +33,7 @@ class KVMatchConfig(PairSettings, CompressorConfig):
 
     method: ClassVar[str] = "kv-match"
     title: ClassVar[str] = "KV matching"
-    cost: ClassVar[str] = "states"
+    cost: ClassVar[str] = "probes"
 
     score: str = field(
         default="probes",

@@ -29,7 +29,7 @@ class PairSettings(KeepSettings):
     """Config mixin of every method that keeps pairs. What must stay counts against the budget."""
 
     ratio: float = field(default=4.0, metadata={"help": "compression ratio unless another one is asked for"})
-    reread: int = added(0, "first tokens of a passage that the reader reads again, after the passages in front of it")
+    reread: int = added(0, "first tokens of a passage that the reader reads again, after the passages before it")
 
     def check_pairs(self) -> None:
         """Raises ``ValueError`` for a ratio below 1, tokens below 0 or a wrong list of what must stay."""
@@ -43,7 +43,7 @@ class PairCompressor(Compressor):
 
     A method implements `probes` (what is read after a passage) and `keep` (the pairs, from what was recorded). Its config
     extends `PairSettings`. With ``reread`` the first tokens of a passage are stored as token ids, and the reader reads them
-    again (EPIC, arXiv 2410.15332); the ratio is that of the tokens behind them. A passage of no more tokens keeps pairs alone.
+    again (EPIC, arXiv 2410.15332); the ratio counts the tokens after them. A passage of no more tokens keeps pairs alone.
 
     Attributes:
         needs_states: whether `keep` wants the residual stream, too.

@@ -138,6 +138,13 @@ def test_loading_wins_above_the_bandwidth_it_names() -> None:
     assert "loses at any bandwidth" in storage.loading_sentence(lost, 1.0)
 
 
+def test_kv_match_is_charged_for_its_questions() -> None:
+    found = by_family(work_out())
+    work = BIG.forward(512 + 1200, batch=32, logits=0)
+    assert found["selected keys and values"].compress_ms == pytest.approx(1000 * FAST.seconds(work) / 32)
+    assert 3 < found["selected keys and values"].compress_ms / found["pooled states"].compress_ms < 4
+
+
 def test_every_method_belongs_to_one_family() -> None:
     named = [title for family in plan.FAMILIES for title in family.methods.split(", ")]
     for name, cls in COMPRESSORS.items():
