@@ -241,7 +241,8 @@ def _show(compressor: Compressor, found: CompressedPassage, text: str, query: st
     table.add_row("method", str(found.info.get("method", compressor.config_class.method)))
     table.add_row("interface", found.interface)
     table.add_row("source tokens", f"{found.source_tokens:,}")
-    table.add_row("slots", f"{found.slots:,}" + " pairs per head" * (found.counts is not None))
+    unit = "" if found.counts is None else " pair per head" if found.slots == 1 else " pairs per head"
+    table.add_row("slots", f"{found.slots:,}{unit}")
     table.add_row("compression ratio", f"{found.ratio:.2f}")
     table.add_row("bytes", f"{found.nbytes:,}")
     console.print(table)

@@ -76,7 +76,7 @@ def _unknown(name: str) -> str:
     shipped = ", ".join(each for each in shipped_names() if not each.startswith("reader-"))
     trained = f"{name} needs training: nutgraf train. " if name in COMPRESSORS else ""
     return (
-        f"There is no compressor {name!r}. {trained}Without training work {free}; shipped are {shipped}; a folder or a hub id "
+        f"There is no compressor {name!r}. {trained}Methods without training: {free}; shipped: {shipped}; a folder or a hub id "
         "OWNER/NAME is taken too."
     )
 

@@ -56,7 +56,7 @@ class DoctorSettings:
 
 @takes(DoctorSettings)
 def doctor(settings: DoctorSettings) -> None:
-    """Examine the installation, the machine and a reader in about ten seconds; exit status 1 if something is wrong."""
+    """Examine the installation, the machine and a reader in under a minute; exit status 1 if something is wrong."""
     console = Console(soft_wrap=True, highlight=False)
     faults = 0
     for finding in examine(settings):
