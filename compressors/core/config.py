@@ -10,6 +10,9 @@ from typing import Any, ClassVar, TypeVar
 ConfigT = TypeVar("ConfigT", bound="CompressorConfig")
 
 
+_WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a string"}
+
+
 @dataclass
 class CompressorConfig:
     """Settings of a compressor. Subclasses are dataclasses that validate in ``__post_init__``.
@@ -61,8 +64,9 @@ class CompressorConfig:
                     f"{data[name]!r}. Leave it out, or load the checkpoint with an older release."
                 )
         types = {f.name: str(f.type) for f in fields(cls)}
-        if odd := [f"{n}={v!r:.60} ({types[n]})" for n, v in data.items() if n in known and not _fits(v, types[n])]:
-            raise ValueError(f"{cls.__name__} has settings of a wrong type: {', '.join(odd)}.")
+        wrong = {n: v for n, v in data.items() if n in known and not _fits(v, types[n])}
+        if odd := [f"{n} must be {_WORDS.get(types[n], types[n])}, got {v!r:.60}" for n, v in wrong.items()]:
+            raise ValueError(f"{cls.__name__}: {'; '.join(odd)}.")
         return cls(**{name: value for name, value in data.items() if name in known})
 
 
