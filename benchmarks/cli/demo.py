@@ -165,8 +165,8 @@ def run_demo(
         f"{sooner(theirs / ours)}.",
         f"Passages were compressed before any question was known, in {spent / len(texts):.1f} seconds each. Times are of "
         "compressed passages in memory.",
-        "The time is saved by not reading the passages again. All keys and values precomputed (ratio 1) give the first token "
-        f"as soon; the ratio saves memory: {nbytes / 1e6:.2f} MB a passage, not some {settings.ratio * nbytes / 1e6:.1f} MB.",
+        "The time is saved by not reading the passages again; all keys and values precomputed (ratio 1) save most of it, too. "
+        f"The ratio saves memory: {nbytes / 1e6:.2f} MB a passage, not some {settings.ratio * nbytes / 1e6:.1f} MB.",
     ]
     console.print(Text(lead, style="bold"))
     console.print(rich_table(line_table(rows, f"{len(asked)} questions, {TOP_K} retrieved passages each")))
