@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ...adapters.placeholders import PassageCache
+from ...adapters.placeholders.source import PassageSource
 from ...adapters.threads import astream
 from ...compressors import COMPRESSORS, CompressedPassage, Compressor, Reader, load_compressor
 from ...compressors.core.checkpoint import read_config
@@ -56,7 +58,7 @@ class Comparison:
         self._compressors: dict[str, Compressor] = {}
         self._loading = threading.Lock()
         self._turn = asyncio.Lock()
-        self._stored: dict[tuple[Any, ...], CompressedPassage] = {}
+        self._cache = PassageCache()
         found = _told_apart(self._find(names))
         self.ways = [Way(FULL, "Full text", chosen=True), *found, Way(NONE, "No context", chosen=True)]
         reader.generate(["Warm up."], 2)  # the first pass takes longer than any later one
@@ -124,18 +126,12 @@ class Comparison:
             return (list(passages) if way.name == FULL else []), {}
         compressor = self._compressor(way.name)
         query = question if compressor.query_aware else None
-        keys = [(way.name, text, ratio, query) for text in passages]
         start = time.perf_counter()
-        if missing := [key for key in dict.fromkeys(keys) if key not in self._stored]:
-            made = compressor.compress([key[1] for key in missing], query=query, ratio=ratio)
-            self._stored |= zip(missing, made)
-            while len(self._stored) > 256:
-                self._stored.pop(next(iter(self._stored)))
+        found, new = PassageSource(compressor, self._cache).get(passages, query=query, ratio=ratio)
         seconds = time.perf_counter() - start
-        found = [self._stored[key] for key in keys]
         facts = {
             "ratio": round(sum(one.source_tokens for one in found) / max(sum(_mean_slots(one) for one in found), 1), 2),
-            "compress_ms": round(1e3 * seconds, 1) if missing else None,
+            "compress_ms": round(1e3 * seconds, 1) if new else None,
             "kept": [kept(self.reader, text, one) for text, one in zip(passages, found)],
             "texts": [one.text for one in found] if way.interface == "text" else None,
         }

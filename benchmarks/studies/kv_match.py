@@ -42,7 +42,7 @@ Out = Annotated[Path | None, typer.Option(help="Results file to append rows to."
 
 
 def _norm(reader: Reader, layer: LayerEvidence, attention: Tensor, index: int) -> Tensor:
-    return selection.wide(layer.values).norm(dim=-1)
+    return selection.value_norm(layer)
 
 
 def _norm_within_head(reader: Reader, layer: LayerEvidence, attention: Tensor, index: int) -> Tensor:
@@ -53,7 +53,7 @@ def _norm_within_head(reader: Reader, layer: LayerEvidence, attention: Tensor, i
 def _written(reader: Reader, layer: LayerEvidence, attention: Tensor, index: int) -> Tensor:
     """Mean norm of what the heads of a group write to the residual stream for a value."""
     heads, width = layer.values.shape[1], layer.values.shape[3]
-    matrix = reader.model.get_decoder().layers[index].self_attn.o_proj.weight.float().view(-1, heads, -1, width)
+    matrix = selection.wide(selection.output_weight(reader.kv_placement, index)).unflatten(1, (heads, -1, width))
     return torch.einsum("ehgd,bhnd->bhgne", matrix, selection.wide(layer.values)).norm(dim=-1).mean(2)
 
 
@@ -121,7 +121,7 @@ def variants_of(reader: Reader, text: str, ratios: Sequence[float]) -> dict[tupl
     """A passage compressed by every variant at every ratio; it is read once."""
     compressor: Any = load_compressor("kv-match", reader=reader)
     (ids,) = reader.tokenize_batch([text])
-    evidence = read(reader, [ids], [compressor.probes(text, None)])
+    evidence = read(reader, [ids], [compressor.probes(text, None, None)])
     evidence.shared = True
     found = {}
     for name, (score, constants) in variants(reader).items():

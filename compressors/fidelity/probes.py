@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core.config import check_counts
 from ..core.passage import CompressedPassage
 from ..reader.reader import Reader
-from .questions import find_spans, make_question
+from .questions import ASKED, REPEAT, find_spans, make_question
 
 SIGNALS = ("probe_hits", "probe_recall", "probe_agreement", "fact_recall", "reconstruction")
 FACTS = ("name", "date", "number", "title")
@@ -53,8 +53,8 @@ class FidelityConfig:
     signals: tuple[str, ...] = SIGNALS
     probes: int = 6
     repeat_tokens: int = 256
-    question: str = "\n\nQuestion: {question}\nAnswer:"
-    repeat: str = "\nRepeat the passage:\n"
+    question: str = ASKED
+    repeat: str = REPEAT
     chat: bool = False
 
     def __post_init__(self) -> None:

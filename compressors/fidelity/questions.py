@@ -13,6 +13,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# What a reader reads after a passage to answer a question, and to repeat the passage.
+ASKED = "\n\nQuestion: {question}\nAnswer:"
+REPEAT = "\nRepeat the passage:\n"
+
 
 def word_set(text: str) -> frozenset[str]:
     """The words of a string as a set."""

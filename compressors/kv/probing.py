@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..fidelity.questions import make_questions
+from ..fidelity.questions import ASKED, make_questions
 from ..reader.attention import attending
 from ..reader.kv import position_arguments
 from ..reader.reader import Reader
 
-QUESTION = "\n\nQuestion: {}\nAnswer:"
 REPEAT = ("\n\nRepeat the previous context exactly.", "\n")  # as in KVzip
 SHORTEST_REPEAT = 8  # tokens of a passage in one repetition, at least
 
@@ -127,9 +126,9 @@ def write_probes(
         room: tokens that fit after the passage. Longer questions are left out; a longer repetition is divided, as in KVzip.
     """
     if needs == "query":
-        return reader.tokenize_batch([QUESTION.format(query)])
+        return reader.tokenize_batch([ASKED.format(question=query)])
     made = make_questions(text, count, random.Random(0)) if needs == "questions" else []
-    written = reader.tokenize_batch([f"{QUESTION.format(question)} {answer}" for question, answer in made])
+    written = reader.tokenize_batch([f"{ASKED.format(question=question)} {answer}" for question, answer in made])
     written = [probe for probe in written if room is None or len(probe) <= room]
     if written:
         return written

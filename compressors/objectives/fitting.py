@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..core.passage import CompressedPassage
-from ..fidelity.questions import make_questions
+from ..fidelity.questions import ASKED, REPEAT, make_questions
 from ..reader.plan import Prompt
 from ..reader.reader import Reader
 from .distillation import KLDistillationLoss
 from .teacher import TeacherLogits
 
-QUESTION = "\n\nQuestion: {}\nAnswer:"
-REPEAT = "\nRepeat the passage:\n"
 REPEATED = 512  # tokens of a passage that the reader repeats
 TOP_K = 64  # tokens of the teacher whose probabilities are kept; the others are one outcome
 EVERY = 10  # steps between two checks on the held-out probes
@@ -57,7 +55,7 @@ def write_probes(reader: Reader, text: str, ids: list[int], count: int) -> tuple
     """
     made = make_questions(text, count, random.Random(0))
     answers = reader.tokenize_batch([f" {answer}" for _, answer in made])
-    asked = [(QUESTION.format(question), answer) for (question, _), answer in zip(made, answers)]
+    asked = [(ASKED.format(question=question), answer) for (question, _), answer in zip(made, answers)]
     rest = [probe for i, probe in enumerate(asked) if len(asked) < 4 or i % 4]
     probes = [(REPEAT, ids[:REPEATED]), *rest]
     return probes, asked[::4] if len(asked) >= 4 else probes

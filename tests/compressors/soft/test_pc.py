@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from nutgraf import load_compressor
-from nutgraf.compressors.objectives.fitting import QUESTION, REPEAT, SlotFitter
+from nutgraf.compressors.fidelity.questions import ASKED, REPEAT
+from nutgraf.compressors.objectives.fitting import SlotFitter
 from nutgraf.compressors.slots.pooling import summed_runs
 from nutgraf.compressors.slots.segments import Segment
 
@@ -36,7 +37,7 @@ def test_the_loss_is_the_divergence_from_the_reader_of_the_text(zoo):
     starts = [torch.randn(n, reader.width) for n in (5, 3)]
     fits = [fitter.begin(text, reader.tokenize(text), z) for text, z in zip((PASSAGE, OTHER), starts)]
     assert fits[0].probes[0] == (REPEAT, reader.tokenize(PASSAGE))
-    assert fits[0].probes[1][0].startswith(QUESTION[:12])
+    assert fits[0].probes[1][0].startswith(ASKED[:12])
     assert not any(probe in fits[0].probes for probe in fits[0].held_out)
     for held_out in (False, True):
         found = fitter.divergences(fits, held_out)
