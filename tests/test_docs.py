@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import os
 import re
 import shlex
@@ -144,3 +145,16 @@ def test_the_site_builds_without_a_warning(tmp_path):
         )
     }
     assert not outside, "pages must need no network"
+
+
+def test_the_scores_that_were_tried_have_the_numbers_of_their_rows():
+    page = (ROOT / "docs" / "methods" / "kv-match.md").read_text()
+    shown = re.findall(r"^\| [^|]+ \| ([^|]*\)) \| ([^|]*\)) \|$", page.partition("| score | at 8x |")[2], re.M)
+    rows = (ROOT / "benchmarks" / "results" / "kv_scores.jsonl").read_text().splitlines()
+    changes: dict[float, set[str]] = {8.0: set(), 16.0: set()}
+    for row in map(json.loads, rows):
+        change, low, high = (row[f"nll_change{end}"] for end in ("", "_low", "_high"))
+        changes[row["ratio_asked"]].add(f"{change:+.2f} ({low:+.2f} to {high:+.2f})".replace("-0.00 (", "0.00 ("))
+    assert len(shown) >= 12
+    assert {at_8 for at_8, _ in shown} <= changes[8.0]
+    assert {at_16 for _, at_16 in shown} <= changes[16.0]
