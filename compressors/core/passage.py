@@ -224,6 +224,8 @@ class CompressedPassage:
         Raises:
             KeyError, TypeError, ValueError: if something is missing or does not fit.
         """
+        if unnamed := [name for name in tensors if not isinstance(name, str)]:
+            raise TypeError(f"The name of a tensor must be a string, got {unnamed[0]!r}.")
         layers = sum(name.startswith("keys.") for name in tensors)
         kv = facts["interface"] == "kv"
         return cls(

@@ -66,7 +66,7 @@ def read_settings(folder: Path) -> Any:
     if not isinstance(held, dict):
         raise ValueError(f"{file} must hold a JSON object, got {type(held).__name__}.")
     odd = [
-        f"{name}={value!r:.60}"
+        f"{name if name.isidentifier() else repr(name):.60}={value!r:.60}"
         for name, value in held.items()
         if (value not in _VALUES[name] if name in _VALUES else value and name not in _UNDERSTOOD)
     ]
