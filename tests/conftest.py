@@ -11,9 +11,14 @@ from typing import Any
 import pytest
 import torch
 import zoo as zoo_module
+from hypothesis import settings
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# The same examples in every run; `pytest --hypothesis-profile=default` draws new ones.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")
