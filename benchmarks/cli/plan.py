@@ -12,7 +12,7 @@ import typer
 from typer import Option
 
 from ..costs.costs import item_bytes
-from ..costs.plan import Hardware, Line, Load, best, loadings, work_out
+from ..costs.plan import SELECTED, Hardware, Line, Load, best, loadings, work_out
 from ..costs.roofline import Roofline, measure
 from ..costs.shapes import find_shape
 from ..costs.storage import RAGGED, loading_sentence
@@ -115,14 +115,21 @@ def sentence(lines: Sequence[Line], load: Load) -> str:
     room = "" if full.fits else " The full text does not fit into this reader."
     if found is full:
         return f"At {load.hits:g} reads per passage nothing here pays: read the full text.{room}"
-    reads = found.break_even_reads or 0.0
-    paying = dict.fromkeys(line.family for line in lines[1:] if line.pays and line.fits and line.family != found.family)
+    paying = [line for line in lines[1:] if line.pays and line.fits]
+    kept = next((line for line in paying if line.family == SELECTED), None)  # the least compressed stands first
+    told = [f"Compressing pays. Most time is saved by {_gain(found, full, load)}."]
+    if kept is not None and kept is not found:
+        told.append(f"Time is not answers: most of them are kept by {_gain(kept, full, load)}.")
+    others = dict.fromkeys(line.family for line in paying if line.family not in {found.family, kept and kept.family})
+    return " ".join(told) + (f" These pay too: {', '.join(others)}." if others else "") + room
+
+
+def _gain(line: Line, full: Line, load: Load) -> str:
+    reads = line.break_even_reads or 0.0
     return (
-        f"Compressing pays. Most time is saved by {found.family} ({found.methods}) at {found.ratio:.3g}x: TTFT "
-        f"{_number(found.ttft_ms)} ms instead of {_number(full.ttft_ms)} ms ({found.ttft_speedup:.3g}x), paid for after "
-        f"{'less than one read' if reads < 1 else f'{reads:,.1f} reads'} of {load.hits:g}."
-        + (f" These pay too: {', '.join(paying)}." if paying else "")
-        + room
+        f"{line.family} ({line.methods}) at {line.ratio:.3g}x: TTFT {_number(line.ttft_ms)} ms instead of "
+        f"{_number(full.ttft_ms)} ms ({line.ttft_speedup:.3g}x), paid for after "
+        f"{'less than one read' if reads < 1 else f'{reads:,.1f} reads'} of {load.hits:g}"
     )
 
 

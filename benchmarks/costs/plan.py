@@ -48,11 +48,12 @@ class Family:
         return {"embeds": SOFT, "kv": RAGGED if self.cost == "probes" else DENSE}.get(self.interface, TEXT)
 
 
+SELECTED = "selected keys and values"
 FAMILIES = (
     Family("memory slots", "embeds", "slots"),
     Family("pooled states", "embeds", "states"),
     Family("keys and values", "kv", "slots"),
-    Family("selected keys and values", "kv", "probes"),
+    Family(SELECTED, "kv", "probes"),
     Family("cross-attention digests", "embeds", "blocks"),
     Family("one vector", "embeds", "vector"),
     Family("fitted slots", "embeds", "fit"),
