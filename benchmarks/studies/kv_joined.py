@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import typer
@@ -24,7 +24,7 @@ from ..loading import dataset_name, find_reader, find_records
 from ..methods import prompt_size
 from ..progress import progress_bar
 from ..quality.quality import questions_hash, readable
-from ..quality.scoring import answers, kl_divergence, likelihoods, score_each
+from ..quality.scoring import Likelihood, answers, kl_divergence, likelihoods, score_each
 from ..rows import Row, append_rows, clean, provenance
 
 BLOCK = 2  # questions whose lines are read together
@@ -84,12 +84,27 @@ def lines_of(
     return found
 
 
+def read_apart(
+    reader: Reader, prompts: list[list[Piece]], targets: list[list[int]]
+) -> tuple[list[str], list[Likelihood]]:
+    """Answers and likelihoods; long texts are not batched with compressed passages, of which few positions run."""
+    texts = [i for i, pieces in enumerate(prompts) if all(isinstance(piece, str) for piece in pieces)]
+    given, likely = [""] * len(prompts), cast(list[Likelihood], [None] * len(prompts))
+    for part in (texts, sorted(set(range(len(prompts))) - set(texts))):
+        chosen = [prompts[i] for i in part]
+        for i, answer in zip(part, answers(reader, chosen, max_new_tokens=24, batch_size=16)):
+            given[i] = answer
+        for i, found in zip(part, likelihoods(reader, chosen, [targets[i] for i in part], batch_size=16)):
+            likely[i] = found
+    return given, likely
+
+
 def main(
     file: Annotated[str, typer.Argument(help="Questions with several passages each.")],
     passages: Annotated[int, typer.Option(help="Passages per question.")] = 5,
     limit: Annotated[int, typer.Option(help="Questions.")] = 100,
     ratio: Annotated[list[float], typer.Option()] = [1.0, 2.0, 4.0, 8.0],  # noqa: B006
-    reread: Annotated[list[int], typer.Option(help="First tokens that are read again.")] = [8],  # noqa: B006
+    reread: Annotated[list[int], typer.Option(help="First tokens that are read again.")] = [],  # noqa: B006
     half: Annotated[str, typer.Option()] = "report",
     foreign: Annotated[bool, typer.Option(help="Also questions about other passages among the probes.")] = False,
     parts: Annotated[bool, typer.Option(help="Also the gold passage or the others alone compressed.")] = False,
@@ -109,10 +124,9 @@ def main(
             keys = list(lines[0])
             asked = [question_prompt(each[key], r.question) for r, each in zip(part, lines) for key in keys]
             of = [record for record in part for _ in keys]
-            given = answers(loaded, asked, max_new_tokens=24, batch_size=32)
-            f1 = score_each(given, of)["f1"]
             targets = [loaded.tokenize(" " + record.answers[0]) for record in of]
-            likely = likelihoods(loaded, asked, targets, batch_size=32)
+            given, likely = read_apart(loaded, asked, targets)
+            f1 = score_each(given, of)["f1"]
             for i, prompt in enumerate(asked):
                 full = likely[i - i % len(keys)]
                 pieces = list(lines[i // len(keys)][keys[i % len(keys)]])

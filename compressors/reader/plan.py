@@ -40,6 +40,11 @@ class PromptPlan:
         """Whether a KV passage differs from head to head."""
         return any(passage.ragged for _, passage in self.kv)
 
+    @property
+    def run(self) -> int:
+        """Positions that the model runs: all but KV slots."""
+        return len(self.kinds) - self.kinds.count(KV)
+
     def add_tokens(self, ids: Iterable[int]) -> None:
         """Appends tokens."""
         before = len(self.ids)

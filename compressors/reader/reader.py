@@ -419,7 +419,7 @@ class Reader(Unpickled):
             chat: render each prompt through the chat template.
             stop: a string, or strings, that end an answer and are not part of it.
             generation_config: default: greedy.
-            batch_size: prompts per batch, sorted by length to save padding; default: all together.
+            batch_size: prompts per batch, sorted by the positions that run, to save padding; default: all together.
             template: options of the chat template.
             generate_kwargs: passed to ``model.generate`` (``do_sample``, ``temperature``, ``num_beams``, ...).
 
@@ -428,7 +428,7 @@ class Reader(Unpickled):
         """
         stop = stop_strings(stop)
         plans = self._as_plans(prompts, chat, template)
-        order = sorted(range(len(plans)), key=lambda i: len(plans[i]))
+        order = sorted(range(len(plans)), key=lambda i: (plans[i].run, len(plans[i])))
         answers = [""] * len(plans)
         step = batch_size or max(len(plans), 1)
         config = make_config(max_new_tokens, generation_config, generate_kwargs, self.tokenizer, self.eos_ids)
