@@ -6,15 +6,17 @@ Checked settings and where they are visible:
   Merge the adapter into the weights before serving. Embeddings for an adapter itself are refused: they end the server.
 * The tokenizer (``/tokenize`` of vLLM and SGLang): another one than the local reader's belongs to another model, which would
   answer with nonsense.
-* SGLang with its radix cache (``/get_server_info``): ``input_embeds`` are refused. With chunked prefill, prompts longer than a
-  chunk are not supported.
+* SGLang (``/server_info``) with its radix cache: ``input_embeds`` are refused. In another dtype than bfloat16: it converts
+  them to bfloat16. Before 0.5.13 with chunked prefill: prompts longer than a chunk are not supported (pull request 20376).
 
-Not visible from outside: a vLLM before 0.22, which does not check the shape of embeddings (they are checked before sending),
-and a server with other weights than the local reader's.
+Not visible from outside: a vLLM before 0.22, which does not check the shape of embeddings (they are checked before sending);
+a server with other weights than the local reader's; a SGLang that runs out of KV memory, which begins an answer to embeddings
+anew and joins the two (issue 39645), so that sampled answers may be spliced.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import httpx
@@ -23,6 +25,7 @@ from ...compressors import ReaderMismatchError
 from .errors import KnownBugError
 from .transport import Transport
 
+_TAKES_CHUNKS = (0, 5, 13)  # SGLang from here splits embeddings into chunks
 _PROBE = "The treaty of 1648: naïve café, 3.14 % — 東京 Привет\n\tdef f(x): return x"
 
 
@@ -55,7 +58,7 @@ def check_tokenizer(transport: Transport, model: str | None, tokenizer: Any, nam
     Raises:
         ReaderMismatchError: if they differ.
     """
-    body = {"model": model, "prompt": _PROBE, "add_special_tokens": False}
+    body = {"prompt": _PROBE, "add_special_tokens": False} | ({} if model is None else {"model": model})
     theirs = (_json(transport.ask("/tokenize", body)) or {}).get("tokens")
     if not isinstance(theirs, list) or not all(isinstance(i, int) for i in theirs):
         return
@@ -69,18 +72,29 @@ def check_tokenizer(transport: Transport, model: str | None, tokenizer: Any, nam
 
 
 def _sglang(transport: Transport) -> list[str]:
-    info = _json(transport.get("/get_server_info")) or _json(transport.get("/server_info")) or {}
+    info = _json(transport.get("/server_info")) or _json(transport.get("/get_server_info")) or {}
     if info.get("disable_radix_cache") is False:
         raise KnownBugError(
             "SGLang takes input_embeds only without its radix cache: start the server with --disable-radix-cache."
         )
+    found = []
+    dtype = info.get("dtype")
+    if dtype not in (None, "auto", "bfloat16"):
+        found.append(
+            f"SGLang reads embeddings in bfloat16, but its model runs in {dtype}: start it with --dtype bfloat16."
+        )
     chunk = info.get("chunked_prefill_size")
-    if isinstance(chunk, int) and chunk > 0:
-        return [
-            f"SGLang prefills in chunks of {chunk} positions and does not support embeddings longer than that: start it "
-            "with --chunked-prefill-size -1 unless all prompts are shorter."
-        ]
-    return []
+    if isinstance(chunk, int) and chunk > 0 and not _takes_chunks(info.get("version")):
+        found.append(
+            f"SGLang before 0.5.13 does not support embeddings longer than a chunk of its prefill ({chunk} positions): start "
+            "it with --chunked-prefill-size -1 unless all prompts are shorter."
+        )
+    return found
+
+
+def _takes_chunks(version: Any) -> bool:
+    numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", str(version))
+    return numbers is not None and tuple(map(int, numbers.groups())) >= _TAKES_CHUNKS
 
 
 def list_models(transport: Transport) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from ...compressors.reader.generation import stop_strings
 from ...compressors.reader.plan import PromptPlan, merge_atoms
 from ...compressors.reader.tokenization import check_messages, clean
 from .embeddings import EmbeddingTable
-from .errors import UnexpectedAnswerError
+from .errors import RequestRefusedError, ServerFaultError, UnexpectedAnswerError
 
 MOST_STOP = 4  # stop strings of a request in OpenAI's format
 _OWN_TEMPLATE_OPTIONS = {"add_generation_prompt", "continue_final_message"}  # vLLM's own parameters
@@ -166,7 +166,10 @@ class VLLMChat(EngineFormat):
 
 
 class SGLangGenerate(EngineFormat):
-    """SGLang's ``/generate`` with ``input_embeds``; the server must run with ``--disable-radix-cache``."""
+    """SGLang's ``/generate`` with ``input_embeds``; the server must run with ``--disable-radix-cache``.
+
+    ``seed`` has an effect only if it also runs with ``--enable-deterministic-inference``.
+    """
 
     path = "/generate"
 
@@ -183,7 +186,15 @@ class SGLangGenerate(EngineFormat):
         return {"input_embeds": _cast(self.table.embed(plan), self.dtype).float().tolist(), "sampling_params": params}
 
     def answer(self, reply: Any) -> str:
-        return _text(reply.get("text") if isinstance(reply, dict) else None)
+        if not isinstance(reply, dict):
+            return _text(None)
+        ended = (reply.get("meta_info") or {}).get("finish_reason")
+        if isinstance(ended, dict) and ended.get("type") == "abort":  # in a stream SGLang has no other way to say it
+            said, status = f"SGLang gave up: {ended.get('message')}", ended.get("status_code")
+            if isinstance(status, int) and 400 <= status < 500:
+                raise RequestRefusedError(said, status)
+            raise ServerFaultError(said, status if isinstance(status, int) else 200)
+        return _text(reply.get("text"))
 
     def pieces(self, events: Iterable[Any]) -> Iterator[str]:
         sent = ""  # SGLang repeats the whole text in each event

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 try:
@@ -23,16 +22,14 @@ try:
 except ImportError as error:  # an extra of the package
     raise ImportError("Serving needs FastAPI, uvicorn and prometheus-client: pip install 'nutgraf[serve]'.") from error
 
-from transformers import LogitsProcessor, LogitsProcessorList
-
 from ...compressors import Compressor, Reader
 from ...compressors.reader.checks import check_reads_slots
 from ...compressors.reader.plan import PromptPlan
 from ..checks import check_compressor
 from ..store import PassageStore
-from ..threads import astream
 from .batching import Answered, AnswerOptions, Batcher
 from .errors import RequestError
+from .keys import Keys
 from .limits import Limits
 from .passages import NewPassages, Passages, check_fits
 from .replies import Reply
@@ -52,12 +49,12 @@ def create_app(
     ratio: float | None = None,
     name: str | None = None,
     limits: Limits | None = None,
-    api_key: str | None = None,
+    api_key: str | Sequence[str] | None = None,
 ) -> FastAPI:
     """Make an application with OpenAI's completions, chats and models, ``/v1/passages``, ``/health`` and ``/metrics``.
 
-    Concurrent prompts are read in one batch, whatever passages they hold; a streamed answer is read alone. Special tokens
-    in texts are plain text. The application closes neither the reader nor the store.
+    Concurrent prompts are read in one batch, whatever passages they hold, streamed or not. Special tokens in texts are plain
+    text. The application closes neither the reader nor the store.
 
     Args:
         reader: answers the prompts.
@@ -66,11 +63,12 @@ def create_app(
         ratio: compression ratio L / l; default: the compressor's own.
         name: the model's name for clients; default: the reader's name.
         limits: limits of requests.
-        api_key: bearer token that clients must send; default: none.
+        api_key: bearer token that clients must send, or several, of which each is accepted; default: none.
 
     Raises:
         TypeError: if ``reader`` is not a `Reader`, or ``compressor`` not a compressor.
-        ValueError: if the reader is a state-space model that would misread embeddings, or the compressor is for another one.
+        ValueError: if the reader is a state-space model that would misread embeddings, the compressor is for another one, or an
+            API key cannot be sent.
     """
     if not isinstance(reader, Reader):
         raise TypeError(f"reader must be a nutgraf Reader, got {type(reader).__name__}; see Reader.from_pretrained.")
@@ -78,7 +76,8 @@ def create_app(
         check_compressor(compressor)
     check_reads_slots(reader)
     check_fits(reader, compressor)
-    server = _Server(reader, name or reader.name, limits or Limits(), api_key)
+    keys = [api_key] if isinstance(api_key, str) else list(api_key or ())
+    server = _Server(reader, name or reader.name, limits or Limits(), Keys(keys))
     server.passages = Passages(compressor, store, ratio, server.metrics.count_passages)
 
     @asynccontextmanager
@@ -168,7 +167,7 @@ def create_app(
 class _Server:
     """State shared by the routes of an application."""
 
-    def __init__(self, reader: Reader, name: str, limits: Limits, api_key: str | None) -> None:
+    def __init__(self, reader: Reader, name: str, limits: Limits, keys: Keys) -> None:
         self.reader = reader
         self.name = name
         self.limits = limits
@@ -180,7 +179,7 @@ class _Server:
         self._pool = ThreadPoolExecutor(32, "nutgraf-serve")
         self._at_work = 0
         self.streams = asyncio.Semaphore(limits.max_streams)
-        self._key = api_key
+        self._keys = keys
         self.card = {
             "id": name,
             "object": "model",
@@ -192,8 +191,7 @@ class _Server:
         }
 
     def check_key(self, request: Request) -> None:
-        given = request.headers.get("authorization", "").encode()
-        if self._key is not None and not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
+        if not self._keys.accept(request.headers.get("authorization", "")):
             raise RequestError("The API key is missing or wrong.", 401)
 
     def check_name(self, name: str | None) -> None:
@@ -267,30 +265,40 @@ class _Server:
         except TimeoutError as error:
             raise RequestError("Too many answers are being streamed; try again later.", 429) from error
         self.metrics.streams.inc()
-        steps = _Steps()
+        items: asyncio.Queue[Any] = asyncio.Queue()
+        answer: Future[Answered] | None = None
+        given = 0
         try:
-            kwargs: dict[str, Any] = {**options.to_kwargs(), "logits_processor": LogitsProcessorList([steps])}
+            answer = self.batcher.stream(plan, options, _putting(items))
+            answer.add_done_callback(_putting(items))
+            for event in reply.opening():
+                yield _sse(event)
+            while isinstance(item := await items.get(), str):
+                given += 1
+                if given == 1:
+                    self.metrics.first.observe(time.perf_counter() - start)
+                yield _sse(reply.piece(item))
             try:
-                for event in reply.opening():
-                    yield _sse(event)
-                async with aclosing(astream(self.reader, plan, **kwargs)) as pieces:  # type: ignore[type-var]
-                    first = True
-                    async for piece in pieces:
-                        if first:
-                            self.metrics.first.observe(time.perf_counter() - start)
-                            first = False
-                        yield _sse(reply.piece(piece))
+                done = answer.result()
+            except RequestError as error:
+                if not given and not reply.opening():
+                    raise
+                yield _sse(error.body())
+                return
             except Exception as error:
                 _log.error("A stream failed", exc_info=error)
                 yield _sse(RequestError(_FAILED, 500).body())
                 return  # without [DONE]: the answer is not complete
-            yield _sse(reply.piece("", "length" if steps.taken >= options.max_new_tokens else "stop"))
+            given = done.tokens
+            yield _sse(reply.piece("", done.finish))
             if usage:
-                yield _sse(reply.usage(len(plan), steps.taken))
+                yield _sse(reply.usage(len(plan), done.tokens))
             yield b"data: [DONE]\n\n"
         finally:
+            if answer is not None:
+                answer.cancel()  # if the client left
             self.metrics.streams.dec()
-            self.metrics.tokens.inc(steps.taken)
+            self.metrics.tokens.inc(given)
             self.streams.release()
 
     async def json(self, http: Request) -> Any:
@@ -318,17 +326,6 @@ class _Server:
                 "passages for this reader.",
                 409,
             )
-
-
-class _Steps(LogitsProcessor):
-    """Counts generated tokens; changes nothing."""
-
-    def __init__(self) -> None:
-        self.taken = 0
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        self.taken += 1
-        return scores
 
 
 class _Stream(StreamingResponse):
@@ -368,6 +365,17 @@ async def _while_connected(http: Request, work: Coroutine[Any, Any, T]) -> T:
         if not task.done():
             task.cancel()
             await asyncio.wait({task})
+
+
+def _putting(items: asyncio.Queue[Any]) -> Callable[[Any], None]:
+    """Return a function that puts an item into a queue of this event loop from another thread."""
+    loop = asyncio.get_running_loop()
+
+    def put(item: Any) -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(items.put_nowait, item)
+
+    return put
 
 
 def _sse(event: dict[str, Any]) -> bytes:

@@ -6,10 +6,11 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ...compressors import Reader
-from ...compressors.reader.generation import cut_at_end, cut_at_stop
+from ...compressors.reader.generation import Pieces, cut_at_end, cut_at_stop
 from ...compressors.reader.plan import PromptPlan
 from .errors import RequestError
 from .limits import Limits
@@ -50,11 +51,18 @@ class Answered:
     finish: str
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
     plan: PromptPlan
     options: AnswerOptions
+    on_piece: Callable[[str], object] | None = None  # of a stream
+    begun: bool = False  # whether a piece of a stream was given
     future: Future[Answered] = field(default_factory=Future)  # never "running", so that it can be cancelled at any time
+
+    def give(self, piece: str) -> None:
+        if piece and self.on_piece is not None and not self.future.cancelled():
+            self.begun = True
+            self.on_piece(piece)
 
     def settle(self, answer: Answered | BaseException) -> None:
         with suppress(InvalidStateError):  # it was cancelled
@@ -65,10 +73,11 @@ class _Job:
 
 
 class Batcher:
-    """A thread that reads queued prompts in batches. Thread-safe.
+    """Reads queued prompts in batches. Thread-safe.
 
-    The oldest prompt is always in the next batch; later ones with equal options join it, within ``limits``. A prompt whose
-    future is cancelled leaves the queue, and its generation ends after the current step.
+    The oldest prompt is always in the next batch; later ones with equal options join it, within ``limits``. While a batch is
+    read, a second one is begun only if a stream waits. A prompt whose future is cancelled leaves the queue, and its
+    generation ends after the current step.
 
     Attributes:
         batches: sizes of recent batches.
@@ -83,8 +92,12 @@ class Batcher:
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name="nutgraf-batcher", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._work, args=[only_streams], name="nutgraf-batcher", daemon=True)
+            for only_streams in (False, True)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def waiting(self) -> int:
@@ -98,12 +111,21 @@ class Batcher:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread accepts prompts."""
-        return self._thread.is_alive() and not self._closed
+        """Whether prompts are accepted."""
+        return not self._closed and all(thread.is_alive() for thread in self._threads)
 
     def submit(self, plans: Sequence[PromptPlan], options: AnswerOptions) -> list[Future[Answered]]:
         """Queue prompts. Raises ``RequestError``: 429 if too many wait, 503 if the server is shutting down."""
-        jobs = [_Job(plan, options) for plan in plans]
+        return self._submit([_Job(plan, options) for plan in plans])
+
+    def stream(self, plan: PromptPlan, options: AnswerOptions, on_piece: Callable[[str], object]) -> Future[Answered]:
+        """Queue a prompt whose answer is also given in pieces, each as soon as it is final. Raises as `submit`.
+
+        ``on_piece`` is called in a thread of the batcher, for the last time before the future is done.
+        """
+        return self._submit([_Job(plan, options, on_piece)])[0]
+
+    def _submit(self, jobs: Sequence[_Job]) -> list[Future[Answered]]:
         with self._changed:
             if not self.alive:
                 raise RequestError("The server is shutting down.", 503)
@@ -111,22 +133,23 @@ class Batcher:
             if len(self._jobs) + len(jobs) > self.limits.max_queue:
                 raise RequestError(f"{len(self._jobs)} prompts are waiting already; try again later.", 429)
             self._jobs.extend(jobs)
-            self._changed.notify()
+            self._changed.notify_all()
         return [job.future for job in jobs]
 
     def close(self) -> None:
-        """Finish the running batch and refuse the others."""
+        """Finish the running batches and refuse the other prompts."""
         with self._changed:
             self._closed = True
             left = list(self._jobs)
             self._jobs.clear()
-            self._changed.notify()
+            self._changed.notify_all()
         for job in left:
             job.settle(RequestError("The server is shutting down.", 503))
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
-    def _work(self) -> None:
-        while batch := self._next():
+    def _work(self, only_streams: bool) -> None:
+        while batch := self._next(only_streams):
             self.batches.append(len(batch))
             self.on_batch(len(batch))
             try:
@@ -142,7 +165,8 @@ class Batcher:
 
     def _generate(self, batch: Sequence[_Job]) -> list[Answered]:
         plans = [job.plan for job in batch]
-        return generate(self.reader, plans, batch[0].options, lambda i: batch[i].future.cancelled())
+        listeners = {i: job.give for i, job in enumerate(batch) if job.on_piece is not None}
+        return generate(self.reader, plans, batch[0].options, lambda i: batch[i].future.cancelled(), listeners)
 
     def _one_by_one(self, batch: Sequence[_Job], error: BaseException) -> None:
         """Retry a failed batch prompt by prompt: one bad prompt, or too little memory, must not affect the others."""
@@ -150,20 +174,23 @@ class Batcher:
         for job in batch:
             if job.future.cancelled():
                 continue
+            if job.begun:  # what was given cannot be taken back
+                job.settle(error)
+                continue
             try:
                 job.settle(self._generate([job])[0])
             except BaseException as own:
                 job.settle(own)
 
-    def _next(self) -> list[_Job]:
+    def _next(self, only_streams: bool) -> list[_Job]:
         """Wait for the next batch; empty when closed."""
-        while not (batch := self._take()) and not self._closed:
-            pass  # all waiting prompts were cancelled
+        while not (batch := self._take(only_streams)) and not self._closed:
+            pass  # all waiting prompts were cancelled, or are in the other thread's batch
         return batch
 
-    def _take(self) -> list[_Job]:
+    def _take(self, only_streams: bool) -> list[_Job]:
         with self._changed:
-            while not self._jobs and not self._closed:
+            while not self._closed and not any(job.on_piece or not only_streams for job in self._jobs):
                 self._changed.wait()
             self._drop_cancelled()
             until = time.monotonic() + self.limits.max_wait_ms / 1e3
@@ -172,10 +199,10 @@ class Batcher:
                 if left <= 0 or not self._changed.wait(left):
                     break
             batch: list[_Job] = []
-            later: list[_Job] = []
+            later: deque[_Job] = deque()
             longest = 0
-            while self._jobs:
-                job = self._jobs.popleft()
+            first = [job for job in self._jobs if job.on_piece or not only_streams][:1]
+            for job in [*first, *(job for job in self._jobs if job not in first)]:
                 widest = max(longest, len(job.plan) + job.options.max_new_tokens)
                 fits = len(batch) < self.limits.max_batch
                 fits = fits and (not batch or widest * (len(batch) + 1) <= self.limits.max_batch_positions)
@@ -184,7 +211,7 @@ class Batcher:
                 elif not job.future.cancelled():
                     batch.append(job)
                     longest = widest
-            self._jobs.extend(later)
+            self._jobs = later
             return batch
 
 
@@ -193,13 +220,20 @@ def generate(
     plans: Sequence[PromptPlan],
     options: AnswerOptions,
     cancelled: Callable[[int], bool] = lambda place: False,
+    listeners: Mapping[int, Callable[[str], object]] = MappingProxyType({}),
 ) -> list[Answered]:
-    """Answer prompts of equal options in one batch, which ends when all prompts that are left are ``cancelled``."""
+    """Answer prompts of equal options in one batch, which ends when all prompts that are left are ``cancelled``.
+
+    Listeners get the pieces of their prompts' answers, each as soon as it is final.
+    """
     order = sorted(range(len(plans)), key=lambda i: len(plans[i]))  # the reader's own order
-    seen = _Seen(lambda: [cancelled(i) for i in order])
+    written = {order.index(i): (Pieces(reader.decode, options.stop), give) for i, give in listeners.items()}
+    seen = _Seen(lambda: [cancelled(i) for i in order], written, reader.eos_ids)
     texts = reader.generate(
         [plans[i] for i in order], **options.to_kwargs(), stopping_criteria=StoppingCriteriaList([seen])
     )
+    for pieces, give in written.values():
+        give(pieces.rest())
     answers: list[Answered | None] = [None] * len(plans)
     for i, text, row in zip(order, texts, seen.rows() or [[]] * len(plans)):
         ids = cut_at_end(row, reader.eos_ids)
@@ -211,12 +245,19 @@ def generate(
 
 
 class _Seen(StoppingCriteria):
-    """Records the generated ids; stops the cancelled prompts."""
+    """Records the generated ids; gives pieces of streams; stops the cancelled prompts."""
 
-    def __init__(self, cancelled: Callable[[], list[bool]]) -> None:
+    def __init__(
+        self,
+        cancelled: Callable[[], list[bool]],
+        written: dict[int, tuple[Pieces, Callable[[str], object]]],
+        ends: Sequence[int],
+    ) -> None:
         self.cancelled = cancelled
         self.steps = 0
         self.ids: Tensor | None = None
+        self.ends = ends
+        self.writing = dict(written)
 
     def abandoned(self) -> bool:
         """Whether all prompts are cancelled; the forward pass then ends too."""
@@ -225,7 +266,14 @@ class _Seen(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         self.steps += 1
         self.ids = input_ids
-        return torch.tensor(self.cancelled(), dtype=torch.bool, device=input_ids.device)
+        cancelled = self.cancelled()
+        new = input_ids[:, -1].tolist() if self.writing else []
+        for row, (pieces, give) in list(self.writing.items()):
+            if new[row] in self.ends or cancelled[row]:
+                del self.writing[row]  # padding follows
+            else:
+                give(pieces.add(new[row]))
+        return torch.tensor(cancelled, dtype=torch.bool, device=input_ids.device)
 
     def rows(self) -> list[list[int]]:
         """Return the new ids of each prompt."""

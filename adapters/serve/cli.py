@@ -11,6 +11,7 @@ import typer
 
 from ...console import friendly_errors
 from ..store import StoreError
+from .keys import Keys
 
 
 def serve(
@@ -31,14 +32,17 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
     name: Annotated[str | None, typer.Option(help="The model's name for clients; default: the reader's name.")] = None,
     api_key: Annotated[
-        str | None, typer.Option(envvar="NUTGRAF_API_KEY", help="Bearer token that clients must send.")
+        str | None,
+        typer.Option(
+            envvar="NUTGRAF_API_KEY", help="Bearer token that clients must send; several: with commas between."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="Where the reader runs: auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     max_batch: Annotated[int, typer.Option(min=1, help="Prompts read together.")] = 16,
     max_wait_ms: Annotated[float, typer.Option(min=0, help="Time a prompt waits for others to join its batch.")] = 5,
     max_queue: Annotated[int, typer.Option(min=1, help="Waiting prompts; more are refused.")] = 256,
-    max_streams: Annotated[int, typer.Option(min=1, help="Concurrent streams.")] = 8,
+    max_streams: Annotated[int, typer.Option(min=1, help="Concurrent streams.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 2048,
     max_positions: Annotated[
         int | None, typer.Option(min=2, help="Positions of a prompt and its answer; default: the reader's.")
@@ -53,6 +57,8 @@ def serve(
                 f"{host} can be reached from other machines: set NUTGRAF_API_KEY (or --api-key) to a token that clients must "
                 "send, or listen on 127.0.0.1."
             )
+        keys = [key.strip() for key in api_key.split(",")] if api_key else []
+        Keys(keys)  # refuses bad ones before the reader is loaded
         if ratio is not None and compressor is None:
             raise ValueError("--ratio needs --compressor.")
         from ...compressors import Reader, load_compressor
@@ -84,9 +90,7 @@ def serve(
         loaded = Reader.from_pretrained(reader, device=device, dtype=dtype)
         made = None if compressor is None else load_compressor(compressor, loaded)
         served = loaded if made is None else made.reader
-        app = create_app(
-            served, compressor=made, store=passages, ratio=ratio, name=name, limits=limits, api_key=api_key or None
-        )
+        app = create_app(served, compressor=made, store=passages, ratio=ratio, name=name, limits=limits, api_key=keys)
         typer.echo(f"{name or served.name} ({served.fingerprint}) on http://{host}:{port}/v1", err=True)
         # A second signal stops at once; the first waits for answers at work.
         uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=math.ceil(timeout_s))

@@ -33,7 +33,7 @@ class Limits:
     max_batch_positions: int = 65_536
     max_wait_ms: float = 5.0
     max_queue: int = 256
-    max_streams: int = 8
+    max_streams: int = 64
     timeout_s: float = 300.0
 
     def __post_init__(self) -> None:

@@ -104,27 +104,58 @@ def stream_text(
 
     thread = threading.Thread(target=work, name="nutgraf-stream", daemon=True)
     thread.start()
-    written = _Written(decode)
-    sent = 0
+    pieces = Pieces(decode, stop)
     try:
         while (item := tokens.get()) is not _END:
             if isinstance(item, BaseException):
                 raise item
-            written.add(item)
-            text, stopped = cut_at_stop(written.text, stop)
-            # A character may still lack bytes, and the tail may be the beginning of a stop string.
-            final = len(text) if stopped else len(text.rstrip("�")) - held_back(text, stop)
-            if final > sent:
-                yield text[sent:final]
-                sent = final
-            if stopped:
+            if piece := pieces.add(item):
+                yield piece
+            if pieces.stopped:
                 return
-        text = cut_at_stop(decode(written.ids), stop)[0]
-        if len(text) > sent:
-            yield text[sent:]
+        if piece := pieces.rest():
+            yield piece
     finally:
         cancelled.set()
         thread.join()
+
+
+class Pieces:
+    """Turns the ids of an answer into pieces of text, each as soon as it is final.
+
+    Args:
+        decode: decodes ids.
+        stop: strings that end the answer.
+
+    Attributes:
+        stopped: whether a stop string ended the answer; further ids are ignored.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] | None) -> None:
+        self.stopped = False
+        self._decode = decode
+        self._stop = stop
+        self._written = _Written(decode)
+        self._given = 0
+
+    def add(self, token: int) -> str:
+        """Return what is final after one more id; often nothing."""
+        if self.stopped:
+            return ""
+        self._written.add(token)
+        text, self.stopped = cut_at_stop(self._written.text, self._stop)
+        # A character may still lack bytes, and the tail may be the beginning of a stop string.
+        final = len(text) if self.stopped else len(text.rstrip("�")) - held_back(text, self._stop)
+        return self._piece(text, final)
+
+    def rest(self) -> str:
+        """Return what was held back, after the last id."""
+        text = cut_at_stop(self._decode(self._written.ids), self._stop)[0]
+        return self._piece(text, len(text))
+
+    def _piece(self, text: str, final: int) -> str:
+        given, self._given = self._given, max(self._given, final)
+        return text[given : self._given]
 
 
 class _Written:

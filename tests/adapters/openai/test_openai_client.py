@@ -56,6 +56,8 @@ class Engine:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 if self.path == "/tokenize":
                     spell = engine.pages.get(self.path)
+                    if body.get("model", "") is None:  # both engines then want a name
+                        return self.reply(422, "{}")
                     ids = (
                         spell(body["prompt"], add_special_tokens=body["add_special_tokens"])["input_ids"]
                         if spell
@@ -92,6 +94,10 @@ class Engine:
                         return
                     if fault == "error event" and i == 1:
                         event = {"error": {"message": "out of memory"}}
+                    if fault is not None and fault.startswith("abort") and i == 1:
+                        status = int(fault.split()[1])
+                        ended = {"type": "abort", "message": "out of memory", "status_code": status or None}
+                        event = {**event, "meta_info": {"finish_reason": ended}}
                     if fault == "refusal event":
                         event = {"error": {"message": "too long", "type": "BadRequestError", "code": 400}}
                     if fault == "two answers" and "choices" in event:
@@ -446,6 +452,17 @@ def test_a_cut_stream_is_told_from_a_complete_one(engine, reader):
     assert failed.value.text == "".join(pieces) != ""
 
 
+@pytest.mark.parametrize(
+    ("status", "error"), [(0, ServerFaultError), (503, ServerFaultError), (400, RequestRefusedError)]
+)
+def test_an_answer_that_sglang_aborts_is_not_taken_for_a_whole_one(engine, reader, status, error):
+    engine.faults.append(f"abort {status}")
+    with pytest.raises(error, match="out of memory") as caught:
+        list(served(engine, reader, engine="sglang").stream(PASSAGE, 12))
+    assert caught.value.text != ""
+    assert reader.generate([PASSAGE], 12)[0].startswith(caught.value.text)
+
+
 def test_a_refusal_inside_a_stream_is_not_tried_again(engine, reader):
     engine.faults.append("refusal event")
     with pytest.raises(RequestRefusedError, match="too long") as caught:
@@ -555,8 +572,18 @@ def test_sglang_with_its_radix_cache_is_refused(engine, reader, passage):
     remote = served(engine, reader, engine="sglang", fallback="text")
     wanted = reader.generate([PASSAGE + QUESTION], 8)
     assert remote.generate([[passage, QUESTION]], 8, texts=[[PASSAGE]]) == wanted
-    engine.pages["/get_server_info"] = json.dumps({"disable_radix_cache": True, "chunked_prefill_size": 2048})
-    with pytest.warns(KnownBugWarning, match="chunked-prefill-size"):
+    engine.pages.clear()
+    info = {"disable_radix_cache": True, "chunked_prefill_size": 2048, "dtype": "auto"}
+    for more in ({}, {"version": "0.5.9.post1"}, {"version": "main"}):
+        engine.pages["/server_info"] = json.dumps(info | more)
+        with pytest.warns(KnownBugWarning, match="chunked-prefill-size"):
+            served(engine, reader, engine="sglang").generate([[passage, QUESTION]], 2)
+    engine.pages["/server_info"] = json.dumps(info | {"version": "0.5.23"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        served(engine, reader, engine="sglang").generate([[passage, QUESTION]], 2)
+    engine.pages["/server_info"] = json.dumps(info | {"version": "0.5.23", "dtype": "float16"})
+    with pytest.warns(KnownBugWarning, match="--dtype bfloat16"):
         served(engine, reader, engine="sglang").generate([[passage, QUESTION]], 2)
 
 
@@ -565,6 +592,10 @@ def test_a_server_with_another_tokenizer_is_refused(engine, reader, passage, kin
     engine.pages["/tokenize"] = engine.tokenizer
     assert served(engine, reader, engine=kind).generate([[passage, QUESTION]], 2)
     engine.pages["/tokenize"] = legacy.tokenizer("prepend")
+    if kind == "sglang":
+        nameless = ServedReader(engine.url, None, reader, engine=kind)
+        with pytest.raises(ReaderMismatchError, match="another tokenizer"):
+            nameless.generate([[passage, QUESTION]], 2)
     remote = served(engine, reader, engine=kind, fallback="text")
     with pytest.raises(ReaderMismatchError, match="another tokenizer"):
         remote.generate([[passage, QUESTION]], 2, texts=[[PASSAGE]])

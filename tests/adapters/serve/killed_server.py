@@ -63,18 +63,21 @@ def main(folder: str, kills: int) -> None:
     deleted: list[str] = []
     unsure: set[str] = set()  # named in a request without an answer
     number = 0
+    took = 0.2  # seconds of a server's first upload; it is killed within the next few, however slow the machine is
     for _ in range(kills):
         server, port = fork_server(folder)
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
             http.get("/health").raise_for_status()  # the listening socket waits for the server
-            killer = fork_killer(server, draw.uniform(0.02, 0.6))
-            trying = ""
+            killer = fork_killer(server, draw.uniform(0.05, 4) * took)
+            first, start, trying = True, time.monotonic(), ""
             try:
                 while True:
                     texts = [f"{number + i} delegates signed the treaty" for i in range(draw.randint(1, 3))]
                     number += len(texts)
                     answer = http.post("/v1/passages", json={"passages": [{"text": text} for text in texts]})
                     added += [one["id"] for one in answer.raise_for_status().json()["data"]]
+                    took = time.monotonic() - start if first else took
+                    first = False
                     if draw.random() < 0.3:
                         trying = draw.choice(sorted(set(added) - set(deleted) - unsure))
                         http.delete(f"/v1/passages/{trying}").raise_for_status()

@@ -23,7 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nutgraf import CompressedPassage, Reader, make_compressor
 from nutgraf.adapters.openai import EmbeddingTable, RequestRefusedError, ServedReader, ServerFaultError, encode_tensor
-from nutgraf.adapters.serve import Limits
+from nutgraf.adapters.serve import Limits, create_app
+from nutgraf.adapters.serve.batching import AnswerOptions, Batcher
 from nutgraf.adapters.serve.errors import RequestError
 from nutgraf.adapters.serve.requests import _LABELS, ChatRequest, parse
 from safetensors.torch import save as save_safetensors
@@ -212,6 +213,74 @@ def test_requests_of_other_settings_are_not_mixed_up(running, reader):
 
     with ThreadPoolExecutor(12) as pool:
         assert all(pool.map(ask, range(24)))
+
+
+@pytest.mark.slow
+def test_streams_are_read_together_with_each_other_and_with_whole_answers(running, reader, passage):
+    remote = ServedReader(running.url, "tiny", reader)
+    prompts = [[f"Number {i}: ", passage, QUESTION] if i % 2 else f"Number {i}: {PASSAGE}{QUESTION}" for i in range(16)]
+    whole = reader.generate(prompts[:1], 12)[0]
+    stop = [whole[5:8]]
+    wanted = [reader.generate([prompt], 12, stop=stop)[0] for prompt in prompts]
+    assert len(set(map(len, wanted))) > 1, "some answers end earlier than others"
+    running.app.state.batcher.batches.clear()
+
+    def ask(i: int) -> str:
+        if i % 4 < 3:
+            return "".join(remote.stream(prompts[i], 12, stop=stop))
+        return remote.generate([prompts[i]], 12, stop=stop)[0]
+
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(ask, range(16))) == wanted
+    sizes = list(running.app.state.batcher.batches)
+    assert sum(sizes) == 16
+    assert max(sizes) > 4
+
+
+def test_a_batch_that_fails_is_repeated_but_not_what_a_stream_has_given(zoo):
+    reader = zoo.reader("llama", num_hidden_layers=1)
+    plans = reader.plan([PASSAGE, "Hello"])
+    wanted = reader.generate([PASSAGE, "Hello"], 8)
+    steps: list[int] = []
+
+    def fail(*_: Any) -> None:
+        steps.append(1)
+        if len(steps) == 5:
+            raise RuntimeError("out of memory")
+
+    reader.model.model.layers[0].register_forward_pre_hook(fail)
+    batcher = Batcher(reader, Limits(max_wait_ms=500))
+    pieces: list[str] = []
+    streamed = batcher.stream(plans[0], AnswerOptions(8), pieces.append)
+    (whole,) = batcher.submit(plans[1:], AnswerOptions(8))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        streamed.result(20)
+    assert whole.result(20).text == wanted[1]
+    assert pieces
+    assert wanted[0].startswith("".join(pieces))
+    assert list(batcher.batches) == [2]
+    batcher.close()
+
+
+@pytest.mark.slow
+def test_a_stream_does_not_wait_for_the_batch_that_is_read(zoo):
+    reader = zoo.reader("llama", num_hidden_layers=1)
+    reader.model.model.layers[0].register_forward_pre_hook(lambda *_: time.sleep(0.005))
+    server = Running(reader, limits=Limits(max_positions=1024, timeout_s=60))
+    remote = ServedReader(server.url, "tiny", reader)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            long = pool.submit(remote.generate, ["Hello"], 400)
+            while not server.app.state.batcher.batches:
+                time.sleep(0.01)
+            whole = pool.submit(remote.generate, ["Hello"], 3)
+            assert "".join(remote.stream("Hello", 4))
+            assert not long.done()
+            assert not whole.done(), "it waits for the batch"
+            assert whole.result() == reader.generate(["Hello"], 3)
+            assert long.done()
+    finally:
+        server.stop()
 
 
 @pytest.mark.slow
@@ -488,14 +557,24 @@ def test_bad_requests(running):
     assert card["max_model_len"] == 512
 
 
-def test_api_key(reader):
-    server = Running(reader, limits=LIMITS, api_key="sesame")
+@pytest.mark.parametrize("keys", ["sesame", ["barley", "sesame", "oats"]])
+def test_api_keys(reader, keys):
+    server = Running(reader, limits=LIMITS, api_key=keys)
     try:
-        assert "API key" in refused(server.post(prompt="a"), 401)
-        assert ServedReader(server.url, "tiny", reader, api_key="sesame").generate(["Hello"], 2)
+        for wrong in ({}, {"Authorization": f"Bearer {keys}"} if isinstance(keys, list) else {}, {"Authorization": ""}):
+            answer = server.http.post("/v1/completions", json={"prompt": "a"}, headers=wrong)
+            assert "API key" in refused(answer, 401)
+        for key in [keys] if isinstance(keys, str) else keys:
+            assert ServedReader(server.url, "tiny", reader, api_key=key).generate(["Hello"], 2)
         assert server.http.get("/health").status_code == 200
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize("keys", ["", ["sesame", ""], ["open sesame"], ["sésame"], "sesame\n"])
+def test_keys_that_no_client_can_send_are_refused(reader, keys):
+    with pytest.raises(ValueError, match="visible ASCII"):
+        create_app(reader, api_key=keys)
 
 
 # -- tensors -------------------------------------------------------------------------------------------------------------

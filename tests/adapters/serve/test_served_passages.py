@@ -384,6 +384,13 @@ def test_only_this_machine_is_served_without_a_key(host, only_here):
         assert "NUTGRAF_API_KEY" in done.output
 
 
+@pytest.mark.parametrize("keys", ["a,", "a,b c", ","])
+def test_bad_keys_are_refused_before_the_reader_is_loaded(keys):
+    done = CliRunner().invoke(nutgraf, ["serve", "--reader", "no-such-reader"], env={"NUTGRAF_API_KEY": keys})
+    assert done.exit_code == 2
+    assert "API key" in done.output
+
+
 @pytest.mark.slow
 def test_a_stopped_server_finishes_its_answers(zoo, tmp_path):
     folder = str(zoo.saved("llama", tmp_path / "reader"))
