@@ -20,6 +20,7 @@ from .pruning import (
     PruneExample,
     PrunerConfig,
     SentenceScores,
+    ThresholdSettings,
     TrainedPruner,
     sentence_index,
     sentence_means,
@@ -33,17 +34,20 @@ _RANK_WEIGHT = 0.05  # of the paper
 
 
 @dataclass
-class ProvenceConfig(PrunerConfig, TokenClassifierSettings):
+class ProvenceConfig(ThresholdSettings, PrunerConfig, TokenClassifierSettings):
     """Settings of Provence."""
 
     method: ClassVar[str] = "provence"
     title: ClassVar[str] = "Provence"
 
-    threshold: float = field(default=0.1, metadata={"help": "mode 'published': sentences with a higher probability stay"})
+    threshold: float = field(
+        default=0.1, kw_only=True, metadata={"help": "mode 'published': sentences with a higher probability stay"}
+    )
     r: int = lora_rank(32, " (the classifier's)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_threshold()
         self.check_classifier()
 
 
@@ -73,9 +77,7 @@ class ProvenceCompressor(TrainedPruner):
         return dict(self.words.named_parameters())
 
     @torch.no_grad()
-    def probabilities(
-        self, texts: Sequence[str], queries: Sequence[str | None]
-    ) -> list[tuple[Pieces, Tensor]]:
+    def probabilities(self, texts: Sequence[str], queries: Sequence[str | None]) -> list[tuple[Pieces, Tensor]]:
         """The tokens of each text and ``[tokens, 3]`` probabilities: sentence, word, and the passage's (equal in a row)."""
 
         def run(ids: Tensor, mask: Tensor) -> Tensor:

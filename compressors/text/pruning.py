@@ -57,14 +57,15 @@ class PruneExample:
 
 @dataclass
 class PrunerConfig(SelectionConfig):
-    """Base config of sentence pruners."""
+    """Base config of sentence pruners. ``unpublished`` says why mode 'published' is not available; empty: it is."""
 
     method: ClassVar[str]
+    unpublished: ClassVar[str] = ""
 
     unit: str = field(
-        default="word", metadata={"help": "'word' fills the budget with words of the next sentence; 'sentence' does not"}
+        default="word",
+        metadata={"help": "'word' fills the budget with words of the next sentence; 'sentence' does not"},
     )
-    threshold: float = field(default=0.5, metadata={"help": "mode 'published': sentences with a higher score stay"})
     pooled: bool = field(
         default=False,
         metadata={"help": "the passages of a call for one question share their budget; a useless one becomes empty"},
@@ -74,8 +75,20 @@ class PrunerConfig(SelectionConfig):
         super().__post_init__()
         if not isinstance(self.pooled, bool):
             raise ValueError(f"pooled must be true or false, got {self.pooled!r}.")
-        if self.threshold != self.threshold:
-            raise ValueError("threshold must be a number, got NaN.")
+        if self.unpublished:
+            check_no_published(self, self.unpublished)
+
+
+@dataclass(kw_only=True)
+class ThresholdSettings:
+    """Config mixin of pruners whose published form keeps the sentences above a threshold."""
+
+    threshold: float = field(default=0.5, metadata={"help": "mode 'published': sentences with a higher score stay"})
+
+    def check_threshold(self) -> None:
+        """Raises ``ValueError`` unless the threshold is a number."""
+        if not isinstance(self.threshold, int | float) or self.threshold != self.threshold:
+            raise ValueError(f"threshold must be a number, got {self.threshold!r}.")
 
 
 class SentencePruner(SelectingCompressor):
@@ -84,7 +97,8 @@ class SentencePruner(SelectingCompressor):
     ``mode="fast"``: the best sentences within an exact budget in the reader's tokens. The words of the next sentence fill the
     rest. With ``pooled`` the sentences of all passages for one question compete.
 
-    ``mode="published"``: the sentences above ``threshold``. There is no budget then, and a passage may become empty.
+    ``mode="published"``, where the method has it: the sentences above ``threshold``. There is no budget then, and a passage
+    may become empty.
 
     A method implements `score_sentences`.
     """
@@ -113,6 +127,11 @@ class SentencePruner(SelectingCompressor):
     def pools_budget(self) -> bool:
         """Whether the passages of a call share their budget."""
         return self.config.pooled
+
+    @property
+    def drops_passages(self) -> bool:
+        """A passage without a needed sentence becomes empty."""
+        return True
 
     def share_budget(
         self,
@@ -149,8 +168,9 @@ class SentencePruner(SelectingCompressor):
         if target_tokens is not None:
             raise TypeError("mode='published' has no options ['target_tokens']: it keeps sentences above a threshold.")
         self.check_questions([query])
+        threshold: float = self.config.threshold  # type: ignore[attr-defined]
         (found,) = self.score_sentences([text], [query])
-        kept = [span for span, value in zip(found.spans, found.values.tolist()) if value > self.config.threshold]
+        kept = [span for span, value in zip(found.spans, found.values.tolist()) if value > threshold]
         spans = merge(text, kept)
         return join(text, spans, self.config.joiner), spans
 
@@ -188,3 +208,9 @@ def sentence_index(starts: Sequence[int], spans: Sequence[Span]) -> Tensor:
 def sentence_means(spans: Sequence[Span], tokens: TokenScores) -> Tensor:
     """``[sentences]`` float32 mean value of each sentence's tokens."""
     return unit_scores(spans, tokens.offsets, tokens.nll).float()
+
+
+def check_no_published(config: SelectionConfig, why: str) -> None:
+    """Raises ``ValueError`` for mode 'published' of a method whose paper has no algorithm of that kind."""
+    if config.mode == "published":
+        raise ValueError(f"mode='published' is not available for {config.method}: {why}; use mode='fast'.")

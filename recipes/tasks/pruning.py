@@ -83,7 +83,9 @@ class SentenceTask:
 
     def __init__(self, recipe: Recipe, reader: Reader | None = None) -> None:
         if recipe.kind != "sentences" or recipe.compressor is None:
-            raise ValueError(f"The recipe {recipe.name!r} trains a {recipe.kind}; one of kind 'sentences' is needed here.")
+            raise ValueError(
+                f"The recipe {recipe.name!r} trains a {recipe.kind}; one of kind 'sentences' is needed here."
+            )
         self.recipe = recipe
         self.data = validate(SentenceData, recipe.data, recipe.name, "data")
         torch.manual_seed(recipe.seed)
@@ -105,7 +107,9 @@ class SentenceTask:
         own, theirs = self.compressor.trainable_state(), read_weights(Path(locate(name)))
         shared = [key for key, tensor in own.items() if key in theirs and theirs[key].shape == tensor.shape]
         if not shared:
-            raise ValueError(f"data.start: {name} has no tensor of the same name and shape as the compressor of the recipe.")
+            raise ValueError(
+                f"data.start: {name} has no tensor of the same name and shape as the compressor of the recipe."
+            )
         with torch.no_grad():
             for key in shared:
                 own[key].copy_(theirs[key])
@@ -171,7 +175,9 @@ class SentenceTask:
         """An item with its labels."""
         spans = sentence_spans(item.passage)
         values: Sequence[Value] = [0.0] * len(spans)
-        words = answer_labels(item.passage, item.question, item.answer if item.relevant else "", random.Random(item.key))
+        words = answer_labels(
+            item.passage, item.question, item.answer if item.relevant else "", random.Random(item.key)
+        )
         kept = words.values if item.relevant else (0,) * len(words.spans)
         if item.relevant:
             values = self._values(texts_of(item.passage, spans), item.question, item.answer)
@@ -191,7 +197,9 @@ class SentenceTask:
     def begin_stage(self, stage: Stage) -> None:
         """Trains all weights of the compressor."""
         if stage.trainable not in ("all", ["all"]):
-            raise ValueError(f"Stage {stage.name!r}: a recipe of kind 'sentences' trains 'all', got {stage.trainable!r}.")
+            raise ValueError(
+                f"Stage {stage.name!r}: a recipe of kind 'sentences' trains 'all', got {stage.trainable!r}."
+            )
         self.compressor.requires_grad_(True)
 
     def save(self, folder: Path) -> None:
