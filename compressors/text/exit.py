@@ -129,10 +129,13 @@ class EXITCompressor(SentencePruner):
         return torch.cat(found)
 
     def _answers(self) -> tuple[list[int], list[int]]:
-        """First tokens of Yes and of No, with and without a space before; those of both are left out."""
-        yes, no = ({ids[0] for ids in self.scorer.tokenize_batch([word, f" {word}"])} for word in ("Yes", "No"))
-        if not yes - no or not no - yes:
+        """First tokens of Yes and of No, with and without a space before."""
+        yes, no = (
+            {ids[0] for ids in self.scorer.tokenize_batch([word, f" {word}"]) if self.scorer.decode(ids[:1]).strip()}
+            for word in ("Yes", "No")
+        )
+        if not yes or not no or yes & no:
             raise ValueError(
-                f"The tokenizer of {self.scorer.name!r} begins Yes and No with the same token; choose another scorer."
+                f"The tokenizer of {self.scorer.name!r} does not tell Yes from No by the first token; choose another scorer."
             )
-        return sorted(yes - no), sorted(no - yes)
+        return sorted(yes), sorted(no)
