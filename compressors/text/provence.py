@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -13,7 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from ..core.batching import pad_rows
 from ..core.config import CompressorConfig
 from ..encoders.lora import lora_rank
-from ..encoders.token_classifier import Pieces, TokenClassifier, TokenClassifierSettings
+from ..encoders.token_classifier import KEEP, Pieces, TokenClassifier, TokenClassifierSettings
 from ..reader.reader import Reader
 from ..registry import register_compressor
 from .pruning import (
@@ -75,6 +75,14 @@ class ProvenceCompressor(TrainedPruner):
     def trainable_state(self) -> dict[str, Tensor]:
         """LoRA and head."""
         return dict(self.words.named_parameters())
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> list[str]:
+        """Copies what fits; a head of two labels, drop and keep, becomes all three outputs: keep minus drop."""
+        found = {}
+        for name, tensor in weights.items():
+            two = ".head." in name and len(tensor) == 2
+            found[name] = (tensor[KEEP] - tensor[1 - KEEP]).expand(3, *tensor.shape[1:]) if two else tensor
+        return super().start_from(found)
 
     @torch.no_grad()
     def probabilities(self, texts: Sequence[str], queries: Sequence[str | None]) -> list[tuple[Pieces, Tensor]]:

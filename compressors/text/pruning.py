@@ -178,6 +178,15 @@ class SentencePruner(SelectingCompressor):
 class TrainedPruner(SentencePruner):
     """A pruner with weights that a recipe of kind `sentences` trains."""
 
+    def start_from(self, weights: Mapping[str, Tensor]) -> list[str]:
+        """Copies the tensors of another compressor that have the same name and shape; returns their names."""
+        own = self.trainable_state()
+        shared = [name for name, tensor in own.items() if name in weights and weights[name].shape == tensor.shape]
+        with torch.no_grad():
+            for name in shared:
+                own[name].copy_(weights[name])
+        return shared
+
     @abstractmethod
     def loss(self, examples: Sequence[PruneExample]) -> dict[str, Tensor]:
         """Mean ``loss`` of a batch, and parts of it to log."""

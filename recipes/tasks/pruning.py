@@ -96,23 +96,13 @@ class SentenceTask:
         if not isinstance(found, TrainedPruner):
             raise ValueError(f"A recipe of kind 'sentences' trains a pruner of sentences, and {method} is none.")
         self.compressor: TrainedPruner = found
-        if self.data.start is not None:
-            self._start_from(self.data.start)
+        start = self.data.start
+        if start is not None and not found.start_from(read_weights(Path(locate(start)))):
+            raise ValueError(f"data.start: {start} has no tensor that fits the compressor of the recipe.")
         self.module = PrunerModule(found)
         self._material: Material | None = None
         self._places: dict[str, tuple[str, int]] = {}
         self._dev: list[tuple[Asked, str]] | None = None
-
-    def _start_from(self, name: str) -> None:
-        own, theirs = self.compressor.trainable_state(), read_weights(Path(locate(name)))
-        shared = [key for key, tensor in own.items() if key in theirs and theirs[key].shape == tensor.shape]
-        if not shared:
-            raise ValueError(
-                f"data.start: {name} has no tensor of the same name and shape as the compressor of the recipe."
-            )
-        with torch.no_grad():
-            for key in shared:
-                own[key].copy_(theirs[key])
 
     @property
     def material(self) -> Material:

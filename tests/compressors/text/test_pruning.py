@@ -122,7 +122,9 @@ def test_recomp_scores_the_cosine_of_mean_states(reader, encoder):
 def test_exit_asks_for_each_sentence(reader):
     compressor = make_compressor("exit", reader)
     (found,) = compressor.score_sentences([TEXT], [QUESTION])
-    starts = {w: {reader.tokenize(w)[0], reader.tokenize(f" {w}")[0]} - {reader.tokenize(" ")[0]} for w in ("Yes", "No")}
+    starts = {
+        w: {reader.tokenize(w)[0], reader.tokenize(f" {w}")[0]} - {reader.tokenize(" ")[0]} for w in ("Yes", "No")
+    }
     for sentence, value in zip(sentences(TEXT), found.values):
         prompt = HEAD.format(query=QUESTION, document=TEXT) + TAIL.format(sentence=sentence.strip())
         ids = torch.tensor([[*reader.bos_ids, *reader.tokenize(prompt)]])
