@@ -42,6 +42,15 @@ def write_checkpoint(folder: str | Path, about: Mapping[str, Any], state: Mappin
     write_atomically(folder / CONFIG_NAME, (json.dumps(about, indent=2) + "\n").encode())
 
 
+def read_weights(folder: str | Path) -> dict[str, Tensor]:
+    """A folder's weights by name. Raises ``CheckpointError`` if the file is missing or damaged."""
+    path = Path(folder) / WEIGHTS_NAME
+    try:
+        return load_safetensors(path.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
 def load_weights(folder: str | Path, wanted: Mapping[str, Tensor], owner: str) -> None:
     """Copies a folder's weights into tensors.
 
@@ -56,10 +65,7 @@ def load_weights(folder: str | Path, wanted: Mapping[str, Tensor], owner: str) -
     path = Path(folder) / WEIGHTS_NAME
     if not wanted:
         return
-    try:
-        found = load_safetensors(path.read_bytes())
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    found = read_weights(folder)
     problems = [
         *(f"missing {name}" for name in sorted(wanted.keys() - found.keys())),
         *(f"unknown {name}" for name in sorted(found.keys() - wanted.keys())),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from ..core.batching import pack, pass_positions
 from ..core.fingerprint import hash_json, hash_tensors
@@ -153,6 +154,12 @@ class Embedder:
             # `encode` runs in inference mode, whose tensors autograd refuses; a copy is an ordinary tensor.
             out.update(zip(group, vectors.to("cpu", torch.float32, copy=True).clone()))
         return [out[i] for i in range(len(texts))]
+
+    def means(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors ``[texts, dim]`` of texts of any length, the mean over their shards; zero for a blank text."""
+        shards = self.embed_shards(texts, self.max_tokens, [1] * len(texts))
+        found = [part.mean(0) if len(part) else torch.zeros(self.dim) for part in shards]
+        return normalize(torch.stack(found), dim=-1) if found else torch.zeros(0, self.dim)
 
     def embed_shards(
         self, texts: Sequence[str], max_tokens: int, at_least: Sequence[int], prompt: str = ""

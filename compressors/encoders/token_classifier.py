@@ -95,23 +95,24 @@ class ClassifierTokenizer:
 
 
 class LoRATagger(nn.Module):
-    """A frozen encoder with LoRA and a head of two labels; only LoRA and head are parameters.
+    """A frozen encoder with LoRA and a head; only LoRA and head are parameters.
 
     Args:
         encoder: the encoder, shared and unchanged.
+        outputs: outputs of the head per token; by default two labels, drop and keep.
         r, alpha, dropout, target_modules: see `LoRATwin`.
     """
 
-    def __init__(self, encoder: Any, **lora: Any) -> None:
+    def __init__(self, encoder: Any, outputs: int = 2, **lora: Any) -> None:
         super().__init__()
         self.twin = LoRATwin(encoder, **lora)
-        self.head = nn.Linear(encoder.config.hidden_size, 2)
+        self.head = nn.Linear(encoder.config.hidden_size, outputs)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
         self.to(encoder.device)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Logits ``[batch, time, 2]`` of right-padded ids and mask ``[batch, time]``; label 1 is "keep"."""
+        """Logits ``[batch, time, outputs]`` of right-padded ids and mask ``[batch, time]``; label 1 of two is "keep"."""
         return self.head(self.states(ids, mask).to(self.head.weight.dtype))
 
     def states(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -129,6 +130,7 @@ class TokenClassifier(nn.Module):
         model: such a model and its tokenizer, already loaded.
         query_aware: read the question before each row: ``[CLS] question [SEP] passage [SEP]`` in BERT's terms, as pruners
             for RAG do (Provence, arXiv 2501.16214).
+        outputs: outputs of the trained head per token; with other than two `probabilities` has no meaning.
 
     Attributes:
         frozen: the frozen model or encoder.
@@ -152,6 +154,7 @@ class TokenClassifier(nn.Module):
         name: str | None = None,
         model: tuple[Any, Any] | None = None,
         query_aware: bool = False,
+        outputs: int = 2,
     ) -> None:
         super().__init__()
         self.tagger: LoRATagger | None = None
@@ -161,7 +164,7 @@ class TokenClassifier(nn.Module):
             frozen, tokenizer = load_classifier(name, str(device))
         else:
             frozen, tokenizer = load_encoder(settings.encoder, str(device))
-            self.tagger = LoRATagger(frozen, **settings.lora)
+            self.tagger = LoRATagger(frozen, outputs, **settings.lora)
         hide(self, "frozen", frozen)
         self.pieces = ClassifierTokenizer(tokenizer)
         self.limit = min(settings.window, position_limit(frozen, tokenizer))

@@ -126,6 +126,11 @@ class SelectingCompressor(TextCompressor):
         """Whether `share_budget` divides the budget of a call between its passages."""
         return False
 
+    @property
+    def drops_passages(self) -> bool:
+        """Whether a shared budget may leave a passage empty."""
+        return False
+
     def share_budget(
         self,
         queries: Sequence[str | None],
@@ -199,6 +204,7 @@ class SelectingCompressor(TextCompressor):
         notes: list[dict[str, Any]] = [{} for _ in texts]
         if pooled:
             budgets, notes = self.share_budget(queries, lengths, targets, found)
+            least = 0 if self.drops_passages else least
             targets = [max(budget, min(n, least)) for budget, n in zip(budgets, lengths)]
         chosen: list[tuple[tuple[Span, ...], int]] = [
             (((0, len(text)),) if text else (), length) if length <= target else ((), 0)

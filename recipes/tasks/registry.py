@@ -27,6 +27,7 @@ _RECIPES = __name__.rsplit(".", 2)[0]
 KINDS = {
     "compressor": Kind(f"{_RECIPES}.tasks.compressor", "CompressorTask", ("reader", "compressor"), objectives=True),
     "tokens": Kind(f"{_RECIPES}.tasks.tokens", "TokenTask", ("reader", "compressor")),
+    "sentences": Kind(f"{_RECIPES}.tasks.pruning", "SentenceTask", ("reader", "compressor")),
     "reader": Kind(f"{_RECIPES}.reader.task", "ReaderTask", ("model",)),
 }
 

@@ -80,6 +80,11 @@ def stem(word: str) -> str:
     return word.rstrip("e") or word
 
 
+def content_stems(text: str) -> set[str]:
+    """Stems of a text's words, without punctuation, function words and question words."""
+    return {stem(w) for w in _WORD.findall(text) if w.casefold() not in _SMALL and w[0].isalnum()}
+
+
 def alike(one: str, other: str) -> bool:
     """Whether two stems are equal, or one is a prefix of at least two thirds of the other."""
     if one == other:
@@ -199,7 +204,7 @@ def _look_up(passage: str, pairs: Sequence[tuple[str, str]]) -> _Asked:
     answers: set[int] = set()
     touched: set[int] = set()
     for question, answer in pairs:
-        asked = {stem(w) for w in _WORD.findall(question) if w.casefold() not in _SMALL and w[0].isalnum()}
+        asked = content_stems(question)
         said_here = {word for word in vocabulary if _known(word, asked)}
         shared = {s: [i for i in part if content[i] and stems[i] in said_here] for s, part in enumerate(members)}
         overlap = {s: len({stems[i] for i in part}) for s, part in shared.items()}
@@ -208,7 +213,7 @@ def _look_up(passage: str, pairs: Sequence[tuple[str, str]]) -> _Asked:
             answers |= set(place)
             chosen |= {inside[i] for i in place}
         else:
-            said = {stem(w) for w in _WORD.findall(answer) if w.casefold() not in _SMALL and w[0].isalnum()}
+            said = content_stems(answer)
             answers |= {i for s in chosen for i in members[s] if content[i] and stems[i] in said}
         kept |= {i for s in chosen for i in shared[s]}
         touched |= chosen

@@ -51,6 +51,13 @@ SETTINGS: dict[str, dict] = {
     "llmlingua": {"keep_digits": True},
     "longllmlingua": {"question": "Who won a prize?"},
     "llmlingua2": {"r": 2},
+    "provence": {"r": 2},
+    "exit": {},
+    "token-elimination": {},
+    "recomp": {"r": 2},
+    "filco": {"r": 2},
+    "semantic": {"topic_words": 8},
+    "prompt-saw": {},
     "salient-pool": {"r": 2},
     "kv-match": {"probes": 4},
     "icformer": {"digests": 6, "layers": 2, "ratio": 4.0},
@@ -80,6 +87,8 @@ OPTIONS: dict[str, dict] = {
     "mean-pool:reader": {**SETTINGS["mean-pool"], "tune_reader": True, "reader_r": 3},
     "xrag:reader": {**SETTINGS["xrag"], "tune_reader": True, "reader_r": 3},
     "pisco:query": {**SETTINGS["pisco"], "query_aware": True},
+    "provence:sentence": {"r": 2, "unit": "sentence", "keep_digits": True},
+    "prompt-saw:plain": {"query_aware": False},
     "kv-match:query": {"score": "snapkv", "budget": "per-layer", "repair": "bias"},
     "kv-match:surrogate": {"score": "surrogate", "repair": "none"},
     "kv-match:reread": {"probes": 4, "reread": 3, "repair": "none"},
@@ -89,6 +98,8 @@ SETTINGS |= OPTIONS
 OPTION_ARCHITECTURES = ("llama", "gemma3_text", "gpt_neox")
 QUESTION = "Who won two prizes?"
 UNTRAINED = ("selective-context", "llmlingua", "longllmlingua", "kv-match", "kv-match:query", "kv-match:reread", "pc")
+UNTRAINED += ("exit", "token-elimination", "semantic", "prompt-saw", "prompt-saw:plain")
+EMBEDDING = ("xrag", "pe-rank", "semantic", "prompt-saw")  # methods that take an embedder
 SOFT = [name for name in sorted(SETTINGS) if issubclass(COMPRESSORS[name.partition(":")[0]], SoftCompressor)]
 # Readers that a method cannot work with, and what it says when it is built for one.
 REFUSED = {
@@ -97,7 +108,9 @@ REFUSED = {
     for name in ("gpt2", "opt")
 }
 REFUSED |= {("arc-encoder", name): "changes embeddings before its first layer" for name in ("gpt2", "opt")}
-REFUSED["kv-match", "falcon"] = r"must go through transformers\.AttentionInterface"
+REFUSED["token-elimination", "falcon"] = REFUSED["kv-match", "falcon"] = (
+    r"must go through transformers\.AttentionInterface"
+)
 TEXTS = [
     "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911).",
     "",
@@ -116,7 +129,7 @@ def embedder():
 def build(method: str, reader: Reader) -> Compressor:
     torch.manual_seed(0)
     cls = COMPRESSORS[method.partition(":")[0]]
-    extra = {"embedder": embedder()} if method.startswith(("xrag", "pe-rank")) else {}
+    extra = {"embedder": embedder()} if method.startswith(EMBEDDING) else {}
     compressor = cls(cls.config_class.from_dict(SETTINGS[method]), reader, **extra)
     with torch.no_grad():  # as after some training: no matrix is zero
         for p in compressor.parameters():
@@ -126,7 +139,7 @@ def build(method: str, reader: Reader) -> Compressor:
 
 def load(folder, reader: Reader) -> Compressor:
     about = (folder / "config.json").read_text()
-    extra = {"embedder": embedder()} if '"method": "xrag"' in about or '"method": "pe-rank"' in about else {}
+    extra = {"embedder": embedder()} if any(f'"method": "{name}"' in about for name in EMBEDDING) else {}
     return load_compressor(folder, reader, **extra)
 
 
