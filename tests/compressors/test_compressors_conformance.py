@@ -62,6 +62,14 @@ SETTINGS: dict[str, dict] = {
     "qgc": {"layers": 1, "ratio": 4.0, "segment_tokens": 40},
     "compllm": {"r": 4},
     "rcc": {"ratio": 4.0, "segment_tokens": 40, "r": 4},
+    "beacon": {"segment_tokens": 24, "r": 4},
+    "dodo": {"segment_tokens": 40, "scorer_layers": 2, "r": 4},
+    "nugget": {"segment_tokens": 40, "scorer_layers": 2, "r": 4},
+    "hd-gist": {"segment_tokens": 40, "ratio": 3.0, "r": 4},
+    "compressive": {"segment_tokens": 40},
+    "restore-kv": {"segment_tokens": 40, "restore_tokens": 2, "probes": 4, "r": 4},
+    "lclm": {"segment_tokens": 40, "adapter_width": 16, "r": 4, "tune_reader": True, "reader_r": 3},
+    "kv-distill": {"segment_tokens": 40, "scorer_layers": 2, "first_tokens": 2, "r": 4},
     "scc": {"inner": "icae", "ratio": 2.0, "inner_settings": {"mem_size": 6, "r": 4, "projector": "linear"}},
     "pe-rank": {"shard_tokens": 24, "reader_r": 3},
     "pc": {"steps": 2, "probes": 1},
@@ -80,6 +88,7 @@ OPTIONS: dict[str, dict] = {
     "mean-pool:reader": {**SETTINGS["mean-pool"], "tune_reader": True, "reader_r": 3},
     "xrag:reader": {**SETTINGS["xrag"], "tune_reader": True, "reader_r": 3},
     "pisco:query": {**SETTINGS["pisco"], "query_aware": True},
+    "hd-gist:query": {"segment_tokens": 40, "ratio": 3.0, "r": 4, "query_aware": True, "adapt_reader": False},
     "kv-match:query": {"score": "snapkv", "budget": "per-layer", "repair": "bias"},
     "kv-match:surrogate": {"score": "surrogate", "repair": "none"},
     "kv-match:reread": {"probes": 4, "reread": 3, "repair": "none"},
@@ -91,13 +100,13 @@ QUESTION = "Who won two prizes?"
 UNTRAINED = ("selective-context", "llmlingua", "longllmlingua", "kv-match", "kv-match:query", "kv-match:reread", "pc")
 SOFT = [name for name in sorted(SETTINGS) if issubclass(COMPRESSORS[name.partition(":")[0]], SoftCompressor)]
 # Readers that a method cannot work with, and what it says when it is built for one.
-REFUSED = {
-    (method, name): "mixes positions into its keys"
-    for method in ("500x", "gist", "kv-match", "rcc")
-    for name in ("gpt2", "opt")
-}
+NO_PLACES = ("500x", "gist", "kv-match", "rcc", "beacon", "dodo", "kv-distill", "compressive", "restore-kv", "hd-gist")
+REFUSED = {(method, name): "mixes positions into its keys" for method in NO_PLACES for name in ("gpt2", "opt")}
 REFUSED |= {("arc-encoder", name): "changes embeddings before its first layer" for name in ("gpt2", "opt")}
-REFUSED["kv-match", "falcon"] = r"must go through transformers\.AttentionInterface"
+REFUSED |= {
+    (method, "falcon"): r"must go through transformers\.AttentionInterface"
+    for method in ("kv-match", "dodo", "kv-distill", "compressive", "restore-kv")
+}
 TEXTS = [
     "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911).",
     "",
