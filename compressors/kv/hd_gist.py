@@ -111,7 +111,7 @@ class HDGistCompressor(KVSegmentCompressor):
         texts = passages.texts or [self.base_reader.decode(ids) for ids in passages.ids]
         parts: list[Segment] = []
         for number, (text, ids, query) in enumerate(zip(texts, passages.ids, passages.queries)):
-            units = find_units(text, first_characters(self.base_reader, text, len(ids)))
+            units = find_units(text, first_characters(self.base_reader, text, len(ids)), self.longest_segment(ratio))
             keep_best(units, query if self.config.query_aware else None, slots_for(len(ids), ratio or 1.0, len(ids)))
             parts += self.parts(ids, units, number)
         made: list[list[KVSlots]] = [[] for _ in texts]
@@ -120,11 +120,10 @@ class HDGistCompressor(KVSegmentCompressor):
         return [self.join(slots) for slots in made]
 
     def parts(self, ids: list[int], units: list[Unit], number: int) -> list[Part]:
-        """Segments of passage ``number``, which end with a unit where they can."""
+        """Segments of passage ``number``, which end with a unit."""
         found, start, longest = list[Part](), 0, self.longest_segment(None)
         while start < len(ids):
-            ends = [unit.end for unit in units if start < unit.end <= start + longest]
-            end = max(ends, default=min(start + longest, len(ids)))
+            end = max(unit.end for unit in units if unit.end <= start + longest)
             inside = [unit for unit in units if start < unit.end <= end]
             kept = torch.tensor([i for i, unit in enumerate(inside) if unit.kept], dtype=torch.long)
             about = torch.tensor([unit.end - start for unit in inside]), torch.tensor([u.level for u in inside])

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from ..core.units import split_units
 from ..core.words import plain_words
+from .segments import equal_lengths
 
 SENTENCE, LINE = 0, 1
 SHORT = 3  # characters of a word that is not compared
@@ -32,27 +33,36 @@ class Unit:
     kept: bool = field(default=False, compare=False)
 
 
-def find_units(text: str, starts: Sequence[int]) -> list[Unit]:
-    """Lines and sentences of a text in order of their ends. The last token ends a line; a line of one sentence has no sentence.
+def find_units(text: str, starts: Sequence[int], longest: int) -> list[Unit]:
+    """Lines and sentences of a text in order of their ends; each level covers all tokens.
 
     Args:
         text: the text.
         starts: first character of each token.
+        longest: the most tokens of a unit; longer ones are divided. A line of one sentence has no sentence.
     """
-    lines, at = list[tuple[int, int]](), 0
+    lines, at = [0], 0
     for line in text.splitlines(keepends=True):
         if line.strip():
-            lines.append((at, at + len(line.rstrip())))
+            lines.append(at + len(line.rstrip()))
         at += len(line)
-    lines = [*lines[:-1], (lines[-1][0] if lines else 0, len(text))]
-    sentences = split_units(text, "sentence")
-    found = []
-    for level, spans in ((LINE, lines), (SENTENCE, sentences)):
-        runs = [(bisect_left(starts, a), bisect_left(starts, b), text[a:b]) for a, b in spans]
-        found += [Unit(end, level, start, part) for start, end, part in runs if end > start]
-    ends = [unit.end for unit in found if unit.level == LINE]
-    several = Counter(bisect_left(ends, unit.end) for unit in found if unit.level == SENTENCE)
-    return sorted(unit for unit in found if unit.level == LINE or several[bisect_left(ends, unit.end)] > 1)
+    lines[1:] = [*lines[1:-1], len(text)]  # white space at the end belongs to the last line
+    sentences = [end for _, end in split_units(text, "sentence")]
+    found, ends = list[Unit](), list[int]()
+    for level, characters in ((LINE, lines), (SENTENCE, sentences)):
+        begin, units = 0, list[Unit]()
+        for end in sorted({bisect_left(starts, character) for character in characters} - {0}):
+            for length in equal_lengths(end - begin, longest):
+                stop = starts[begin + length] if begin + length < len(starts) else len(text)
+                units.append(Unit(begin + length, level, begin, text[starts[begin] : stop]))
+                begin += length
+        if level == LINE:
+            ends = [unit.end for unit in units]
+        else:
+            several = Counter(bisect_left(ends, unit.end) for unit in units)
+            units = [unit for unit in units if several[bisect_left(ends, unit.end)] > 1]
+        found += units
+    return sorted(found)
 
 
 def keep_best(units: Sequence[Unit], query: str | None, most: int) -> None:

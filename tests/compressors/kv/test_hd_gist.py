@@ -28,7 +28,7 @@ def texts(units):
 
 
 def test_units_are_lines_and_the_sentences_of_lines_with_several():
-    assert texts(find_units(PASSAGE, range(len(PASSAGE)))) == [
+    assert texts(find_units(PASSAGE, range(len(PASSAGE)), 999)) == [
         (SENTENCE, "Marie Curie was born in Warsaw."),
         (SENTENCE, "She won two Nobel Prizes."),
         (LINE, "Marie Curie was born in Warsaw. She won two Nobel Prizes."),
@@ -38,8 +38,9 @@ def test_units_are_lines_and_the_sentences_of_lines_with_several():
         (SENTENCE, "Many signed it."),
         (LINE, "The treaty was signed in 1648. It ended a war. Many signed it."),
     ]
-    assert [unit.end for unit in find_units(" \n ", range(3))] == [3]
-    assert find_units("", []) == []
+    assert [unit.end for unit in find_units(" \n ", range(3), 9)] == [3]
+    assert find_units("", [], 9) == []
+    assert [(unit.start, unit.end) for unit in find_units("a" * 20, range(20), 8)] == [(0, 7), (7, 14), (14, 20)]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,7 @@ def test_units_are_lines_and_the_sentences_of_lines_with_several():
     ],
 )
 def test_the_budget_goes_to_lines_and_then_to_sentences_of_the_best(query, most, kept):
-    units = find_units(PASSAGE, range(len(PASSAGE)))
+    units = find_units(PASSAGE, range(len(PASSAGE)), 999)
     keep_best(units, query, most)
     assert [i for i, unit in enumerate(units) if unit.kept] == kept
 
@@ -63,7 +64,7 @@ def test_keys_and_values_at_the_gists_equal_plain_torch(zoo):
     reader = zoo.reader()
     compressor = build(reader)
     ids, places = reader.tokenize_with_offsets(PASSAGE)
-    units = find_units(PASSAGE, [start for start, _ in places])
+    units = find_units(PASSAGE, [start for start, _ in places], 512)
     rows, gists = [*reader.embed(torch.tensor(reader.bos_ids))], []
     for t in range(len(ids) + 1):
         for unit in units:
