@@ -185,7 +185,7 @@ def run_sweep(
         folder = Path(out) / cell.folder(reader)
         origin = about or (lambda reader, seed, compressor: {"seed": seed})
         try:
-            final = _train(cell, reader, folder, left)
+            final = train_cell(cell, reader, folder, left)
         except FloatingPointError as error:
             say(str(error))
             row = {**_head(cell, key), "diverged": str(error), **origin(reader, cell.recipe.seed, None)}
@@ -204,7 +204,7 @@ def run_sweep(
             if same not in fixed:
                 fixed[same] = fixed_scores(reader, records, evaluation.max_new_tokens)
             scores = compressed_scores(compressor, records, ratio, evaluation.max_new_tokens, fixed[same])
-            row = {**lines[file, ratio], "n": len(records), **_figures(scores), **_training(folder)}
+            row = {**lines[file, ratio], "n": len(records), **_figures(scores), **training_figures(folder)}
             made.append({**row, **origin(reader, cell.recipe.seed, compressor)})
         write(made)
         rows += made
@@ -212,8 +212,12 @@ def run_sweep(
     return rows
 
 
-def _train(cell: Cell, reader: Reader, folder: Path, max_minutes: float | None) -> Path | None:
-    """Folder of the cell's compressor, trained if missing; None if the run was stopped."""
+def train_cell(cell: Cell, reader: Reader, folder: Path, max_minutes: float | None) -> Path | None:
+    """Folder of the cell's compressor, trained if missing; None if the run was stopped.
+
+    Raises:
+        FloatingPointError: if the loss became NaN or infinite.
+    """
     final = folder / cell.recipe.output.folder
     if final.is_dir():
         return final
@@ -255,7 +259,7 @@ def _figures(scores: Mapping[str, float]) -> Row:
     return {**found, "recovered_share": (found["f1"] - found["f1_none"]) / gained if gained > 0 else None}
 
 
-def _training(folder: Path) -> Row:
+def training_figures(folder: Path) -> Row:
     """Last values of the run's log."""
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     last: Row = next((row for row in reversed(log) if "loss" in row), {})

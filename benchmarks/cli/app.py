@@ -13,12 +13,14 @@ from ...compressors import FidelityConfig
 from ..baselines import BASELINES
 from ..costs.costs import decoder_shape
 from ..costs.roofline import measure
+from ..leaderboard import RATIOS, Budget, measure_all, one_of_each_method, train_all
 from ..loading import dataset_name, find_records, pick_device, store_encoding
-from ..methods import Compressed, EqualBudget, FullText, Method, NoContext, lines
+from ..methods import Compressed, EqualBudget, FullText, Method, NoContext, lines, named_methods
 from ..quality.quality import Line, evaluate
 from ..quality.reading import answer_swap, gold_positions
 from ..quality.remaining import holds, remaining
 from ..report.html import write_report
+from ..report.leaderboard import write_leaderboard
 from ..report.quality_tables import line_table
 from ..report.table import rich_table, row_table
 from ..rows import (
@@ -47,6 +49,7 @@ from .options import (
     AllocationOptions,
     CompressOptions,
     GateOptions,
+    LeaderboardOptions,
     QualityOptions,
     ReadingOptions,
     ReportOptions,
@@ -340,6 +343,53 @@ def _loss_memory(asked: TrainingOptions, done: set[tuple[object, ...]], keep: Ca
             head: Row = about | {"objective": family, "target_tokens_asked": tokens}
             if key_of(head, TRAINING_KEY) not in done:
                 keep(head | loss_memory(family, tokens, device=device))
+
+
+# -- the leaderboard -------------------------------------------------------------------------------------------------
+
+
+@bench_app.command()
+@takes(LeaderboardOptions)
+def leaderboard(asked: LeaderboardOptions) -> None:
+    """Train a recipe of every method for the same budget on one reader, and measure all at the same ratios.
+
+    Beside them stand the full text, no context, methods without training and the passages' first tokens. Run it again to go on
+    where it stopped.
+    """
+    if not asked.questions:
+        raise ValueError("Give the question files to measure on: --eval dev.jsonl, repeatable.")
+    budget, ratios = Budget(asked.minutes, asked.steps), asked.ratio or list(RATIOS)
+    reader = asked.load_reader()
+    beside = named_methods(reader, asked.compressor, ratios)
+    entries = train_all(
+        asked.recipe or one_of_each_method(),
+        [f"reader={asked.reader}", *(asked.given or [])],
+        reader,
+        budget,
+        asked.runs,
+        max_minutes=asked.max_minutes,
+        say=typer.echo,
+    )
+    if entries is None:
+        return
+    asked.out = asked.out or asked.runs / "leaderboard.jsonl"
+    for file in asked.questions:
+        for half in [asked.half] if asked.half else ["tune", "report"]:
+            records = find_records(file, half, asked.limit)
+            settings = asked.settings(dataset_name(file), likelihood=False)
+            have = [row for row in asked.have() if row.get("half") == half]
+            measure_all(
+                reader,
+                entries,
+                beside,
+                records,
+                settings,
+                ratios,
+                have,
+                lambda row, h=half: asked.keep([row | {"half": h}]),
+            )
+    for path in write_leaderboard(asked.runs, read_rows(asked.out), budget.minutes, budget.steps):
+        typer.echo(str(path))
 
 
 # -- the report ------------------------------------------------------------------------------------------------------

@@ -220,6 +220,25 @@ class TrainingOptions(Run):
 
 
 @dataclass(kw_only=True)
+class LeaderboardOptions(Answers):
+    given: Annotated[
+        list[str] | None, Argument(metavar="SETTINGS", help="Settings of every recipe, as in data.dir=corpus seed=1.")
+    ] = None
+    questions: Annotated[Names, Option("--eval", help="Question file with halves `tune` and `report`.")] = many()
+    recipe: Annotated[Names, Option(help="Recipe to train; default one of each method.")] = many()
+    minutes: Annotated[float | None, Option(help="Training budget of each recipe, on this machine.")] = None
+    steps: Annotated[int | None, Option(help="Instead: its optimiser steps.")] = None
+    runs: Annotated[Path, Option("--runs", help="Folder of the runs, the rows, the table and the picture.")] = Path(
+        "runs/leaderboard"
+    )
+    compressor: Annotated[Names, Option(help="Measured beside, NAME or NAME@RATIO,RATIO.")] = many(
+        "kv-match", "llmlingua2-small", "selective-context"
+    )
+    half: Annotated[str | None, Option(help="Only this half of the questions; default tune and report.")] = None
+    max_minutes: Annotated[float | None, Option(help="Stop training cleanly after this many minutes in all.")] = None
+
+
+@dataclass(kw_only=True)
 class ReportOptions:
     files: Annotated[list[Path] | None, Argument(help="Results files or folders; default the committed ones.")] = None
     out: Annotated[Path, Option(help="The HTML file.")] = Path("reports/report.html")

@@ -75,6 +75,7 @@ def evaluate(
     records: Sequence[Record],
     settings: Settings,
     on_line: Callable[[Line], None] = lambda line: None,
+    known: Sequence[Line] = (),
 ) -> list[Line]:
     """Measure every method over the same records.
 
@@ -83,17 +84,20 @@ def evaluate(
 
     Args:
         on_line: Called with each line as soon as it is measured.
+        known: The two fixed lines, if they were measured over these records before; not with `likelihood`.
 
     Raises:
         ValueError: If no record is left, a record has no reference answer, or the fixed lines are not first.
     """
-    if [method.name for method in methods[:2]] != ["full", "none"]:
+    if known and settings.likelihood:
+        raise ValueError("KL is measured in turns with the full text; give known lines with likelihood=False only.")
+    if [*(line.method for line in known), *(method.name for method in methods)][:2] != ["full", "none"]:
         raise ValueError('The first two methods must be the lines "full" and "none"; methods.lines puts them there.')
     kept = readable(reader, records, settings.max_new_tokens)
     references = [reader.tokenize(" " + record.answers[0]) for record in kept]
     sources = np.array([sum(map(len, reader.tokenize_batch(list(r.passages)))) for r in kept])
     full_prompts = [question_prompt(list(record.passages), record.question) for record in kept]
-    found: list[Line] = []
+    found = list(known)
     full: list[Likelihood] | None = None
     with progress_bar(settings.progress) as bar:
         for method in methods:
@@ -132,7 +136,7 @@ def evaluate(
             row["code"] = code_of(method.compressor)
             found.append(Line(method.name, method.ratio, predictions, scores, clean(row)))
             on_line(found[-1])
-    return found
+    return found[len(known) :]
 
 
 def answer_prompts(reader: Reader, prompts: Sequence[list[Piece]], settings: Settings, title: str) -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ _ATTENTION_INPUTS = (
     ("W_pack",),
     ("att_proj",),
 )
+_ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "attn_out")
 
 
 def share(model: PreTrainedModel) -> Any:
@@ -48,8 +50,12 @@ def _check_in_memory(model: nn.Module) -> None:
         )
 
 
-def attention_inputs(model: nn.Module) -> list[str]:
+def attention_inputs(model: nn.Module, keys: bool = False) -> list[str]:
     """Names of the modules that get LoRA by default: query and value projections, or the fused one.
+
+    Args:
+        model: a causal LM or its decoder.
+        keys: the key projection, too.
 
     Raises:
         ValueError: if the architecture uses unknown names.
@@ -57,9 +63,21 @@ def attention_inputs(model: nn.Module) -> list[str]:
     leaves = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)})
     for names in _ATTENTION_INPUTS:
         if set(names) <= set(leaves):
-            return list(names)
+            between = [names[0].replace("q_", "k_").replace("query", "key")] if keys and len(names) > 1 else []
+            return [names[0], *between, *names[1:]]
     raise ValueError(
         f"{type(model).__name__} has no attention projections of a known name; set target_modules to some of {leaves}."
+    )
+
+
+def attention_output(model: nn.Module) -> str:
+    """Name of the module that projects the output of attention. Raises ``ValueError`` if it has no known name."""
+    leaves = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    for name in _ATTENTION_OUTPUTS:
+        if name in leaves:
+            return name
+    raise ValueError(
+        f"{type(model).__name__} has no output projection of a known name; set target_modules to some of {sorted(leaves)}."
     )
 
 
@@ -173,6 +191,26 @@ class LoRATwin(Twin):
         self.lora = nn.ParameterDict({short_name(name): p for name, p in adapters.items()})
         self.requires_grad_(True)
         self.train()
+
+    @contextlib.contextmanager
+    def only_at(self, where: Tensor, modules: Sequence[str] | None = None) -> Iterator[None]:
+        """Within it, LoRA changes some tokens only; the model's own weights run the others.
+
+        Args:
+            where: ``[batch, time]`` bool, the tokens that LoRA changes.
+            modules: names of the modules that this concerns; default: all that have LoRA.
+        """
+        share = where[..., None]
+        names = {
+            name.rsplit(".", 2)[0]: m for name, m in self.decoder.named_modules() if name.endswith(".lora_B.default")
+        }
+        chosen = [m for name, m in names.items() if modules is None or name.rsplit(".", 1)[-1] in modules]
+        handles = [m.register_forward_hook(lambda _, given, out: out * share.to(out)) for m in chosen]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 class FullTwin(Twin):

@@ -30,20 +30,44 @@ class KVSlots:
     values: tuple[Tensor, ...]
     positions: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
+    @classmethod
+    def at(cls, layers: Sequence[tuple[Tensor, Tensor]], positions: Tensor, row: int, places: Sequence[int]) -> KVSlots:
+        """The slots at some places of one row of a batch, copied, so that they do not keep the batch in memory.
 
-def cached_layers(decoder: Any, embeds: Tensor, mask: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        Args:
+            layers: keys and values ``[batch, kv_heads, time, head_dim]``.
+            positions: ``[batch, time]``.
+            row, places: which row and which of its columns.
+        """
+        at = torch.tensor(places, dtype=torch.long, device=positions.device)
+        keys, values = (tuple(pair[side][row][:, at] for pair in layers) for side in (0, 1))
+        return cls(keys, values, positions[row, at].cpu())
+
+    def chosen(self, which: Tensor) -> KVSlots:
+        """The slots of some indices ``[n]``."""
+        at = which.to(self.keys[0].device)
+        keys, values = (tuple(layer[:, at] for layer in side) for side in (self.keys, self.values))
+        return KVSlots(keys, values, self.positions[which])
+
+
+def cached_layers(
+    decoder: Any, embeds: Tensor, mask: Any, positions: Tensor, past: DynamicCache | None = None
+) -> list[tuple[Tensor, Tensor]]:
     """Keys and values ``[batch, kv_heads, time, head_dim]`` of every layer, differentiable.
 
     Args:
         decoder: the body of a causal LM.
         embeds: ``[batch, time, width]``.
-        mask: ``[batch, time]``, 0 for padding on the right.
+        mask: ``[batch, time]``, 0 for padding on the right; or what `KVPlacement.mask` gives.
         positions: ``[batch, time]``.
+        past: keys and values to attend to beside those of this pass, which are added to it.
 
     Raises:
         RuntimeError: if the model does not keep keys and values of every position.
     """
-    cache = DynamicCache()  # without the config: a sliding layer's cache would keep its window only
+    # Without the config: a sliding layer's cache would keep its window only.
+    cache: Any = DynamicCache() if past is None else past
+    before = cache.get_seq_length()
     decoder(
         inputs_embeds=embeds,
         attention_mask=mask,
@@ -52,12 +76,12 @@ def cached_layers(decoder: Any, embeds: Tensor, mask: Tensor, positions: Tensor)
         **position_arguments(decoder, positions),
     )
     layers: list[Any] = cache.layers
-    if not layers or any(layer.keys is None or layer.keys.shape[2] != embeds.shape[1] for layer in layers):
+    if not layers or any(layer.keys is None or layer.keys.shape[2] != before + embeds.shape[1] for layer in layers):
         raise RuntimeError(
             f"{type(decoder).__name__} kept no keys and values of this pass, so there is nothing to store; switch gradient "
             "checkpointing off, which drops them."
         )
-    return [(layer.keys, layer.values) for layer in layers]
+    return [(layer.keys[:, :, before:], layer.values[:, :, before:]) for layer in layers]
 
 
 @contextlib.contextmanager
@@ -84,23 +108,19 @@ def kv_shapes(reader: Reader) -> list[tuple[int, int, int]]:
 
 
 def encode_kv(twin: Twin, sequences: Sequence[SoftSequence], *, budget: int = 16384) -> list[KVSlots]:
-    """Keys and values at memory tokens at the end of sequences, differentiable; batched equals one by one.
+    """Keys and values at the memory tokens of sequences, differentiable; batched equals one by one.
 
     Args:
         twin: the tuned reader.
-        sequences: what to read; their last ``len(places)`` tokens are the memory tokens.
+        sequences: what to read; the memory tokens stand at their ``places``.
         budget: positions per forward pass, padding included.
     """
     embed = twin.lm.get_input_embeddings()
     out: dict[int, KVSlots] = {}
     for batch in soft_batches(sequences, embed, embed.weight.device, budget=budget):
         layers = cached_layers(twin.decoder, batch.embeds, batch.mask, batch.positions)
-        for row, (i, length) in enumerate(zip(batch.which, batch.lengths)):
-            span = slice(length - len(sequences[i].places), length)
-            # Cloned: a view would keep the whole batch's cache in memory.
-            keys = tuple(k[row, :, span].clone() for k, _ in layers)
-            values = tuple(v[row, :, span].clone() for _, v in layers)
-            out[i] = KVSlots(keys, values, batch.positions[row, span].cpu())
+        for row, i in enumerate(batch.which):
+            out[i] = KVSlots.at(layers, batch.positions, row, sequences[i].places)
     return [out[i] for i in range(len(sequences))]
 
 

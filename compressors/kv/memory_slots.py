@@ -90,7 +90,7 @@ class KVSegmentCompressor(SegmentCompressor):
         layers = range(len(self.slot_shapes))
         keys = tuple(torch.cat([part.keys[i] for part in parts], dim=1).to(reader.dtype) for i in layers)
         values = tuple(torch.cat([part.values[i] for part in parts], dim=1).to(reader.dtype) for i in layers)
-        return KVSlots(keys, values, torch.cat([part.positions for part in parts]))
+        return KVSlots(keys, values, torch.cat([part.positions for part in parts], dim=-1))
 
     def slot_fields(self, slots: KVSlots) -> dict[str, Any]:
         """Keys, values and positions."""

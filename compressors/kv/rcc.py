@@ -111,11 +111,8 @@ class RCCCompressor(KVSegmentCompressor):
             body = self.runs.get_decoder()
             with adding(list(layer_list(body)[1]), sums):
                 layers = cached_layers(body, batch.embeds, batch.mask, batch.positions)
-            for row, (i, length) in enumerate(zip(batch.which, batch.lengths)):
-                span = slice(length - segments[i].slots, length)
-                keys = tuple(k[row, :, span].clone() for k, _ in layers)
-                values = tuple(v[row, :, span].clone() for _, v in layers)
-                made[i] = KVSlots(keys, values, batch.positions[row, span].cpu())
+            for row, i in enumerate(batch.which):
+                made[i] = KVSlots.at(layers, batch.positions, row, sequences[i].places)
         return [made[i] for i in range(len(segments))]
 
     def strided(self, segments: Sequence[Segment]) -> list[list[Tensor]]:

@@ -253,6 +253,7 @@ class Prefix:
     def _seen(self, bias: Tensor, starts: Tensor, rows: Tensor, beams: int, query: Tensor) -> Tensor:
         """What is added to the passages' scores, ``[batch, heads, time, width]``; `rows` are positions ``[batch, time]``."""
         low = torch.finfo(query.dtype).min
+        bias = bias.to(torch.promote_types(bias.dtype, query.dtype))
         past = bias[:, :, None].masked_fill(starts[:, :, None] >= rows[:, None, :, None], low).clamp(min=low)
         return past.repeat_interleave(query.shape[1] // past.shape[1], 1).repeat_interleave(beams, 0).to(query)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core.batching import SoftSequence, run_sequences
 from ..encoders.lora_twin import Twin
 from ..reader.reader import Reader
-from .segments import Segment, SegmentCompressor, spread
+from .segments import Segment, SegmentCompressor, slot_of_token, spread
 
 PROBE_TOKENS = 32
 
@@ -47,6 +47,24 @@ def memory_sequences(segments: Sequence[Segment], rows: Sequence[Tensor], positi
             else first + length + torch.arange(segment.slots)
         )
         sequences.append(SoftSequence.with_memory([*segment.front, *segment.ids], row, at))
+    return sequences
+
+
+def interleaved(segments: Sequence[Segment], row: Tensor) -> list[SoftSequence]:
+    """``[front][run][memory token][run][memory token]...`` per segment: one memory token after each slot's run of tokens.
+
+    Args:
+        segments: the segments.
+        row: ``[1, width]`` embedding of every memory token.
+    """
+    sequences = []
+    for segment in segments:
+        first, length, slots = len(segment.front), len(segment.ids), segment.slots
+        slot = slot_of_token([length], [slots])  # of each token, which is also the number of memory tokens before it
+        ids = torch.zeros(length + slots, dtype=torch.long)
+        ids[torch.arange(length) + slot] = torch.tensor(segment.ids)
+        places = torch.bincount(slot).cumsum(0) + torch.arange(slots) + first
+        sequences.append(SoftSequence([*segment.front, *ids.tolist()], places.tolist(), row.expand(slots, -1)))
     return sequences
 
 

@@ -238,6 +238,21 @@ def even_shares(total: int, count: int) -> list[int]:
     return [b - a for a, b in zip(ends, ends[1:])]
 
 
+def shared_out(n_tokens: int, source_tokens: int, longest: int, ratio: float | None) -> list[tuple[int, int]]:
+    """``(tokens, slots)`` of even segments, with even shares of a passage's slots, for an encoder with its own tokenizer.
+
+    Args:
+        n_tokens: length in the encoder's tokens.
+        source_tokens: length in the reader's tokens, from which the slots are counted.
+        longest: the most tokens of a segment.
+        ratio: compression ratio.
+    """
+    count = -(-n_tokens // longest)
+    total = math.ceil(source_tokens / (ratio or 1.0) - 1e-6)
+    total = max(min(total, n_tokens), min(count, source_tokens))
+    return list(zip(even_shares(n_tokens, count), even_shares(total, count)))
+
+
 def slots_for(n_tokens: int, ratio: float, most: int) -> int:
     """Slots of a segment: ``ceil(n_tokens / ratio)``, at least one and at most ``most``."""
     # The small term keeps 10 / 2.5 at 4 in spite of floating point.

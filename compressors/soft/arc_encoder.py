@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,7 +21,7 @@ from ..reader.reader import Reader
 from ..registry import register_compressor
 from ..slots.memory_tokens import probe
 from ..slots.projector import learned_scale, matching_factor, scaled
-from ..slots.segments import Segment, SegmentCompressor, SegmentSettings, even_shares
+from ..slots.segments import Segment, SegmentCompressor, SegmentSettings, shared_out
 
 
 @dataclass
@@ -126,10 +125,7 @@ class ARCEncoderCompressor(SegmentCompressor):
         self, n_tokens: int, ratio: float | None, question_tokens: int, source_tokens: int
     ) -> list[tuple[int, int]]:
         """Even segments, with even shares of the passage's slots."""
-        count = -(-n_tokens // self.longest_segment(ratio))
-        total = math.ceil(source_tokens / (ratio or 1.0) - 1e-6)
-        total = max(min(total, n_tokens), min(count, source_tokens))
-        return list(zip(even_shares(n_tokens, count), even_shares(total, count)))
+        return shared_out(n_tokens, source_tokens, self.longest_segment(ratio), ratio)
 
     def encode_segments(self, segments: list[Segment]) -> Sequence[Tensor]:
         """Bridged states of the pooled queries."""

@@ -69,6 +69,14 @@ SETTINGS: dict[str, dict] = {
     "qgc": {"layers": 1, "ratio": 4.0, "segment_tokens": 40},
     "compllm": {"r": 4},
     "rcc": {"ratio": 4.0, "segment_tokens": 40, "r": 4},
+    "beacon": {"segment_tokens": 24, "r": 4},
+    "dodo": {"segment_tokens": 40, "scorer_layers": 2, "r": 4},
+    "nugget": {"segment_tokens": 40, "scorer_layers": 2, "r": 4},
+    "hd-gist": {"segment_tokens": 40, "ratio": 3.0, "r": 4},
+    "compressive": {"segment_tokens": 40},
+    "restore-kv": {"segment_tokens": 40, "restore_tokens": 2, "probes": 4, "r": 4},
+    "lclm": {"segment_tokens": 40, "adapter_width": 16, "r": 4, "tune_reader": True, "reader_r": 3},
+    "kv-distill": {"segment_tokens": 40, "scorer_layers": 2, "first_tokens": 2, "r": 4},
     "scc": {"inner": "icae", "ratio": 2.0, "inner_settings": {"mem_size": 6, "r": 4, "projector": "linear"}},
     "pe-rank": {"shard_tokens": 24, "reader_r": 3},
     "pc": {"steps": 2, "probes": 1},
@@ -89,6 +97,7 @@ OPTIONS: dict[str, dict] = {
     "pisco:query": {**SETTINGS["pisco"], "query_aware": True},
     "provence:sentence": {"r": 2, "unit": "sentence", "keep_digits": True},
     "prompt-saw:plain": {"query_aware": False},
+    "hd-gist:query": {"segment_tokens": 40, "ratio": 3.0, "r": 4, "query_aware": True, "adapt_reader": False},
     "kv-match:query": {"score": "snapkv", "budget": "per-layer", "repair": "bias"},
     "kv-match:surrogate": {"score": "surrogate", "repair": "none"},
     "kv-match:reread": {"probes": 4, "reread": 3, "repair": "none"},
@@ -102,15 +111,13 @@ UNTRAINED += ("exit", "token-elimination", "semantic", "prompt-saw", "prompt-saw
 EMBEDDING = ("xrag", "pe-rank", "semantic", "prompt-saw")  # methods that take an embedder
 SOFT = [name for name in sorted(SETTINGS) if issubclass(COMPRESSORS[name.partition(":")[0]], SoftCompressor)]
 # Readers that a method cannot work with, and what it says when it is built for one.
-REFUSED = {
-    (method, name): "mixes positions into its keys"
-    for method in ("500x", "gist", "kv-match", "rcc")
-    for name in ("gpt2", "opt")
-}
+NO_PLACES = ("500x", "gist", "kv-match", "rcc", "beacon", "dodo", "kv-distill", "compressive", "restore-kv", "hd-gist")
+REFUSED = {(method, name): "mixes positions into its keys" for method in NO_PLACES for name in ("gpt2", "opt")}
 REFUSED |= {("arc-encoder", name): "changes embeddings before its first layer" for name in ("gpt2", "opt")}
-REFUSED["token-elimination", "falcon"] = REFUSED["kv-match", "falcon"] = (
-    r"must go through transformers\.AttentionInterface"
-)
+REFUSED |= {
+    (method, "falcon"): r"must go through transformers\.AttentionInterface"
+    for method in ("kv-match", "token-elimination", "dodo", "kv-distill", "compressive", "restore-kv")
+}
 TEXTS = [
     "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911).",
     "",

@@ -347,8 +347,13 @@ def test_a_span_is_continued_from_its_words(folder, zoo):
     assert kinds == {"span", "instruct"}
 
 
-SMALL = {"extensible": ["compressor.layers=2", "compressor.stream_tokens=16"], "qgc": ["compressor.layers=1"]}
+SMALL = {
+    "extensible": ["compressor.layers=2", "compressor.stream_tokens=16"],
+    "qgc": ["compressor.layers=1"],
+    "kv_distill": ["compressor.scorer_layers=2"],
+}
 RECIPES = ["extensible", "readonce", "uniicl", "gist_coco", "rmt", "qgc", "scc", "pe_rank", "rcc", "compllm"]
+RECIPES += ["beacon", "dodo", "nugget", "kv_distill", "lclm", "compressive", "restore_kv", "hd_gist"]
 
 
 @pytest.mark.slow

@@ -1,0 +1,129 @@
+"""LCLM: means of a small LM's last states over runs of tokens, through an MLP, are the slots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..core.config import CompressorConfig, check_counts, setting
+from ..core.passage import Interface
+from ..encoders.lora import LoRASettings, ReaderTuningSettings, tuned_reader
+from ..encoders.lora_twin import LoRATwin, Twin
+from ..encoders.small_lm import SmallLMEncoder
+from ..reader.reader import Reader
+from ..registry import register_compressor
+from ..slots.memory_tokens import probe
+from ..slots.pooling import token_states
+from ..slots.projector import learned_scale, matching_factor, mlp, scaled
+from ..slots.segments import Segment, SegmentCompressor, SegmentSettings, shared_out, slot_of_token
+
+
+@dataclass
+class LCLMConfig(SegmentSettings, LoRASettings, ReaderTuningSettings, CompressorConfig):
+    """Settings of LCLM."""
+
+    method: ClassVar[str] = "lclm"
+    title: ClassVar[str] = "LCLM"
+    cost: ClassVar[str] = "states"
+
+    segment_tokens: int = setting(1024, "longest segment, in encoder tokens", kw_only=True)
+    encoder: str = setting(
+        "lora", "'lora': the reader plus LoRA; else the id or folder of a smaller causal LM, trained whole (the paper)"
+    )
+    adapter_width: int | None = setting(None, "width of the MLP's hidden layer; default: the reader's width")
+
+    def __post_init__(self) -> None:
+        check_counts(self, {"segment_tokens": 1, "adapter_width": 1}, optional=("adapter_width",))
+        self.check_segments()
+        self.check_lora()
+        self.check_reader_tuning()
+
+
+@register_compressor
+class LCLMCompressor(SegmentCompressor):
+    r"""Latent-context LM (LCLM, arXiv 2606.09659).
+
+    A small causal LM with its own tokenizer reads a segment. The means of its last hidden states over runs of ``ratio`` tokens
+    become the slots: :math:`z = s \cdot \mathrm{MLP}(\mathrm{RMSNorm}(\bar h))` with one hidden layer and GELU. In the
+    paper encoder, MLP and reader are trained, in this order (``tune_reader`` trains a LoRA of the reader).
+
+    Beyond the paper: the encoder may be the reader with LoRA. A passage gets ``ceil(L / ratio)`` slots in the reader's
+    tokens. s starts where slots have the norm of the reader's embeddings.
+
+    Args:
+        encoder_model: a `SmallLMEncoder`, instead of loading ``config.encoder``.
+
+    Attributes:
+        encoder: a `LoRATwin` of the reader, or a `SmallLMEncoder`.
+        norm, mlp: RMSNorm over pooled states; Linear, GELU, Linear to the reader's width.
+        log_scale: logarithm of s.
+        reader_twin: the `LoRATwin` that ``reader`` reads with (``tune_reader=True`` only).
+    """
+
+    config_class = LCLMConfig
+    interface: ClassVar[Interface] = "embeds"
+    config: LCLMConfig
+
+    def __init__(self, config: LCLMConfig, reader: Reader, *, encoder_model: SmallLMEncoder | None = None) -> None:
+        super().__init__(config, reader)
+        self.encoder: Twin
+        if config.encoder == "lora":
+            self.encoder = LoRATwin(reader.model, **config.lora)
+        else:
+            self.encoder = (encoder_model or SmallLMEncoder.from_pretrained(config.encoder)).to(reader.device)
+        self.log_scale: nn.Parameter | None = None
+        sample = [probe(self.source.vocab_size, self.longest_segment(None), 8, self.opening)]
+        with torch.no_grad():
+            size = self.pooled(sample).shape[1]
+        self.norm = nn.RMSNorm(size, eps=1e-6)
+        self.mlp = mlp((size, config.adapter_width or reader.width, reader.width), nn.GELU)
+        self.to(reader.device)
+        with torch.no_grad():
+            factor = matching_factor(torch.cat(list(self.encode_segments(sample))), reader)
+        self.log_scale = learned_scale(factor, reader)
+        self.reader_twin = tuned_reader(self)
+
+    @property
+    def source(self) -> Reader | SmallLMEncoder:
+        """The smaller LM, or the reader."""
+        return self.encoder if isinstance(self.encoder, SmallLMEncoder) else self.base_reader
+
+    @property
+    def most_slots(self) -> int:
+        """One for every token."""
+        return self.config.segment_tokens
+
+    def longest_segment(self, ratio: float | None, question_tokens: int = 0) -> int:
+        """``segment_tokens``, or the encoder's positions; slots take none of them."""
+        limit, most = self.max_positions, self.config.segment_tokens
+        return most if limit is None else max(min(most, limit - len(self.opening)), 1)
+
+    def identity_parts(self) -> list[Any]:
+        """The base reader, and the tokenizer of a smaller LM."""
+        own = self.source is not self.base_reader
+        return [self.base_reader.fingerprint, self.tokenizer.fingerprint_parts() if own else None]
+
+    def cut(
+        self, n_tokens: int, ratio: float | None, question_tokens: int, source_tokens: int
+    ) -> list[tuple[int, int]]:
+        """Even segments, with even shares of the passage's slots."""
+        return shared_out(n_tokens, source_tokens, self.longest_segment(ratio), ratio)
+
+    def pooled(self, segments: Sequence[Segment]) -> Tensor:
+        """``[all slots, encoder width]`` mean states of each slot's run of tokens."""
+        device = self.base_reader.device
+        states = torch.cat(token_states(self.encoder, segments, self.source.embed, device, self.batch_positions))
+        slots = [segment.slots for segment in segments]
+        where = slot_of_token([len(segment.ids) for segment in segments], slots).to(states.device)
+        total = states.new_zeros(sum(slots), states.shape[1]).index_add(0, where, states)
+        return total / torch.bincount(where, minlength=len(total)).clamp(min=1)[:, None]
+
+    def encode_segments(self, segments: list[Segment]) -> Sequence[Tensor]:
+        """Pooled states through the MLP."""
+        found = self.pooled(segments).to(self.norm.weight)
+        slots = scaled(self.mlp(self.norm(found)), self.log_scale)
+        return slots.split([segment.slots for segment in segments])
