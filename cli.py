@@ -196,6 +196,12 @@ _forward(
 )
 _forward("bench", ".benchmarks.cli.app", "bench_app", "Measure quality, reading, speed and cost on equal terms.")
 _forward(
+    "audit",
+    ".benchmarks.cli.audit",
+    "audit_command",
+    "Measure what someone who copies stored slots, keys and values, or retrieval vectors can read.",
+)
+_forward(
     "plan", ".benchmarks.cli.plan", "plan", "Estimate whether compression pays for a reader, passages and a device."
 )
 _forward(

@@ -1,0 +1,1 @@
+"""The privacy audit: what someone who copies stored slots, keys and values or vectors can read."""

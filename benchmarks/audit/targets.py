@@ -1,0 +1,112 @@
+"""What is audited: compressed passages at some ratio, the passages of a store, or retrieval vectors, with their originals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...adapters.store import Entry, PassageStore
+from ...compressors import Compressor, Reader, ReaderMismatchError
+from ...compressors.encoders.embedder import Embedder
+from .attacker import Stolen
+
+
+@dataclass
+class Target:
+    """Stored passages and the texts that they were made of.
+
+    Attributes:
+        name: the method, or the embedder of the vectors.
+        ratio: compression ratio asked for, if any.
+        interface: `embeds`, `kv`, `text` or `vector`.
+        texts, stolen: paired.
+    """
+
+    name: str
+    ratio: float | None
+    interface: str
+    texts: list[str]
+    stolen: list[Stolen]
+
+    @property
+    def label(self) -> str:
+        """Name with the ratio."""
+        return self.name + (f" {self.ratio:g}x" if self.ratio else "")
+
+    @property
+    def slots(self) -> float | None:
+        """Mean slots of a passage; None for vectors."""
+        return None if self.interface == "vector" else _mean([one.slots for one in self.stolen])  # type: ignore[union-attr]
+
+    @property
+    def nbytes(self) -> float:
+        """Mean bytes of a passage."""
+        return _mean([one.nbytes for one in self.stolen])
+
+
+def compressed(compressor: Compressor, ratios: Sequence[float | None], texts: Sequence[str]) -> list[Target]:
+    """The passages of a compressor at several ratios."""
+    made = compressor.compress_at(list(texts), list(ratios), batch_size=32)
+    name, interface = compressor.config.method, compressor.interface
+    return [Target(name, ratio, interface, list(texts), list(found)) for ratio, found in zip(ratios, made)]
+
+
+def vectors(embedder: Embedder, texts: Sequence[str]) -> Target:
+    """The retrieval vectors of texts, one per shard that the embedder reads whole."""
+    shards = embedder.embed_shards(texts, embedder.max_tokens, [1] * len(texts))
+    return Target(embedder.name, None, "vector", list(texts), list(shards))
+
+
+def stored(store: PassageStore, reader: Reader, limit: int | None = None) -> list[Target]:
+    """The passages of a store, one target per compressor and ratio, and one for the retrieval vectors.
+
+    Args:
+        store: holds passages with their texts, which the attack is compared with.
+        reader: the reader that they were compressed for.
+        limit: at most so many passages of each, evenly spread.
+
+    Raises:
+        ReaderMismatchError: if a passage was made for another reader.
+        ValueError: if the store holds no passage with a text.
+    """
+    groups: dict[tuple[str, float | None, str], list[Entry]] = {}
+    with_vectors: list[Entry] = []
+    for entry in store.entries():
+        if not entry.text or not entry.text.strip():
+            continue
+        if entry.passage.reader not in (None, reader.fingerprint):
+            raise ReaderMismatchError(
+                f"The store holds passages for the reader {entry.passage.reader}, but {reader.name!r} is "
+                f"{reader.fingerprint}; name the store's reader with --reader."
+            )
+        name = str(entry.passage.info.get("method", entry.passage.compressor))
+        groups.setdefault((name, entry.key.ratio, entry.passage.interface), []).append(entry)
+        if entry.vector is not None:
+            with_vectors.append(entry)
+    if not groups:
+        raise ValueError(
+            "The store holds no passage with its text, and an audit compares what it reads with the text; make a store with "
+            "nutgraf compress, which keeps texts, or audit the compressor: --compressor NAME."
+        )
+    found = [
+        Target(*key, [entry.text or "" for entry in some], [entry.passage for entry in some])
+        for key, entries in groups.items()
+        if (some := spread(entries, limit))
+    ]
+    if some := spread(with_vectors, limit):
+        rows: list[Stolen] = [torch.tensor(entry.vector)[None] for entry in some]
+        found.append(Target("vectors", None, "vector", [entry.text or "" for entry in some], rows))
+    return found
+
+
+def spread(items: Sequence[Any], limit: int | None) -> list[Any]:
+    """At most `limit` of the items, evenly spread."""
+    n = len(items) if limit is None else min(limit, len(items))
+    return [items[i * len(items) // n] for i in range(n)]
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / max(len(numbers), 1)

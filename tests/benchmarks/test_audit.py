@@ -1,0 +1,200 @@
+"""The privacy audit: attackers succeed where they must, fail where they must, and the scores are right."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nutgraf.benchmarks.audit.attackers import KeptText, KVLayers, KVLookup, Repeat
+from nutgraf.benchmarks.audit.audit import audit, baseline, sentence, strangers
+from nutgraf.benchmarks.audit.corpus_statistics import CorpusStatistics
+from nutgraf.benchmarks.audit.kv_lookup import first_layer_keys
+from nutgraf.benchmarks.audit.page import audit_table, marked, write_page
+from nutgraf.benchmarks.audit.scores import facts, score, summary, words
+from nutgraf.benchmarks.audit.targets import Target, compressed, stored
+from nutgraf.compressors import CompressedPassage, load_compressor, make_compressor
+from nutgraf.compressors.kv.encode import cached_layers
+
+PASSAGE = "Marie Curie was born in Warsaw on 7 November 1867. She won £3,000 in 1903 and taught 12 students."
+TEXTS = [
+    PASSAGE,
+    "The treaty was signed in 1648 in Westphalia, ending thirty years of war.",
+    "Rivers carry sediment to the sea.",
+]
+
+
+def dense(reader, text: str, start: int = 3) -> CompressedPassage:
+    """All keys and values of a text, as a dense passage."""
+    ids = torch.tensor([[*reader.bos_ids, *reader.tokenize(text)]])
+    at = torch.arange(ids.shape[1])[None] + start
+    with torch.no_grad():
+        layers = cached_layers(reader.model.get_decoder(), reader.embed(ids), torch.ones_like(ids), at)
+    keys, values = zip(*((k[0, :, 1:], v[0, :, 1:]) for k, v in layers))
+    return CompressedPassage(
+        "kv", ids.shape[1] - 1, "c", reader.fingerprint, keys=keys, values=values, positions=at[0, 1:]
+    )
+
+
+def test_scores_by_hand():
+    assert facts(PASSAGE) == {
+        "names": [["marie", "curie"], ["warsaw"]],
+        "numbers": [["3", "000"], ["12"]],
+        "dates": [["7", "november", "1867"], ["1903"]],
+    }
+    found = score("a b c d", "b a x")
+    assert found["recall"] == 2 / 4
+    assert found["token_f1"] == pytest.approx(2 * 2 / 7)
+    assert found["rouge_l"] == pytest.approx(2 * (1 / 3) * (1 / 4) / (1 / 3 + 1 / 4))
+    assert "names" not in found  # the passage holds none
+    # BLEU (16) with the precisions 3/4, 1/3, 1/(2*2), 1/(4*1) and no penalty; zeros smoothed exponentially
+    assert score("a b c d", "a b d c")["bleu"] == pytest.approx((1 * 1 / 3 * 1 / (2 * 2) * 1 / (4 * 1)) ** 0.25)
+    assert score(PASSAGE, PASSAGE.replace("Warsaw", "Paris"))["names"] == 1 / 2
+    with pytest.raises(ValueError, match="without words"):
+        score("...", "a")
+    with pytest.raises(ValueError, match="paired"):
+        summary(["a"], [])
+
+
+@settings(max_examples=30)
+@given(st.text(max_size=60), st.text(max_size=60))
+def test_scores_are_shares_and_equal_texts_score_one(original, guess):
+    if words(original):
+        for other in (guess, original):
+            found = score(original, other)
+            assert all(0 <= value <= 1 + 1e-9 for value in found.values())
+        assert found["recall"] == found["token_f1"] == found["exact"] == 1
+
+
+def test_the_guess_holds_expected_counts():
+    guess = CorpusStatistics(["the cat the dog", "the sea"]).guess(6)
+    assert words(guess).count("the") == 3
+    assert len(words(guess)) <= 6
+    with pytest.raises(ValueError, match="public text"):
+        CorpusStatistics(["..."])
+
+
+@pytest.mark.parametrize(
+    "architecture", ["llama", "qwen3", "gemma3_text", "phi3", "gpt_neox", "olmo2", "mixtral", "falcon"]
+)
+def test_first_keys_give_every_token(zoo: ModuleType, architecture: str):
+    reader = zoo.reader(architecture)
+    attacker = KVLookup(reader)
+    ids = reader.tokenize(PASSAGE)
+    assert attacker.tokens(dense(reader, PASSAGE)) == dict(enumerate(ids))
+    if architecture == "falcon":  # reads no ragged passages
+        return
+    kept = load_compressor("kv-match", reader, probes=2)
+    (whole,), (half,) = kept.compress_at([PASSAGE], [1, 2])
+    assert attacker.attack([whole]) == [PASSAGE]
+    found = attacker.tokens(half)
+    first = half.positions[: int(half.counts[0].sum())] - half.span[0]
+    assert found == {int(i): ids[i] for i in first}  # all that the first layer keeps, and nothing else
+
+
+def test_first_keys_are_the_projected_embeddings(zoo: ModuleType):
+    reader = zoo.reader("llama")
+    layer = reader.model.model.layers[0]
+    with torch.no_grad():
+        wanted = layer.self_attn.k_proj(layer.input_layernorm(reader.model.model.embed_tokens.weight))
+    assert torch.allclose(first_layer_keys(reader, chunk=100).transpose(0, 1).flatten(1), wanted, atol=1e-5)
+
+
+def test_learned_positions_are_refused(zoo: ModuleType):
+    with pytest.raises(ValueError, match="rotary"):
+        KVLookup(zoo.reader("gpt2"))
+
+
+def test_deeper_keys_give_tokens_that_the_first_layer_lacks(zoo: ModuleType):
+    reader = zoo.reader("llama")
+    attacker = KVLayers(reader)
+    passage = dense(reader, PASSAGE)
+    with pytest.raises(ValueError, match="learn"):
+        attacker.attack([passage])
+    attacker.learn(TEXTS + zoo.CORPUS)
+    ids = reader.tokenize(PASSAGE)
+    counts = torch.zeros(3, 2, dtype=torch.int)
+    counts[1:] = len(ids)
+    keys, values = (torch.cat([part.flatten(0, 1) for part in kept[1:]]) for kept in (passage.keys, passage.values))
+    about = {"positions": passage.positions.repeat(4), "counts": counts, "span": (int(passage.positions[0]), len(ids))}
+    deep = CompressedPassage("kv", len(ids), "c", reader.fingerprint, keys=(keys,), values=(values,), **about)
+    assert KVLookup(reader).attack([deep]) == [""]
+    found = score(PASSAGE, attacker.attack([deep])[0])
+    noise = deep.map(lambda t: torch.randn_like(t) * t.std() if t.is_floating_point() else t)
+    assert found["recall"] > 0.5 > 0.3 > score(PASSAGE, attacker.attack([noise])[0])["recall"]
+
+
+def test_tokens_to_read_again_are_stored_as_they_are(zoo: ModuleType):
+    reader = zoo.reader("llama")
+    (passage,) = load_compressor("kv-match", reader, probes=2, reread=4).compress([PASSAGE], ratio=1)
+    assert KVLookup(reader).attack([passage]) == [PASSAGE]
+
+
+def test_text_is_read_as_it_is_and_interfaces_are_told_apart(zoo: ModuleType):
+    reader = zoo.reader("llama")
+    (target,) = compressed(make_compressor("selective-context", reader), [2], TEXTS)
+    assert audit(target, KeptText(reader)).guesses == [passage.text for passage in target.stolen]
+    with pytest.raises(ValueError, match="cannot read text"):
+        audit(target, KVLookup(reader))
+    assert not KVLookup.reads(torch.zeros(1, 4))
+
+
+def test_rows_sentence_table_and_page(zoo: ModuleType, tmp_path: Path):
+    reader = zoo.reader("llama")
+    (target,) = compressed(load_compressor("kv-match", reader, probes=2), [1], TEXTS)
+    outcome = audit(target, KVLookup(reader))
+    assert outcome.row["recall"] == outcome.row["names"] == outcome.row["exact"] == 1
+    assert outcome.row["recall_other"] < 0.5
+    assert outcome.row["recall_ci_low"] <= outcome.row["recall"] <= outcome.row["recall_ci_high"]
+    guess = baseline(target, CorpusStatistics(zoo.CORPUS))
+    said = sentence(outcome, guess)
+    assert "reads 100 % of the words and 100 % of the names" in said
+    assert "corpus's statistics" in said
+    table = audit_table([guess.row, outcome.row])
+    assert table.lines[0][0] == "corpus statistics alone"
+    assert "100 (100 to 100)" in table.lines[1]
+    page = write_page(tmp_path / "page.html", [guess, outcome], [said]).read_text()
+    assert "Marie" in page
+    assert said.replace("'", "&#39;") in page
+    target.texts[0] = "<script>"
+    assert "<script>" not in write_page(tmp_path / "page.html", [outcome], []).read_text()
+
+
+@given(st.text(max_size=40), st.text(max_size=40))
+def test_marked_pieces_join_to_the_original(original, guess):
+    assert "".join(piece for piece, _ in marked(original, guess)) == original
+    assert all(read or not text.strip() for text, read in marked("One two", "one two"))
+
+
+def test_strangers_are_others():
+    texts = [str(i) for i in range(7)]
+    assert all(a != b for a, b in zip(texts, strangers(texts)))
+    assert sorted(strangers(texts)) == texts
+    assert not math.isnan(summary(texts, texts)["recall"])
+
+
+def test_a_store_is_audited_by_maker_and_needs_texts(zoo: ModuleType):
+    from nutgraf.adapters.store import MemoryStore, fill
+
+    reader = zoo.reader("llama")
+    store = MemoryStore()
+    with pytest.raises(ValueError, match="no passage with its text"):
+        stored(store, reader)
+    fill(store, load_compressor("kv-match", reader, probes=2), TEXTS, ratio=2, vectors=[[1.0, 2.0]] * 3)
+    kv, vector = stored(store, reader, limit=2)
+    assert (kv.name, kv.ratio, kv.interface, len(kv.texts)) == ("kv-match", 2, "kv", 2)
+    assert vector.interface == "vector"
+    with pytest.raises(ValueError, match="for the reader"):
+        stored(store, zoo.reader("llama", seed=1))
+
+
+def test_repeat_asks_for_the_passage(zoo: ModuleType):
+    reader = zoo.reader("llama")
+    target = Target("identity", None, "embeds", TEXTS, [reader.identity(text) for text in TEXTS])
+    found = audit(target, Repeat(reader))
+    assert len(found.guesses) == len(TEXTS)
+    assert found.row["recall"] < 0.9  # random weights repeat nothing
