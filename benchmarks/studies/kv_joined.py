@@ -14,7 +14,6 @@ import numpy as np
 import typer
 
 from ...compressors import CompressedPassage, Reader, load_compressor
-from ...compressors.kv.match import KVMatchCompressor
 from ...compressors.kv.pairs import PairCompressor, shared_reading
 from ...recipes.data.corpus import Record
 from ...recipes.data.templates import Piece, question_prompt
@@ -29,34 +28,13 @@ from ..rows import Row, append_rows, clean, provenance
 
 BLOCK = 2  # questions whose lines are read together
 GOLD, OTHERS = "only the gold passage compressed", "only the other passages compressed"
-FOREIGN = (  # questions about nothing in the passage, as a passage beside the right one is asked
-    "When was the treaty signed? Answer: October 1648",
-    "Who wrote the first book about the subject? Answer: John Miller",
-    "Where was the company founded? Answer: Chicago",
-    "How many people live in the city? Answer: about 250,000",
-    "Why did the king leave the country? Answer: to avoid arrest",
-    "Which team won the championship in 1998? Answer: the Denver Broncos",
-    "What does the system use to store energy? Answer: a battery",
-    "What percentage of the students passed the exam? Answer: 62 percent",
-)
 
 
-class ForeignQuestions(KVMatchCompressor):
-    """kv-match with questions about other passages among its probes."""
-
-    def probes(self, text: str, query: str | None, room: int | None) -> list[list[int]]:
-        """Those of the passage, and `FOREIGN`."""
-        foreign = ["\n\nQuestion: " + each.replace("? ", "?\n") for each in FOREIGN]
-        return [*super().probes(text, query, room), *self.base_reader.tokenize_batch(foreign)]
-
-
-def compressors(reader: Reader, reread: list[int], foreign: bool) -> dict[str, PairCompressor]:
+def compressors(reader: Reader, reread: list[int]) -> dict[str, PairCompressor]:
     """The methods by the names of their lines."""
     found: dict[str, Any] = {"kv-match": load_compressor("kv-match", reader=reader)}
     for tokens in reread:
         found[f"kv-match:reread={tokens}"] = load_compressor("kv-match", reader=reader, reread=tokens)
-    if foreign:
-        found["kv-match, foreign questions"] = ForeignQuestions(found["kv-match"].config, reader)
     return found
 
 
@@ -106,7 +84,6 @@ def main(
     ratio: Annotated[list[float], typer.Option()] = [1.0, 2.0, 4.0, 8.0],  # noqa: B006
     reread: Annotated[list[int], typer.Option(help="First tokens that are read again.")] = [],  # noqa: B006
     half: Annotated[str, typer.Option()] = "report",
-    foreign: Annotated[bool, typer.Option(help="Also questions about other passages among the probes.")] = False,
     parts: Annotated[bool, typer.Option(help="Also the gold passage or the others alone compressed.")] = False,
     reader: str = "reader-smollm2",
     out: Annotated[Path | None, typer.Option(help="Results file to append rows to.")] = None,
@@ -114,7 +91,7 @@ def main(
     """F1, loss of the reference answers and KL to reading the texts jointly."""
     loaded = find_reader(reader, dtype="bfloat16")
     records = readable(loaded, find_records(file, half, limit, passages=passages), 24)
-    methods = compressors(loaded, reread, foreign)
+    methods = compressors(loaded, reread)
     scores: dict[tuple[str, float | None], list[tuple[float, ...]]] = {}
     with progress_bar(True) as bar:
         task = bar.add_task(dataset_name(file), total=len(records))
