@@ -177,12 +177,12 @@ def unit_scores(units: Sequence[Span], offsets: Sequence[Span], scores: Tensor) 
 
 
 def tokens_in(units: Sequence[Span], offsets: Sequence[Span]) -> list[int]:
-    """Counts the tokens that begin in each unit; ``offsets`` are their ``(start, end)`` characters."""
+    """Counts the tokens that begin in or right behind each unit; ``offsets`` are their ``(start, end)`` characters."""
     if not units:
         return []
     starts = torch.tensor([a for a, _ in units])
     first = torch.tensor([a for a, _ in offsets], dtype=torch.long)
-    found = torch.searchsorted(starts, first, right=True) - 1
+    found = (torch.searchsorted(starts, first, right=True) - 1).clamp(min=0)
     return torch.bincount(found, minlength=len(units)).tolist()
 
 
