@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..base import TextCompressor
+from ..base import CompressorT, TextCompressor
 from ..core.blocks import find_structure
 from ..core.config import CompressorConfig, ConfigT, added, check_choices, check_counts, check_ratio
 from ..core.hidden import hide
@@ -138,6 +141,32 @@ class SelectingCompressor(TextCompressor):
         self, text: str, query: str | None, ratio: float, target_tokens: int | None
     ) -> tuple[str, tuple[Span, ...]]:
         """The released algorithm on one passage: its text, and its spans if they are known."""
+
+    @classmethod
+    def from_pretrained(cls: type[CompressorT], folder: str | Path, reader: Reader, **kwargs: Any) -> CompressorT:
+        """Loads a folder written by `save_pretrained`. Settings of every text method, such as ``keep``, replace those in it."""
+        given = {name: kwargs.pop(name) for name in sorted(kwargs.keys() & _SHARED)}
+        compressor: Any = super().from_pretrained(folder, reader, **kwargs)  # type: ignore[misc]
+        return compressor.with_settings(**given) if given else compressor
+
+    def with_settings(self: CompressorT, **settings: Any) -> CompressorT:
+        """A compressor with other settings and the same weights.
+
+        Args:
+            settings: of every text method: ``keep``, ``max_tokens``, ``ratio``, ``unit``, ...
+
+        Raises:
+            ValueError: if a setting is not one of them, or its value is wrong.
+        """
+        if unknown := sorted(settings.keys() - _SHARED):
+            raise ValueError(f"with_settings takes {', '.join(sorted(_SHARED))}; got {', '.join(unknown)}.")
+        made = copy.copy(self)
+        for cls in type(self).__mro__:
+            for name in (name for name, value in vars(cls).items() if isinstance(value, cached_property)):
+                made.__dict__.pop(name, None)  # made from the earlier settings
+        made.config = type(self.config).from_dict({**self.config.to_dict(), **settings})
+        made._fingerprint = None
+        return made
 
     def identity_parts(self) -> list[Any]:
         """The reader's tokens decide what fits."""
@@ -365,6 +394,9 @@ class SelectingCompressor(TextCompressor):
         # Stable: the first of equal values first.
         stay = np.array(marks, dtype=bool)
         return units, np.lexsort((-values, ~stay)).tolist(), int(stay.sum()), owners
+
+
+_SHARED = frozenset(f.name for f in fields(SelectionSettings))
 
 
 def _says(text: str) -> bool:

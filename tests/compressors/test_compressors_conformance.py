@@ -95,7 +95,7 @@ OPTIONS: dict[str, dict] = {
     "mean-pool:reader": {**SETTINGS["mean-pool"], "tune_reader": True, "reader_r": 3},
     "xrag:reader": {**SETTINGS["xrag"], "tune_reader": True, "reader_r": 3},
     "pisco:query": {**SETTINGS["pisco"], "query_aware": True},
-    "provence:sentence": {"r": 2, "unit": "sentence", "keep_digits": True},
+    "provence:sentence": {"r": 2, "unit": "sentence", "keep": ["Nobel"]},
     "prompt-saw:plain": {"query_aware": False},
     "hd-gist:query": {"segment_tokens": 40, "ratio": 3.0, "r": 4, "query_aware": True, "adapt_reader": False},
     "kv-match:query": {"score": "snapkv", "budget": "per-layer", "repair": "bias"},
