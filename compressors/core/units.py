@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from .words import Span, numbers, plain_words, whole_words, words
+from .words import Span, plain_words, whole_words, words
 
 LEVELS = ("token", "word", "phrase", "sentence")
 
@@ -38,7 +37,7 @@ _FUNCTION_WORDS_EN = """
 """
 _TITLES = frozenset(_ABBREVIATIONS.split())
 _FAMILIES = frozenset(_CLOSERS.split())
-_FUNCTION_WORDS = frozenset(_FUNCTION_WORDS_EN.split())
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS_EN.split())
 
 
 def split_units(text: str, level: str, offsets: Sequence[Span] = (), whole: bool = True) -> list[Span]:
@@ -90,7 +89,7 @@ def _phrase_ends(text: str, words: Iterable[Span]) -> Iterator[int]:
     count, content, last = 0, False, 0
     for a, b in words:
         word = text[a:b]
-        function = word.lower() in _FUNCTION_WORDS
+        function = word.lower() in FUNCTION_WORDS
         mark = not any(c.isalnum() or c == "_" for c in word)
         broken = "\n" in text[last:a]
         if count and not mark and (broken or (function and content) or count >= _PHRASE_WORDS):
@@ -177,77 +176,16 @@ def unit_scores(units: Sequence[Span], offsets: Sequence[Span], scores: Tensor) 
 
 
 def tokens_in(units: Sequence[Span], offsets: Sequence[Span]) -> list[int]:
-    """Counts the tokens that begin in each unit; ``offsets`` are their ``(start, end)`` characters."""
+    """Counts the tokens that begin in or right behind each unit; ``offsets`` are their ``(start, end)`` characters."""
     if not units:
         return []
     starts = torch.tensor([a for a, _ in units])
     first = torch.tensor([a for a, _ in offsets], dtype=torch.long)
-    found = torch.searchsorted(starts, first, right=True) - 1
+    found = (torch.searchsorted(starts, first, right=True) - 1).clamp(min=0)
     return torch.bincount(found, minlength=len(units)).tolist()
 
 
 # -- what must stay ------------------------------------------------------------------------------------------------------
-
-
-def keep_spans(
-    text: str, strings: Iterable[str] = (), patterns: Iterable[str] = (), digits: bool = False, names: bool = False
-) -> list[Span]:
-    """Finds the words that must stay: around strings and matches of regular expressions, numbers, names.
-
-    Args:
-        text: the text.
-        strings: literal strings, case-sensitive.
-        patterns: regular expressions.
-        digits: words with a digit.
-        names: runs of capitalised words, except a single one that opens a sentence.
-
-    Returns:
-        Spans in order, without overlap.
-    """
-    expressions = [re.compile(re.escape(s)) for s in strings] + [re.compile(p) for p in patterns]
-    found = [m.span() for expression in expressions for m in expression.finditer(text) if m.end() > m.start()]
-    found = _grown(found, text) if found else []
-    found += numbers(text) if digits else []
-    found += _names(text) if names else []
-    merged: list[Span] = []
-    for a, b in sorted(found):
-        if merged and a < merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(b, merged[-1][1]))
-        else:
-            merged.append((a, b))
-    return merged
-
-
-def _grown(spans: Sequence[Span], text: str) -> list[Span]:
-    """The spans with the rest of the words that they begin or end in."""
-    found = list(words(text))
-    starts, ends = [a for a, _ in found], [b for _, b in found]
-    grown = []
-    for a, b in spans:
-        first, last = bisect_right(ends, a), bisect_left(starts, b) - 1
-        grown.append((min(a, starts[first]), max(b, ends[last])) if first <= last else (a, b))
-    return grown
-
-
-def _names(text: str) -> Iterator[Span]:
-    opens = set()
-    for a, b in split_units(text, "sentence"):
-        opens.add(b - len(text[a:b].lstrip(" \t\r\n\"'“‘(")))
-    run: list[Span] = []
-
-    def flush() -> Iterator[Span]:
-        if run and (len(run) > 1 or run[0][0] not in opens or text[run[0][0] : run[0][1]].isupper()):
-            yield run[0][0], run[-1][1]
-        run.clear()
-
-    for a, b in words(text):
-        if run and text[run[-1][1] : a] != " ":
-            yield from flush()
-        if text[a].isupper() and text[a:b].lower() not in _FUNCTION_WORDS:
-            run.append((a, b))
-        else:
-            yield from flush()
-    yield from flush()
 
 
 def carve(units: Sequence[Span], kept: Sequence[Span], text: str) -> tuple[list[Span], list[int], list[bool]]:

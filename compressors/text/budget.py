@@ -6,6 +6,7 @@ from bisect import bisect
 from collections.abc import Callable, Generator, Sequence
 from itertools import accumulate
 
+from ..core.structure import Structure
 from ..core.units import Span
 
 Search = Generator[list[str], list[int], tuple[tuple[Span, ...], int]]
@@ -26,9 +27,9 @@ def merge(text: str, spans: Sequence[Span]) -> tuple[Span, ...]:
     return tuple((a, b) for a, b in trimmed if a < b)
 
 
-def join(text: str, spans: Sequence[Span], joiner: str = " ") -> str:
-    """Joins the characters of the spans."""
-    return joiner.join(text[a:b] for a, b in spans)
+def join(text: str, spans: Sequence[Span], joiner: str = " ", structure: Structure | None = None) -> str:
+    """Joins the characters of the spans, in a structured text by its line breaks and commas."""
+    return joiner.join(text[a:b] for a, b in spans) if structure is None else structure.join(spans, joiner)
 
 
 def search(
@@ -40,6 +41,8 @@ def search(
     sizes: Sequence[float],
     joiner: str = " ",
     first: int = 0,
+    structure: Structure | None = None,
+    owners: Sequence[int] = (),
 ) -> Search:
     """Takes units by value until the budget is spent.
 
@@ -52,26 +55,42 @@ def search(
 
     Args:
         text: the text.
-        units: a partition of the text.
+        units: a partition of the text, or units of its structure.
         order: indices into ``units``, the most valuable first.
         target: maximal tokens of the result.
         whole: tokens of the text.
         sizes: approximate tokens of each unit; only their proportions matter.
         joiner: text between spans that do not touch.
-        first: units at the front of the order that must stay while they fit; one that does not fit is skipped.
+        first: units at the front of the order that must stay; nothing is kept if they do not fit together.
+        structure: the structure of the text, if it has one.
+        owners: of each unit, the index of the part of the structure that it belongs to.
     """
     if target < 1:
         return (), 0
 
-    def kept(chosen: Sequence[int]) -> str:
-        return join(text, merge(text, [units[i] for i in chosen]), joiner)
+    def spans_of(chosen: Sequence[int]) -> tuple[Span, ...]:
+        if structure is None:
+            return merge(text, [units[i] for i in chosen])
+        return structure.merge([(units[i], owners[i]) for i in chosen])
 
-    alone = (yield [kept([i]) for i in order[:first]]) if first else []
-    must = [i for i, n in zip(order[:first], alone) if n <= target]
-    ranked = [*must, *order[first:]]
+    def kept(chosen: Sequence[int]) -> str:
+        return join(text, spans_of(chosen), joiner, structure)
+
+    ranked = list(order)
+    low, below = 0, 0
+    if first:
+        low = first
+        (below,) = yield [kept(ranked[:first])]
+        if below > target:
+            return (), 0
+    if structure is not None:
+        # Rows and members differ in size, and bring others along: leave out those that can never fit.
+        large = [i for i in ranked[first:] if 2 * (units[i][1] - units[i][0]) * whole > target * len(text)]
+        counts = (yield [kept([i]) for i in large]) if large else []
+        never = {i for i, n in zip(large, counts) if n > target}
+        ranked = [i for i in ranked if i not in never]
     upto = list(accumulate((sizes[i] for i in ranked), initial=0.0))
-    low, high = 0, len(ranked) + 1  # `low` units fit, `high` units do not
-    below, above = 0, whole
+    high, above = len(ranked) + 1, whole  # `low` units fit, `high` units do not
     poor = 0  # consecutive steps that left more than half of the interval
     slack = target // _SLACK
     while high - low > 1 and below + slack < target:
@@ -88,7 +107,7 @@ def search(
     chosen = list(ranked[:low])
     room = target - below - slack
     # Recounting a long text is expensive, and the remaining room matters little there.
-    tries = len(must) + max(1, min(_TRIES, _TRIES * 10_000 // len(text)))
+    tries = max(1, min(_TRIES, _TRIES * 10_000 // len(text)))
     for i in ranked[low:]:
         if room < 1 or tries < 1:
             break
@@ -99,7 +118,7 @@ def search(
         if n <= target:
             chosen.append(i)
             below, room = n, target - n - slack
-    return merge(text, [units[i] for i in chosen]), below
+    return spans_of(chosen), below
 
 
 def run_searches(

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..core.config import CompressorConfig, added
+from ..core.keep import KINDS
 from ..core.units import Span
 from ..encoders.token_classifier import (
     TokenClassifier,
@@ -51,6 +52,11 @@ class LLMLingua2Config(SelectionConfig, TokenClassifierSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_classifier()
+        if self.mode == "published" and (kinds := sorted(KINDS.keys() & set(self.keep))):
+            raise ValueError(
+                f"mode='published' forces single tokens of the classifier and knows no kinds, got {', '.join(kinds)}; use "
+                "mode='fast', or keep_digits for numbers."
+            )
         if self.query_aware and self.mode == "published":
             raise ValueError(
                 "mode='published' is the released LLMLingua-2, which knows no question: set query_aware=False."

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..base import TextCompressor
-from ..core.config import CompressorConfig, ConfigT, check_choices, check_counts, check_ratio
+from ..base import CompressorT, TextCompressor
+from ..core.blocks import find_structure
+from ..core.config import CompressorConfig, ConfigT, added, check_choices, check_counts, check_ratio
 from ..core.hidden import hide
 from ..core.keep import KeepSettings
 from ..core.passage import CompressedPassage
+from ..core.structure import Structure, mean_between
 from ..core.units import LEVELS, Span, carve, split_units, tokens_in, unit_scores
 from ..reader.reader import Reader
 from .budget import Search, join, merge, run_searches, search
@@ -38,6 +43,7 @@ class SelectionSettings(KeepSettings):
         default="fast",
         metadata={"help": "'fast': exact budget; 'published': the released algorithm ('faithful' in older configs)"},
     )
+    max_tokens: int | None = added(None, "the reader's tokens of each result, instead of a ratio")
 
 
 @dataclass
@@ -57,6 +63,7 @@ class SelectionConfig(SelectionSettings, CompressorConfig):
         if self.mode == _OLD_NAME:
             self.mode = "published"
         check_choices(self, {"unit": LEVELS, "mode": MODES})
+        check_counts(self, {"max_tokens": 1}, optional=["max_tokens"])
         self.check_keep()
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,13 +92,40 @@ class SelectionConfig(SelectionSettings, CompressorConfig):
         return super().from_dict(data)  # type: ignore[misc]
 
 
+@dataclass
+class _Cut:
+    """One text to shorten.
+
+    Attributes:
+        text, scores: the text and the scores of its tokens.
+        length, target: the reader's tokens of the text, and the most of the result.
+        hard: whether the result may be empty if nothing fits.
+        structure: the structure of the text, if it has one.
+        note: entries for ``info``.
+    """
+
+    text: str
+    scores: TokenScores
+    length: int
+    target: int
+    hard: bool
+    structure: Structure | None
+    note: dict[str, Any]
+
+
 class SelectingCompressor(TextCompressor):
     """Scores tokens and keeps the units of text with the highest values.
 
-    The result has at most the tokens of the budget, counted by the reader's tokenizer on the result itself. It equals
-    ``joiner.join(text[a:b] for a, b in spans)``; spans have no white space at their ends. A text that fits is returned
-    unchanged. With a ratio no text becomes empty: if nothing fits, the best word stays, and ``info["over_budget"]`` counts
-    the tokens beyond the budget.
+    The result has at most the tokens of the budget, counted by the reader's tokenizer on the result itself:
+    ``info["budget"]`` of them, of which it takes ``n_tokens``. Where these are far apart, ``info["reason"]`` says why. A text
+    that fits is returned unchanged. With a ratio no text becomes empty: if nothing fits, the best word stays, and
+    ``info["over_budget"]`` counts the tokens beyond the budget.
+
+    The result equals ``joiner.join(text[a:b] for a, b in spans)``; spans have no white space at their ends. In a text with
+    JSON, tables, lists or code (``info["structure"]``), members, rows, items and lines stay or go as a whole, with the brackets
+    and headers that they need, and spans are joined by the text's own line breaks and commas. Nothing else marks a cut.
+
+    What must stay (``keep``) counts against the budget; a text of which it takes more is refused.
 
     A method implements `score`, and `as_published` if it knows ``mode="published"``.
     """
@@ -107,6 +141,32 @@ class SelectingCompressor(TextCompressor):
         self, text: str, query: str | None, ratio: float, target_tokens: int | None
     ) -> tuple[str, tuple[Span, ...]]:
         """The released algorithm on one passage: its text, and its spans if they are known."""
+
+    @classmethod
+    def from_pretrained(cls: type[CompressorT], folder: str | Path, reader: Reader, **kwargs: Any) -> CompressorT:
+        """Loads a folder written by `save_pretrained`. Settings of every text method, such as ``keep``, replace those in it."""
+        given = {name: kwargs.pop(name) for name in sorted(kwargs.keys() & _SHARED)}
+        compressor: Any = super().from_pretrained(folder, reader, **kwargs)  # type: ignore[misc]
+        return compressor.with_settings(**given) if given else compressor
+
+    def with_settings(self: CompressorT, **settings: Any) -> CompressorT:
+        """A compressor with other settings and the same weights.
+
+        Args:
+            settings: of every text method: ``keep``, ``max_tokens``, ``ratio``, ``unit``, ...
+
+        Raises:
+            ValueError: if a setting is not one of them, or its value is wrong.
+        """
+        if unknown := sorted(settings.keys() - _SHARED):
+            raise ValueError(f"with_settings takes {', '.join(sorted(_SHARED))}; got {', '.join(unknown)}.")
+        made = copy.copy(self)
+        for cls in type(self).__mro__:
+            for name in (name for name, value in vars(cls).items() if isinstance(value, cached_property)):
+                made.__dict__.pop(name, None)  # made from the earlier settings
+        made.config = type(self.config).from_dict({**self.config.to_dict(), **settings})
+        made._fingerprint = None
+        return made
 
     def identity_parts(self) -> list[Any]:
         """The reader's tokens decide what fits."""
@@ -158,28 +218,38 @@ class SelectingCompressor(TextCompressor):
         ratio: float | None,
         *,
         vectors: Any,
+        max_tokens: int | None = None,
         target_tokens: int | None = None,
         **options: Any,
     ) -> list[CompressedPassage]:
-        """``target_tokens``, an option of `compress`: the reader's tokens of each result, instead of a ratio."""
+        """``max_tokens``, an option of `compress`: the reader's tokens of each result, instead of a ratio.
+
+        ``target_tokens`` is its earlier name.
+        """
         published = self.config.mode == "published"
         if options:
             raise TypeError(f"{type(self).__name__}.compress has no options {sorted(options)}.")
-        if ratio is not None and target_tokens is not None:
-            raise ValueError(f"Give ratio or target_tokens, not both (got {ratio} and {target_tokens}).")
-        if target_tokens is not None and (not isinstance(target_tokens, int) or target_tokens < 0):
-            raise ValueError(f"target_tokens must be an integer of at least 0, got {target_tokens!r}.")
+        if max_tokens is not None and target_tokens is not None:
+            raise ValueError("Give max_tokens or its earlier name target_tokens, not both.")
+        name = "max_tokens" if target_tokens is None else "target_tokens"
+        most = max_tokens if target_tokens is None else target_tokens
+        if ratio is not None and most is not None:
+            raise ValueError(f"Give ratio or {name}, not both (got {ratio} and {most}).")
+        if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 0):
+            raise ValueError(f"{name} must be an integer of at least 0, got {most!r}.")
+        if ratio is None and most is None:
+            most = self.config.max_tokens
         asked = self.config.ratio if ratio is None else ratio
         lengths = self._counts(texts)
         info: dict[str, Any] = {"method": self.config.method, "unit": self.config.unit}
         info |= {"mode": "published"} if published else {"joiner": self.config.joiner}
-        info |= {"ratio_asked": float(asked)} if target_tokens is None else {"target_tokens": target_tokens}
+        info |= {"ratio_asked": float(asked)} if most is None else {"max_tokens": most}
         notes: list[dict[str, Any]] = [{} for _ in texts]
         if published:
-            made = [self.as_published(t, q, asked, target_tokens) if t else ("", ()) for t, q in zip(texts, queries)]
+            made = [self.as_published(t, q, asked, most) if t else ("", ()) for t, q in zip(texts, queries)]
             results = [(kept, spans, n) for (kept, spans), n in zip(made, self._counts([kept for kept, _ in made]))]
         else:
-            results, notes = self._fit(texts, queries, asked, target_tokens, lengths)
+            results, notes = self._fit(texts, queries, asked, most, lengths)
         return [
             CompressedPassage("text", length, self.fingerprint, text=kept, spans=spans, n_tokens=n, info=info | note)
             for length, (kept, spans, n), note in zip(lengths, results, notes)
@@ -190,13 +260,13 @@ class SelectingCompressor(TextCompressor):
         texts: list[str],
         queries: list[str | None],
         asked: float,
-        target_tokens: int | None,
+        most: int | None,
         lengths: list[int],
     ) -> tuple[list[tuple[str, tuple[Span, ...], int]], list[dict[str, Any]]]:
         """Text, spans and tokens of each passage within its exact budget, and its entries for ``info``."""
         # The small term keeps 30 / 1.2 at 25 despite floating point.
-        budgets = [math.floor(n / asked + 1e-9) if target_tokens is None else target_tokens for n in lengths]
-        least = 1 if target_tokens is None else 0
+        budgets = [math.floor(n / asked + 1e-9) if most is None else most for n in lengths]
+        least = 1 if most is None else 0
         targets = [max(budget, min(n, least)) for budget, n in zip(budgets, lengths)]
         pooled = self.pools_budget and len(texts) > 1
         todo = [i for i, n in enumerate(lengths) if (pooled and n) or 0 < targets[i] < n]
@@ -206,67 +276,127 @@ class SelectingCompressor(TextCompressor):
             budgets, notes = self.share_budget(queries, lengths, targets, found)
             least = 0 if self.drops_passages else least
             targets = [max(budget, min(n, least)) for budget, n in zip(budgets, lengths)]
-        chosen: list[tuple[tuple[Span, ...], int]] = [
-            (((0, len(text)),) if text else (), length) if length <= target else ((), 0)
-            for text, length, target in zip(texts, lengths, targets)
+        out: list[tuple[str, tuple[Span, ...], int]] = [
+            (text, ((0, len(text)),) if text else (), n) for text, n in zip(texts, lengths)
         ]
-        cut = [i for i, (length, target) in enumerate(zip(lengths, targets)) if 0 < target < length]
-        searches = [self._search(texts[i], found[i], targets[i], lengths[i], hard=not least) for i in cut]
-        for i, kept in zip(cut, run_searches(searches, self._counts)):
-            chosen[i] = kept
-        notes = [
-            note | ({"over_budget": n - budget} if n > budget else {})
-            for note, (_, n), budget in zip(notes, chosen, budgets)
-        ]
-        return [(join(t, spans, self.config.joiner), spans, n) for t, (spans, n) in zip(texts, chosen)], notes
+        cuts: dict[int, _Cut] = {}
+        for i, (text, length, target, budget) in enumerate(zip(texts, lengths, targets, budgets)):
+            notes[i]["budget"] = budget
+            if not length:
+                continue
+            if target >= length:
+                notes[i]["reason"] = f"The text has {length} tokens and room for {target}: it is left as it is."
+            elif target < 1:
+                out[i], notes[i]["reason"] = ("", (), 0), "The budget is 0 tokens."
+            else:
+                hard = not least
+                cuts[i] = _Cut(text, found[i], length, target, hard, find_structure(text), notes[i])
+        kept = run_searches([self._search(cut) for cut in cuts.values()], self._counts)
+        for (i, cut), (spans, n) in zip(cuts.items(), kept):
+            out[i] = (join(cut.text, spans, self.config.joiner, cut.structure), spans, n)
+            if cut.structure is not None:
+                cut.note["structure"] = list(cut.structure.kinds)
+        for note, (_, _, n), budget in zip(notes, out, budgets):
+            note |= {"over_budget": n - budget} if n > budget else {}
+        return out, notes
 
     def _counts(self, texts: Sequence[str]) -> list[int]:
         return [len(ids) for ids in self.reader.tokenize_batch(texts)]
 
-    def _search(self, text: str, scores: TokenScores, target: int, length: int, hard: bool) -> Search:
-        if not bool(torch.isfinite(scores.nll).all()):
+    def _search(self, cut: _Cut) -> Search:
+        if not bool(torch.isfinite(cut.scores.nll).all()):
             raise ValueError("The scoring model gave NaN or infinite scores; load it in float32 or bfloat16.")
-        must_stay = self.config.kept_spans(text)
+        must = self.config.kept_spans(cut.text)
         finest = min(LEVELS.index(self.level), LEVELS.index("word"))
-        # If no unit fits, use finer ones: half of a long sentence is better than nothing. Last, forget what must stay.
-        for kept in (must_stay, []) if must_stay else ([],):
+        while True:
+            # If no unit fits, use finer ones: half of a long sentence is better than nothing.
             for level in reversed(LEVELS[finest : LEVELS.index(self.level) + 1]):
-                found = yield from self._search_level(text, scores, target, length, level, kept)
-                if _says(join(text, found[0])):
+                found = yield from self._search_level(cut, level, must)
+                if _says(join(cut.text, found[0], self.config.joiner, cut.structure)):
                     return found
-        units, order, _ = self._ranked(text, scores, "word", [])
-        order.sort(key=lambda i: not any(a < units[i][1] and units[i][0] < b for a, b in must_stay))
+            if must:
+                if not found[0]:
+                    yield from self._refuse(cut, must)
+                return found
+            if cut.structure is None:
+                return (yield from self._best_word(cut))
+            if cut.structure.root is not None:
+                return (yield from self._bare_root(cut, cut.structure, cut.structure.root))
+            kinds = " or ".join(cut.structure.kinds)
+            cut.note["reason"] = f"No whole part of the {kinds} fits into {cut.target} tokens: it is cut like prose."
+            cut.structure = None
+
+    def _best_word(self, cut: _Cut) -> Search:
+        """The best word, even if it is too long; of text without words, tokens."""
+        text, target = cut.text, cut.target
+        units, order, _, _ = self._ranked(cut, "word", [])
         trimmed = [spans for i in order if (spans := merge(text, [units[i]]))]
         best = [spans for spans in trimmed if _says(join(text, spans))] or trimmed
         sizes = yield [join(text, spans) for spans in best]
         if fits := next(((spans, n) for spans, n in zip(best, sizes) if n <= target), None):
             return fits
         data = not best or best[0][0][1] - best[0][0][0] > _LONGEST_WORD
-        if hard or data or self.level == "token":
-            found = yield from self._search_level(text, scores, target, length, "token", [])
-            if found[0] or hard or not best:
+        if cut.hard or data or self.level == "token":
+            found = yield from self._search_level(cut, "token", [])
+            if found[0] or cut.hard or not best:
+                if not found[0]:
+                    cut.note["reason"] = f"Not even one word fits into {target} tokens."
                 return found
-        return (best[0], sizes[0]) if sizes[0] < length else (((0, len(text)),), length)
+        cut.note["reason"] = f"Not even one word fits into {target} tokens: the best one stays."
+        return (best[0], sizes[0]) if sizes[0] < cut.length else (((0, len(text)),), cut.length)
 
-    def _search_level(
-        self, text: str, scores: TokenScores, target: int, length: int, level: str, must_stay: Sequence[Span]
-    ) -> Search:
-        units, order, first = self._ranked(text, scores, level, must_stay)
-        sizes = tokens_in(units, scores.offsets)
-        return (yield from search(text, units, order, target, length, sizes, self.config.joiner, first=first))
+    def _bare_root(self, cut: _Cut, structure: Structure, root: int) -> Search:
+        """The outer brackets alone, if no member fits."""
+        part = structure.parts[root]
+        spans = structure.merge([((part.start, part.end), root)])
+        (n,) = yield [structure.join(spans, self.config.joiner)]
+        cut.note["reason"] = f"No member fits into {cut.target} tokens: the brackets stay, so that the result is JSON."
+        return ((), 0) if cut.hard and n > cut.target else (spans, n)
 
-    def _ranked(
-        self, text: str, scores: TokenScores, level: str, must_stay: Sequence[Span]
-    ) -> tuple[list[Span], list[int], int]:
-        """Units, their indices by value, and how many at the front must stay."""
+    def _refuse(self, cut: _Cut, must: Sequence[Span]) -> Generator[list[str], list[int], None]:
+        text, structure = cut.text, cut.structure
+        spans = merge(text, must)
+        if structure is not None:
+            widened = [((a, b), structure.part_at(a)) for a, b in structure.widen(must)]
+            spans = structure.merge(widened)
+        (n,) = yield [join(text, spans, self.config.joiner, structure)]
+        raise ValueError(
+            f"What must stay takes {n} of the {cut.length} tokens of {text[:40]!r}..., and the budget is {cut.target}; ask for "
+            f"ratio {cut.length / n:.4g} or less, for max_tokens {n} or more, or keep fewer words (keep, keep_patterns, "
+            "keep_digits, keep_names)."
+        )
+
+    def _search_level(self, cut: _Cut, level: str, must: Sequence[Span]) -> Search:
+        units, order, first, owners = self._ranked(cut, level, must)
+        sizes = tokens_in(units, cut.scores.offsets)
+        joiner, structure = self.config.joiner, cut.structure
+        return (
+            yield from search(
+                cut.text, units, order, cut.target, cut.length, sizes, joiner, first, structure=structure, owners=owners
+            )
+        )
+
+    def _ranked(self, cut: _Cut, level: str, must: Sequence[Span]) -> tuple[list[Span], list[int], int, list[int]]:
+        """Units, their indices by value, how many at the front must stay, and the parts of the structure that they are in."""
+        text, scores, structure = cut.text, cut.scores, cut.structure
         units = split_units(text, level, scores.offsets)
+        if structure is not None:
+            units, must = structure.refine(units), structure.widen(must)
         values = self.unit_values(units, scores).double().numpy()
-        must = np.zeros(len(units), dtype=bool)
-        if must_stay:
-            units, parents, marks = carve(units, must_stay, text)
-            values, must = values[parents], np.array(marks)
+        marks, owners = [False] * len(units), list[int]()
+        if must:
+            units, parents, marks = carve(units, must, text)
+            values = values[parents]
+        if structure is not None:
+            fine = units
+            units, owners, marks = structure.units(fine, marks)
+            values = np.array(mean_between(fine, values.tolist(), units))
         # Stable: the first of equal values first.
-        return units, np.lexsort((-values, ~must)).tolist(), int(must.sum())
+        stay = np.array(marks, dtype=bool)
+        return units, np.lexsort((-values, ~stay)).tolist(), int(stay.sum()), owners
+
+
+_SHARED = frozenset(f.name for f in fields(SelectionSettings))
 
 
 def _says(text: str) -> bool:

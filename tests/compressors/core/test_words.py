@@ -8,7 +8,8 @@ from datetime import UTC
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nutgraf.compressors.core.units import LEVELS, carve, keep_spans, split_units
+from nutgraf.compressors.core.keep import keep_spans
+from nutgraf.compressors.core.units import LEVELS, carve, split_units
 from nutgraf.compressors.core.words import words
 
 WHOLE = """
@@ -152,7 +153,7 @@ def test_nothing_divides_it(one, around, tokens, cut):
     offsets = [(i, min(i + tokens, len(text))) for i in range(0, len(text), tokens)]
     a = start + cut[0] % len(one)
     part = text[a : min(a + cut[1], start + len(one))]
-    kept = keep_spans(text, [part] if part.strip() else [], digits=True, names=True)
+    kept = keep_spans(text, [part] if part.strip() else [], kinds=["numbers", "names"])
     for level in LEVELS:
         units = split_units(text, level, offsets)
         carved, _, _ = carve(units, kept, text)

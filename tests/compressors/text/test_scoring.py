@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nutgraf.compressors import Reader
-from nutgraf.compressors.core.units import LEVELS, carve, keep_spans, split_units, unit_scores
+from nutgraf.compressors.core.keep import keep_spans
+from nutgraf.compressors.core.units import LEVELS, carve, split_units, unit_scores
 from nutgraf.compressors.reader.tokenization import PromptTokenizer
 from nutgraf.compressors.text.scoring import self_information
 from oracles.selection import losses_of
@@ -244,8 +245,8 @@ def test_scores_of_a_token_in_two_units_are_shared_out():
 
 def test_what_must_stay():
     text = "Yesterday Marie Curie won $3,000.50 and 12% in the EU. The end. NASA knew Bob."
-    assert [text[a:b] for a, b in keep_spans(text, digits=True)] == ["$3,000.50", "12%"]
-    assert [text[a:b] for a, b in keep_spans(text, names=True)] == ["Yesterday Marie Curie", "EU", "NASA", "Bob"]
+    assert [text[a:b] for a, b in keep_spans(text, kinds=["numbers"])] == ["$3,000.50", "12%"]
+    assert [text[a:b] for a, b in keep_spans(text, kinds=["names"])] == ["Yesterday Marie Curie", "EU", "NASA", "Bob"]
     assert [text[a:b] for a, b in keep_spans(text, ["won $3"], [r"\$[\d,]+", "x*"])] == ["won $3,000.50"]
     spans, parents, must = carve([(0, 10), (10, len(text))], [(8, 14)], text)
     assert spans == [(0, 8), (8, 14), (14, len(text))]

@@ -72,7 +72,7 @@ def texts_and_things(n: int) -> list[tuple[str, list[tuple[int, int]]]]:
 @pytest.mark.slow
 @methods
 @pytest.mark.parametrize(
-    "settings", [*({"unit": unit} for unit in LEVELS), {"keep": ("3", "e"), "keep_patterns": (r"\d\d",)}]
+    "settings", [*({"unit": unit} for unit in LEVELS), {"keep": ("mail",), "keep_patterns": (r"23",)}]
 )
 def test_numbers_ids_and_addresses_go_or_stay_whole(made, method, settings):
     rows = texts_and_things(10)
@@ -122,20 +122,15 @@ def test_a_short_text_does_not_become_nothing(made, method, ratio):
 
 @pytest.mark.slow
 @methods
-def test_target_tokens_are_never_exceeded(made, method):
+def test_a_budget_in_tokens_is_never_exceeded(made, method):
     for target in (0, 1, 3):
-        for passage in compress(made(method), SHORT, target_tokens=target):
+        for passage in compress(made(method), SHORT, max_tokens=target):
             assert passage.n_tokens <= target
             assert "over_budget" not in passage.info
+            assert passage.text or "Not even one word" in passage.info["reason"] or "0 tokens" in passage.info["reason"]
 
 
 def test_dynamic_ratios_leave_no_passage_empty(made):
     compressor = made("longllmlingua", dynamic_ratio=0.4)
     texts = ["Yes", "42 km", *(text for text, _ in texts_and_things(4))]
     assert all(passage.text for passage in compress(compressor, texts, ratio=8))
-
-
-def test_what_must_stay_is_the_best_word_of_a_short_text(made):
-    compressor = made("llmlingua", keep=["45"])
-    (passage,) = compress(compressor, ["Yes, paid $12,345.67 to Ann."], ratio=30)
-    assert passage.text == "$12,345.67"
