@@ -157,6 +157,7 @@ class Embedder:
 
     def means(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors ``[texts, dim]`` of texts of any length, the mean over their shards; zero for a blank text."""
+        texts = check_strings("texts", texts)
         shards = self.embed_shards(texts, self.max_tokens, [1] * len(texts))
         found = [part.mean(0) if len(part) else torch.zeros(self.dim) for part in shards]
         return normalize(torch.stack(found), dim=-1) if found else torch.zeros(0, self.dim)

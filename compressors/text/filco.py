@@ -22,7 +22,7 @@ from .pruning import (
     SentenceScores,
     ThresholdSettings,
     TrainedPruner,
-    sentence_index,
+    means_in,
     sentence_spans,
 )
 
@@ -106,13 +106,3 @@ class FILCOCompressor(TrainedPruner):
         if not bool(known.any()):
             return {"loss": logits.sum() * 0.0}
         return {"loss": binary_cross_entropy_with_logits(torch.cat(kept)[known], values[known])}
-
-
-def means_in(values: Tensor, offsets: Sequence[Span], sentences: Sequence[Span]) -> Tensor:
-    """``[sentences]`` mean value of the tokens that begin in each sentence; 0 for one without tokens. Differentiable.
-
-    A head that is linear gives the same for the mean of the states as for the mean of the logits.
-    """
-    inside = sentence_index([a for a, _ in offsets], sentences).to(values.device)
-    total = values.new_zeros(len(sentences)).index_add(0, inside, values)
-    return total / torch.bincount(inside, minlength=len(sentences)).clamp(min=1)

@@ -219,6 +219,16 @@ def sentence_means(spans: Sequence[Span], tokens: TokenScores) -> Tensor:
     return unit_scores(spans, tokens.offsets, tokens.nll).float()
 
 
+def means_in(values: Tensor, offsets: Sequence[Span], units: Sequence[Span]) -> Tensor:
+    """``[units]`` mean value of the tokens that begin in each unit; 0 for one without tokens. Differentiable.
+
+    A head that is linear gives the same for the mean of the states as for the mean of the logits.
+    """
+    inside = sentence_index([a for a, _ in offsets], units).to(values.device)
+    total = values.new_zeros(len(units)).index_add(0, inside, values)
+    return total / torch.bincount(inside, minlength=len(units)).clamp(min=1)
+
+
 def check_no_published(config: SelectionConfig, why: str) -> None:
     """Raises ``ValueError`` for mode 'published' of a method whose paper has no algorithm of that kind."""
     if config.mode == "published":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -63,6 +63,7 @@ class RECOMPCompressor(TrainedPruner):
 
     config_class: ClassVar[type[CompressorConfig]] = RECOMPConfig
     config: RECOMPConfig
+    frozen: Any
 
     def __init__(self, config: RECOMPConfig, reader: Reader) -> None:
         super().__init__(config, reader)
@@ -82,7 +83,7 @@ class RECOMPCompressor(TrainedPruner):
     def vectors(self, texts: Sequence[str]) -> Tensor:
         """``[texts, width]`` unit vectors; differentiable. A text that is too long for the encoder is read to its limit."""
         rows = [[*self.pieces.before, *self.pieces(text).ids[: self.limit], *self.pieces.after] for text in texts]
-        device, out = self.frozen.device, {}
+        device, out = self.reader.device, dict[int, Tensor]()
         for batch in pack([len(row) for row in rows], _POSITIONS, pass_positions(device)):
             ids, mask = pad_rows([rows[i] for i in batch], self.pieces.pad)
             states = self.twin.decoder(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state

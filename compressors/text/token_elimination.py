@@ -60,7 +60,14 @@ class TokenEliminationCompressor(LMSelectingCompressor):
 
     def __init__(self, config: TokenEliminationConfig, reader: Reader, *, scorer: Reader | None = None) -> None:
         super().__init__(config, reader, scorer=scorer)
-        check_reachable(self.scorer.model)
+        try:
+            check_reachable(self.scorer.model)
+        except ValueError as error:
+            raise ValueError(
+                f"Token elimination reads the attention of {self.scorer.name!r}, which must go through "
+                'transformers.AttentionInterface, as sdpa or eager (from_pretrained(..., attn_implementation="sdpa")); '
+                "choose another scorer otherwise."
+            ) from error
 
     @torch.no_grad()
     def score(self, texts: Sequence[str], queries: Sequence[str | None] | None = None) -> list[TokenScores]:

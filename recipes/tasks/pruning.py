@@ -141,7 +141,11 @@ class SentenceTask:
         return PruneItem(question, passage, answer, relevant and asked.passage in passage, key)
 
     def _other(self, asked: Asked, answer: str, rng: random.Random) -> str:
-        """A passage without the answer, mostly one of the same article."""
+        """A passage without the answer, mostly one of the same article.
+
+        Raises:
+            ValueError: if there is no other passage.
+        """
         name, place = self._places[asked.passage]
         several = self.material.asked[name]
         near = [several[i] for i in range(max(0, place - _NEAR), min(len(several), place + _NEAR + 1)) if i != place]
@@ -150,7 +154,9 @@ class SentenceTask:
             found = rng.choice(near) if near and rng.random() < 0.7 else self.material.human(rng)
             if found.passage != asked.passage and not holds(found.passage, answer):
                 return found.passage
-        return "" if found.passage == asked.passage else found.passage
+        if found.passage == asked.passage:
+            raise ValueError("The data holds too few different passages to draw those of other questions from.")
+        return found.passage
 
     def dataset(self, stage: Stage) -> CompressorItems:
         """Items of a stage; `mix` weighs `questions` and `distractors` (default: two to one)."""
@@ -180,7 +186,7 @@ class SentenceTask:
 
     def collator(self, stage: Stage) -> Callable[[list[PruneItem]], dict[str, Any]]:
         """Collates items into examples with labels."""
-        return lambda items: {"examples": [self.example(item) for item in items if item.passage]}
+        return lambda items: {"examples": [self.example(item) for item in items]}
 
     # -- training ------------------------------------------------------------------------------------------------------
 

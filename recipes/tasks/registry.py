@@ -28,6 +28,7 @@ KINDS = {
     "compressor": Kind(f"{_RECIPES}.tasks.compressor", "CompressorTask", ("reader", "compressor"), objectives=True),
     "tokens": Kind(f"{_RECIPES}.tasks.tokens", "TokenTask", ("reader", "compressor")),
     "sentences": Kind(f"{_RECIPES}.tasks.pruning", "SentenceTask", ("reader", "compressor")),
+    "rewards": Kind(f"{_RECIPES}.tasks.rewards", "RewardTask", ("reader", "compressor")),
     "reader": Kind(f"{_RECIPES}.reader.task", "ReaderTask", ("model",)),
 }
 

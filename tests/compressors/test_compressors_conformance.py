@@ -58,6 +58,8 @@ SETTINGS: dict[str, dict] = {
     "filco": {"r": 2},
     "semantic": {"topic_words": 8},
     "prompt-saw": {},
+    "pcrl": {"r": 2},
+    "nano-capsulator": {"r": 2, "verify": False},
     "salient-pool": {"r": 2},
     "kv-match": {"probes": 4},
     "icformer": {"digests": 6, "layers": 2, "ratio": 4.0},
@@ -95,6 +97,8 @@ OPTIONS: dict[str, dict] = {
     "mean-pool:reader": {**SETTINGS["mean-pool"], "tune_reader": True, "reader_r": 3},
     "xrag:reader": {**SETTINGS["xrag"], "tune_reader": True, "reader_r": 3},
     "pisco:query": {**SETTINGS["pisco"], "query_aware": True},
+    "pcrl:query": {"r": 2, "query_aware": True},
+    "nano-capsulator:query": {"r": 2, "verify": False, "query_aware": True},
     "provence:sentence": {"r": 2, "unit": "sentence", "keep": ["Nobel"]},
     "prompt-saw:plain": {"query_aware": False},
     "hd-gist:query": {"segment_tokens": 40, "ratio": 3.0, "r": 4, "query_aware": True, "adapt_reader": False},
@@ -429,8 +433,9 @@ def test_any_text_at_any_ratio(method, texts, ratio):
         if passage.interface == "text":
             assert passage.n_tokens == len(compressor.reader.tokenize(passage.text))
             assert passage.n_tokens - passage.info.get("over_budget", 0) <= passage.source_tokens / ratio + 1e-6
-            assert passage.text or not text.strip()
-            assert "structure" in passage.info or passage.text == " ".join(text[a:b] for a, b in passage.spans)
+            if passage.spans or not method.startswith("nano"):  # a written text may be empty, and has no spans
+                assert passage.text or not text.strip()
+                assert "structure" in passage.info or passage.text == " ".join(text[a:b] for a, b in passage.spans)
 
 
 @methods
