@@ -27,6 +27,7 @@ _RECIPES = __name__.rsplit(".", 2)[0]
 KINDS = {
     "compressor": Kind(f"{_RECIPES}.tasks.compressor", "CompressorTask", ("reader", "compressor"), objectives=True),
     "tokens": Kind(f"{_RECIPES}.tasks.tokens", "TokenTask", ("reader", "compressor")),
+    "inversion": Kind(f"{_RECIPES}.tasks.inversion", "InversionTask", ("reader", "model")),
     "reader": Kind(f"{_RECIPES}.reader.task", "ReaderTask", ("model",)),
 }
 
