@@ -54,7 +54,10 @@ def compress(
         typer.Option(help="Folder of a fidelity gate: measure each passage and store the result."),
     ] = None,
 ) -> None:
-    """Compress a corpus into a store. Stored passages are skipped: stop it at any time, run it again to continue."""
+    """Compress a corpus into a store. Stored passages are skipped: stop it at any time, run it again to continue.
+
+    With NUTGRAF_STORE_KEY set, a new store is encrypted.
+    """
     with _errors():
         if engine not in ("local", "ray"):
             raise ValueError(f"engine must be local or ray, got {engine!r}.")
@@ -163,6 +166,27 @@ def compact(
         if store.layout == "table":
             what = "The table's small files were joined"
         typer.echo(f"{what}; {made.duplicates} duplicates removed.")
+
+
+@store_app.command()
+def rotate(folder: Folder) -> None:
+    """Encrypt a store anew with the first of the keys in NUTGRAF_STORE_KEY; old ones follow it, separated by commas."""
+    with _errors(), _open(folder) as store:
+        from .upkeep import rotate as run
+
+        with _progress(store.stats.passages) as done:
+            number = run(store, done)
+        typer.echo(
+            f"{number:,} passages encrypted anew; `nutgraf store compact {folder} --keep-hours 0` removes the old bytes."
+        )
+
+
+@store_app.command()
+def new_key() -> None:
+    """Print a new random key for encrypted stores, to be kept outside of them."""
+    from .encryption import new_key as make
+
+    typer.echo(make())
 
 
 @store_app.command()

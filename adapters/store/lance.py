@@ -26,6 +26,7 @@ from typing import Any, Literal
 from ...compressors import CompressedPassage
 from .base import Entry, Facts, Hit, Listed, Maker, PassageKey, PassageStore, StoreError, StoreStats, batched, merged
 from .codec import Encoding, decode, encode
+from .encryption import VARIABLE, Cipher, Keys
 from .rows import KEY, PLACE, Place, facts_of, key_of, row_of, text_columns
 from .table import FIELDS, VECTOR, PassageTable, of_maker, quoted, writable
 
@@ -43,10 +44,14 @@ class LanceStore(PassageStore):
         layout: ``"slabs"`` or ``"table"``; default: slabs in a folder, the table elsewhere.
         read_only: refuse `put_many`; always true for a folder without write permission.
         create: make the store if it does not exist.
+        keys: make an encrypted store, or open one: its key, or several, of which the first one encrypts (see
+            `nutgraf.adapters.store.encryption`). Default: those in the environment variable NUTGRAF_STORE_KEY, if it is set; a
+            new store is then encrypted.
+        encrypt: ``False`` makes a plain store even so, ``True`` refuses one.
         storage_options: LanceDB's options for object storage.
 
     Raises:
-        ValueError: if the settings differ from those of the existing store.
+        ValueError: if the settings differ from those of the existing store, or an encrypted one is opened without a key.
         StoreError: if it cannot be opened.
     """
 
@@ -60,6 +65,8 @@ class LanceStore(PassageStore):
         layout: Layout | None = None,
         read_only: bool = False,
         create: bool = True,
+        keys: Keys | None = None,
+        encrypt: bool | None = None,
         storage_options: Mapping[str, str] | None = None,
     ) -> None:
         self.uri = os.fspath(uri)
@@ -69,15 +76,26 @@ class LanceStore(PassageStore):
             raise ValueError(f'layout must be "slabs" or "table", got {layout!r}.')
         if layout == "slabs" and not local:
             raise ValueError(f'Slabs are mapped files, which {self.uri} cannot have; use layout="table".')
-        settings = {
+        settings: dict[str, Any] = {
             "name": secrets.token_hex(8),
             "layout": layout or ("slabs" if local and os.name == "posix" else "table"),
             "encoding": dataclasses.asdict(wanted),
         }
-        self._options = storage_options
+        must = keys is not None or encrypt is True
+        cipher: Cipher | None = None  # made first, so that a wrong key makes no store
+        if must or (encrypt is None and os.environ.get(VARIABLE)):
+            cipher, settings["encrypted"] = Cipher(keys), True
+        self._options, self._keys = storage_options, keys
         self.read_only = read_only or not writable(self.uri)
         self._table = PassageTable(self.uri, settings, create=create and not self.read_only, options=storage_options)
         self.encoding = Encoding(**self._table.settings["encoding"])
+        self.encrypted = bool(self._table.settings.get("encrypted"))
+        if must and not self.encrypted:
+            raise ValueError(
+                f"The store {self.uri} is not encrypted; open it without keys, or copy it into an encrypted one: "
+                f"nutgraf store migrate {self.uri} --to NEW with {VARIABLE} set."
+            )
+        self._cipher = (cipher or Cipher(keys)) if self.encrypted else None
         if (dtype or quantize or group) and wanted != self.encoding:
             raise ValueError(
                 f"The store {self.uri} holds slots {self.encoding}, not {wanted}; open it without these settings, "
@@ -94,11 +112,14 @@ class LanceStore(PassageStore):
 
             self._slabs = Slabs(Path(self.uri) / "slabs")
         self._refs: OrderedDict[str, Place] = OrderedDict()
+        self._key_fits = False  # it opened a record
         self._lock = threading.Lock()  # guards the refs; held briefly
         self._writing = threading.Lock()
 
     def __reduce__(self) -> Any:  # a worker process may run in another folder
-        opened = functools.partial(LanceStore, read_only=self.read_only, create=False, storage_options=self._options)
+        opened = functools.partial(
+            LanceStore, read_only=self.read_only, create=False, keys=self._keys, storage_options=self._options
+        )
         return opened, (self._address,)
 
     def get_many(self, keys: Sequence[PassageKey]) -> list[CompressedPassage | None]:
@@ -136,7 +157,7 @@ class LanceStore(PassageStore):
             if not unknown or (fresh and not self._table.refresh()):
                 break
             for row in self._table.look_up(unknown, columns):
-                ref = Place.of(row)
+                ref = Place.of(row, self._cipher)
                 found[row["key"]] = (ref, row.get("data"))
                 if self._slabs is not None:
                     self._remember(row["key"], ref)
@@ -154,6 +175,8 @@ class LanceStore(PassageStore):
             )
         if ref.header.get("compressor") != key.compressor or ref.header.get("reader") not in (None, key.reader):
             raise StoreError(f"The passage {key.id} of the store {self.uri} was made by another compressor or reader.")
+        if self._cipher is not None and ref.nbytes:
+            run = self._cipher.open(run, f"{key.id}/slots")
         passage = decode(ref.header, run)
         if not ref.known_good:
             passage.check()
@@ -185,26 +208,40 @@ class LanceStore(PassageStore):
     def put_many(self, entries: Sequence[Entry]) -> None:
         self._check_writable()
         distinct = merged(entries)
-        encoded = {key: encode(entry.passage, self.encoding) for key, entry in distinct.items()}
+        encoded = {key: self._encoded(entry) for key, entry in distinct.items()}
         with self._writing:
             new = self.missing(distinct)
             if new:
                 vectors = self._vector_columns([distinct[key].facts for key in new])
-                rows = [row_of(distinct[key], *encoded[key]) | vector for key, vector in zip(new, vectors)]
+                rows = [
+                    row_of(distinct[key], *encoded[key], self._cipher) | vector for key, vector in zip(new, vectors)
+                ]
                 self._place(rows, [encoded[key][1] for key in new])
                 self._table.add(rows)
         if len(new) < len(distinct):
             self.describe({key: entry.facts for key, entry in distinct.items() if key not in set(new)})
 
+    def _encoded(self, entry: Entry) -> tuple[str, bytes]:
+        """Header and bytes of a passage; the bytes are sealed if the store is encrypted."""
+        header, data = encode(entry.passage, self.encoding)
+        return header, self._cipher.seal(data, f"{entry.key.id}/slots") if self._cipher is not None and data else data
+
     def _check_writable(self) -> None:
         if self.read_only:
             raise StoreError(f"The store {self.uri} is read-only: it was opened so, or its folder may not be written.")
+        if self._cipher is not None and not self._key_fits and (row := self._table.sample(["key", "header"])):
+            Place.of(
+                {**dict.fromkeys(PLACE), **row}, self._cipher
+            )  # a wrong key must not write what the right one cannot read
+            self._key_fits = True
 
     def _vector_columns(self, facts: Sequence[Facts]) -> list[dict[str, Any]]:
         """The column of retrieval vectors, if there are any; the table gets one."""
         sizes = {len(one.vector) for one in facts if one.vector is not None}
         if len(sizes) > 1:
             raise ValueError(f"Retrieval vectors of one store have one size, got {sorted(sizes)}.")
+        if self._cipher is not None:
+            return [{} for _ in facts]  # sealed with the other facts
         if sizes:
             self._table.hold_vectors(*sizes)
         return [{VECTOR: one.vector} if sizes else {} for one in facts]
@@ -215,7 +252,7 @@ class LanceStore(PassageStore):
         columns = ["key", "text", "about", *([VECTOR] if self._table.vector_size else [])]
         found: dict[PassageKey, Facts] = {}
         for row in self._table.look_up(list(by_id), columns):
-            key, facts = by_id[row["key"]], facts_of(row, row.get(VECTOR))
+            key, facts = by_id[row["key"]], facts_of(row, row.get(VECTOR), self._cipher)
             found[key] = facts.over(found[key]) if key in found else facts  # two writers may have stored it
         return found
 
@@ -226,7 +263,10 @@ class LanceStore(PassageStore):
 
     def _write_facts(self, facts: Mapping[PassageKey, Facts]) -> None:
         vectors = self._vector_columns(list(facts.values()))
-        rows = [{"key": key.id, **text_columns(one), **vector} for (key, one), vector in zip(facts.items(), vectors)]
+        rows = [
+            {"key": key.id, **text_columns(one, key.id, self._cipher), **vector}
+            for (key, one), vector in zip(facts.items(), vectors)
+        ]
         self._table.replace(rows, [name for name in rows[0] if name != "key"])
 
     def delete(self, keys: Iterable[PassageKey]) -> int:
@@ -266,7 +306,7 @@ class LanceStore(PassageStore):
                 break
             for row in self._table.look_up(unknown, columns):
                 found[row["key"]] = Listed(
-                    key_of(row), **{name: row[name] for name in sizes}, about=facts_of(row).about
+                    key_of(row), **{name: row[name] for name in sizes}, about=facts_of(row, None, self._cipher).about
                 )
         return found
 
@@ -291,8 +331,13 @@ class LanceStore(PassageStore):
             metric: ``"l2"``, ``"cosine"`` or ``"dot"``.
 
         Raises:
-            ValueError: if the store has no vectors, or vectors of another size.
+            ValueError: if the store has no vectors, vectors of another size, or is encrypted.
         """
+        if self.encrypted:
+            raise ValueError(
+                f"The store {self.uri} is encrypted and cannot be searched by vector: an index shows its vectors, which give "
+                "texts away. Search in an index of your own, and read the passages found by their keys."
+            )
         size = self._table.vector_size or (self._table.refresh() and self._table.vector_size)
         if size != len(vector):
             held = f"vectors of {size} dimensions" if size else "no retrieval vectors"
@@ -306,8 +351,8 @@ class LanceStore(PassageStore):
 
     def _entry(self, row: Mapping[str, Any]) -> Entry:
         key = key_of(row)
-        facts = facts_of(row, row.get(VECTOR))
-        passage = self._passage(key, Place.of(row), row.get("data"))
+        facts = facts_of(row, row.get(VECTOR), self._cipher)
+        passage = self._passage(key, Place.of(row, self._cipher), row.get("data"))
         return Entry(key, passage, facts.text, facts.vector, facts.about)
 
     @property
@@ -316,6 +361,7 @@ class LanceStore(PassageStore):
         self._table.refresh()
         makers = self._table.count_makers()
         info = {"layout": self.layout, "encoding": str(self.encoding), "versions": self._table.versions}
+        info |= {"encrypted": True} if self.encrypted else {}
         info |= {"vector_size": self._table.vector_size}
         if self._slabs is not None:
             info["slab_bytes"] = sum(self._slabs.sizes().values())

@@ -115,6 +115,11 @@ class PassageTable:
             found = self._read(lambda scan=scan: scan().to_arrow())  # type: ignore[misc]
             yield from found.to_pylist()
 
+    def sample(self, columns: Sequence[str]) -> dict[str, Any] | None:
+        """One of the rows, or ``None``."""
+        found = self._read(lambda: self._scan(columns, None).limit(1).to_arrow()).to_pylist()
+        return found[0] if found else None
+
     def column_table(self, columns: Sequence[str], where: str | None = None) -> pa.Table:
         """Read columns of all rows; ``_rowid`` may be one of them."""
         return self._read(lambda: self._scan(columns, where).to_arrow())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any
 
 from ...compressors import Compressor
 from .base import Facts, Maker, PassageKey, PassageStore, StoreError, batched, documents, joined, sha256
+from .encryption import Cipher, unpacked
 from .fill import Filled, fill, keys_for
 from .lance import LanceStore
 from .rows import KEY, key_of
@@ -138,6 +140,70 @@ def _rewrite_slabs(store: LanceStore) -> None:
             if name in move or name not in used:
                 slabs.remove(name)
         slabs.roll()
+
+
+def rotate(store: LanceStore, done: Callable[[int], None] | None = None) -> int:
+    """Encrypt every passage anew with the first of the store's keys; return how many were sealed with another one.
+
+    Stop it at any time, and run it again to continue: each passage has one key or the other at every moment. The old records
+    stay in the slabs and in older versions of the table until `compact` with ``keep_hours=0``. Do not change the facts of
+    stored passages meanwhile.
+
+    Raises:
+        ValueError: if the store is not encrypted.
+        StoreError: if it cannot be written, or a record opens with none of the keys.
+    """
+    _refuse_read_only(store)
+    cipher = store._cipher
+    if cipher is None:
+        raise ValueError(f"The store {store.uri} is not encrypted: it has no keys to replace.")
+    old = [
+        row["key"]
+        for rows in store._table.batches(["key", "header", "about"])
+        for row in rows
+        if not all(cipher.is_current(unpacked(row[name], row["key"])) for name in ("header", "about"))
+    ]
+    total = 0
+    for some in batched(dict.fromkeys(old), _BATCH):
+        with store._writing:
+            total += _reseal(store, cipher, some)
+        if done is not None:
+            done(len(some))
+    store._forget()
+    return total
+
+
+def _reseal(store: LanceStore, cipher: Cipher, keys: list[str]) -> int:
+    """Seal some passages with the first key, in one commit."""
+    store._table.refresh()
+    columns = [
+        "key",
+        "header",
+        "about",
+        "slab",
+        "start",
+        "nbytes",
+        "crc",
+        *([] if store._slabs is not None else ["data"]),
+    ]
+    rows = list({row["key"]: row for row in store._table.look_up(keys, columns)}.values())
+    runs = []
+    for row in rows:
+        key, run = row["key"], row.get("data") or b""
+        if row["slab"] is not None:
+            run = store._slabs.read(row["slab"], row["start"], row["nbytes"])
+        if run:
+            run = cipher.seal(bytes(cipher.open(run, f"{key}/slots")), f"{key}/slots")
+        row |= {"nbytes": len(run), "crc": zlib.crc32(run)}
+        for name, record in (("header", "header"), ("about", "facts")):
+            row[name] = cipher.seal_text(cipher.open_text(row[name], f"{key}/{record}"), f"{key}/{record}")
+        runs.append(run)
+    store._place(rows, runs)
+    if rows:
+        store._table.replace(
+            rows, [name for name in rows[0] if name != "key" and (name != "data" or store._slabs is None)]
+        )
+    return len(rows)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import ClassVar, TypeVar
 from torch import Tensor
 
 from ...compressors import CompressedPassage, Reader
+from ..rows import Row
 
 Stolen = CompressedPassage | Tensor  # a stored passage, or its retrieval vectors ``[shards, width]``
 
@@ -20,6 +21,7 @@ class Attacker(ABC):
         name: of the attacker, in rows and on the command line.
         title: in tables.
         reader: the reader that the passages were compressed for.
+        about: what rows say of the attacker.
     """
 
     name: ClassVar[str]
@@ -27,6 +29,7 @@ class Attacker(ABC):
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
+        self.about: Row = {}
 
     @classmethod
     @abstractmethod

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from .attacker import ATTACKERS, Attacker
+from .geia import GEIA
 from .kept_text import KeptText
 from .kv_layers import KVLayers
 from .kv_lookup import KVLookup
 from .repeat import Repeat
+from .slot_words import SlotWords
 
-__all__ = ["ATTACKERS", "Attacker", "KVLayers", "KVLookup", "KeptText", "Repeat"]
+__all__ = ["ATTACKERS", "GEIA", "Attacker", "KVLayers", "KVLookup", "KeptText", "Repeat", "SlotWords"]

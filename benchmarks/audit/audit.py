@@ -58,6 +58,7 @@ def audit(target: Target, attacker: Attacker, embedder: Embedder | None = None, 
         "slots": target.slots,
         "bytes_per_passage": target.nbytes,
         "attack_seconds_per_passage": spent / len(guesses),
+        **attacker.about,
         **summary(target.texts, guesses, embedder, seed),
     }
     if len(guesses) > 1:

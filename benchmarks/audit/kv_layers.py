@@ -75,8 +75,9 @@ class KVLayers(KVLookup):
             a = torch.cholesky_solve(both, factor)  # type: ignore[arg-type]
             rest = (power - a.mT @ both - both.mT @ a + a.mT @ square @ a) / tokens  # type: ignore[union-attr,operator]
             width = rest.shape[-1]
-            size = rest.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-            rest = rest + (1e-4 * size + 1e-12) * torch.eye(width, dtype=rest.dtype, device=rest.device)
+            # The first layer's keys are linear in the features, and rounding leaves next to nothing of them.
+            size = power.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] / tokens  # type: ignore[union-attr]
+            rest = rest + (1e-3 * size + 1e-12) * torch.eye(width, dtype=rest.dtype, device=rest.device)
             whiten = torch.linalg.inv(torch.linalg.cholesky(rest)).mT
             self.whiten.append(whiten.float())
             self.maps.append((a @ whiten).float())

@@ -23,6 +23,7 @@ class Target:
         ratio: compression ratio asked for, if any.
         interface: `embeds`, `kv`, `text` or `vector`.
         texts, stolen: paired.
+        victim: what made them, if it is at hand; `made_by` is its fingerprint.
     """
 
     name: str
@@ -30,6 +31,12 @@ class Target:
     interface: str
     texts: list[str]
     stolen: list[Stolen]
+    victim: Compressor | Embedder | None = None
+    made_by: str = ""
+
+    def __post_init__(self) -> None:
+        if self.victim is not None:
+            self.made_by = self.victim.fingerprint
 
     @property
     def label(self) -> str:
@@ -47,17 +54,19 @@ class Target:
         return _mean([one.nbytes for one in self.stolen])
 
 
-def compressed(compressor: Compressor, ratios: Sequence[float | None], texts: Sequence[str]) -> list[Target]:
-    """The passages of a compressor at several ratios."""
+def compressed(
+    compressor: Compressor, ratios: Sequence[float | None], texts: Sequence[str], name: str = ""
+) -> list[Target]:
+    """The passages of a compressor at several ratios. `name`: of the compressor; default its method's."""
     made = compressor.compress_at(list(texts), list(ratios), batch_size=32)
-    name, interface = compressor.config.method, compressor.interface
-    return [Target(name, ratio, interface, list(texts), list(found)) for ratio, found in zip(ratios, made)]
+    name, interface = name or compressor.config.method, compressor.interface
+    return [Target(name, ratio, interface, list(texts), list(found), compressor) for ratio, found in zip(ratios, made)]
 
 
 def vectors(embedder: Embedder, texts: Sequence[str]) -> Target:
     """The retrieval vectors of texts, one per shard that the embedder reads whole."""
     shards = embedder.embed_shards(texts, embedder.max_tokens, [1] * len(texts))
-    return Target(embedder.name, None, "vector", list(texts), list(shards))
+    return Target(embedder.name, None, "vector", list(texts), list(shards), embedder)
 
 
 def stored(store: PassageStore, reader: Reader, limit: int | None = None) -> list[Target]:
@@ -92,7 +101,7 @@ def stored(store: PassageStore, reader: Reader, limit: int | None = None) -> lis
             "nutgraf compress, which keeps texts, or audit the compressor: --compressor NAME."
         )
     found = [
-        Target(*key, [entry.text or "" for entry in some], [entry.passage for entry in some])
+        Target(*key, [e.text or "" for e in some], [e.passage for e in some], made_by=some[0].key.compressor)
         for key, entries in groups.items()
         if (some := spread(entries, limit))
     ]

@@ -13,7 +13,7 @@ from rich.console import Console
 from typer import Argument, Option
 
 from ...adapters.store import StoreError
-from ...compressors import Reader
+from ...compressors import Reader, load_compressor
 from ...compressors.encoders.embedder import MINILM, Embedder, load_embedder
 from ...recipes.data.corpus import read_documents, split_paragraphs
 from ...recipes.data.overlap import HeldOut
@@ -21,9 +21,10 @@ from ...recipes.data.records import cut_at_sentence
 from ..audit.attackers import ATTACKERS, Attacker
 from ..audit.audit import Outcome, audit, baseline, sentence, worst
 from ..audit.corpus_statistics import CorpusStatistics
+from ..audit.geia import GEIA, train, trained
 from ..audit.page import audit_table, write_page
 from ..audit.targets import Target, compressed, spread, stored, vectors
-from ..loading import SAMPLE_ARTICLES, dataset_name, find_records
+from ..loading import SAMPLE_ARTICLES, CompressorSpec, dataset_name, find_records
 from ..report.table import rich_table
 from ..rows import clean, provenance
 from .expand import takes, wide_console
@@ -50,6 +51,12 @@ class AuditOptions(Named):
         Option(help="Public text (.txt, .txt.xz) that attackers learn from; default the sample's articles."),
     ] = None
     documents: Annotated[int, Option(min=1, help="At most this many documents of the public text.")] = 500
+    budget: Annotated[
+        float | None,
+        Option(min=0.01, help="Minutes to train a decoder for each target; run it again to train it further."),
+    ] = None
+    decoder: Annotated[Names, Option(help="Folder of a trained decoder, runs/audit/NAME/decoder.")] = many()
+    runs: Annotated[Path, Option(help="Folder of the decoders' training runs.")] = Path("runs/audit")
     report: Annotated[Path | None, Option(help="Also write a page with reconstructions side by side.")] = None
 
     def check(self) -> None:
@@ -69,20 +76,26 @@ def audit_command(asked: AuditOptions) -> None:
     targets = list(find_targets(asked, reader))
     public, left_out = public_text(asked, targets)
     statistics, embedder = CorpusStatistics(public), _embedder()
-    attackers = find_attackers(asked, reader, targets)
-    for attacker in attackers:
-        with console.status(f"{attacker.title}: learning from {len(public)} public passages ..."):
-            attacker.learn(public)
+    guesses = {id(target): baseline(target, statistics, embedder, asked.seed) for target in targets}
+    outcomes: list[Outcome] = [next(iter(guesses.values()))]
+    learned: dict[str, Attacker] = {}
+    for target in targets:
+        for attacker in find_attackers(asked, reader, target, left_out):
+            if attacker.name not in learned:
+                with console.status(f"{attacker.title}: learning from {len(public)} public passages ..."):
+                    attacker.learn(public)
+            if attacker.name != GEIA.name:
+                attacker = learned.setdefault(attacker.name, attacker)
+            with console.status(f"{target.label}: {attacker.title} ..."):
+                outcomes.append(audit(target, attacker, embedder, asked.seed))
+    if len(outcomes) == 1:
+        have = ", ".join(dict.fromkeys(target.interface for target in targets))
+        raise ValueError(
+            f"No attacker reads {have} without training; give --budget MINUTES to train a decoder, or --decoder FOLDER."
+        )
     dataset = dataset_name(asked.store or asked.file)
     about = {"suite": "audit", "dataset": dataset, "public_passages": len(public), "public_left_out": left_out}
     about |= provenance(reader, asked.seed)
-    guesses = {id(target): baseline(target, statistics, embedder, asked.seed) for target in targets}
-    outcomes: list[Outcome] = [next(iter(guesses.values()))]
-    for target in targets:
-        for attacker in attackers:
-            if all(attacker.reads(one) for one in target.stolen):
-                with console.status(f"{target.label}: {attacker.title} ..."):
-                    outcomes.append(audit(target, attacker, embedder, asked.seed))
     for outcome in outcomes:
         outcome.row = asked.tag(clean(about | outcome.row))
     asked.keep([outcome.row for outcome in outcomes], say=True)
@@ -112,30 +125,36 @@ def find_targets(asked: AuditOptions, reader: Reader) -> Iterator[Target]:
     if asked.embedder is not None:
         yield vectors(load_embedder(asked.embedder), texts)
         return
-    groups: dict[int, list] = {}
-    for line in asked.lines(reader):
-        groups.setdefault(id(line.compressor), []).append(line)
-    for lines in groups.values():
-        compressor = lines[0].compressor
+    for given in asked.compressor:
+        spec = CompressorSpec.parse(given, asked.ratio)
+        compressor = load_compressor(spec.name, reader)
         if compressor.query_aware:
             raise ValueError(
-                f"{compressor.config.method} compresses for a question, and an audit has none; fill a store with its "
-                "passages and audit that: --store FOLDER."
+                f"{spec.name} compresses for a question, and an audit has none; fill a store with its passages and audit "
+                "that: --store FOLDER."
             )
-        yield from compressed(compressor, [line.ratio for line in lines], texts)
+        yield from compressed(compressor, spec.ratios, texts, spec.name)
 
 
-def find_attackers(asked: AuditOptions, reader: Reader, targets: list[Target]) -> list[Attacker]:
-    """The attackers that apply to at least one target. Raises ValueError if there is none."""
-    fit = [
-        cls
-        for name, cls in ATTACKERS.items()
-        if (not asked.attacker or name in asked.attacker) and any(cls.reads(target.stolen[0]) for target in targets)
-    ]
-    if not fit:
-        have = ", ".join(dict.fromkeys(target.interface for target in targets))
-        raise ValueError(f"None of the attackers {', '.join(asked.attacker or ATTACKERS)} reads {have}.")
-    return [cls(reader) for cls in fit]
+def find_attackers(asked: AuditOptions, reader: Reader, target: Target, left_out: int) -> Iterator[Attacker]:
+    """The attackers of a target; a decoder is trained or loaded if the options say so.
+
+    Raises ValueError if public text to train on holds attacked passages.
+    """
+    for name, cls in sorted(ATTACKERS.items()):
+        if (asked.attacker and name not in asked.attacker) or not all(map(cls.reads, target.stolen)):
+            continue
+        if cls is not GEIA:
+            yield cls(reader)
+        elif (found := trained(target, reader, asked.decoder)) is not None:
+            yield found
+        elif asked.budget is not None:
+            if left_out:
+                raise ValueError(
+                    f"{left_out} passages of {asked.public or 'the sample articles'} are attacked, too; a decoder trained on "
+                    "them would know them by heart. Give other text with --public FILE."
+                )
+            yield train(target, reader, asked.public or SAMPLE_ARTICLES, asked.documents, asked.budget, asked.runs)
 
 
 def public_text(asked: AuditOptions, targets: list[Target]) -> tuple[list[str], int]:

@@ -1,9 +1,10 @@
 """How fast stored passages are read: `python -m nutgraf.benchmarks.speed.store --out benchmarks/results/store.jsonl`.
 
-Slabs next to the table, slots within the table, and memory, next to a plain copy. All stores read the same batches, drawn
-for each repeat, in turns; the fastest repeat counts. Reading ends with the slots of all passages in one tensor, so that the
-pages of a mapped file are really touched. `first` rows read from a store that was just opened (files in the page cache),
-the others are `warm`. With `--reader` rows have the state `answer`: what reading adds to the time to first token of a prompt.
+Slabs next to the table, also encrypted, slots within the table, and memory, next to a plain copy. All stores read the same
+batches, drawn for each repeat, in turns; the fastest repeat counts. Reading ends with the slots of all passages in one tensor,
+so that the pages of a mapped file are really touched. `first` rows read from a store that was just opened (files in the page
+cache), the others are `warm`. With `--reader` rows have the state `answer`: what reading adds to the time to first token of a
+prompt.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ CPU = torch.device("cpu")
 STORES: dict[str, Callable[[Path], PassageStore]] = {
     "memory": lambda folder: MemoryStore(),
     "slabs": lambda folder: LanceStore(folder, layout="slabs"),
+    "slabs-encrypted": lambda folder: LanceStore(folder, layout="slabs", keys=b"k" * 32),
     "slabs-int8": lambda folder: LanceStore(folder, layout="slabs", quantize="int8"),
     "slabs-int4": lambda folder: LanceStore(folder, layout="slabs", quantize="int4"),
     "table": lambda folder: LanceStore(folder, layout="table"),
@@ -76,7 +78,7 @@ def store_rows(number: int, batch: int, slots: int, width: int, repeats: int, fo
         for name, store in stores.items():
             taken["warm"][name].append(timed(CPU, partial(read, store, drawn)))
         for name, times in taken["first"].items():
-            opened = LanceStore(folder / name)
+            opened = STORES[name](folder / name)
             times.append(timed(CPU, partial(read, opened, drawn)))
             opened.close()
     nbytes = batch * slots * width * 2  # as they are read, in float16

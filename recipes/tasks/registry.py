@@ -29,6 +29,7 @@ KINDS = {
     "tokens": Kind(f"{_RECIPES}.tasks.tokens", "TokenTask", ("reader", "compressor")),
     "sentences": Kind(f"{_RECIPES}.tasks.pruning", "SentenceTask", ("reader", "compressor")),
     "rewards": Kind(f"{_RECIPES}.tasks.rewards", "RewardTask", ("reader", "compressor")),
+    "inversion": Kind(f"{_RECIPES}.tasks.inversion", "InversionTask", ("reader", "model")),
     "reader": Kind(f"{_RECIPES}.reader.task", "ReaderTask", ("model",)),
 }
 

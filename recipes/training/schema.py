@@ -152,10 +152,11 @@ class Recipe(_Strict):
     """Everything that one training run needs. See `Stage` for the stages.
 
     Attributes:
-        kind: what trains: `compressor`, `tokens` (a token classifier) or `reader`; see `tasks.registry`.
-        reader: compressor and token recipes: folder, hub id or the name of a shipped reader.
+        kind: what trains: `compressor`, `tokens` (a token classifier), `reader` or `inversion` (an attacker); see
+            `tasks.registry`.
+        reader: of all but reader recipes: folder, hub id or the name of a shipped reader.
         compressor: compressor and token recipes: `method` and the settings of that method's config.
-        model, tokenizer: reader recipes: settings of the task.
+        model, tokenizer: reader and inversion recipes: settings of the task.
         data: folder (`dir`) and files; checked by the task.
     """
 

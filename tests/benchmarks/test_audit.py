@@ -10,15 +10,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nutgraf.benchmarks.audit.attackers import KeptText, KVLayers, KVLookup, Repeat
+from nutgraf.benchmarks.audit.attackers import KeptText, KVLayers, KVLookup, Repeat, SlotWords
 from nutgraf.benchmarks.audit.audit import audit, baseline, sentence, strangers
 from nutgraf.benchmarks.audit.corpus_statistics import CorpusStatistics
 from nutgraf.benchmarks.audit.kv_lookup import first_layer_keys
 from nutgraf.benchmarks.audit.page import audit_table, marked, write_page
 from nutgraf.benchmarks.audit.scores import facts, score, summary, words
+from nutgraf.benchmarks.audit.slot_words import pursue
 from nutgraf.benchmarks.audit.targets import Target, compressed, stored
+from nutgraf.benchmarks.rows import read_rows
+from nutgraf.cli import app
 from nutgraf.compressors import CompressedPassage, load_compressor, make_compressor
 from nutgraf.compressors.kv.encode import cached_layers
+from typer.testing import CliRunner
 
 PASSAGE = "Marie Curie was born in Warsaw on 7 November 1867. She won £3,000 in 1903 and taught 12 students."
 TEXTS = [
@@ -198,3 +202,51 @@ def test_repeat_asks_for_the_passage(zoo: ModuleType):
     found = audit(target, Repeat(reader))
     assert len(found.guesses) == len(TEXTS)
     assert found.row["recall"] < 0.9  # random weights repeat nothing
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2"])
+def test_nearest_embeddings_give_a_passages_own_embeddings_and_nothing_of_noise(zoo: ModuleType, architecture: str):
+    reader = zoo.reader(architecture)
+    target = Target("identity", None, "embeds", TEXTS, [reader.identity(text) for text in TEXTS])
+    assert audit(target, SlotWords(reader)).row["token_f1"] == 1
+    noise = [one.map(torch.randn_like) for one in target.stolen]
+    found = audit(Target("noise", None, "embeds", TEXTS, noise), SlotWords(reader)).row
+    assert found["token_f1"] <= baseline(target, CorpusStatistics(zoo.CORPUS)).row["token_f1"] + 0.05
+
+
+def test_pursuit_finds_the_tokens_of_a_sum():
+    table = torch.nn.functional.normalize(torch.randn(50, 32, generator=torch.Generator().manual_seed(0)), dim=-1)
+    slots = table[[3, 7]].sum(0, keepdim=True) + 0.8 * table[[20]]
+    assert sorted(pursue(slots, table, 3)[0].tolist()) == [3, 7, 20]
+
+
+@pytest.mark.slow
+def test_the_command_prints_a_table_and_a_sentence_and_writes_rows_and_page(zoo: ModuleType, tmp_path: Path):
+    reader = str(zoo.saved("llama", tmp_path / "reader"))
+    rows, page = tmp_path / "rows.jsonl", tmp_path / "page.html"
+    about = ("--reader", reader, "--limit", "3", "--out", str(rows), "--report", str(page))
+    done = CliRunner().invoke(
+        app, ["audit", "sample", "--compressor", "kv-match:probes=2@1,8", "--attacker", "kv-lookup", *about]
+    )
+    assert done.exit_code == 0, done.output
+    assert "reads 100 % of the words" in " ".join(done.output.split())
+    found = read_rows(rows)
+    assert [row["attacker"] for row in found] == ["statistics", "kv-lookup", "kv-lookup"]
+    assert {row["suite"] for row in found} == {"audit"}
+    assert page.read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "Give one of --compressor NAME"),
+        (("--compressor", "kv-match", "--store", "x"), "Give one of --compressor NAME"),
+        (("--compressor", "kv-match", "--attacker", "gei"), "There is no attacker 'gei'"),
+        (("--store", "no/such/store"), "no/such/store"),
+        (("--compressor", "longllmlingua"), "compresses for a question"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(zoo: ModuleType, tmp_path: Path, arguments, said):
+    done = CliRunner().invoke(app, ["audit", *arguments, "--reader", str(zoo.saved("llama", tmp_path / "reader"))])
+    assert done.exit_code == 2
+    assert said in " ".join(done.output.split())

@@ -19,13 +19,15 @@ from nutgraf.adapters.store import Entry, LanceStore, StoreError
 from nutgraf.adapters.store.upkeep import compact, verify
 
 
-def drive(kills: int) -> dict:
+def drive(kills: int, **environment: str) -> dict:
     # Not pytest's own folder: another user is to reach it.
     folder = Path(tempfile.mkdtemp())
     try:
         folder.chmod(0o755)
         command = [sys.executable, str(Path(__file__).parent / "store_driver.py"), str(folder), str(kills)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        )
         assert done.returncode == 0, done.stderr[-4000:]
         assert "Traceback" not in done.stderr, done.stderr[-4000:]
         return json.loads(done.stdout)
@@ -33,9 +35,9 @@ def drive(kills: int) -> dict:
         shutil.rmtree(folder)
 
 
-@pytest.fixture(scope="module")
-def driven() -> dict:
-    return drive(kills=24)
+@pytest.fixture(scope="module", params=["plain", "encrypted"])
+def driven(request) -> dict:
+    return drive(kills=24, NUTGRAF_STORE_KEY="" if request.param == "plain" else "ab" * 32)
 
 
 def check_kills(killed: dict) -> None:

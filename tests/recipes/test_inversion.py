@@ -1,0 +1,171 @@
+"""The inversion decoder: trained by the one trainer, resumable, conditioned on what is stored, and on nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from nutgraf.benchmarks.audit.audit import audit, baseline
+from nutgraf.benchmarks.audit.corpus_statistics import CorpusStatistics
+from nutgraf.benchmarks.audit.geia import GEIA, train, trained
+from nutgraf.benchmarks.audit.targets import Target, compressed
+from nutgraf.compressors import CheckpointError, Reader, ReaderMismatchError, make_compressor
+from nutgraf.recipes.data.templates import autoencoding_prompt
+from nutgraf.recipes.tasks.inversion import InversionDecoder, InversionSettings, InversionTask
+from nutgraf.recipes.training.schema import parse_recipe
+from nutgraf.recipes.training.trainer import run_recipe
+
+TEXTS = [
+    "The treaty was signed in 1648 in Westphalia, ending thirty years of war among the great powers.",
+    "Rivers carry sediment to the sea; the Amazon, the Nile and the Yangtze are among the longest.",
+    "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics and in chemistry, it is said.",
+]
+FREE = {"compressor": "full-text"}
+
+
+def recipe(folder: Path, steps: int = 4, model: dict | None = None, **stage):
+    (folder / "public.txt").write_text("\n<|doc|>\n".join(TEXTS))
+    stage = {"name": "decode", "steps": steps, "batch_size": 3, "lr": 1e-2, "schedule": "constant", **stage}
+    data = {"dir": str(folder), "texts": ["public.txt"]}
+    raw = {"name": "t", "kind": "inversion", "reader": "zoo", "data": data, "model": model or FREE, "stages": [stage]}
+    return parse_recipe(raw)
+
+
+def untuned(reader):
+    return make_compressor("full-text", reader, tune_reader=False)
+
+
+def vectors(texts) -> list[torch.Tensor]:
+    return [torch.nn.functional.one_hot(torch.tensor([TEXTS.index(t)]), 3).float() for t in texts]
+
+
+def test_the_loss_is_that_of_teacher_forcing(zoo: ModuleType):
+    reader = zoo.reader("llama")
+    decoder = InversionDecoder(reader, InversionSettings(**FREE), None, "v")
+    targets = [reader.tokenize(text) for text in TEXTS[:2]]
+    got = decoder([reader.identity(text) for text in TEXTS[:2]], targets)
+    total = 0.0
+    for text, target in zip(TEXTS, targets):
+        prompt, asked = autoencoding_prompt(text)
+        ids = torch.tensor([[*reader.bos_ids, *reader.tokenize(prompt), *reader.tokenize(asked), *target]])
+        with torch.no_grad():
+            logits = reader.model(ids).logits[0, -len(target) - 1 : -1]
+        total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(target), reduction="sum"))
+    assert float(got["loss"].detach()) == pytest.approx(total / sum(map(len, targets)), rel=1e-4)
+    got["loss"].backward()
+    assert any(p.grad.abs().sum() > 0 for p in decoder.parameters())
+
+
+def test_vectors_go_through_one_linear_map(zoo: ModuleType):
+    reader = zoo.reader("llama")
+    decoder = InversionDecoder(reader, InversionSettings(embedder="e", slots=5), 3, "v")
+    (read,) = decoder.read([2.0 * torch.eye(3)[:1]])
+    wanted = (decoder.project.weight[:, 0] + decoder.project.bias).view(5, -1) * decoder.scale * 3**0.5
+    assert torch.allclose(read.embeds, wanted, atol=1e-6)  # the length of a vector does not matter
+    assert float(read.embeds.detach().norm(dim=-1).mean()) == pytest.approx(reader.embedding_norm, rel=0.5)
+    for wrong in (torch.zeros(1, 4), torch.zeros(3), reader.identity("a")):
+        with pytest.raises(ValueError, match="vectors"):
+            decoder.read([wrong])
+
+
+@pytest.mark.slow
+def test_a_decoder_learns_to_read_vectors_and_reads_nothing_from_others(zoo: ModuleType):
+    reader = zoo.reader("llama")
+    torch.manual_seed(0)
+    decoder = InversionDecoder(reader, InversionSettings(embedder="e", r=16, slots=4), 3, "v")
+    targets = [[*reader.tokenize(text), reader.eos_id] for text in TEXTS]
+    optimiser = torch.optim.AdamW(decoder.parameters(), lr=2e-2, weight_decay=0)
+    for _ in range(150):
+        loss = decoder(vectors(TEXTS), targets)["loss"]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    target = Target("one-hot", None, "vector", TEXTS, vectors(TEXTS))
+    row = audit(target, GEIA(reader, decoder)).row
+    assert row["token_f1"] >= 0.95
+    assert row["token_f1_other"] <= 0.3
+
+
+@pytest.mark.slow
+def test_training_resumes_to_the_same_weights(zoo: ModuleType, tmp_path: Path):
+    reader = zoo.reader("llama")
+    whole = InversionTask(recipe(tmp_path), reader, untuned(reader))
+    run_recipe(recipe(tmp_path), whole, tmp_path / "whole")
+    stopped = recipe(tmp_path, save_every=2)
+    halves = [InversionTask(stopped, reader, untuned(reader)) for _ in range(2)]
+    begun = recipe(tmp_path, save_every=2)
+    run_recipe(begun, halves[0], tmp_path / "halves", max_minutes=1e-9)
+    run_recipe(stopped, halves[1], tmp_path / "halves")
+    for a, b in zip(whole.module.parameters(), halves[1].module.parameters()):
+        assert torch.equal(a, b)
+    loaded = InversionDecoder.from_pretrained(tmp_path / "whole" / "final", reader)
+    for a, b in zip(whole.module.parameters(), loaded.parameters()):
+        assert torch.equal(a, b)
+    with pytest.raises(ReaderMismatchError, match="trained for the reader"):
+        InversionDecoder.from_pretrained(tmp_path / "whole" / "final", zoo.reader("llama", seed=1))
+
+
+@pytest.mark.slow
+def test_an_audit_trains_saves_and_finds_its_decoder(zoo: ModuleType, tmp_path: Path):
+    reader = Reader.from_pretrained(zoo.model("llama"), tokenizer=zoo.tokenizer())
+    (tmp_path / "public.txt").write_text("\n<|doc|>\n".join(TEXTS))
+    (target,) = compressed(make_compressor("mean-pool", reader), [2], TEXTS)
+    made = train(target, reader, tmp_path / "public.txt", 10, 1e-3, tmp_path / "runs")
+    assert made.about["training_steps"] >= 1
+    assert audit(target, made).row["training_minutes"] > 0
+    folder = str(tmp_path / "runs" / "mean-pool@2x" / "decoder")
+    found = trained(target, reader, [folder])
+    assert found is not None
+    assert found.attack(target.stolen) == made.attack(target.stolen)
+    (other,) = compressed(make_compressor("mean-pool", reader), [4], TEXTS)
+    assert trained(other, reader, [folder]) is None
+    with pytest.raises(ValueError, match="--budget"):
+        GEIA(reader).attack(target.stolen)
+    target.victim = None
+    with pytest.raises(ValueError, match="--decoder"):
+        train(target, reader, tmp_path / "public.txt", 10, 1.0, tmp_path / "runs")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({}, "model.compressor and model.embedder"),
+        ({"compressor": "a", "embedder": "b"}, "model.compressor and model.embedder"),
+        ({"compressor": "selective-context"}, "makes text"),
+        ({"compressor": "full-text", "rank": 3}, "rank"),
+        ({"compressor": "full-text", "ratio": 0.5}, "ratio"),
+    ],
+)
+def test_recipes_that_attack_nothing_are_refused(zoo: ModuleType, tmp_path: Path, model: dict, message: str):
+    wrong = recipe(tmp_path).model_copy(update={"model": model})
+    with pytest.raises(ValueError, match=message):
+        InversionTask(wrong, zoo.reader("llama"))
+
+
+def test_a_compressor_is_no_decoder(zoo: ModuleType, tmp_path: Path):
+    reader = zoo.reader("llama")
+    make_compressor("mean-pool", reader).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="no inversion decoder"):
+        InversionDecoder.from_pretrained(tmp_path, reader)
+
+
+@pytest.mark.long
+def test_identity_embeddings_are_read_and_random_slots_are_not(tmp_path: Path):
+    """On the shipped small reader: minutes."""
+    from nutgraf.benchmarks.loading import SAMPLE_ARTICLES
+    from nutgraf.recipes.data.corpus import read_documents
+
+    reader = Reader.from_pretrained("reader-small", device="cpu", dtype=torch.float32)
+    public = list(read_documents(SAMPLE_ARTICLES))[1:]
+    made = recipe(tmp_path, steps=400, batch_size=8, lr=2e-3)
+    made.data.update(max_chars=120)
+    (tmp_path / "public.txt").write_text("\n<|doc|>\n".join(public))
+    task = InversionTask(made, reader, untuned(reader))
+    run_recipe(made, task, tmp_path / "run")
+    target = Target("identity", None, "embeds", TEXTS, [reader.identity(text) for text in TEXTS])
+    assert audit(target, GEIA(reader, task.module)).row["token_f1"] >= 0.95
+    noise = [one.map(lambda t: torch.randn_like(t) * t.std()) for one in target.stolen]
+    found = audit(Target("noise", None, "embeds", TEXTS, noise), GEIA(reader, task.module)).row
+    assert found["token_f1"] <= baseline(target, CorpusStatistics(public)).row["token_f1"] + 0.05
