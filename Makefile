@@ -1,7 +1,7 @@
 # make demo: install into .venv, then ask ten questions of real passages on a pretrained reader (a few minutes on two CPU cores).
 # make check: lint, types and the fast tests; at most 90 seconds on two cores.
 # make test: lint, types and all tests.
-# make vllm: install vLLM for CPUs in an environment of its own (VLLM), and run the client against it; needs 8 GB of disk.
+# make vllm: install vLLM for CPUs in an environment of its own (VLLM), and run the client against it; needs 4 GB of disk.
 # make docs: build the documentation site into build/site.
 PYTHON ?= python3
 VENV ?= .venv

@@ -6,6 +6,7 @@ Checked settings and where they are visible:
   Merge the adapter into the weights before serving. Embeddings for an adapter itself are refused: they end the server.
 * The tokenizer (``/tokenize`` of vLLM and SGLang): another one than the local reader's belongs to another model, which would
   answer with nonsense.
+* vLLM's chats (``/v1/models``) join text and slots by newlines if the chat template takes a message as one string.
 * SGLang (``/server_info``) with its radix cache: ``input_embeds`` are refused. In another dtype than bfloat16: it converts
   them to bfloat16. Before 0.5.13 with chunked prefill: prompts longer than a chunk are not supported (pull request 20376).
 
@@ -69,6 +70,25 @@ def check_tokenizer(transport: Transport, model: str | None, tokenizer: Any, nam
             f"{transport.root} runs a model with another tokenizer than {name!r} (a probe text is {len(theirs)} tokens there, "
             f"{len(ours)} here): serve the reader's own weights, or make the ServedReader with the reader that is served."
         )
+
+
+def find_joints(transport: Transport, tokenizer: Any) -> list[str]:
+    """Return a sentence if the server is vLLM and joins the parts of a chat's message by newlines."""
+
+    def render(content: Any) -> Any:
+        return tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+
+    if not any(entry.get("owned_by") == "vllm" for entry in list_models(transport)):
+        return []
+    try:
+        if render([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]) == render("ab"):
+            return []  # the template takes parts, so vLLM leaves them alone
+    except Exception:  # as templates do that take strings
+        pass
+    return [
+        "vLLM puts newlines between text and slots in chats of this model, which changes some answers: use engine='vllm' with "
+        "chat=True, which is exact."
+    ]
 
 
 def _sglang(transport: Transport) -> list[str]:

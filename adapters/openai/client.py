@@ -17,7 +17,7 @@ from ...compressors import Reader
 from ...compressors.reader.plan import Prompt, PromptPlan
 from ..threads import from_thread
 from .call import Call, Texts
-from .checks import check_tokenizer, find_known_bugs, list_models
+from .checks import check_tokenizer, find_joints, find_known_bugs, list_models
 from .embeddings import EmbeddingTable
 from .errors import KnownBugError, KnownBugWarning, ServingError
 from .payload import FORMATS, EngineFormat, Settings
@@ -321,6 +321,8 @@ class ServedReader:
                 return
             check_tokenizer(self._transport, self.model, self.table.tokenizer, self.table.name)
             found = find_known_bugs(self._transport, self.engine, self.model)
+            if self.engine == "vllm-chat":
+                found += find_joints(self._transport, self.table.tokenizer)
             if found and self.known_bugs == "raise":
                 raise KnownBugError(" ".join(found))
             self._checked = True

@@ -565,6 +565,26 @@ def test_lora_with_prompt_embeddings_is_warned_of(engine, reader, passage):
     assert ServedReader(engine.url, "adapter", reader, known_bugs="ignore").generate([[passage, QUESTION]], 2)
 
 
+PARTS = """{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}
+{%- endfor %}{% endif %}{% endfor %}"""
+
+
+def test_newlines_between_the_parts_of_vllms_chats_are_warned_of(engine, reader, passage, monkeypatch):
+    prompt = ["About: ", passage, QUESTION]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for owner, kind in (("nutgraf", "vllm-chat"), ("vllm", "vllm")):
+            engine.pages["/v1/models"] = json.dumps({"data": [{"id": "tiny", "owned_by": owner}]})
+            served(engine, reader, engine=kind).generate([prompt], 2)
+        monkeypatch.setattr(reader.tokenizer, "chat_template", PARTS)
+        served(engine, reader, engine="vllm-chat").generate([prompt], 2)
+        monkeypatch.undo()
+    with pytest.warns(KnownBugWarning, match="chat=True"):
+        served(engine, reader, engine="vllm-chat").generate([prompt], 2)
+    with pytest.raises(KnownBugError, match="newlines"):
+        served(engine, reader, engine="vllm-chat", known_bugs="raise").generate([prompt], 2)
+
+
 def test_sglang_with_its_radix_cache_is_refused(engine, reader, passage):
     engine.pages["/get_server_info"] = json.dumps({"disable_radix_cache": False})
     with pytest.raises(KnownBugError, match="--disable-radix-cache"):
