@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
-from ...compressors.core.units import keep_spans
+from ...compressors.core.keep import keep_spans
 from ...compressors.core.words import numbers, plain_words
 from ...compressors.encoders.embedder import Embedder
 from ..metrics import bootstrap_mean, rouge_l
@@ -34,7 +34,7 @@ def facts(text: str) -> dict[str, list[list[str]]]:
     """The distinct names (capitalised runs), numbers and dates of a text, as lists of words."""
     data = [text[a:b] for a, b in numbers(text)]
     found = {
-        "names": [text[a:b] for a, b in keep_spans(text, names=True)],
+        "names": [text[a:b] for a, b in keep_spans(text, kinds=["names"])],
         "numbers": [word for word in data if not _DATE.search(word)],
         "dates": [word for word in data if _DATE.search(word)],
     }

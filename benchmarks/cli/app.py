@@ -378,6 +378,10 @@ def leaderboard(asked: LeaderboardOptions) -> None:
             records = find_records(file, half, asked.limit)
             settings = asked.settings(dataset_name(file), likelihood=False)
             have = [row for row in asked.have() if row.get("half") == half]
+
+            def keep(row: Row, half: str = half) -> None:
+                asked.keep([row | {"half": half}])
+
             measure_all(
                 reader,
                 entries,
@@ -386,7 +390,7 @@ def leaderboard(asked: LeaderboardOptions) -> None:
                 settings,
                 ratios,
                 have,
-                lambda row, h=half: asked.keep([row | {"half": h}]),
+                keep,
             )
     for path in write_leaderboard(asked.runs, read_rows(asked.out), budget.minutes, budget.steps):
         typer.echo(str(path))

@@ -70,7 +70,9 @@ class BeaconCompressor(KVSegmentCompressor):
     def __init__(self, config: BeaconConfig, reader: Reader) -> None:
         super().__init__(config, reader)
         targets = config.target_modules or attention_inputs(reader.model.get_decoder(), keys=True)
-        self.encoder = LoRATwin(reader.model, **{**config.lora, "target_modules": targets})
+        lora = config.lora
+        lora["target_modules"] = targets
+        self.encoder = LoRATwin(reader.model, **lora)
         drop_idle_lora(self.encoder)
         eos = reader.eos_id
         with torch.no_grad():

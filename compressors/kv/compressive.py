@@ -133,10 +133,12 @@ class CompressiveCompressor(RaggedSegmentCompressor):
         for layer, keys, values in zip(evidence.layers, slots.keys, slots.values):
             groups, queries = layer.queries.shape[1] // len(keys), layer.queries[0].to(keys)
             outputs = []
-            for k, v, bias in ((layer.keys[0], layer.values[0], 0.0), (keys, values, slots.bias)):
+            for k, v, bias in ((layer.keys[0], layer.values[0], None), (keys, values, slots.bias)):
                 scores = queries @ k.to(keys).repeat_interleave(groups, 0).mT * layer.scaling
                 if layer.softcap is not None:
                     scores = layer.softcap * (scores / layer.softcap).tanh()
-                outputs.append((scores + bias).softmax(-1) @ v.to(keys).repeat_interleave(groups, 0))
+                outputs.append(
+                    (scores if bias is None else scores + bias).softmax(-1) @ v.to(keys).repeat_interleave(groups, 0)
+                )
             found.append((outputs[0] - outputs[1]).square().mean() / outputs[0].square().mean().clamp(min=1e-12))
         return torch.stack(found).mean()

@@ -71,7 +71,9 @@ class KVDistillCompressor(SelectedTokenCompressor):
         super().__init__(config, reader)
         body = reader.model.get_decoder()
         targets = config.target_modules or (*attention_inputs(body, keys=True), attention_output(body))
-        self.encoder = LoRATwin(reader.model, **{**config.lora, "target_modules": targets})
+        lora = config.lora
+        lora["target_modules"] = targets
+        self.encoder = LoRATwin(reader.model, **lora)
         drop_idle_lora(self.encoder)
         self.routed = [name for name in targets if name not in _ALL_TOKENS]
         self.scorer = TokenScorer(reader, config.scorer_layers, _START)
