@@ -62,6 +62,7 @@ class CompressedContextDocuments:
     Args:
         compressor: compresses the documents' texts.
         ratio: compression ratio L / l; default: the compressor's own.
+        max_tokens: the most reader tokens of each shorter text, instead of a ratio (compressors to text).
         query_aware: pass the question to the compressor; default: the compressor's ``query_aware``.
         placeholders: default: the store that all adapters for the reader share.
     """
@@ -71,12 +72,13 @@ class CompressedContextDocuments:
         compressor: Compressor,
         *,
         ratio: float | None = None,
+        max_tokens: int | None = None,
         query_aware: bool | None = None,
         placeholders: PlaceholderStore | None = None,
     ) -> None:
-        self._settings = {"ratio": ratio, "query_aware": query_aware}
+        self._settings: dict[str, Any] = {"ratio": ratio, "max_tokens": max_tokens, "query_aware": query_aware}
         self._compressor = compressor
-        self._texts = TextsForReading(compressor, ratio=ratio, query_aware=query_aware, placeholders=placeholders)
+        self._texts = TextsForReading(compressor, **self._settings, placeholders=placeholders)
 
         register(compressor)
 

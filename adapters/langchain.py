@@ -43,12 +43,13 @@ class CompressedContextDocumentCompressor(BaseDocumentCompressor):
     Args:
         compressor: compresses the documents' texts.
         ratio: compression ratio L / l; default: the compressor's own.
+        max_tokens: the most reader tokens of each shorter text, instead of a ratio (compressors to text).
         query_aware: pass the question to the compressor; default: the compressor's ``query_aware``.
         placeholders: default: the store that all adapters for the reader share.
 
     Raises:
         TypeError: if ``compressor`` is not a compressor.
-        ValueError: if ``ratio`` is below 1.
+        ValueError: if ``ratio`` is below 1, or ``max_tokens`` does not fit.
     """
 
     _texts: TextsForReading = PrivateAttr()
@@ -58,11 +59,14 @@ class CompressedContextDocumentCompressor(BaseDocumentCompressor):
         compressor: Compressor,
         *,
         ratio: float | None = None,
+        max_tokens: int | None = None,
         query_aware: bool | None = None,
         placeholders: PlaceholderStore | None = None,
     ) -> None:
         super().__init__()
-        self._texts = TextsForReading(compressor, ratio=ratio, query_aware=query_aware, placeholders=placeholders)
+        self._texts = TextsForReading(
+            compressor, ratio=ratio, max_tokens=max_tokens, query_aware=query_aware, placeholders=placeholders
+        )
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None

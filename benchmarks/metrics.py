@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Hashable, Sequence
 
 import numpy as np
 
+from ..compressors.core.keep import KINDS
 from ..recipes.data.answer_scores import best, normalize
 from ..recipes.data.answer_scores import exact_match as exact_match
 from ..recipes.data.answer_scores import f1 as f1
@@ -58,6 +60,20 @@ def longest_common_subsequence(a: Sequence[Hashable], b: Sequence[Hashable]) -> 
         for j, other in enumerate(b, 1):
             diagonal, row[j] = row[j], diagonal + 1 if item == other else max(row[j], row[j - 1])
     return row[-1]
+
+
+def surviving(kind: str, sources: Sequence[str], texts: Sequence[str]) -> float | None:
+    """Share of the different numbers, names, ... of some sources that are still in some texts; ``None`` if there are none.
+
+    Args:
+        kind: a kind of words that `keep` takes, such as ``"numbers"``.
+        sources: the passages.
+        texts: what is left of them.
+    """
+    wanted = {source[a:b] for source in sources for a, b in KINDS[kind](source)}
+    text = "\n".join(texts)
+    found = [re.search(rf"(?<!\w){re.escape(one)}(?!\w|[.,]\d)", text) is not None for one in wanted]
+    return sum(found) / len(found) if found else None
 
 
 def perplexity_product(log_probs: Sequence[float]) -> float:

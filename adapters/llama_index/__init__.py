@@ -26,6 +26,7 @@ from .policy import AutoBudget, Form, Policy, ScoreBudget, TextAbove, TextBelowF
 from .postprocessor import CompressedContextPostprocessor
 from .prompt_helper import SlotAwarePromptHelper, SlotAwareTokenizer
 from .reading import ReaderRefusedError
+from .recovery import recover_words
 from .reranker import CompressedReranker
 from .synthesizer import PassageScores
 
@@ -59,4 +60,5 @@ __all__ = [
     "TextForTop",
     "TokenBudget",
     "escape_placeholders",
+    "recover_words",
 ]

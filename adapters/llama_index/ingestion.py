@@ -26,7 +26,7 @@ from llama_index.core.schema import (
 )
 
 from ...compressors import Compressor, FidelityGate
-from ..checks import check_compressor
+from ..checks import check_compressor, with_budget
 from ..store import Maker, PassageStore, documents, fill
 from ..threads import in_thread
 from .nodes import text_of
@@ -65,6 +65,7 @@ class CompressPassages(TransformComponent):
         compressor: compresses the nodes' texts; must not be query-aware.
         store: where the compressed passages go.
         ratio: compression ratio L / l; default: the compressor's own. Give the postprocessor the same.
+        max_tokens: the most reader tokens of each shorter text, instead of a ratio. Give the postprocessor the same.
         batch_size: nodes compressed and stored at a time.
         reuse_vectors: pass the nodes' embeddings to a compressor that takes them (xRAG); they must come from its own
             embedder and from the text alone.
@@ -86,6 +87,7 @@ class CompressPassages(TransformComponent):
     """
 
     ratio: float | None = Field(default=None, ge=1, description="Compression ratio L / l.")
+    max_tokens: int | None = Field(default=None, ge=1, description="The most reader tokens of each shorter text.")
     batch_size: int = Field(default=64, ge=1, description="Nodes compressed and stored at a time.")
     reuse_vectors: bool = Field(default=False, description="Pass the nodes' embeddings to the compressor.")
     _compressor: Compressor = PrivateAttr()
@@ -99,6 +101,7 @@ class CompressPassages(TransformComponent):
         store: PassageStore,
         *,
         ratio: float | None = None,
+        max_tokens: int | None = None,
         batch_size: int = 64,
         reuse_vectors: bool = False,
         gate: FidelityGate | None = None,
@@ -116,8 +119,9 @@ class CompressPassages(TransformComponent):
                 f"{type(compressor).__name__} compresses for a question, which is unknown when a passage is indexed; make it "
                 "without query awareness, or leave it to the postprocessor."
             )
-        super().__init__(ratio=ratio, batch_size=batch_size, reuse_vectors=reuse_vectors, **kwargs)  # type: ignore[call-arg]
-        self._compressor = compressor
+        settings: dict[str, Any] = {"ratio": ratio, "max_tokens": max_tokens, "batch_size": batch_size}
+        super().__init__(reuse_vectors=reuse_vectors, **settings, **kwargs)  # type: ignore[call-arg]
+        self._compressor = with_budget(compressor, ratio, max_tokens)
         self._store = store
         self._gate = gate
 

@@ -8,6 +8,7 @@ from llama_index.core.base.llms.types import BaseContentBlock, TextBlock
 from llama_index.core.bridge.pydantic import BaseModel, Field, PrivateAttr
 from llama_index.core.schema import BaseNode, Document, ImageNode, IndexNode, MetadataMode, Node, TextNode
 
+from ...compressors import CompressedPassage
 from ..placeholders.originals import original_of
 from ..placeholders.placeholder import MARKER, Found, PlaceholderStore, is_placeholder, scan
 
@@ -20,6 +21,7 @@ class _ReadAs(BaseModel):
 
     llm_text: str = Field(default="", description="What the LLM reads instead: a placeholder or a shorter text.")
     _placeholders: PlaceholderStore | None = PrivateAttr(default=None)  # held, so that it lives as long as the node
+    _passage: CompressedPassage | None = PrivateAttr(default=None)  # a shorter text, for `recover_words`
 
     def get_content(self, metadata_mode: MetadataMode = MetadataMode.NONE) -> str:
         """``llm_text`` for ``MetadataMode.LLM``, else the original content."""
@@ -75,10 +77,15 @@ def text_of(node: BaseNode) -> str | None:
     return original_of(text, node.metadata) if text is not None and is_placeholder(text) else text
 
 
-def read_as(node: BaseNode, llm_text: str, placeholders: PlaceholderStore | None = None) -> BaseNode:
+def read_as(
+    node: BaseNode,
+    llm_text: str,
+    placeholders: PlaceholderStore | None = None,
+    passage: CompressedPassage | None = None,
+) -> BaseNode:
     """Copy a text node, index node or text-only document; the copy gives ``llm_text`` to the LLM.
 
-    The copy keeps the store of its placeholders alive.
+    The copy keeps the store of its placeholders alive, and a passage compressed to text.
     """
     kind = next(kind for kind in _KINDS if isinstance(node, kind.__bases__[-1]))
     fields: dict[str, Any] = {name: getattr(node, name) for name in kind.model_fields if name != "llm_text"}
@@ -87,4 +94,5 @@ def read_as(node: BaseNode, llm_text: str, placeholders: PlaceholderStore | None
             fields[name] = value.copy()
     copy = kind.model_construct(**fields, llm_text=llm_text)
     copy._placeholders = placeholders  # type: ignore[attr-defined]
+    copy._passage = passage if passage is not None and passage.interface == "text" else None  # type: ignore[attr-defined]
     return copy

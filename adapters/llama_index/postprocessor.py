@@ -14,7 +14,7 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 
 from ...compressors import CompressedPassage, Compressor, FidelityGate
-from ..checks import check_compressor
+from ..checks import check_compressor, with_budget
 from ..placeholders import PassageCache, PlaceholderStore, escape_placeholders, shared_store
 from ..placeholders.placeholder import ReadingLLM, is_placeholder, refuse_placeholders
 from ..placeholders.source import PassageSource
@@ -39,6 +39,7 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
     Args:
         compressor: compresses the nodes' texts.
         ratio: compression ratio L / l; default: the compressor's own.
+        max_tokens: the most reader tokens of each shorter text, instead of a ratio (compressors to text).
         policy: which nodes stay text, which are compressed, and by what ratio: `TextForTop`, `TextAbove`, `TokenBudget`,
             `AutoBudget`, `ScoreBudget` or your own `Policy`; default: all compressed.
         fidelity: read a passage as text if too little of it survives: ``"low"``, ``"medium"``, ``"high"`` or the least
@@ -74,6 +75,7 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
     """
 
     ratio: float | None = Field(default=None, ge=1, description="Compression ratio L / l.")
+    max_tokens: int | None = Field(default=None, ge=1, description="The most reader tokens of each shorter text.")
     policy: dict[str, Any] = Field(description="Which nodes stay text, by name and settings.")
     fidelity: str | float | None = Field(default=None, description="What a passage must have kept to be compressed.")
     keep_metadata: bool = Field(default=False, description="Show the LLM the nodes' metadata as text.")
@@ -91,6 +93,7 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
         compressor: Compressor,
         *,
         ratio: float | None = None,
+        max_tokens: int | None = None,
         policy: Policy | Mapping[str, Any] | None = None,
         fidelity: str | float | None = None,
         gate: FidelityGate | None = None,
@@ -111,11 +114,13 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
                 f"as_text=True needs a compressor to text, but {type(compressor).__name__} gives {compressor.interface}; "
                 "use a text compressor, or leave the postprocessor out to give the LLM the full text."
             )
+        compressor = with_budget(compressor, ratio, max_tokens)
         if query_aware is None:
             query_aware = compressor.query_aware
         chosen = as_policy(policy)
         settings: dict[str, Any] = dict(
             ratio=ratio,
+            max_tokens=max_tokens,
             policy=policy_to_dict(chosen),
             fidelity=fidelity,
             keep_metadata=keep_metadata,
@@ -171,7 +176,11 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
             place = next(places) if text_of(scored.node) is not None else None
             form = TEXT if place is None else forms[place]
             if form.read != "left out":
-                node = self._compressed(scored.node, contents[place]) if place in contents else _escaped(scored.node)
+                node = (
+                    self._compressed(scored.node, contents[place], passages[place])
+                    if place in contents
+                    else _escaped(scored.node)
+                )
                 out.append(NodeWithScore.model_construct(node=node, score=scored.score))
         _dispatcher.event(
             CompressionEvent(
@@ -245,8 +254,8 @@ class CompressedContextPostprocessor(BaseNodePostprocessor):
         _log.warning("%s; it is read as text.", sentence)
         return False
 
-    def _compressed(self, node: BaseNode, content: str) -> BaseNode:
-        return read_as(node, self._around(node, content) if content else content, self._placeholders)
+    def _compressed(self, node: BaseNode, content: str, passage: CompressedPassage) -> BaseNode:
+        return read_as(node, self._around(node, content) if content else content, self._placeholders, passage)
 
     def _around(self, node: BaseNode, content: str) -> str:
         """A compressed passage with the node's metadata, if the LLM is to see it."""

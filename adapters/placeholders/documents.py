@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...compressors import Compressor
-from ..checks import check_compressor
+from ..checks import check_compressor, with_budget
 from .originals import keep_original, original_of
 from .placeholder import PlaceholderStore, read_placeholders, refuse_placeholders, shared_store
 from .source import PassageSource
@@ -18,12 +18,13 @@ class TextsForReading:
     Args:
         compressor: compresses the texts.
         ratio: compression ratio L / l; default: the compressor's own.
+        max_tokens: the most reader tokens of each shorter text, instead of a ratio.
         query_aware: pass the question to the compressor; default: the compressor's ``query_aware``.
         placeholders: default: the store that all adapters for the compressor's reader share.
 
     Raises:
         TypeError: if ``compressor`` is not a compressor.
-        ValueError: if ``ratio`` is below 1.
+        ValueError: if ``ratio`` is below 1, or ``max_tokens`` does not fit.
     """
 
     def __init__(
@@ -31,12 +32,14 @@ class TextsForReading:
         compressor: Compressor,
         *,
         ratio: float | None = None,
+        max_tokens: int | None = None,
         query_aware: bool | None = None,
         placeholders: PlaceholderStore | None = None,
     ) -> None:
         check_compressor(compressor)
         if ratio is not None and not ratio >= 1:
             raise ValueError(f"ratio is source tokens per slot, at least 1, got {ratio!r}.")
+        compressor = with_budget(compressor, ratio, max_tokens)
         self.ratio = ratio
         self.query_aware = compressor.query_aware if query_aware is None else query_aware
         self.placeholders = placeholders or shared_store(compressor.reader)

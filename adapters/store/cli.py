@@ -41,6 +41,9 @@ def compress(
     reader: ReaderName = "reader-smollm2",
     field: Annotated[str, typer.Option(help="Field of the text in JSON lines.")] = "text",
     ratio: Ratio = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The most reader tokens of each shorter text, instead of a ratio.")
+    ] = None,
     batch_size: Batch = 64,
     dtype: Dtype = None,
     quantize: Quantize = None,
@@ -63,7 +66,10 @@ def compress(
             raise ValueError(f"engine must be local or ray, got {engine!r}.")
         if gate is not None and engine == "ray":
             raise ValueError("A gate needs --engine local; or leave the gate out and measure at query time.")
+        if max_tokens is not None and engine == "ray":
+            raise ValueError("--max-tokens needs --engine local; or name it with the compressor: -c NAME:max_tokens=N.")
         from ...compressors import FidelityGate
+        from ..checks import with_budget
         from . import LanceStore
         from .corpus import compress_corpus, compress_corpus_with_ray, read_corpus
 
@@ -84,7 +90,7 @@ def compress(
                     done=done,
                 )
             else:
-                loaded = _load(compressor, reader, device)
+                loaded = with_budget(_load(compressor, reader, device), ratio, max_tokens)
                 judge = None if gate is None else FidelityGate.from_pretrained(gate, loaded)
                 filled = compress_corpus(
                     passages, opened, loaded, ratio=ratio, gate=judge, batch_size=batch_size, done=done

@@ -123,6 +123,7 @@ def evaluate(
             row |= method.about() | {"questions": questions_hash(kept), "skipped": len(records) - len(kept)}
             if sizes := [_nbytes(piece) for pieces in contexts for piece in pieces]:
                 row["bytes_per_passage"] = sum(sizes) / len(sizes)
+            row |= _survival(contexts, kept)
             if isinstance(method, Stored):
                 row |= _stored(method, predictions, scores, found, settings.seed)
             if settings.ttft:
@@ -183,6 +184,19 @@ def _text_scores(
     guesses = reader.tokenize_batch([" " + guess for guess in predictions])
     found["token_em"] = np.array([metrics.token_exact_match(guess, ids) for guess, ids in zip(guesses, references)])
     return found
+
+
+def _survival(contexts: Sequence[Sequence[Piece]], records: Sequence[Record]) -> Row:
+    """Mean shares of the passages' numbers and names that a line made of text still holds; nothing for other lines."""
+    texts = [[piece if isinstance(piece, str) else piece.text for piece in pieces] for pieces in contexts]
+    if any(text is None for pieces in texts for text in pieces):
+        return {}
+    row: Row = {}
+    for kind in ("numbers", "names"):
+        shares = [metrics.surviving(kind, r.passages, [t or "" for t in pieces]) for r, pieces in zip(records, texts)]
+        if known := [share for share in shares if share is not None]:
+            row[f"kept_{kind}"] = float(np.mean(known))
+    return row
 
 
 def _size(reader: Reader, piece: Piece) -> float:

@@ -85,6 +85,13 @@ def test_a_document_that_passes_twice_is_read_as_once(reader, documents, method)
     assert once[1].meta["nutgraf_original_text"] == TEXTS[1]
 
 
+def test_a_budget_in_tokens(reader, documents):
+    compress = CompressedContextDocuments(make_compressor("selective-context", reader), max_tokens=9)
+    again = CompressedContextDocuments.from_dict(compress.to_dict())
+    for document in [*compress.run(documents)["documents"], *again.run(documents)["documents"]]:
+        assert 6 <= len(reader.tokenize(document.content)) <= 9
+
+
 def test_bad_arguments():
     with pytest.raises(TypeError, match="nutgraf compressor"):
         CompressedContextDocuments("icae")

@@ -164,6 +164,19 @@ def test_text_methods_give_text_for_any_llm(reader, documents):
         assert MARKER not in document.page_content
 
 
+def test_a_budget_in_tokens(reader, compressor, documents):
+    text = make_compressor("selective-context", reader)
+    shorten = CompressedContextDocumentCompressor(text, max_tokens=9)
+    for document in shorten.compress_documents(documents, QUESTION):
+        assert 6 <= len(reader.tokenize(document.page_content)) <= 9
+    with pytest.raises(ValueError, match="not both"):
+        CompressedContextDocumentCompressor(text, ratio=2, max_tokens=9)
+    with pytest.raises(ValueError, match="max_tokens needs a compressor to text"):
+        CompressedContextDocumentCompressor(compressor, max_tokens=9)
+    with pytest.raises(ValueError, match="max_tokens must be"):
+        CompressedContextDocumentCompressor(text, max_tokens=0)
+
+
 def test_forged_placeholders(reader, compressor, documents):
     shorten = CompressedContextDocumentCompressor(compressor, ratio=4)
     genuine = shorten.compress_documents(documents, QUESTION)[0].page_content

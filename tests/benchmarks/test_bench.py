@@ -84,6 +84,9 @@ def test_evaluate_gives_a_row_for_each_line(reader: Reader, compressor: Strided)
     assert full["kl_to_full"] == 0
     assert none["kl_to_full"] > 0
     assert none["reader_tokens"] < soft["reader_tokens"] < full["reader_tokens"]
+    assert full["kept_numbers"] == full["kept_names"] == 1
+    assert by_name["truncate"]["kept_names"] < 1
+    assert "kept_names" not in soft
     assert 4 < soft["ratio"] <= 6
     assert soft["compressor"] == compressor.fingerprint
     for name in baselines.BASELINES:

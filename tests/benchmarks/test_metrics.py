@@ -29,6 +29,14 @@ def test_exact_match_takes_the_best_answer() -> None:
     assert metrics.exact_match("BBC One", ["ITV", "BBC"]) == 0.0
 
 
+def test_surviving_numbers_and_names() -> None:
+    source = "Marie Curie won 2 prizes, in 1903 and 1911, and paid 3.5 % of 1903."
+    assert metrics.surviving("numbers", [source], ["won 2; 1903", "3.51 and 21911"]) == pytest.approx(2 / 4)
+    assert metrics.surviving("names", [source], ["Curie, Marie"]) == 0
+    assert metrics.surviving("names", [source], [source]) == 1
+    assert metrics.surviving("numbers", ["none here"], [""]) is None
+
+
 def test_f1_by_hand() -> None:
     # {george, stigler, economist} against {george, stigler}: precision 2/3, recall 1, F1 = 0.8
     assert metrics.f1("George Stigler, economist", ["George Stigler"]) == pytest.approx(0.8)

@@ -16,8 +16,7 @@ EXAMPLES = {
     " | 1990–1995 | 1990s | Q1 2020 | 44 B.C. | 2019-05-03T12:00:00+02:00",
     "ids": "AB-123/45 | CVE-2021-44228 | 550e8400-e29b-41d4-a716-446655440000 | +49 30 1234567 | 978-3-16-148410-0"
     " | v1.2.3-rc.4 | 192.168.0.1:8080 | 00:1A:2B:3C:4D:5E | #123 | SW1A 1AA | 10.1000/xyz123 | x86_64"
-    " | DE89 3704 0044 0532 0130 00"
-    " | 8472911",
+    " | DE89 3704 0044 0532 0130 00 | 8472911",
     "money": "$12,345.67 | 12,50 € | CHF 12'000 | 20 billion US dollars | ₹1,23,456 | 500 Ft | $5-$10m | EUR 12.50",
     "emails": "jane.doe+x@mail.example.co.uk | a.b-c_d@x-y.co",
     "urls": "https://shop.example/a_(b)/c-1?x=1,2&y=%20#top | www.example.com/path | s3://bucket/key-1 | example.com/a-b?c=d",
