@@ -93,24 +93,28 @@ class NanoCapsulatorCompressor(TextCompressor):
         ratio: float | None,
         *,
         vectors: Any,
-        target_tokens: int | None = None,
+        max_tokens: int | None = None,
         **options: Any,
     ) -> list[CompressedPassage]:
-        """``target_tokens``, an option of `compress`: the reader's tokens of each result, instead of a ratio."""
+        """``max_tokens``, an option of `compress`: the reader's tokens of each result, instead of a ratio."""
         if options:
             raise TypeError(f"{type(self).__name__}.compress has no options {sorted(options)}.")
-        if ratio is not None and target_tokens is not None:
-            raise ValueError(f"Give ratio or target_tokens, not both (got {ratio} and {target_tokens}).")
+        if ratio is not None and max_tokens is not None:
+            raise ValueError(f"Give ratio or max_tokens, not both (got {ratio} and {max_tokens}).")
+        if max_tokens is not None and (
+            not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 0
+        ):
+            raise ValueError(f"max_tokens must be an integer of at least 0, got {max_tokens!r}.")
         asked = self.config.ratio if ratio is None else ratio
         lengths = [len(ids) for ids in self.reader.tokenize_batch(texts)]
-        budgets = [math.floor(n / asked + 1e-9) if target_tokens is None else target_tokens for n in lengths]
+        budgets = [math.floor(n / asked + 1e-9) if max_tokens is None else max_tokens for n in lengths]
         found = self.write(texts, queries, budgets)
-        info: dict[str, Any] = {"method": self.config.method}
-        info |= {"ratio_asked": float(asked)} if target_tokens is None else {"target_tokens": target_tokens}
+        about = {"ratio_asked": float(asked)} if max_tokens is None else {"max_tokens": max_tokens}
         sizes = [len(ids) for ids in self.reader.tokenize_batch(found)]
+        info = [{"method": self.config.method, **about, "budget": budget} for budget in budgets]
         return [
-            CompressedPassage("text", length, self.fingerprint, text=text, spans=(), n_tokens=n, info=dict(info))
-            for length, text, n in zip(lengths, found, sizes)
+            CompressedPassage("text", length, self.fingerprint, text=text, spans=(), n_tokens=n, info=note)
+            for length, text, n, note in zip(lengths, found, sizes, info)
         ]
 
     def write(self, texts: Sequence[str], queries: Sequence[str | None], budgets: Sequence[int]) -> list[str]:

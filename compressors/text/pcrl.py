@@ -93,9 +93,7 @@ class PCRLCompressor(SelectingCompressor):
     ) -> tuple[str, tuple[Span, ...]]:
         """The words that the policy keeps; ``ratio`` has no effect."""
         if target_tokens is not None:
-            raise TypeError(
-                "mode='published' has no options ['target_tokens']: the policy decides how many words stay."
-            )
+            raise TypeError("mode='published' takes no max_tokens: the policy decides how many words stay.")
         ((spans, found),) = self.logits([text], [query])
         kept = merge(text, [span for span, value in zip(spans, found.tolist()) if value > 0])
         return join(text, kept, self.config.joiner), kept

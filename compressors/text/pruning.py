@@ -166,7 +166,7 @@ class SentencePruner(SelectingCompressor):
     ) -> tuple[str, tuple[Span, ...]]:
         """The sentences above the threshold; ``ratio`` has no effect."""
         if target_tokens is not None:
-            raise TypeError("mode='published' has no options ['target_tokens']: it keeps sentences above a threshold.")
+            raise TypeError("mode='published' keeps the sentences above a threshold and takes no max_tokens.")
         self.check_questions([query])
         threshold: float = self.config.threshold  # type: ignore[attr-defined]
         (found,) = self.score_sentences([text], [query])

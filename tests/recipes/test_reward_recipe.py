@@ -139,7 +139,7 @@ def test_the_writer_knows_the_probability_of_what_it_wrote(reader):
         assert float(sample.log_prob.detach()) == pytest.approx(sum(want), rel=1e-4)
         assert len(reader.tokenize(sample.text)) <= budget
     assert compressor.compress([TEXT], ratio=4)[0].text == samples[0].text
-    assert compressor.compress([TEXT], target_tokens=0)[0].text == ""
+    assert compressor.compress([TEXT], max_tokens=0)[0].text == ""
 
 
 def test_invented_facts_are_dropped():

@@ -209,16 +209,16 @@ def test_whole_sentences_come_first_and_words_of_the_next_fill_the_budget(reader
     Fixed(compressor, {TEXT: [0.1, 0.2, 0.3, 0.9]})
     best, second = sentences(TEXT)[3].strip(), sentences(TEXT)[2].strip()
     size = len(reader.tokenize(best))
-    (exact,) = compressor.compress([TEXT], QUESTION, target_tokens=size)
+    (exact,) = compressor.compress([TEXT], QUESTION, max_tokens=size)
     assert exact.text == best
-    (more,) = compressor.compress([TEXT], QUESTION, target_tokens=size + 6)
+    (more,) = compressor.compress([TEXT], QUESTION, max_tokens=size + 6)
     assert more.text.endswith(best)
     filling = more.text[: -len(best)].split()
     assert filling == second.split()[: len(filling)]
     assert filling
     whole = build("provence", reader, encoder, unit="sentence")
     Fixed(whole, {TEXT: [0.1, 0.2, 0.3, 0.9]})
-    assert whole.compress([TEXT], QUESTION, target_tokens=size + 6)[0].text == best
+    assert whole.compress([TEXT], QUESTION, max_tokens=size + 6)[0].text == best
 
 
 def test_passages_of_one_question_share_their_budget(reader, encoder):
@@ -240,7 +240,7 @@ def test_passages_of_one_question_share_their_budget(reader, encoder):
 @given(texts=st.lists(st.text(max_size=50), min_size=1, max_size=4), target=st.integers(0, 40))
 def test_a_shared_budget_is_never_exceeded(method, reader, encoder, texts, target):
     compressor = build(method, reader, encoder, pooled=True)
-    found = compressor.compress(texts, QUESTION, target_tokens=target)
+    found = compressor.compress(texts, QUESTION, max_tokens=target)
     assert sum(p.n_tokens for p in found) <= target * len(texts)
 
 

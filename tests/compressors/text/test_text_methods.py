@@ -39,6 +39,7 @@ WORDS = """
     the total of population was about in Esteria and rose to after people paid for invoice (see it) river, so.
 """
 METHODS = ["selective-context", "llmlingua", "longllmlingua", "llmlingua2"]
+METHODS += ["provence", "filco", "recomp", "exit", "token-elimination", "semantic", "prompt-saw", "pcrl"]
 methods = pytest.mark.parametrize("method", METHODS)
 
 
