@@ -79,7 +79,7 @@ def train(target: Target, reader: Reader, public: Path, documents: int, minutes:
         given["model.ratio"] = target.ratio
     recipe = load_recipe("inversion", [f"{key}={value}" for key, value in given.items()])
     task = InversionTask(recipe, reader, target.victim)
-    run = folder / re.sub(r"[^A-Za-z0-9_.@-]", "_", target.label.replace(" ", "@"))
+    run = folder / re.sub(r"[^A-Za-z0-9_.@-]", "_", target.name + (f"@{target.ratio:g}x" if target.ratio else ""))
     run_recipe(recipe, task, run, max_minutes=minutes)
     task.module.save_pretrained(run / "decoder")
     latest = CheckpointStore(run / "checkpoints").latest()

@@ -24,6 +24,7 @@ class Target:
         interface: `embeds`, `kv`, `text` or `vector`.
         texts, stolen: paired.
         victim: what made them, if it is at hand; `made_by` is its fingerprint.
+        defence: what was done to `stolen`, see `nutgraf.benchmarks.audit.defences`.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Target:
     stolen: list[Stolen]
     victim: Compressor | Embedder | None = None
     made_by: str = ""
+    defence: str | None = None
 
     def __post_init__(self) -> None:
         if self.victim is not None:
@@ -40,8 +42,8 @@ class Target:
 
     @property
     def label(self) -> str:
-        """Name with the ratio."""
-        return self.name + (f" {self.ratio:g}x" if self.ratio else "")
+        """Name with the ratio and the defence."""
+        return self.name + (f" {self.ratio:g}x" if self.ratio else "") + (f", {self.defence}" if self.defence else "")
 
     @property
     def slots(self) -> float | None:

@@ -21,6 +21,7 @@ from ...recipes.data.records import cut_at_sentence
 from ..audit.attackers import ATTACKERS, Attacker
 from ..audit.audit import Outcome, audit, baseline, sentence, worst
 from ..audit.corpus_statistics import CorpusStatistics
+from ..audit.defences import DEFENCES, defended
 from ..audit.geia import GEIA, train, trained
 from ..audit.page import audit_table, write_page
 from ..audit.targets import Target, compressed, spread, stored, vectors
@@ -45,6 +46,7 @@ class AuditOptions(Named):
         None
     )
     attacker: Annotated[Names, Option(help=f"{', '.join(ATTACKERS)}; default all that apply.")] = many()
+    defence: Annotated[Names, Option(help=f"Also attack what is stored after a defence: {DEFENCES}.")] = many()
     limit: Annotated[int, Option(min=2, help="At most this many passages, evenly spread.")] = 100
     public: Annotated[
         Path | None,
@@ -76,18 +78,21 @@ def audit_command(asked: AuditOptions) -> None:
     targets = list(find_targets(asked, reader))
     public, left_out = public_text(asked, targets)
     statistics, embedder = CorpusStatistics(public), _embedder()
-    guesses = {id(target): baseline(target, statistics, embedder, asked.seed) for target in targets}
+    guesses = {id(target.texts): baseline(target, statistics, embedder, asked.seed) for target in targets}
     outcomes: list[Outcome] = [next(iter(guesses.values()))]
     learned: dict[str, Attacker] = {}
-    for target in targets:
-        for attacker in find_attackers(asked, reader, target, left_out):
-            if attacker.name not in learned:
+    for plain in targets:
+        defences = [defended(plain, name, asked.seed) for name in asked.defence]
+        for attacker in find_attackers(asked, reader, plain, left_out):
+            if attacker.name in learned:
+                attacker = learned[attacker.name]
+            elif attacker.name != GEIA.name:  # a decoder is of one target
                 with console.status(f"{attacker.title}: learning from {len(public)} public passages ..."):
                     attacker.learn(public)
-            if attacker.name != GEIA.name:
-                attacker = learned.setdefault(attacker.name, attacker)
-            with console.status(f"{target.label}: {attacker.title} ..."):
-                outcomes.append(audit(target, attacker, embedder, asked.seed))
+                learned[attacker.name] = attacker
+            for target in (plain, *defences):
+                with console.status(f"{target.label}: {attacker.title} ..."):
+                    outcomes.append(audit(target, attacker, embedder, asked.seed))
     if len(outcomes) == 1:
         have = ", ".join(dict.fromkeys(target.interface for target in targets))
         raise ValueError(
@@ -101,7 +106,7 @@ def audit_command(asked: AuditOptions) -> None:
     asked.keep([outcome.row for outcome in outcomes], say=True)
     title = f"{dataset}, {len(targets[0].texts)} passages"
     console.print(rich_table(audit_table([outcome.row for outcome in outcomes], title)))
-    sentences = [sentence(one, guesses[id(one.target)]) for one in worst(outcomes[1:])]
+    sentences = [sentence(one, guesses[id(one.target.texts)]) for one in worst(outcomes[1:])]
     for said in sentences:
         Console().print(said, highlight=False)
     if asked.report is not None:

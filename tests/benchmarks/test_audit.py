@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from nutgraf.benchmarks.audit.attackers import KeptText, KVLayers, KVLookup, Repeat, SlotWords
 from nutgraf.benchmarks.audit.audit import audit, baseline, sentence, strangers
 from nutgraf.benchmarks.audit.corpus_statistics import CorpusStatistics
+from nutgraf.benchmarks.audit.defences import defended
 from nutgraf.benchmarks.audit.kv_lookup import first_layer_keys
 from nutgraf.benchmarks.audit.page import audit_table, marked, write_page
 from nutgraf.benchmarks.audit.scores import facts, score, summary, words
@@ -250,3 +251,24 @@ def test_mistakes_are_told_in_a_sentence(zoo: ModuleType, tmp_path: Path, argume
     done = CliRunner().invoke(app, ["audit", *arguments, "--reader", str(zoo.saved("llama", tmp_path / "reader"))])
     assert done.exit_code == 2
     assert said in " ".join(done.output.split())
+
+
+def test_defences_change_what_is_stored_and_noise_alone_hinders_the_lookup(zoo: ModuleType):
+    reader = zoo.reader("llama")
+    passages = [dense(reader, text) for text in TEXTS]
+    target, attacker = Target("all pairs", 1, "kv", TEXTS, passages), KVLookup(reader)
+    read = {
+        name: audit(defended(target, name), attacker).row["recall"] for name in ("noise=0", "noise=4", "int8", "int4")
+    }
+    assert read["noise=0"] == read["int8"] == 1
+    assert read["noise=4"] < 0.5 < read["int4"]
+    for wrong in ("noise", "noise=-1", "noise=nan", "int2", "rotation"):
+        with pytest.raises(ValueError, match=r"noise=SIZE|no defence|retrieval vectors"):
+            defended(target, wrong)
+    vectors = Target("e", None, "vector", TEXTS, list(torch.randn(3, 1, 16).unbind()))
+    turned = torch.cat(defended(vectors, "rotation").stolen)
+    before = torch.cat(vectors.stolen)
+    assert torch.allclose(turned @ turned.T, before @ before.T, atol=1e-4)
+    assert not torch.allclose(turned, before, atol=0.1)
+    with pytest.raises(ValueError, match="rounding of slots"):
+        defended(vectors, "int8")
