@@ -9,5 +9,6 @@ from .kv_layers import KVLayers
 from .kv_lookup import KVLookup
 from .repeat import Repeat
 from .slot_words import SlotWords
+from .vec2text import Vec2Text
 
-__all__ = ["ATTACKERS", "GEIA", "Attacker", "KVLayers", "KVLookup", "KeptText", "Repeat", "SlotWords"]
+__all__ = ["ATTACKERS", "GEIA", "Attacker", "KVLayers", "KVLookup", "KeptText", "Repeat", "SlotWords", "Vec2Text"]

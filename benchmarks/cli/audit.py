@@ -25,6 +25,7 @@ from ..audit.defences import DEFENCES, defended
 from ..audit.geia import GEIA, train, trained
 from ..audit.page import audit_table, write_page
 from ..audit.targets import Target, compressed, spread, stored, vectors
+from ..audit.vec2text import Vec2Text
 from ..loading import SAMPLE_ARTICLES, CompressorSpec, dataset_name, find_records
 from ..report.table import rich_table
 from ..rows import clean, provenance
@@ -86,7 +87,7 @@ def audit_command(asked: AuditOptions) -> None:
         for attacker in find_attackers(asked, reader, plain, left_out):
             if attacker.name in learned:
                 attacker = learned[attacker.name]
-            elif attacker.name != GEIA.name:  # a decoder is of one target
+            elif not isinstance(attacker, GEIA):  # a decoder is of one target
                 with console.status(f"{attacker.title}: learning from {len(public)} public passages ..."):
                     attacker.learn(public)
                 learned[attacker.name] = attacker
@@ -146,20 +147,26 @@ def find_attackers(asked: AuditOptions, reader: Reader, target: Target, left_out
 
     Raises ValueError if public text to train on holds attacked passages.
     """
-    for name, cls in sorted(ATTACKERS.items()):
-        if (asked.attacker and name not in asked.attacker) or not all(map(cls.reads, target.stolen)):
-            continue
-        if cls is not GEIA:
-            yield cls(reader)
-        elif (found := trained(target, reader, asked.decoder)) is not None:
-            yield found
-        elif asked.budget is not None:
-            if left_out:
-                raise ValueError(
-                    f"{left_out} passages of {asked.public or 'the sample articles'} are attacked, too; a decoder trained on "
-                    "them would know them by heart. Give other text with --public FILE."
-                )
-            yield train(target, reader, asked.public or SAMPLE_ARTICLES, asked.documents, asked.budget, asked.runs)
+    fit = [
+        cls
+        for name, cls in sorted(ATTACKERS.items())
+        if (not asked.attacker or name in asked.attacker) and all(map(cls.reads, target.stolen))
+    ]
+    yield from (cls(reader) for cls in fit if not issubclass(cls, GEIA))
+    if not any(issubclass(cls, GEIA) for cls in fit):
+        return
+    found = trained(target, reader, asked.decoder)
+    if found is None and asked.budget is not None:
+        if left_out:
+            raise ValueError(
+                f"{left_out} passages of {asked.public or 'the sample articles'} are attacked, too; a decoder trained on "
+                "them would know them by heart. Give other text with --public FILE."
+            )
+        found = train(target, reader, asked.public or SAMPLE_ARTICLES, asked.documents, asked.budget, asked.runs)
+    if found is not None and GEIA in fit:
+        yield found
+    if found is not None and Vec2Text in fit and isinstance(target.victim, Embedder):
+        yield Vec2Text(reader, found.decoder, found.about, target.victim)
 
 
 def public_text(asked: AuditOptions, targets: list[Target]) -> tuple[list[str], int]:
