@@ -31,6 +31,7 @@ class GEIA(Attacker):
 
     name: ClassVar[str] = "geia"
     title: ClassVar[str] = "trained decoder"
+    of_one_target: ClassVar[bool] = True
 
     def __init__(self, reader: Reader, decoder: InversionDecoder | None = None, training: Row | None = None) -> None:
         super().__init__(reader)

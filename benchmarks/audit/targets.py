@@ -11,7 +11,7 @@ import torch
 from ...adapters.store import Entry, PassageStore
 from ...compressors import Compressor, Reader, ReaderMismatchError
 from ...compressors.encoders.embedder import Embedder
-from .attacker import Stolen
+from ...recipes.tasks.inversion import Stolen
 
 
 @dataclass
@@ -69,6 +69,15 @@ def vectors(embedder: Embedder, texts: Sequence[str]) -> Target:
     """The retrieval vectors of texts, one per shard that the embedder reads whole."""
     shards = embedder.embed_shards(texts, embedder.max_tokens, [1] * len(texts))
     return Target(embedder.name, None, "vector", list(texts), list(shards), embedder)
+
+
+def steal(target: Target, texts: Sequence[str]) -> list[Stolen]:
+    """What would be stored of other texts. Raises ValueError if it is not known what made the target."""
+    if isinstance(target.victim, Compressor):
+        return list(target.victim.compress(list(texts), ratio=target.ratio, batch_size=32))
+    if target.victim is None:
+        raise ValueError(f"It is not known what made {target.label}; audit its compressor.")
+    return list(target.victim.embed_shards(texts, target.victim.max_tokens, [1] * len(texts)))
 
 
 def stored(store: PassageStore, reader: Reader, limit: int | None = None) -> list[Target]:

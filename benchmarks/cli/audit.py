@@ -20,6 +20,7 @@ from ...recipes.data.overlap import HeldOut
 from ...recipes.data.records import cut_at_sentence
 from ..audit.attackers import ATTACKERS, Attacker
 from ..audit.audit import Outcome, audit, baseline, sentence, worst
+from ..audit.bag_of_words import BagOfWords
 from ..audit.corpus_statistics import CorpusStatistics
 from ..audit.defences import DEFENCES, defended
 from ..audit.geia import GEIA, train, trained
@@ -87,10 +88,11 @@ def audit_command(asked: AuditOptions) -> None:
         for attacker in find_attackers(asked, reader, plain, left_out):
             if attacker.name in learned:
                 attacker = learned[attacker.name]
-            elif not isinstance(attacker, GEIA):  # a decoder is of one target
+            else:
                 with console.status(f"{attacker.title}: learning from {len(public)} public passages ..."):
-                    attacker.learn(public)
-                learned[attacker.name] = attacker
+                    attacker.learn(public, plain)
+                if not attacker.of_one_target:
+                    learned[attacker.name] = attacker
             for target in (plain, *defences):
                 with console.status(f"{target.label}: {attacker.title} ..."):
                     outcomes.append(audit(target, attacker, embedder, asked.seed))
@@ -152,7 +154,8 @@ def find_attackers(asked: AuditOptions, reader: Reader, target: Target, left_out
         for name, cls in sorted(ATTACKERS.items())
         if (not asked.attacker or name in asked.attacker) and all(map(cls.reads, target.stolen))
     ]
-    yield from (cls(reader) for cls in fit if not issubclass(cls, GEIA))
+    probed = target.victim is not None  # a probe learns from text that is compressed alike
+    yield from (cls(reader) for cls in fit if not issubclass(cls, GEIA) and (probed or not issubclass(cls, BagOfWords)))
     if not any(issubclass(cls, GEIA) for cls in fit):
         return
     found = trained(target, reader, asked.decoder)

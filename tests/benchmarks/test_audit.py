@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nutgraf.benchmarks.audit.attackers import KeptText, KVLayers, KVLookup, Repeat, SlotWords
+from nutgraf.benchmarks.audit.attackers import BagOfWords, KeptText, KVLayers, KVLookup, Repeat, SlotWords
 from nutgraf.benchmarks.audit.audit import audit, baseline, sentence, strangers
 from nutgraf.benchmarks.audit.corpus_statistics import CorpusStatistics
 from nutgraf.benchmarks.audit.defences import defended
@@ -26,6 +26,7 @@ from nutgraf.compressors.kv.encode import cached_layers
 from typer.testing import CliRunner
 
 PASSAGE = "Marie Curie was born in Warsaw on 7 November 1867. She won £3,000 in 1903 and taught 12 students."
+NAMES = ["Anna", "Boris", "Chen", "Dora", "Emil"]
 TEXTS = [
     PASSAGE,
     "The treaty was signed in 1648 in Westphalia, ending thirty years of war.",
@@ -272,3 +273,17 @@ def test_defences_change_what_is_stored_and_noise_alone_hinders_the_lookup(zoo: 
     assert not torch.allclose(turned, before, atol=0.1)
     with pytest.raises(ValueError, match="rounding of slots"):
         defended(vectors, "int8")
+
+
+def test_a_probe_reads_words_from_mean_embeddings_and_statistics_from_noise(zoo: ModuleType):
+    reader = zoo.reader("llama", hidden_size=64)
+    public = [f"{a} likes {b} and {c}." for a in NAMES for b in NAMES for c in NAMES]
+    texts = [f"{a} likes {b} and {c}." for a, b, c in (NAMES[:3], NAMES[2:5], NAMES[1:4])]
+    (target,) = compressed(make_compressor("full-text", reader, tune_reader=False), [None], texts)
+    attacker = BagOfWords(reader)
+    with pytest.raises(ValueError, match="learns from public text"):
+        attacker.attack(target.stolen)
+    attacker.learn(public, target)
+    assert audit(target, attacker).row["token_f1"] >= 0.95
+    noise = Target("noise", None, "embeds", texts, [one.map(torch.randn_like) for one in target.stolen])
+    assert audit(noise, attacker).row["token_f1"] <= 0.8  # two words of five are in every text
