@@ -6,12 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, TypeVar
 
-from torch import Tensor
-
-from ...compressors import CompressedPassage, Reader
+from ...compressors import Reader
 from ..rows import Row
-
-Stolen = CompressedPassage | Tensor  # a stored passage, or its retrieval vectors ``[shards, width]``
+from .targets import Stolen, Target
 
 
 class Attacker(ABC):
@@ -22,10 +19,12 @@ class Attacker(ABC):
         title: in tables.
         reader: the reader that the passages were compressed for.
         about: what rows say of the attacker.
+        of_one_target: whether what it has learned holds for one target only.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
+    of_one_target: ClassVar[bool] = False
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
@@ -36,13 +35,15 @@ class Attacker(ABC):
     def reads(cls, stolen: Stolen) -> bool:
         """Whether the attacker applies to what is stored."""
 
-    def learn(self, texts: Sequence[str]) -> None:  # noqa: B027 (most attackers have nothing to learn)
-        """Learn from public text, before the first attack."""
+    def learn(self, texts: Sequence[str], target: Target | None = None) -> None:  # noqa: B027 (most have nothing to learn)
+        """Learn from public text, before the first attack; `target` says how to compress it."""
 
     @abstractmethod
     def attack(self, stolen: Sequence[Stolen]) -> list[str]:
         """One reconstruction per stored passage."""
 
+
+__all__ = ["ATTACKERS", "Attacker", "Stolen", "register_attacker"]
 
 ATTACKERS: dict[str, type[Attacker]] = {}
 AttackerT = TypeVar("AttackerT", bound=type[Attacker])

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from .attacker import ATTACKERS, Attacker
+from .bag_of_words import BagOfWords
 from .geia import GEIA
 from .kept_text import KeptText
 from .kv_layers import KVLayers
 from .kv_lookup import KVLookup
 from .repeat import Repeat
 from .slot_words import SlotWords
+from .vec2text import Vec2Text
 
-__all__ = ["ATTACKERS", "GEIA", "Attacker", "KVLayers", "KVLookup", "KeptText", "Repeat", "SlotWords"]
+__all__ = [
+    "ATTACKERS",
+    "GEIA",
+    "Attacker",
+    "BagOfWords",
+    "KVLayers",
+    "KVLookup",
+    "KeptText",
+    "Repeat",
+    "SlotWords",
+    "Vec2Text",
+]

@@ -31,6 +31,7 @@ class GEIA(Attacker):
 
     name: ClassVar[str] = "geia"
     title: ClassVar[str] = "trained decoder"
+    of_one_target: ClassVar[bool] = True
 
     def __init__(self, reader: Reader, decoder: InversionDecoder | None = None, training: Row | None = None) -> None:
         super().__init__(reader)
@@ -79,7 +80,7 @@ def train(target: Target, reader: Reader, public: Path, documents: int, minutes:
         given["model.ratio"] = target.ratio
     recipe = load_recipe("inversion", [f"{key}={value}" for key, value in given.items()])
     task = InversionTask(recipe, reader, target.victim)
-    run = folder / re.sub(r"[^A-Za-z0-9_.@-]", "_", target.label.replace(" ", "@"))
+    run = folder / re.sub(r"[^A-Za-z0-9_.@-]", "_", target.name + (f"@{target.ratio:g}x" if target.ratio else ""))
     run_recipe(recipe, task, run, max_minutes=minutes)
     task.module.save_pretrained(run / "decoder")
     latest = CheckpointStore(run / "checkpoints").latest()

@@ -15,6 +15,7 @@ from ...compressors.kv.encode import cached_layers
 from ...compressors.reader.kv import ROTARY
 from .attacker import Stolen, register_attacker
 from .kv_lookup import KVLookup, add_distances, stored_keys
+from .targets import Target
 
 TEXTS = 96  # public passages whose keys are fitted; more than some ten thousand tokens gain little
 RIDGE = 1e-3  # added to the features' covariance, whose diagonal is about 1
@@ -47,7 +48,7 @@ class KVLayers(KVLookup):
         return torch.cat([wide, torch.ones_like(wide[..., :1])], dim=-1)
 
     @torch.no_grad()
-    def learn(self, texts: Sequence[str]) -> None:
+    def learn(self, texts: Sequence[str], target: Target | None = None) -> None:
         """Fit maps and covariances to public text. Raises ValueError if it has fewer tokens than an embedding has numbers."""
         ids = [found for found in self.reader.tokenize_batch(list(texts)) if found]
         counts = Counter(token for found in ids for token in found)

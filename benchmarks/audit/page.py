@@ -32,6 +32,7 @@ def audit_table(rows: Sequence[Row], title: str = "") -> Table:
     columns = [
         Column("stored", lambda row: CorpusStatistics.title if row["method"] == "none" else method_name(row["method"])),
         Column("ratio", "ratio_asked", "{:g}x"),
+        *([Column("defence", "defence")] if any(row.get("defence") for row in rows) else []),
         Column("attacker", lambda row: "" if row["method"] == "none" else attacker_title(row["attacker"])),
         Column("words", share("recall").value),
         *map(share, ("names", "numbers", "dates")),
@@ -58,8 +59,7 @@ def write_page(
     path = Path(path)
     shown = [
         {
-            "title": f"{method_name(one.target.name)}{f' at {one.target.ratio:g}x' if one.target.ratio else ''}: "
-            f"{attacker_title(one.row['attacker'])}",
+            "title": f"{one.target.label}: {attacker_title(one.row['attacker'])}",
             "pairs": [
                 {"original": marked(text, guess), "guess": guess}
                 for text, guess in list(zip(one.target.texts, one.guesses))[:EXAMPLES]

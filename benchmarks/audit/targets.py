@@ -11,7 +11,7 @@ import torch
 from ...adapters.store import Entry, PassageStore
 from ...compressors import Compressor, Reader, ReaderMismatchError
 from ...compressors.encoders.embedder import Embedder
-from .attacker import Stolen
+from ...recipes.tasks.inversion import Stolen
 
 
 @dataclass
@@ -24,6 +24,7 @@ class Target:
         interface: `embeds`, `kv`, `text` or `vector`.
         texts, stolen: paired.
         victim: what made them, if it is at hand; `made_by` is its fingerprint.
+        defence: what was done to `stolen`, see `nutgraf.benchmarks.audit.defences`.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Target:
     stolen: list[Stolen]
     victim: Compressor | Embedder | None = None
     made_by: str = ""
+    defence: str | None = None
 
     def __post_init__(self) -> None:
         if self.victim is not None:
@@ -40,8 +42,8 @@ class Target:
 
     @property
     def label(self) -> str:
-        """Name with the ratio."""
-        return self.name + (f" {self.ratio:g}x" if self.ratio else "")
+        """Name with the ratio and the defence."""
+        return self.name + (f" {self.ratio:g}x" if self.ratio else "") + (f", {self.defence}" if self.defence else "")
 
     @property
     def slots(self) -> float | None:
@@ -67,6 +69,15 @@ def vectors(embedder: Embedder, texts: Sequence[str]) -> Target:
     """The retrieval vectors of texts, one per shard that the embedder reads whole."""
     shards = embedder.embed_shards(texts, embedder.max_tokens, [1] * len(texts))
     return Target(embedder.name, None, "vector", list(texts), list(shards), embedder)
+
+
+def steal(target: Target, texts: Sequence[str]) -> list[Stolen]:
+    """What would be stored of other texts. Raises ValueError if it is not known what made the target."""
+    if isinstance(target.victim, Compressor):
+        return list(target.victim.compress(list(texts), ratio=target.ratio, batch_size=32))
+    if target.victim is None:
+        raise ValueError(f"It is not known what made {target.label}; audit its compressor.")
+    return list(target.victim.embed_shards(texts, target.victim.max_tokens, [1] * len(texts)))
 
 
 def stored(store: PassageStore, reader: Reader, limit: int | None = None) -> list[Target]:

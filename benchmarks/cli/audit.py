@@ -20,10 +20,13 @@ from ...recipes.data.overlap import HeldOut
 from ...recipes.data.records import cut_at_sentence
 from ..audit.attackers import ATTACKERS, Attacker
 from ..audit.audit import Outcome, audit, baseline, sentence, worst
+from ..audit.bag_of_words import BagOfWords
 from ..audit.corpus_statistics import CorpusStatistics
+from ..audit.defences import DEFENCES, defended
 from ..audit.geia import GEIA, train, trained
 from ..audit.page import audit_table, write_page
 from ..audit.targets import Target, compressed, spread, stored, vectors
+from ..audit.vec2text import Vec2Text
 from ..loading import SAMPLE_ARTICLES, CompressorSpec, dataset_name, find_records
 from ..report.table import rich_table
 from ..rows import clean, provenance
@@ -45,6 +48,7 @@ class AuditOptions(Named):
         None
     )
     attacker: Annotated[Names, Option(help=f"{', '.join(ATTACKERS)}; default all that apply.")] = many()
+    defence: Annotated[Names, Option(help=f"Also attack what is stored after a defence: {DEFENCES}.")] = many()
     limit: Annotated[int, Option(min=2, help="At most this many passages, evenly spread.")] = 100
     public: Annotated[
         Path | None,
@@ -76,18 +80,22 @@ def audit_command(asked: AuditOptions) -> None:
     targets = list(find_targets(asked, reader))
     public, left_out = public_text(asked, targets)
     statistics, embedder = CorpusStatistics(public), _embedder()
-    guesses = {id(target): baseline(target, statistics, embedder, asked.seed) for target in targets}
+    guesses = {id(target.texts): baseline(target, statistics, embedder, asked.seed) for target in targets}
     outcomes: list[Outcome] = [next(iter(guesses.values()))]
     learned: dict[str, Attacker] = {}
-    for target in targets:
-        for attacker in find_attackers(asked, reader, target, left_out):
-            if attacker.name not in learned:
+    for plain in targets:
+        defences = [defended(plain, name, asked.seed) for name in asked.defence]
+        for attacker in find_attackers(asked, reader, plain, left_out):
+            if attacker.name in learned:
+                attacker = learned[attacker.name]
+            else:
                 with console.status(f"{attacker.title}: learning from {len(public)} public passages ..."):
-                    attacker.learn(public)
-            if attacker.name != GEIA.name:
-                attacker = learned.setdefault(attacker.name, attacker)
-            with console.status(f"{target.label}: {attacker.title} ..."):
-                outcomes.append(audit(target, attacker, embedder, asked.seed))
+                    attacker.learn(public, plain)
+                if not attacker.of_one_target:
+                    learned[attacker.name] = attacker
+            for target in (plain, *defences):
+                with console.status(f"{target.label}: {attacker.title} ..."):
+                    outcomes.append(audit(target, attacker, embedder, asked.seed))
     if len(outcomes) == 1:
         have = ", ".join(dict.fromkeys(target.interface for target in targets))
         raise ValueError(
@@ -101,7 +109,7 @@ def audit_command(asked: AuditOptions) -> None:
     asked.keep([outcome.row for outcome in outcomes], say=True)
     title = f"{dataset}, {len(targets[0].texts)} passages"
     console.print(rich_table(audit_table([outcome.row for outcome in outcomes], title)))
-    sentences = [sentence(one, guesses[id(one.target)]) for one in worst(outcomes[1:])]
+    sentences = [sentence(one, guesses[id(one.target.texts)]) for one in worst(outcomes[1:])]
     for said in sentences:
         Console().print(said, highlight=False)
     if asked.report is not None:
@@ -141,20 +149,27 @@ def find_attackers(asked: AuditOptions, reader: Reader, target: Target, left_out
 
     Raises ValueError if public text to train on holds attacked passages.
     """
-    for name, cls in sorted(ATTACKERS.items()):
-        if (asked.attacker and name not in asked.attacker) or not all(map(cls.reads, target.stolen)):
-            continue
-        if cls is not GEIA:
-            yield cls(reader)
-        elif (found := trained(target, reader, asked.decoder)) is not None:
-            yield found
-        elif asked.budget is not None:
-            if left_out:
-                raise ValueError(
-                    f"{left_out} passages of {asked.public or 'the sample articles'} are attacked, too; a decoder trained on "
-                    "them would know them by heart. Give other text with --public FILE."
-                )
-            yield train(target, reader, asked.public or SAMPLE_ARTICLES, asked.documents, asked.budget, asked.runs)
+    fit = [
+        cls
+        for name, cls in sorted(ATTACKERS.items())
+        if (not asked.attacker or name in asked.attacker) and all(map(cls.reads, target.stolen))
+    ]
+    probed = target.victim is not None  # a probe learns from text that is compressed alike
+    yield from (cls(reader) for cls in fit if not issubclass(cls, GEIA) and (probed or not issubclass(cls, BagOfWords)))
+    if not any(issubclass(cls, GEIA) for cls in fit):
+        return
+    found = trained(target, reader, asked.decoder)
+    if found is None and asked.budget is not None:
+        if left_out:
+            raise ValueError(
+                f"{left_out} passages of {asked.public or 'the sample articles'} are attacked, too; a decoder trained on "
+                "them would know them by heart. Give other text with --public FILE."
+            )
+        found = train(target, reader, asked.public or SAMPLE_ARTICLES, asked.documents, asked.budget, asked.runs)
+    if found is not None and GEIA in fit:
+        yield found
+    if found is not None and Vec2Text in fit and isinstance(target.victim, Embedder):
+        yield Vec2Text(reader, found.decoder, found.about, target.victim)
 
 
 def public_text(asked: AuditOptions, targets: list[Target]) -> tuple[list[str], int]:

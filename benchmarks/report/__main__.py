@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..audit.page import audit_table
 from ..names import dataset_title, kind_of, method_name
 from ..quality.pooled import FULL, NONE, Key, comparable, pool
-from ..rows import PACKAGE, RESULTS, Row, read_rows
+from ..rows import PACKAGE, RESULTS, Row, newest, read_rows
 from . import kv_tables as kv
 from . import quality_tables as quality
 from .plots import by_bytes, hash_in, rows_hash, trade_off
@@ -42,6 +43,7 @@ def pages() -> dict[Path, str]:
         PAGES / "quality.md": quality_page(pooled, sets),
         PAGES / "speed.md": speed_page(rows_of("speed", "store", "training_speed", "selection")),
         PAGES / "studies.md": studies_page(),
+        PAGES / "audit.md": audit_page(rows_of("audit")),
         PAGES / "methods.json": json.dumps(method_numbers(pooled), indent=2) + "\n",
         RESULTS / f"{PRETRAINED}_pooled.jsonl": "".join(json.dumps(row) + "\n" for row in pooled),
         README: readme(README.read_text(encoding="utf-8"), quality.front(pairs["pooled"], pooled)),
@@ -87,6 +89,15 @@ def studies_page() -> str:
         allocation=quality.allocation_table(rows_of("allocation")),
         precision=quality.precision_table(rows_of("store_precision")),
     )
+
+
+def audit_page(rows: Sequence[Row]) -> str:
+    """The page about what a copied store gives away: a table per set of passages."""
+    sets: dict[tuple[str, int], list[Row]] = {}
+    for row in newest(rows, ("dataset", "n", "method", "ratio_asked", "defence", "attacker")):
+        sets.setdefault((row["dataset"], row["n"]), []).append(row)
+    titles = {key: f"{dataset_title(key[0])}, {key[1]} passages" for key in sets}
+    return render("audit.md", tables=[audit_table(found, titles[key]) for key, found in sets.items()])
 
 
 def method_numbers(pooled: Sequence[Row]) -> dict[str, dict[str, Any]]:

@@ -133,8 +133,13 @@ class InversionDecoder(nn.Module):
     accepts_loss_kwargs = True
 
     @torch.no_grad()
-    def write(self, stolen: Sequence[Stolen], longest: Sequence[int], batch_size: int = 16) -> list[str]:
-        """The decoder's reconstructions, greedy. `longest`: most tokens of each."""
+    def write(
+        self, stolen: Sequence[Stolen], longest: Sequence[int], batch_size: int = 16, **sampling: Any
+    ) -> list[str]:
+        """The decoder's reconstructions, greedy unless `sampling` (options of `Reader.generate`) says otherwise.
+
+        `longest`: most tokens of each.
+        """
         training = self.training
         self.eval()
         try:
@@ -144,7 +149,7 @@ class InversionDecoder(nn.Module):
             for start in range(0, len(order), batch_size):
                 which = order[start : start + batch_size]
                 prompts = [autoencoding_prompt(one) for one in self.read([stolen[i] for i in which])]
-                told = self.reader.generate(prompts, max(longest[i] for i in which))
+                told = self.reader.generate(prompts, max(longest[i] for i in which), **sampling)
                 for i, text in zip(which, told):
                     out[i] = text.strip()
             return out

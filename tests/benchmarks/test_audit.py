@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nutgraf.benchmarks.audit.attackers import KeptText, KVLayers, KVLookup, Repeat, SlotWords
+from nutgraf.benchmarks.audit.attackers import BagOfWords, KeptText, KVLayers, KVLookup, Repeat, SlotWords
 from nutgraf.benchmarks.audit.audit import audit, baseline, sentence, strangers
 from nutgraf.benchmarks.audit.corpus_statistics import CorpusStatistics
+from nutgraf.benchmarks.audit.defences import defended
 from nutgraf.benchmarks.audit.kv_lookup import first_layer_keys
 from nutgraf.benchmarks.audit.page import audit_table, marked, write_page
 from nutgraf.benchmarks.audit.scores import facts, score, summary, words
@@ -25,6 +26,7 @@ from nutgraf.compressors.kv.encode import cached_layers
 from typer.testing import CliRunner
 
 PASSAGE = "Marie Curie was born in Warsaw on 7 November 1867. She won £3,000 in 1903 and taught 12 students."
+NAMES = ["Anna", "Boris", "Chen", "Dora", "Emil"]
 TEXTS = [
     PASSAGE,
     "The treaty was signed in 1648 in Westphalia, ending thirty years of war.",
@@ -250,3 +252,38 @@ def test_mistakes_are_told_in_a_sentence(zoo: ModuleType, tmp_path: Path, argume
     done = CliRunner().invoke(app, ["audit", *arguments, "--reader", str(zoo.saved("llama", tmp_path / "reader"))])
     assert done.exit_code == 2
     assert said in " ".join(done.output.split())
+
+
+def test_defences_change_what_is_stored_and_noise_alone_hinders_the_lookup(zoo: ModuleType):
+    reader = zoo.reader("llama")
+    passages = [dense(reader, text) for text in TEXTS]
+    target, attacker = Target("all pairs", 1, "kv", TEXTS, passages), KVLookup(reader)
+    read = {
+        name: audit(defended(target, name), attacker).row["recall"] for name in ("noise=0", "noise=4", "int8", "int4")
+    }
+    assert read["noise=0"] == read["int8"] == 1
+    assert read["noise=4"] < 0.5 < read["int4"]
+    for wrong in ("noise", "noise=-1", "noise=nan", "int2", "rotation"):
+        with pytest.raises(ValueError, match=r"noise=SIZE|no defence|retrieval vectors"):
+            defended(target, wrong)
+    vectors = Target("e", None, "vector", TEXTS, list(torch.randn(3, 1, 16).unbind()))
+    turned = torch.cat(defended(vectors, "rotation").stolen)
+    before = torch.cat(vectors.stolen)
+    assert torch.allclose(turned @ turned.T, before @ before.T, atol=1e-4)
+    assert not torch.allclose(turned, before, atol=0.1)
+    with pytest.raises(ValueError, match="rounding of slots"):
+        defended(vectors, "int8")
+
+
+def test_a_probe_reads_words_from_mean_embeddings_and_statistics_from_noise(zoo: ModuleType):
+    reader = zoo.reader("llama", hidden_size=64)
+    public = [f"{a} likes {b} and {c}." for a in NAMES for b in NAMES for c in NAMES]
+    texts = [f"{a} likes {b} and {c}." for a, b, c in (NAMES[:3], NAMES[2:5], NAMES[1:4])]
+    (target,) = compressed(make_compressor("full-text", reader, tune_reader=False), [None], texts)
+    attacker = BagOfWords(reader)
+    with pytest.raises(ValueError, match="learns from public text"):
+        attacker.attack(target.stolen)
+    attacker.learn(public, target)
+    assert audit(target, attacker).row["token_f1"] >= 0.95
+    noise = Target("noise", None, "embeds", texts, [one.map(torch.randn_like) for one in target.stolen])
+    assert audit(noise, attacker).row["token_f1"] <= 0.8  # two words of five are in every text

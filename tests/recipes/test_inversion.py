@@ -11,7 +11,10 @@ from nutgraf.benchmarks.audit.audit import audit, baseline
 from nutgraf.benchmarks.audit.corpus_statistics import CorpusStatistics
 from nutgraf.benchmarks.audit.geia import GEIA, train, trained
 from nutgraf.benchmarks.audit.targets import Target, compressed
+from nutgraf.benchmarks.audit.targets import vectors as vectors_of
+from nutgraf.benchmarks.audit.vec2text import Vec2Text
 from nutgraf.compressors import CheckpointError, Reader, ReaderMismatchError, make_compressor
+from nutgraf.compressors.encoders.embedder import load_embedder
 from nutgraf.recipes.data.templates import autoencoding_prompt
 from nutgraf.recipes.tasks.inversion import InversionDecoder, InversionSettings, InversionTask
 from nutgraf.recipes.training.schema import parse_recipe
@@ -149,6 +152,26 @@ def test_a_compressor_is_no_decoder(zoo: ModuleType, tmp_path: Path):
     make_compressor("mean-pool", reader).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="no inversion decoder"):
         InversionDecoder.from_pretrained(tmp_path, reader)
+
+
+@pytest.mark.slow
+def test_corrected_guesses_are_never_farther(zoo: ModuleType):
+    """With the real MiniLM: of random guesses the nearest stays."""
+    reader, embedder = zoo.reader("llama"), load_embedder("all-MiniLM-L6-v2", "cpu")
+    target = vectors_of(embedder, TEXTS)
+    decoder = InversionDecoder(reader, InversionSettings(embedder="e", slots=2), embedder.dim, embedder.fingerprint)
+    first = GEIA(reader, decoder)
+    corrected = Vec2Text(reader, decoder, embedder=embedder, rounds=1, candidates=2)
+
+    def likeness(guesses):
+        made = torch.stack([embedder.embed_shards([text or "."], 200, [1])[0].mean(0) for text in guesses])
+        return torch.cosine_similarity(torch.cat(target.stolen), made)
+
+    before, after = likeness(first.attack(target.stolen)), likeness(corrected.attack(target.stolen))
+    assert (after >= before - 1e-5).all()
+    assert (after > before + 1e-3).any()
+    with pytest.raises(ValueError, match="--embedder"):
+        Vec2Text(reader, decoder).attack(target.stolen)
 
 
 @pytest.mark.long
