@@ -45,7 +45,7 @@ class Family:
     @property
     def form(self) -> str:
         """What a store keeps of a passage."""
-        return {"embeds": SOFT, "kv": RAGGED if self.cost == "probes" else DENSE}.get(self.interface, TEXT)
+        return {"embeds": SOFT, "kv": DENSE if self.cost == "slots" else RAGGED}.get(self.interface, TEXT)
 
 
 SELECTED = "selected keys and values"
@@ -54,6 +54,7 @@ FAMILIES = (
     Family("pooled states", "embeds", "states"),
     Family("keys and values", "kv", "slots"),
     Family(SELECTED, "kv", "probes"),
+    Family("keys and values at places of their own", "kv", "states"),
     Family("cross-attention digests", "embeds", "blocks"),
     Family("one vector", "embeds", "vector"),
     Family("fitted slots", "embeds", "fit"),
