@@ -18,7 +18,7 @@ others() { # shorter texts, and the passage's first tokens
 }
 
 slots() { # trained ones
-  quality "$1" --baseline none --compressor icae-smollm2@2,4
+  quality "$1" --baseline none --compressor icae-smollm2@2,4 --compressor "mean-pool-smollm2@${RATIOS#1,}"
 }
 
 choices() { # other scores, budgets and repairs; passages are read once for all of them

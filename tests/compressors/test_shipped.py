@@ -102,7 +102,7 @@ def smollm2(model_cache: Path) -> Reader:
 # By the answers' likelihood, which tells more from few questions than answers do; this reader takes its time.
 @pytest.mark.slow
 @pytest.mark.skipif(not packaged_lm.is_installed(), reason=f"needs {packaged_lm.INSTALL}")
-@pytest.mark.parametrize("name", ["icae-smollm2", "salient-pool-query-smollm2", "xrag-smollm2"])
+@pytest.mark.parametrize("name", ["icae-smollm2", "mean-pool-smollm2", "salient-pool-query-smollm2", "xrag-smollm2"])
 def test_slots_of_the_pretrained_reader_make_answers_likelier(smollm2, records, name):
     compressor = load_compressor(pretrained(name), reader=smollm2)
     asked = [r["question"] for r in records] if compressor.query_aware else None
