@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,79 +17,17 @@ from torch import Tensor
 
 from ..base import CompressorT, TextCompressor
 from ..core.blocks import find_structure
-from ..core.config import CompressorConfig, ConfigT, added, check_choices, check_counts, check_ratio
+from ..core.config import check_counts
 from ..core.hidden import hide
-from ..core.keep import KeepSettings
 from ..core.passage import CompressedPassage
 from ..core.structure import Structure, mean_between
 from ..core.units import LEVELS, Span, carve, split_units, tokens_in, unit_scores
 from ..reader.reader import Reader
 from .budget import Search, join, merge, run_searches, search
 from .scoring import TokenScores, self_information
+from .settings import SelectionConfig, SelectionSettings
 
-MODES = ("fast", "published")
 _LONGEST_WORD = 64  # characters of a word that may exceed a budget rather than be divided
-_OLD_NAME = "faithful"  # of mode "published" in older configs, and in fingerprints
-
-
-@dataclass(kw_only=True)
-class SelectionSettings(KeepSettings):
-    """Config mixin of every text method: the budget, the units, and what must stay."""
-
-    ratio: float = field(default=2.0, metadata={"help": "compression ratio if a call gives no budget"})
-    unit: str = field(default="phrase", metadata={"help": f"kept or dropped as a whole: one of {', '.join(LEVELS)}"})
-    joiner: str = field(default=" ", metadata={"help": "text between kept spans that do not touch"})
-    mode: Literal["fast", "published"] = field(
-        default="fast",
-        metadata={"help": "'fast': exact budget; 'published': the released algorithm ('faithful' in older configs)"},
-    )
-    max_tokens: int | None = added(None, "the reader's tokens of each result, instead of a ratio")
-
-
-@dataclass
-class SelectionConfig(SelectionSettings, CompressorConfig):
-    """Base config of text methods.
-
-    Options of ``mode="published"`` alone are in a field ``published`` of the class `options_class`. `from_dict` and
-    `to_dict` hold them flat, beside the other settings.
-    """
-
-    method: ClassVar[str]
-    cost: ClassVar[str] = "scores"
-    options_class: ClassVar[type[CompressorConfig] | None] = None
-
-    def __post_init__(self) -> None:
-        check_ratio(self.ratio, "source tokens per kept token")
-        if self.mode == _OLD_NAME:
-            self.mode = "published"
-        check_choices(self, {"unit": LEVELS, "mode": MODES})
-        check_counts(self, {"max_tokens": 1}, optional=["max_tokens"])
-        self.check_keep()
-
-    def to_dict(self) -> dict[str, Any]:
-        """A flat JSON-able dict for `from_dict`."""
-        found = super().to_dict()
-        options = found.pop("published", None)
-        return found if options is None else found | self.published.to_dict()  # type: ignore[attr-defined]
-
-    def identity(self) -> dict[str, Any]:
-        """What the fingerprint hashes."""
-        return super().identity() | ({"mode": _OLD_NAME} if self.mode == "published" else {})
-
-    @classmethod
-    def from_dict(cls: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
-        """Builds the config; raises ``ValueError`` for unknown keys."""
-        options_class = cls.options_class  # type: ignore[attr-defined]
-        if options_class is not None and isinstance(data, Mapping):
-            names = {f.name for f in fields(options_class)}
-            flat = {name: value for name, value in data.items() if name in names}
-            given = data.get("published", {})
-            given = given.to_dict() if isinstance(given, options_class) else given
-            if not isinstance(given, Mapping):
-                raise ValueError(f"published holds options by name, got a {type(given).__name__}.")
-            options = options_class.from_dict({**given, **flat})
-            data = {**{name: value for name, value in data.items() if name not in names}, "published": options}
-        return super().from_dict(data)  # type: ignore[misc]
 
 
 @dataclass
@@ -286,6 +224,8 @@ class SelectingCompressor(TextCompressor):
                 continue
             if target >= length:
                 notes[i]["reason"] = f"The text has {length} tokens and room for {target}: it is left as it is."
+            elif target < 1 and (must := self.config.kept_spans(text)):
+                raise self._refusal(text, must, None, length, target)
             elif target < 1:
                 out[i], notes[i]["reason"] = ("", (), 0), "The budget is 0 tokens."
             else:
@@ -316,7 +256,7 @@ class SelectingCompressor(TextCompressor):
                     return found
             if must:
                 if not found[0]:
-                    yield from self._refuse(cut, must)
+                    raise self._refusal(cut.text, must, cut.structure, cut.length, cut.target)
                 return found
             if cut.structure is None:
                 return (yield from self._best_word(cut))
@@ -353,16 +293,17 @@ class SelectingCompressor(TextCompressor):
         cut.note["reason"] = f"No member fits into {cut.target} tokens: the brackets stay, so that the result is JSON."
         return ((), 0) if cut.hard and n > cut.target else (spans, n)
 
-    def _refuse(self, cut: _Cut, must: Sequence[Span]) -> Generator[list[str], list[int], None]:
-        text, structure = cut.text, cut.structure
+    def _refusal(
+        self, text: str, must: Sequence[Span], structure: Structure | None, length: int, target: int
+    ) -> ValueError:
         spans = merge(text, must)
         if structure is not None:
             widened = [((a, b), structure.part_at(a)) for a, b in structure.widen(must)]
             spans = structure.merge(widened)
-        (n,) = yield [join(text, spans, self.config.joiner, structure)]
-        raise ValueError(
-            f"What must stay takes {n} of the {cut.length} tokens of {text[:40]!r}..., and the budget is {cut.target}; ask for "
-            f"ratio {cut.length / n:.4g} or less, for max_tokens {n} or more, or keep fewer words (keep, keep_patterns, "
+        (n,) = self._counts([join(text, spans, self.config.joiner, structure)])
+        return ValueError(
+            f"What must stay takes {n} of the {length} tokens of {text[:40]!r}..., and the budget is {target}; ask for "
+            f"ratio {length / n:.4g} or less, for max_tokens {n} or more, or keep fewer words (keep, keep_patterns, "
             "keep_digits, keep_names)."
         )
 

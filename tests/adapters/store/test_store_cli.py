@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import re
 import sys
 from pathlib import Path
 
@@ -122,6 +123,16 @@ def test_a_corpus_is_compressed_shown_verified_and_compacted(models, corpus, tmp
 
 
 @pytest.mark.slow
+def test_shorter_texts_have_a_budget_in_tokens(models, corpus, tmp_path):
+    reader, soft, _ = models
+    asked = ["compress", corpus, "-s", tmp_path / "s", "-r", reader, "--max-tokens", 7]
+    said = run(*asked, "-c", "selective-context")
+    slots = int(re.search(r"7 passages compressed \([\d,]+ tokens to (\d+) slots\)", said)[1])
+    assert 7 * 4 < slots <= 7 * 7
+    assert "not both" in fail(*asked, "-c", "selective-context", "--ratio", 2)
+    assert "max_tokens needs a compressor to text" in fail(*asked, "-c", soft)
+
+
 def test_facts_follow_the_newest_corpus_and_a_document_is_deleted(models, corpus, tmp_path):
     reader, one, _ = models
     store = tmp_path / "store"

