@@ -14,10 +14,10 @@ from ...compressors.core.batching import pad_rows
 from ...compressors.kv.encode import cached_layers
 from ...compressors.reader.kv import ROTARY
 from .attacker import Stolen, register_attacker
-from .kv_lookup import KVLookup, add_distances, stored_keys
+from .kv_lookup import KVLookup, stored_keys
 from .targets import Target
 
-TEXTS = 96  # public passages whose keys are fitted; more than some ten thousand tokens gain little
+TEXTS = 64  # public passages whose keys are fitted
 RIDGE = 1e-3  # added to the features' covariance, whose diagonal is about 1
 PLACES = 2048  # positions whose distances to all tokens exist at the same time
 
@@ -39,6 +39,7 @@ class KVLayers(KVLookup):
         super().__init__(reader)
         self.maps: list[Tensor] | None = None  # of each layer [kv_heads, width + 1, head_dim], whitened
         self.whiten: list[Tensor] = []  # of each layer [kv_heads, head_dim, head_dim]
+        self.sizes = torch.zeros(0)  # [layers * kv_heads, vocabulary], squared lengths of mapped tokens
         self.prior = torch.zeros(reader.vocab_size)
 
     def features(self, ids: Tensor) -> Tensor:
@@ -82,6 +83,8 @@ class KVLayers(KVLookup):
             whiten = torch.linalg.inv(torch.linalg.cholesky(rest)).mT
             self.whiten.append(whiten.float())
             self.maps.append((a @ whiten).float())
+        every = self.features(torch.arange(self.reader.vocab_size, device=self.reader.device))
+        self.sizes = torch.stack([(every @ head).square().sum(-1) for layer in self.maps for head in layer])
 
     def _read(self, ids: list[list[int]]) -> tuple[Tensor, list[Tensor]]:
         """Features ``[tokens, width + 1]`` of some texts, and of each layer the keys ``[kv_heads, tokens, head_dim]``."""
@@ -101,19 +104,23 @@ class KVLayers(KVLookup):
             out.append(keys.transpose(1, 2)[used].transpose(0, 1))
         return self.features(rows[used]), out
 
-    @torch.no_grad()
     def attack(self, stolen: Sequence[Stolen]) -> list[str]:
         """Raises ValueError before `learn`."""
+        passages = [one for one in stolen if isinstance(one, CompressedPassage)]
+        return [self.text(passage, tokens) for passage, tokens in zip(passages, self.estimates(passages))]
+
+    @torch.no_grad()
+    def estimates(self, passages: Sequence[CompressedPassage]) -> list[dict[int, int]]:
+        """Tokens of each passage by their position, after its `first` tokens. Raises ValueError before `learn`."""
         if self.maps is None:
             raise ValueError("This attacker learns from public text first: call learn(texts).")
-        passages = [one for one in stolen if isinstance(one, CompressedPassage)]
         found = [self.tokens(one) for one in passages]
         left = self._left(passages, found)
         for start in range(0, len(left), PLACES):
             part = left[start : start + PLACES]
             for (i, place), token in zip(part, self._estimate(passages, part)):
                 found[i][place] = token
-        return [self.text(passage, tokens) for passage, tokens in zip(passages, found)]
+        return found
 
     def _left(self, passages: Sequence[CompressedPassage], found: Sequence[dict[int, int]]) -> list[tuple[int, int]]:
         """Passage and position of the tokens that only deeper layers hold."""
@@ -125,22 +132,22 @@ class KVLayers(KVLookup):
         return out
 
     def _estimate(self, passages: Sequence[CompressedPassage], wanted: Sequence[tuple[int, int]]) -> list[int]:
-        """The likeliest token at each of the wanted places, given as passage and position."""
+        """The likeliest token at each of the wanted places, given as passage and position.
+
+        Of the squared distances between whitened keys and mapped embeddings, summed over the keys of a place, what depends on
+        the token is ``-2 f(t) . sum_k A k + sum_k |A' f(t)|^2`` with the features f: one product with the vocabulary.
+        """
         device, maps = self.reader.device, self.maps or []
         row = {place: n for n, place in enumerate(wanted)}
+        pulls = torch.zeros(len(wanted), self.reader.width + 1, device=device)
+        held = torch.zeros(len(wanted), self.sizes.shape[0], device=device)
+        for i in sorted({i for i, _ in wanted}):
+            for found in stored_keys(passages[i], self.reader, range(len(maps))):
+                mine = [n for n, place in enumerate(found.at.tolist()) if (i, place) in row]
+                rows = torch.tensor([row[i, int(found.at[n])] for n in mine], dtype=torch.long, device=device)
+                whitened = found.keys[mine] @ self.whiten[found.layer][found.head]
+                pulls.index_add_(0, rows, whitened @ maps[found.layer][found.head].T)
+                held[rows, found.layer * len(maps[found.layer]) + found.head] = 1.0
         every = self.features(torch.arange(self.reader.vocab_size, device=device))
-        total = -2 * self.prior.expand(len(wanted), -1).contiguous()
-        chosen = sorted({i for i, _ in wanted})
-        for layer in range(len(maps)):
-            rows: list[list[int]] = [[] for _ in range(len(maps[layer]))]
-            keys: list[list[Tensor]] = [[] for _ in rows]
-            for i in chosen:
-                for found in stored_keys(passages[i], self.reader, range(layer, layer + 1)):
-                    mine = [n for n, place in enumerate(found.at.tolist()) if (i, place) in row]
-                    rows[found.head] += [row[i, int(found.at[n])] for n in mine]
-                    keys[found.head].append(found.keys[mine])
-            for head, at in enumerate(rows):
-                if at:
-                    mapped = torch.cat(keys[head]) @ self.whiten[layer][head]
-                    add_distances(total, torch.tensor(at, device=device), mapped, every @ maps[layer][head])
+        total = held @ self.sizes - 2 * (pulls @ every.T) - 2 * self.prior
         return total.argmin(-1).tolist()

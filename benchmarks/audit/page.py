@@ -11,7 +11,7 @@ from ...compressors.core.words import plain_words
 from ..names import method_name
 from ..report.table import Column, Table, build, interval, render
 from ..rows import Row
-from .attacker import ATTACKERS
+from .attackers import ATTACKERS
 from .audit import Outcome
 from .corpus_statistics import CorpusStatistics
 

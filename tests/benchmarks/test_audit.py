@@ -130,8 +130,28 @@ def test_deeper_keys_give_tokens_that_the_first_layer_lacks(zoo: ModuleType):
     deep = CompressedPassage("kv", len(ids), "c", reader.fingerprint, keys=(keys,), values=(values,), **about)
     assert KVLookup(reader).attack([deep]) == [""]
     found = score(PASSAGE, attacker.attack([deep])[0])
+    # the likeliest token by the distances themselves
+    every = attacker.features(torch.arange(reader.vocab_size))
+    for place in (0, 5):
+        total = -2 * attacker.prior
+        for layer, head in ((1, 0), (1, 1), (2, 0), (2, 1)):
+            key = reader.kv_placement.rotate(passage.keys[layer][head : head + 1], -passage.positions, layer)[0, place]
+            apart = key @ attacker.whiten[layer][head] - every @ attacker.maps[layer][head]
+            total = total + apart.square().sum(-1)
+        assert int(total.argmin()) == attacker.estimates([deep])[0][place]
     noise = deep.map(lambda t: torch.randn_like(t) * t.std() if t.is_floating_point() else t)
     assert found["recall"] > 0.5 > 0.3 > score(PASSAGE, attacker.attack([noise])[0])["recall"]
+
+
+def test_repair_does_not_change_what_the_attacks_read(zoo: ModuleType):
+    reader = zoo.reader("llama")
+    (a,), (b,) = (
+        load_compressor("kv-match", reader, probes=2, repair=repair).compress([PASSAGE], ratio=3)
+        for repair in ("bias+values", "none")
+    )
+    assert torch.equal(a.keys[0], b.keys[0])
+    assert torch.equal(a.positions, b.positions)
+    assert torch.equal(a.counts, b.counts)
 
 
 def test_tokens_to_read_again_are_stored_as_they_are(zoo: ModuleType):
