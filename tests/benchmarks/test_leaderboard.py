@@ -143,6 +143,7 @@ def test_a_recipe_that_diverges_is_left_out_and_not_tried_again(folder: Path, tm
     assert sum("of 2: " in line and "bad" in line for line in said) == 1
 
 
+@pytest.mark.slow
 def test_the_page_ranks_and_the_picture_shows_shares(tmp_path: Path) -> None:
     def row(method: str, scores: list[float], **more: object) -> dict:
         about = {"f1": sum(scores) / len(scores)} | {
