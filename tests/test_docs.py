@@ -147,6 +147,20 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert not outside, "pages must need no network"
 
 
+def test_joined_passages_have_the_numbers_of_their_rows():
+    page = (ROOT / "docs" / "methods" / "kv-match.md").read_text().partition("## Several passages")[2]
+    rows = (ROOT / "benchmarks" / "results" / "kv_joined.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, rows) if row["n"] == 40]
+    assert len(rows) == 6
+    for row in rows:
+        share = f"{100 * row['recovered_share']:.0f} %"
+        if 0 < row["recovered_share"] < 1:
+            share += f" ({100 * row['ci_low']:.0f} to {100 * row['ci_high']:.0f})"
+        kl = "0" if row["method"] == "full" else f"{row['kl_to_full']:.2f}"
+        cells = [f"{row['reader_tokens']:.0f}", f"{100 * row['f1']:.1f}", share, kl, f"{row['nll']:.1f}"]
+        assert f"| {' | '.join(cells)} |" in page
+
+
 def test_the_scores_that_were_tried_have_the_numbers_of_their_rows():
     page = (ROOT / "docs" / "methods" / "kv-match.md").read_text()
     shown = re.findall(r"^\| [^|]+ \| ([^|]*\)) \| ([^|]*\)) \|$", page.partition("| score | at 8x |")[2], re.M)

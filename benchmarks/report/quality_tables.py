@@ -200,7 +200,6 @@ FRONT = {
     "truncate": "the passage's first tokens",
     "llmlingua2": "LLMLingua-2: shorter text",
     "mean-pool": "mean-pool: soft tokens, trained for 96 minutes, reader tuned",
-    "icae": "ICAE: soft tokens, trained for 23 minutes",
     "llmlingua2-query": "LLMLingua-2, compressed again for each question",
 }
 
