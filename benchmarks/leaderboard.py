@@ -5,6 +5,7 @@ Every part is resumed: a finished run is not trained again, and a line that the 
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import time
@@ -13,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..compressors import Compressor, Reader, load_compressor
 from ..compressors.core.files import write_atomically
@@ -123,7 +126,9 @@ def train_all(
             say(f"{name} is left out: {error}")
         except OtherRunsError:
             raise
-        except (ValueError, OSError, ImportError) as error:
+        except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             why = f"{name}: {error}"
             say(f"{name} is left out: {error}")
         else:

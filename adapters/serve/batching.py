@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -19,7 +20,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ...compressors import Reader
 from ...compressors.reader.generation import Pieces, cut_at_end, cut_at_stop
-from ...compressors.reader.plan import PromptPlan
+from ...compressors.reader.plan import PromptPlan, reading_order
 from .errors import RequestError
 from .limits import Limits
 
@@ -165,7 +166,7 @@ class Batcher:
 
     def _generate(self, batch: Sequence[_Job]) -> list[Answered]:
         plans = [job.plan for job in batch]
-        listeners = {i: job.give for i, job in enumerate(batch) if job.on_piece is not None}
+        listeners = {i: job for i, job in enumerate(batch) if job.on_piece is not None}
         return generate(self.reader, plans, batch[0].options, lambda i: batch[i].future.cancelled(), listeners)
 
     def _one_by_one(self, batch: Sequence[_Job], error: BaseException) -> None:
@@ -202,6 +203,8 @@ class Batcher:
             later: deque[_Job] = deque()
             longest = 0
             first = [job for job in self._jobs if job.on_piece or not only_streams][:1]
+            if not first:  # another thread took it
+                return []
             for job in [*first, *(job for job in self._jobs if job not in first)]:
                 widest = max(longest, len(job.plan) + job.options.max_new_tokens)
                 fits = len(batch) < self.limits.max_batch
@@ -220,44 +223,48 @@ def generate(
     plans: Sequence[PromptPlan],
     options: AnswerOptions,
     cancelled: Callable[[int], bool] = lambda place: False,
-    listeners: Mapping[int, Callable[[str], object]] = MappingProxyType({}),
+    listeners: Mapping[int, _Job] = MappingProxyType({}),
 ) -> list[Answered]:
     """Answer prompts of equal options in one batch, which ends when all prompts that are left are ``cancelled``.
 
-    Listeners get the pieces of their prompts' answers, each as soon as it is final.
+    Listeners get the pieces of their prompts' answers, each as soon as it is final, and the answer when it ends.
     """
-    order = sorted(range(len(plans)), key=lambda i: len(plans[i]))  # the reader's own order
-    written = {order.index(i): (Pieces(reader.decode, options.stop), give) for i, give in listeners.items()}
-    seen = _Seen(lambda: [cancelled(i) for i in order], written, reader.eos_ids)
-    texts = reader.generate(
-        [plans[i] for i in order], **options.to_kwargs(), stopping_criteria=StoppingCriteriaList([seen])
-    )
-    for pieces, give in written.values():
-        give(pieces.rest())
-    answers: list[Answered | None] = [None] * len(plans)
-    for i, text, row in zip(order, texts, seen.rows() or [[]] * len(plans)):
-        ids = cut_at_end(row, reader.eos_ids)
-        stopped = cut_at_stop(reader.decode(ids), options.stop)[1]
-        made = len(ids) if not stopped else len(reader.tokenize(text))
-        ended = stopped or len(ids) < options.max_new_tokens
-        answers[i] = Answered(text, made, "stop" if ended else "length")
-    return answers  # type: ignore[return-value]
+    order = reading_order(plans)
+    written = {order.index(i): (Pieces(reader.decode, options.stop), job) for i, job in listeners.items()}
+    answer = functools.partial(_answered, reader, options)
+    seen = _Seen(lambda: [cancelled(i) for i in order], written, answer, reader.eos_ids)
+    reader.generate([plans[i] for i in order], **options.to_kwargs(), stopping_criteria=StoppingCriteriaList([seen]))
+    answers = {i: answer(row) for i, row in zip(order, seen.rows() or [[]] * len(plans))}
+    for pieces, job in seen.writing.values():
+        job.give(pieces.rest())
+    return [answers[i] for i in range(len(plans))]
+
+
+def _answered(reader: Reader, options: AnswerOptions, row: list[int]) -> Answered:
+    """The answer that some new ids are, perhaps with what follows its end."""
+    ids = cut_at_end(row, reader.eos_ids)
+    text, stopped = cut_at_stop(reader.decode(ids), options.stop)
+    made = len(ids) if not stopped else len(reader.tokenize(text))
+    ended = stopped or len(ids) < options.max_new_tokens
+    return Answered(text, made, "stop" if ended else "length")
 
 
 class _Seen(StoppingCriteria):
-    """Records the generated ids; gives pieces of streams; stops the cancelled prompts."""
+    """Records the generated ids; gives pieces of streams, and settles those that end; stops the cancelled prompts."""
 
     def __init__(
         self,
         cancelled: Callable[[], list[bool]],
-        written: dict[int, tuple[Pieces, Callable[[str], object]]],
+        written: dict[int, tuple[Pieces, _Job]],
+        answered: Callable[[list[int]], Answered],
         ends: Sequence[int],
     ) -> None:
         self.cancelled = cancelled
         self.steps = 0
         self.ids: Tensor | None = None
+        self.answered = answered
         self.ends = ends
-        self.writing = dict(written)
+        self.writing = dict(written)  # streams that have not ended
 
     def abandoned(self) -> bool:
         """Whether all prompts are cancelled; the forward pass then ends too."""
@@ -268,11 +275,14 @@ class _Seen(StoppingCriteria):
         self.ids = input_ids
         cancelled = self.cancelled()
         new = input_ids[:, -1].tolist() if self.writing else []
-        for row, (pieces, give) in list(self.writing.items()):
-            if new[row] in self.ends or cancelled[row]:
+        for row, (pieces, job) in list(self.writing.items()):
+            ended = new[row] in self.ends
+            if not ended and not cancelled[row]:
+                job.give(pieces.add(new[row]))
+            if ended or pieces.stopped or cancelled[row]:
                 del self.writing[row]  # padding follows
-            else:
-                give(pieces.add(new[row]))
+                job.give(pieces.rest())
+                job.settle(self.answered(input_ids[row, -self.steps :].tolist()))
         return torch.tensor(cancelled, dtype=torch.bool, device=input_ids.device)
 
     def rows(self) -> list[list[int]]:

@@ -3,7 +3,8 @@
 A sealed record is ``key id (8 bytes) | nonce (12) | ciphertext | tag (16)``. The nonce is random for each record, and the
 associated data is the passage's id with the kind of record, so that a record that was changed, or moved to another passage,
 does not open. A thief without the key still sees how many passages there are, their lengths, methods and ratios, and can test
-whether a text that he already has is among them. After 2**32 records a key should be replaced (NIST SP 800-38D, 8.3).
+whether a text (or, for question-aware methods, a question) that he has is among them. After 2**32 records a key should
+be replaced (NIST SP 800-38D, 8.3).
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ def new_key() -> str:
     return base64.b64encode(secrets.token_bytes(SIZE)).decode()
 
 
+class WrongKeyError(StoreError):
+    """A record is sealed with a key that is not given; it is not damaged."""
+
+
 class Cipher:
     """Seals records with the first key, and opens those of all keys.
 
@@ -52,7 +57,7 @@ class Cipher:
             raise ImportError("An encrypted store needs cryptography: pip install nutgraf[store].") from error
         given: Any = os.environ.get(VARIABLE, "") if keys is None else keys() if callable(keys) else keys
         parts = [given] if isinstance(given, bytes) else re.split(r"[,\s]+", given) if isinstance(given, str) else given
-        raw = [_bytes_of(part) for part in parts if part]
+        raw = [_bytes_of(part.strip() if isinstance(part, str) else part) for part in parts or () if part]
         if not raw:
             raise ValueError(f"An encrypted store needs its key: {_HOW}.")
         self._boxes: dict[bytes, Any] = {_id_of(key): AESGCM(key) for key in raw}
@@ -67,7 +72,8 @@ class Cipher:
         """The bytes of a sealed record, in a buffer of their own.
 
         Raises:
-            StoreError: if its key is not among those given, or it was changed.
+            WrongKeyError: if its key is not among those given.
+        StoreError: if it was changed.
         """
         view = memoryview(sealed)
         mark = bytes(view[:_ID])
@@ -75,7 +81,7 @@ class Cipher:
             raise StoreError("A sealed record of the store is cut off. Run `nutgraf store verify DIR`.")
         if (box := self._boxes.get(mark)) is None:
             have = ", ".join(sorted(known.hex() for known in self._boxes))
-            raise StoreError(
+            raise WrongKeyError(
                 f"The store was encrypted with the key {mark.hex()}, and the keys given are {have}; {_HOW}."
             )
         made: Any = np.empty(len(view) - _ID - _NONCE - _TAG, dtype=np.uint8)  # not filled with zeros first

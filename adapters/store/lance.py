@@ -17,6 +17,7 @@ import functools
 import os
 import secrets
 import threading
+import warnings
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -95,6 +96,8 @@ class LanceStore(PassageStore):
                 f"The store {self.uri} is not encrypted; open it without keys, or copy it into an encrypted one: "
                 f"nutgraf store migrate {self.uri} --to NEW with {VARIABLE} set."
             )
+        if not self.encrypted and not self.read_only and os.environ.get(VARIABLE):
+            warnings.warn(f"{VARIABLE} is set, but the store {self.uri} is not encrypted.", stacklevel=2)
         self._cipher = (cipher or Cipher(keys)) if self.encrypted else None
         if (dtype or quantize or group) and wanted != self.encoding:
             raise ValueError(

@@ -14,7 +14,7 @@ from typing import Any
 
 from ...compressors import Compressor
 from .base import Facts, Maker, PassageKey, PassageStore, StoreError, batched, documents, joined, sha256
-from .encryption import Cipher, unpacked
+from .encryption import Cipher, WrongKeyError, unpacked
 from .fill import Filled, fill, keys_for
 from .lance import LanceStore
 from .rows import KEY, key_of
@@ -50,6 +50,7 @@ def verify(store: LanceStore, *, drop: bool = False, done: Callable[[int], None]
 
     Raises:
         StoreError: if the table cannot be read, or with ``drop``, if the store is read-only.
+        WrongKeyError: if a passage is encrypted with a key that is not given; nothing is deleted then.
     """
     problems = []
     for rows in store._table.batches(["key", *store._columns()[1:]]):
@@ -69,6 +70,8 @@ def _wrong_with(store: LanceStore, row: dict[str, Any]) -> str | None:
         return "its row names another key"
     try:
         entry = store._entry(row)
+    except WrongKeyError:
+        raise
     except (StoreError, ValueError) as error:
         return str(error)
     if entry.text is not None and sha256(entry.text) != row["text_hash"]:
@@ -147,11 +150,11 @@ def rotate(store: LanceStore, done: Callable[[int], None] | None = None) -> int:
 
     Stop it at any time, and run it again to continue: each passage has one key or the other at every moment. The old records
     stay in the slabs and in older versions of the table until `compact` with ``keep_hours=0``. Do not change the facts of
-    stored passages meanwhile.
+    stored passages, and do not compact a remote store, meanwhile.
 
     Raises:
         ValueError: if the store is not encrypted.
-        StoreError: if it cannot be written, or a record opens with none of the keys.
+        StoreError: if it cannot be written, is being compacted, or a record opens with none of the keys.
     """
     _refuse_read_only(store)
     cipher = store._cipher
@@ -165,7 +168,7 @@ def rotate(store: LanceStore, done: Callable[[int], None] | None = None) -> int:
     ]
     total = 0
     for some in batched(dict.fromkeys(old), _BATCH):
-        with store._writing:
+        with store._writing, _alone(store):  # `compact` moves the same bytes
             total += _reseal(store, cipher, some)
         if done is not None:
             done(len(some))

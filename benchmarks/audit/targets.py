@@ -12,6 +12,7 @@ from ...adapters.store import Entry, PassageStore
 from ...compressors import Compressor, Reader, ReaderMismatchError
 from ...compressors.encoders.embedder import Embedder
 from ...recipes.tasks.inversion import Stolen
+from .scores import words
 
 
 @dataclass
@@ -95,7 +96,7 @@ def stored(store: PassageStore, reader: Reader, limit: int | None = None) -> lis
     groups: dict[tuple[str, float | None, str], list[Entry]] = {}
     with_vectors: list[Entry] = []
     for entry in store.entries():
-        if not entry.text or not entry.text.strip():
+        if not entry.text or not words(entry.text):
             continue
         if entry.passage.reader not in (None, reader.fingerprint):
             raise ReaderMismatchError(

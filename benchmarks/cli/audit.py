@@ -25,6 +25,7 @@ from ..audit.corpus_statistics import CorpusStatistics
 from ..audit.defences import DEFENCES, defended
 from ..audit.geia import GEIA, train, trained
 from ..audit.page import audit_table, write_page
+from ..audit.scores import words
 from ..audit.targets import Target, compressed, spread, stored, vectors
 from ..audit.vec2text import Vec2Text
 from ..loading import SAMPLE_ARTICLES, CompressorSpec, dataset_name, find_records
@@ -129,7 +130,8 @@ def find_targets(asked: AuditOptions, reader: Reader) -> Iterator[Target]:
             raise ValueError(str(error)) from error
         return
     records = find_records(asked.file, asked.half)
-    texts = spread(list(dict.fromkeys(record.gold_text or record.passages[0] for record in records)), asked.limit)
+    texts = list(dict.fromkeys(record.gold_text or record.passages[0] for record in records))
+    texts = spread([text for text in texts if words(text)], asked.limit)
     if asked.embedder is not None:
         yield vectors(load_embedder(asked.embedder), texts)
         return
@@ -155,7 +157,19 @@ def find_attackers(asked: AuditOptions, reader: Reader, target: Target, left_out
         if (not asked.attacker or name in asked.attacker) and all(map(cls.reads, target.stolen))
     ]
     probed = target.victim is not None  # a probe learns from text that is compressed alike
-    yield from (cls(reader) for cls in fit if not issubclass(cls, GEIA) and (probed or not issubclass(cls, BagOfWords)))
+    if target.interface == "vector" and not probed:
+        typer.echo(
+            "Not attacked without a decoder: the stored retrieval vectors. Audit their embedder: --embedder NAME."
+        )
+    for cls in fit:
+        if issubclass(cls, GEIA) or (issubclass(cls, BagOfWords) and not probed):
+            continue
+        try:
+            yield cls(reader)
+        except ValueError as error:  # of a reader that it cannot attack
+            if cls.name in asked.attacker:
+                raise
+            typer.echo(f"{cls.title} is left out: {error}")
     if not any(issubclass(cls, GEIA) for cls in fit):
         return
     found = trained(target, reader, asked.decoder)

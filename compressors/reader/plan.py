@@ -65,6 +65,11 @@ class PromptPlan:
         self.kinds.extend([SOFT if passage.interface == "embeds" else KV] * slots)
 
 
+def reading_order(plans: Sequence[PromptPlan]) -> list[int]:
+    """Indices of plans in the order in which `Reader.generate` reads them: by the positions that run."""
+    return sorted(range(len(plans)), key=lambda i: (plans[i].run, len(plans[i])))
+
+
 def merge_atoms(atoms: Iterable[Any]) -> list[Any]:
     """Joins adjacent texts, including text passages, so that they are tokenised as one; drops passages without slots."""
     merged: list[Any] = []

@@ -22,7 +22,7 @@ from .head import build_head
 from .identity import ReaderIdentity
 from .kv import KVPlacement, join, position_arguments
 from .loading import as_dtype, find_lm, load_tokenizer
-from .plan import KV, Layout, Prompt, PromptPlan, plan_prompts
+from .plan import KV, Layout, Prompt, PromptPlan, plan_prompts, reading_order
 from .tokenization import PromptTokenizer
 
 IDENTITY = "identity"
@@ -428,7 +428,7 @@ class Reader(Unpickled):
         """
         stop = stop_strings(stop)
         plans = self._as_plans(prompts, chat, template)
-        order = sorted(range(len(plans)), key=lambda i: (plans[i].run, len(plans[i])))
+        order = reading_order(plans)
         answers = [""] * len(plans)
         step = batch_size or max(len(plans), 1)
         config = make_config(max_new_tokens, generation_config, generate_kwargs, self.tokenizer, self.eos_ids)

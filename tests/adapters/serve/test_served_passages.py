@@ -19,6 +19,7 @@ import httpx
 import pytest
 from nutgraf import load_compressor, make_compressor
 from nutgraf.adapters.serve import Limits, create_app
+from nutgraf.adapters.serve.batching import AnswerOptions, Batcher, generate
 from nutgraf.adapters.serve.cli import is_loopback
 from nutgraf.adapters.store import LanceStore, fill, keys_for
 from nutgraf.cli import app as nutgraf
@@ -61,6 +62,23 @@ def served(reader, compressors, store):
     server = Running(reader, compressor=compressors["ragged"], store=store, limits=LIMITS)
     yield server
     server.stop()
+
+
+def test_streams_of_short_and_long_prompts_get_their_own_pieces_and_end_on_their_own(reader, compressors):
+    (passage,) = compressors["ragged"].compress([TREATY])
+    plans = reader.plan([[passage, "\nWho?"], [RIVERS[:60], QUESTION]])
+    assert len(plans[0]) > len(plans[1]) > plans[0].run  # read in the other order than by length
+    wanted = [reader.generate([plan], 12) for plan in plans]
+    batcher = Batcher(reader, Limits(max_wait_ms=500))
+    given: list[list[str]] = [[], []]
+    answers = [batcher.stream(plan, AnswerOptions(12), into.append) for plan, into in zip(plans, given)]
+    found = [answer.result(60) for answer in answers]
+    batcher.close()
+    assert list(batcher.batches) == [2]
+    assert [[answer.text] for answer in found] == wanted
+    assert [["".join(pieces)] for pieces in given] == wanted
+    for plan, answer in zip(plans, found):
+        assert answer == generate(reader, [plan], AnswerOptions(12))[0]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import pickle
 import secrets
@@ -99,6 +100,7 @@ def test_a_wrong_or_missing_key_is_told_and_writes_nothing(tmp_path, monkeypatch
         lambda: wrong.facts([entry(0).key]),
         lambda: wrong.put_many([entry(9)]),
         lambda: rotate(wrong),
+        lambda: verify(wrong, drop=True),
     ):
         with pytest.raises(StoreError, match="encrypted with the key"):
             attempt()
@@ -157,6 +159,17 @@ def test_keys_are_replaced_without_loss_and_the_old_one_can_go(tmp_path):
     assert verify(new) == []
     with pytest.raises(StoreError, match="encrypted with the key"):
         LanceStore(tmp_path / "s", keys=KEY).get_many([entry(0).key])
+
+
+def test_keys_are_not_replaced_while_the_store_is_compacted(tmp_path):
+    filled(tmp_path / "s")
+    both = LanceStore(tmp_path / "s", keys=[OTHER, KEY])
+    with open(tmp_path / "s" / ".compacting", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(StoreError, match="being compacted"):
+            rotate(both)
+    assert same(both)
+    assert rotate(both) == 5
 
 
 class Killed(BaseException):
