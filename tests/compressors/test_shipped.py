@@ -111,7 +111,7 @@ def test_slots_of_the_pretrained_reader_make_answers_likelier(smollm2, records, 
 
     def score(contexts):
         prompts = [question_prompt([c], r["question"]) for c, r in zip(contexts, records)]
-        found = likelihoods(smollm2, prompts, references, batch_size=20)
+        found = likelihoods(compressor.reader, prompts, references, batch_size=20)
         return float(torch.cat([each.log_probs for each in found]).mean())
 
     found = score(passages)

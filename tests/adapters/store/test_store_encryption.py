@@ -211,6 +211,6 @@ def test_the_command_line_makes_and_replaces_keys(tmp_path, monkeypatch):
     assert "1 passages encrypted anew" in done.output
     monkeypatch.setenv("NUTGRAF_STORE_KEY", secrets.token_hex(32))
     told = CliRunner().invoke(app, ["store", "verify", str(tmp_path / "s")])
-    assert told.exit_code == 1
+    assert told.exit_code == 2
     assert "encrypted with the key" in told.output
     assert json.dumps(first)[1:-1] not in told.output
