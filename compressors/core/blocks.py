@@ -125,10 +125,10 @@ class _Finder:
             return self._html(a, b)
         if _FENCE.match(line):
             return self._fence(lines, i)
-        if line.lstrip()[0] in "{[" and (end := self.is_json(start := b - len(line.lstrip()))):
-            if self._is_block(start, end):
-                self.add_json(start, end)
-                return end
+        start = b - len(line.lstrip())
+        if (end := self.is_json(start)) and self._is_block(start, end):
+            self.add_json(start, end)
+            return end
         if "|" in line and i + 2 < len(lines) and self._is_table(lines, i):
             return self._table(lines, i)
         return self._list(lines, i) or self._html(a, b)
