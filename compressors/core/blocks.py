@@ -54,7 +54,7 @@ def find_structure(text: str) -> Structure | None:
     root = None
     if found.is_json(start) == end:
         root = found.add_json(start, end)
-    elif not found.fenced and _is_code(text):
+    elif not found.fenced and _is_code(text) and not found.has_json():
         found.add_code(found.lines(start, end), [])
     else:
         found.scan(end)
@@ -69,6 +69,7 @@ class _Finder:
         self.parts: list[Part] = []
         self.kinds: set[str] = set()
         self.fenced = "```" in text or "~~~" in text
+        self._closed: set[int] | None = None  # starts of the HTML tables and lists that end; found when needed
 
     def add(self, start: int, end: int, role: str = "whole", needs: Sequence[int] = (), **how: object) -> int:
         self.parts.append(Part(start, end, role, list(needs), **how))  # type: ignore[arg-type]
@@ -124,11 +125,10 @@ class _Finder:
             return self._html(a, b)
         if _FENCE.match(line):
             return self._fence(lines, i)
-        if line.lstrip()[0] in "{[" and (end := self.is_json(start := b - len(line.lstrip()))):
-            data = self.text[start:end]
-            if not self.text[end:].partition("\n")[0].strip() and ("{" in data or "\n" in data):
-                self.add_json(start, end)
-                return end
+        start = b - len(line.lstrip())
+        if (end := self.is_json(start)) and self._is_block(start, end):
+            self.add_json(start, end)
+            return end
         if "|" in line and i + 2 < len(lines) and self._is_table(lines, i):
             return self._table(lines, i)
         return self._list(lines, i) or self._html(a, b)
@@ -145,6 +145,17 @@ class _Finder:
             return None
         footnote = isinstance(value, list) and len(value) == 1 and isinstance(value[0], int | float)  # such as [6]
         return end if value and not footnote else None
+
+    def has_json(self) -> bool:
+        """Whether JSON of whole lines begins at the start of a line."""
+        starts = (match.start() for match in re.finditer(r"^[{\[]", self.text, re.M))
+        return any((end := self.is_json(start)) and self._is_block(start, end) for start in starts)
+
+    def _is_block(self, start: int, end: int) -> bool:
+        """Whether JSON ends with its line, and is more than an array in one line."""
+        stop = self.text.find("\n", end)
+        data = self.text[start:end]
+        return not self.text[end : None if stop < 0 else stop].strip() and ("{" in data or "\n" in data)
 
     def add_json(self, start: int, end: int, needs: Sequence[int] = ()) -> int:
         """Adds members and elements; returns the index of the outer bracket."""
@@ -267,7 +278,8 @@ class _Finder:
         header = self.add(*lines[i], "frame")
         self.parts[header].needs.append(self.add(*lines[i + 1], "frame"))
         end = lines[i + 1][1]
-        for a, b in lines[i + 2 :]:
+        for k in range(i + 2, len(lines)):
+            a, b = lines[k]
             if "|" not in self.text[a:b]:
                 break
             self.add(a, b, "whole", [header])
@@ -277,7 +289,8 @@ class _Finder:
     def _list(self, lines: list[Span], i: int) -> int | None:
         items: list[tuple[int, int, int]] = []  # indentation, start, end
         blank = False
-        for a, b in lines[i:]:
+        for k in range(i, len(lines)):
+            a, b = lines[k]
             line = self.text[a:b]
             if item := _ITEM.match(line):
                 items.append((len(item[1].expandtabs()), a, b))
@@ -299,7 +312,7 @@ class _Finder:
     def _html(self, start: int, end: int) -> int | None:
         """Adds the HTML table or list that begins between two characters."""
         first = next((t for t in _TAG.finditer(self.text, start, end) if not t[1] and t[2].lower() in _ITEM_TAGS), None)
-        if first is None:
+        if first is None or not self._closes_html(first.start()):
             return None
         wanted = _ITEM_TAGS[first[2].lower()]
         items: list[tuple[int, int, bool]] = []  # start, end, and whether it is in the head of a table
@@ -318,6 +331,19 @@ class _Finder:
             if not depth:
                 return self._add_html(first.start(), tag.end(), items)
         return None
+
+    def _closes_html(self, start: int) -> bool:
+        """Whether the HTML table or list that begins at a character ends somewhere."""
+        if self._closed is None:
+            self._closed, open_ = set(), list[int]()
+            for tag in _TAG.finditer(self.text):
+                if tag[2].lower() not in _ITEM_TAGS:
+                    continue
+                if not tag[1]:
+                    open_.append(tag.start())
+                elif open_:
+                    self._closed.add(open_.pop())
+        return start in self._closed
 
     def _add_html(self, start: int, end: int, items: Sequence[tuple[int, int, bool]]) -> int | None:
         rows = []

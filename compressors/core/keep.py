@@ -154,7 +154,7 @@ def keep_spans(
         Spans in order, without overlap.
     """
     expressions = [re.compile(re.escape(s)) for s in strings] + [re.compile(p) for p in patterns]
-    found = [m.span() for expression in expressions for m in expression.finditer(text) if m.end() > m.start()]
+    found = [m.span() for expression in expressions for m in expression.finditer(text) if m.group().strip()]
     found = _grown(found, text) if found else []
     for kind in kinds:
         found += KINDS[kind](text)

@@ -69,6 +69,11 @@ class CompressiveCompressor(RaggedSegmentCompressor):
         kernels = [torch.eye(n, device=reader.device).expand(*shape, n, n) / config.kernel for n in widths]
         self.key_kernel, self.value_kernel = (nn.Parameter(kernel.clone()) for kernel in kernels)
 
+    def longest_segment(self, ratio: float | None, question_tokens: int = 0) -> int:
+        """``segment_tokens``, or half of the reader's positions: the questions of training are read after a segment."""
+        most, limit = super().longest_segment(ratio), self.max_positions
+        return most if limit is None else max(min(most, limit // 2), 1)
+
     def encode_segments(self, segments: list[Segment]) -> list[RaggedSlots]:
         """One pair for each run."""
         reader, made = self.base_reader, dict[int, RaggedSlots]()

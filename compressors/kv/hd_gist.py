@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -122,9 +123,10 @@ class HDGistCompressor(KVSegmentCompressor):
     def parts(self, ids: list[int], units: list[Unit], number: int) -> list[Part]:
         """Segments of passage ``number``, which end with a unit."""
         found, start, longest = list[Part](), 0, self.longest_segment(None)
+        ends, first = [unit.end for unit in units], 0  # in order
         while start < len(ids):
-            end = max(unit.end for unit in units if unit.end <= start + longest)
-            inside = [unit for unit in units if start < unit.end <= end]
+            after = bisect_right(ends, start + longest)
+            end, inside, first = ends[after - 1], units[first:after], after
             kept = torch.tensor([i for i, unit in enumerate(inside) if unit.kept], dtype=torch.long)
             about = torch.tensor([unit.end - start for unit in inside]), torch.tensor([u.level for u in inside])
             found.append(Part(ids[start:end], len(kept), self.opening, number, *about, kept))

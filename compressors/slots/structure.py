@@ -76,10 +76,10 @@ def keep_best(units: Sequence[Unit], query: str | None, most: int) -> None:
         return sorted(some, key=lambda unit: (-len(asked & _words(unit.text)), unit.start - unit.end))
 
     lines = [unit for unit in units if unit.level == LINE]
-    inside: list[list[Unit]] = [[] for _ in lines]
+    ends, inside = [line.end for line in lines], [list[Unit]() for _ in lines]
     for unit in units:
         if unit.level == SENTENCE:
-            inside[bisect_left([line.end for line in lines], unit.end)].append(unit)
+            inside[bisect_left(ends, unit.end)].append(unit)
     ranked = best_first(lines)
     of = {id(line): sentences for line, sentences in zip(lines, inside)}
     for unit in [*ranked, *(unit for line in ranked for unit in best_first(of[id(line)]))][:most]:

@@ -7,14 +7,15 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..base import TextCompressor
-from ..core.config import CompressorConfig, check_ratio, setting
+from ..base import CompressorT, TextCompressor
+from ..core.config import CompressorConfig, check_counts, check_ratio, setting
 from ..core.errors import ReaderMismatchError
 from ..core.hidden import hide
 from ..core.passage import CompressedPassage
@@ -44,9 +45,11 @@ class NanoCapsulatorConfig(LoRASettings, CompressorConfig):
     query_aware: bool = setting(False, "the writer reads the question (RECOMP, abstractive)")
     verify: bool = setting(True, "drop sentences with a number or name that the passage lacks")
     frozen_hash: str | None = setting(None, "fingerprint of the reader below LoRA; filled in")
+    max_tokens: int | None = setting(None, "budget in the reader's tokens, instead of the ratio")
     r: int = lora_rank(16, " (the writer's)")
 
     def __post_init__(self) -> None:
+        check_counts(self, {"max_tokens": 0}, ("max_tokens",))
         check_ratio(self.ratio, "source tokens per kept token")
         self.check_lora()
 
@@ -86,6 +89,17 @@ class NanoCapsulatorCompressor(TextCompressor):
         self.twin = LoRATwin(reader.model, **config.lora)
         hide(self, "writer", AdaptedReader(reader, self.twin))
 
+    @classmethod
+    def from_pretrained(cls: type[CompressorT], folder: str | Path, reader: Reader, **kwargs: Any) -> CompressorT:
+        """Loads a folder written by `save_pretrained`. ``ratio`` and ``max_tokens`` replace those in it."""
+        if unknown := sorted(kwargs.keys() - {"ratio", "max_tokens"}):
+            raise ValueError(
+                f"A saved Nano-Capsulator takes the settings ratio and max_tokens; got {', '.join(unknown)}."
+            )
+        compressor: Any = super().from_pretrained(folder, reader)  # type: ignore[misc]
+        compressor.config = replace(compressor.config, **kwargs)
+        return compressor
+
     def _compress(
         self,
         texts: list[str],
@@ -101,20 +115,20 @@ class NanoCapsulatorCompressor(TextCompressor):
             raise TypeError(f"{type(self).__name__}.compress has no options {sorted(options)}.")
         if ratio is not None and max_tokens is not None:
             raise ValueError(f"Give ratio or max_tokens, not both (got {ratio} and {max_tokens}).")
-        if max_tokens is not None and (
-            not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 0
-        ):
-            raise ValueError(f"max_tokens must be an integer of at least 0, got {max_tokens!r}.")
+        replace(self.config, max_tokens=max_tokens)  # checks it
+        max_tokens = self.config.max_tokens if ratio is None and max_tokens is None else max_tokens
         asked = self.config.ratio if ratio is None else ratio
         lengths = [len(ids) for ids in self.reader.tokenize_batch(texts)]
         budgets = [math.floor(n / asked + 1e-9) if max_tokens is None else max_tokens for n in lengths]
         found = self.write(texts, queries, budgets)
-        about = {"ratio_asked": float(asked)} if max_tokens is None else {"max_tokens": max_tokens}
+        about: dict[str, Any] = {"method": self.config.method}
+        about |= {"ratio_asked": float(asked)} if max_tokens is None else {"max_tokens": max_tokens}
         sizes = [len(ids) for ids in self.reader.tokenize_batch(found)]
-        info = [{"method": self.config.method, **about, "budget": budget} for budget in budgets]
         return [
-            CompressedPassage("text", length, self.fingerprint, text=text, spans=(), n_tokens=n, info=note)
-            for length, text, n, note in zip(lengths, found, sizes, info)
+            CompressedPassage(
+                "text", length, self.fingerprint, text=text, spans=(), n_tokens=n, info=about | {"budget": budget}
+            )
+            for length, text, n, budget in zip(lengths, found, sizes, budgets)
         ]
 
     def write(self, texts: Sequence[str], queries: Sequence[str | None], budgets: Sequence[int]) -> list[str]:
@@ -154,34 +168,33 @@ class NanoCapsulatorCompressor(TextCompressor):
     def sample(
         self, texts: Sequence[str], queries: Sequence[str | None], ratio: float | None, count: int, seed: int
     ) -> list[list[Sample]]:
-        """See `Sampler`."""
+        """See `Sampler`; log probabilities are those of the draws, at their temperature."""
         asked = self.config.ratio if ratio is None else ratio
         budgets = [max(1, int(len(ids) / asked)) for ids in self.reader.tokenize_batch(texts)]
         prompts = [[self.prompt(text, query, n)] for text, query, n in zip(texts, queries, budgets)]
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(seed)
-            drawn = self.writer.generate(
-                [prompt for prompt in prompts for _ in range(count)],
-                max(budgets),
-                do_sample=True,
-                temperature=_TEMPERATURE,
-            )
+            again = [prompt for prompt in prompts for _ in range(count)]
+            drawn = self.writer.generate(again, max(budgets), do_sample=True, temperature=_TEMPERATURE)
             likely = self.writer.generate(prompts, max(budgets))
-        forms = [[likely[i], *drawn[i * count : (i + 1) * count]] for i in range(len(texts))]
-        short = [[self.cut(form.strip(), n) for form in several] for several, n in zip(forms, budgets)]
-        log_probs = self._log_probs(
-            [prompt for prompt in prompts for _ in range(count + 1)], [form for several in short for form in several]
-        )
-        found, none = iter(log_probs), torch.zeros((), device=log_probs.device)
-        return [[Sample(form, next(found), none) for form in several] for several in short]
+        each = [i for i in range(len(texts)) for _ in range(count + 1)]
+        forms = [form for i in range(len(texts)) for form in (likely[i], *drawn[i * count : (i + 1) * count])]
+        short = [self.cut(form.strip(), budgets[i]) for form, i in zip(forms, each)]
+        # A form of the largest budget was stopped.
+        ended = [a == b.strip() and len(self.reader.tokenize(b)) < max(budgets) for a, b in zip(short, forms)]
+        log_probs = self._log_probs([prompts[i] for i in each], short, ended)
+        samples = [Sample(form, found, torch.zeros_like(found)) for form, found in zip(short, log_probs)]
+        return [samples[i : i + count + 1] for i in range(0, len(samples), count + 1)]
 
-    def _log_probs(self, prompts: Sequence[list[str]], forms: Sequence[str]) -> Tensor:
-        """``[prompts]`` log probability of each form and the end after it, under the writer."""
+    def _log_probs(self, prompts: Sequence[list[str]], forms: Sequence[str], ended: Sequence[bool]) -> Tensor:
+        """``[prompts]`` log probability of each form, and of the end after it unless it was cut, under the writer."""
         targets = self.writer.target_hidden(prompts, [f" {form}" if form else "" for form in forms], add_eos=True)
         losses = torch.cat(
             [
-                cross_entropy(self.writer.head(hidden).float(), ids, reduction="none")
+                cross_entropy(self.writer.head(hidden).float() / _TEMPERATURE, ids, reduction="none")
                 for hidden, ids in zip(targets.hidden.split(_ROWS), targets.ids.split(_ROWS))
             ]
         )
+        last = torch.bincount(targets.rows, minlength=len(prompts)).cumsum(0) - 1
+        losses = losses.index_fill(0, last[~torch.tensor(ended, device=losses.device)], 0.0)
         return losses.new_zeros(len(prompts)).index_add(0, targets.rows, -losses)

@@ -108,7 +108,7 @@ class PCRLCompressor(SelectingCompressor):
             policy = Bernoulli(logits=found)
             drawn = torch.rand(count, len(spans), generator=generator).to(found.device) < policy.probs.detach()
             actions = torch.cat([(found > 0)[None], drawn]).float()
-            log_probs, entropy = policy.log_prob(actions).sum(1), policy.entropy().mean()
+            log_probs, entropy = policy.log_prob(actions).sum(1), policy.entropy().sum() / max(1, len(spans))
             texts_kept = [
                 join(text, merge(text, [span for span, stays in zip(spans, row) if stays]), self.config.joiner)
                 for row in actions.bool().tolist()

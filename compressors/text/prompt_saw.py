@@ -34,6 +34,7 @@ _IRREGULAR = word_set(
 _BESIDE = word_set("not never no also often only always still already n't")
 _OBJECT = 8  # most words of an object
 _SUBJECT = 8  # most words of a subject
+_ROWS = 512  # relations compared to all before them at a time
 _OUTSIDE = 4.0  # more than the values of two relations can differ by
 
 
@@ -142,9 +143,8 @@ def _inside(text: str, relations: Sequence[Span]) -> TokenScores:
 
 def novelty(vectors: Tensor) -> Tensor:
     """``[n]``: 1 minus the largest cosine of each unit vector to one before it; 1 for the first."""
-    cosines = (vectors @ vectors.T).tril(-1)
-    earlier = torch.ones_like(cosines, dtype=torch.bool).tril(-1)
-    nearest = cosines.masked_fill(~earlier, -1.0).amax(1) if len(vectors) else vectors.new_zeros(0)
-    if len(nearest):
-        nearest[0] = 0.0
-    return 1 - nearest.clamp(min=0)
+    nearest = vectors.new_zeros(len(vectors))
+    for a in range(0, len(vectors), _ROWS):
+        rows = vectors[a : a + _ROWS]
+        nearest[a : a + _ROWS] = (rows @ vectors[: a + _ROWS].T).tril(a - 1).amax(1).clamp(min=0)
+    return 1 - nearest

@@ -127,7 +127,8 @@ class ProvenceCompressor(TrainedPruner):
                 blank = [_UNKNOWN] * len(head)
                 sentences.append([*blank, *of_sentence[a:b], *[_UNKNOWN] * len(self.words.pieces.after)])
                 words.append([*blank, *of_word[a:b], *[_UNKNOWN] * len(self.words.pieces.after)])
-                needed.append(max(of_sentence[a:b]))
+                labels = of_sentence[a:b]
+                needed.append(_UNKNOWN if max(labels) == 0 and _UNKNOWN in labels else max(labels))
         ids, mask = pad_rows(rows, self.words.pieces.pad)
         device = self.words.device
         logits = self.words.logits(ids.to(device), mask.to(device)).float()

@@ -16,7 +16,7 @@ from .budget import join, merge, share_out
 from .scoring import TokenScores
 from .selection import SelectingCompressor, SelectionConfig
 
-_WITHIN = 1e-3  # weight of a word's place in its sentence, beside the sentence's own score
+_WITHIN = 1e-9  # weight of a word's value, so small that it never outweighs a sentence's (float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +75,11 @@ class PrunerConfig(SelectionConfig):
         super().__post_init__()
         if not isinstance(self.pooled, bool):
             raise ValueError(f"pooled must be true or false, got {self.pooled!r}.")
+        if self.pooled and self.keeps:
+            raise ValueError(
+                "pooled and keep exclude each other: a shared budget may leave a passage less than what must stay; set "
+                "pooled to false, or leave out keep, keep_patterns, keep_digits and keep_names."
+            )
         if self.unpublished:
             check_no_published(self, self.unpublished)
 
@@ -198,13 +203,15 @@ def sentence_spans(text: str) -> list[Span]:
 
 
 def token_values(text: str, found: SentenceScores) -> TokenScores:
-    """Values of tokens: the sentence's score plus 1/1000 of the word's; without word scores earlier words are worth more."""
+    """float64 values of tokens: the sentence's, and within it the word's; without word scores earlier words are worth more."""
     words = found.words
     if words is None:
         offsets = split_units(text, "word")
-        words = TokenScores([], offsets, torch.linspace(1, 0, len(offsets)))
+        words = TokenScores([], offsets, -torch.arange(len(offsets), dtype=torch.float64))
     inside = sentence_index([a for a, _ in words.offsets], found.spans)
-    values = found.values[inside] + _WITHIN * words.nll if len(inside) else words.nll
+    values = words.nll.double()
+    if len(inside):
+        values = found.values.double()[inside] + _WITHIN * values
     return TokenScores(words.ids, words.offsets, values)
 
 

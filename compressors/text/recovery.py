@@ -44,17 +44,17 @@ def recover(answer: str, texts: Sequence[str], passages: Sequence[CompressedPass
         _Source(text, passage.text or "", passage.spans) for text, passage in zip(texts, passages) if passage.spans
     ]
     words = list(_WORD.finditer(answer))
+    keys = [word.group().casefold() for word in words]
     out, done, i = [], 0, 0
     while i < len(words):
-        keys = [word.group().casefold() for word in words[i:]]
-        places = [(source, *place) for source in sources for place in source.find(keys)]
+        places = [(source, *place) for source in sources for place in source.find(keys, i)]
         length = max((n for _, _, n in places), default=0)
         if length:
             start, end = words[i].start(), words[i + length - 1].end()
             old = answer[start:end]
-            new = {source.original(at, n) for source, at, n in places if n == length}
             telling = length > 1 or any(c.isdigit() or c.isupper() for c in old)
-            if telling and len(new) == 1 and not any(source.says(old) for source in sources) and (found := new.pop()):
+            new = {source.original(at, n) for source, at, n in places if n == length} if telling else set()
+            if len(new) == 1 and not any(source.says(old) for source in sources) and (found := new.pop()):
                 out += [answer[done:start], found]
                 done = end
         i += max(length, 1)
@@ -67,6 +67,7 @@ class _Source:
     def __init__(self, text: str, shorter: str, spans: Sequence[Span]) -> None:
         self.text = text
         self.words = [word.span() for word in _WORD.finditer(text)]
+        self.starts, self.ends = [a for a, _ in self.words], [b for _, b in self.words]
         self.sentences = [a for a, _ in split_units(text, "sentence")]
         self.keys: list[str] = []
         self.origins: list[Span] = []  # characters of the text
@@ -87,15 +88,16 @@ class _Source:
         for i, key in enumerate(self.keys):
             self.places[key].append(i)
 
-    def find(self, keys: Sequence[str]) -> list[tuple[int, int]]:
-        """Where the longest run of words from the front of ``keys`` is in the shorter form, and how many words it has."""
+    def find(self, keys: Sequence[str], i: int) -> list[tuple[int, int]]:
+        """Where the longest run of words from ``keys[i]`` on is in the shorter form, and how many words it has."""
         found = []
-        for at in self.places.get(keys[0], ()):
+        for at in self.places.get(keys[i], ()):
             n = 1
-            while n < len(keys) and at + n < len(self.keys) and self.keys[at + n] == keys[n]:
+            while i + n < len(keys) and at + n < len(self.keys) and self.keys[at + n] == keys[i + n]:
                 n += 1
             found.append((at, n))
-        return [(at, n) for at, n in found if n == max(n for _, n in found)]
+        longest = max((n for _, n in found), default=0)
+        return [(at, n) for at, n in found if n == longest]
 
     def says(self, fragment: str) -> bool:
         """Whether the text has a fragment, between the borders of words."""
@@ -103,8 +105,8 @@ class _Source:
 
     def original(self, at: int, n: int) -> str | None:
         """The source's text around ``n`` words of the shorter form, in whole words; ``None`` if it is too long."""
-        first = bisect_right([b for _, b in self.words], self.origins[at][0])
-        last = bisect_left([a for a, _ in self.words], self.origins[at + n - 1][1]) - 1
+        first = bisect_right(self.ends, self.origins[at][0])
+        last = bisect_left(self.starts, self.origins[at + n - 1][1]) - 1
         start, end = self.words[first][0], self.words[last][1]
         sentence = bisect_right(self.sentences, start) == bisect_right(self.sentences, end - 1)
         return self.text[start:end] if sentence and last - first + 1 <= 2 * n + _MORE else None

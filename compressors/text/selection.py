@@ -303,7 +303,7 @@ class SelectingCompressor(TextCompressor):
         (n,) = self._counts([join(text, spans, self.config.joiner, structure)])
         return ValueError(
             f"What must stay takes {n} of the {length} tokens of {text[:40]!r}..., and the budget is {target}; ask for "
-            f"ratio {length / n:.4g} or less, for max_tokens {n} or more, or keep fewer words (keep, keep_patterns, "
+            f"ratio {length / max(n, 1):.4g} or less, for max_tokens {n} or more, or keep fewer words (keep, keep_patterns, "
             "keep_digits, keep_names)."
         )
 

@@ -20,6 +20,7 @@ from .pruning import PrunerConfig, SentencePruner, SentenceScores, sentence_span
 _NEAR = 20.0  # sentences over which the affinity of two falls to 1 / e
 _CENTRAL = 0.7  # weight of the similarity to the topic, against that to sentences already chosen
 _ROUNDS = 20  # of k-means, at most
+_BLOCK = 500  # neighbouring sentences that are clustered together, at most
 
 
 @dataclass
@@ -84,10 +85,17 @@ class SemanticCompressor(SentencePruner):
 
 
 def topics(vectors: Tensor, count: int) -> Tensor:
-    """``[sentences]`` topic of each sentence, by spectral clustering of their unit vectors ``[sentences, width]``."""
+    """``[sentences]`` topic of each sentence, by spectral clustering of their unit vectors ``[sentences, width]``.
+
+    A text of more than 500 sentences is clustered in blocks: sentences so far apart have no affinity.
+    """
     n = len(vectors)
     if count < 2:
         return torch.zeros(n, dtype=torch.long)
+    if n > _BLOCK:
+        blocks = vectors.tensor_split(-(-n // _BLOCK))
+        counts = [max(1, round(count * len(block) / n)) for block in blocks]
+        return torch.cat([topics(b, k) + sum(counts[:i]) for i, (b, k) in enumerate(zip(blocks, counts))])
     place = torch.arange(n, dtype=vectors.dtype)
     affinity = (vectors @ vectors.T).clamp(min=0) ** 2 * torch.exp(-(place[:, None] - place).abs() / _NEAR)
     scale = affinity.sum(1).clamp(min=1e-12).rsqrt()
@@ -97,9 +105,10 @@ def topics(vectors: Tensor, count: int) -> Tensor:
 
 def k_means(points: Tensor, count: int) -> Tensor:
     """``[points]`` cluster of each point. The first centres are the first point and, again and again, the farthest point."""
-    chosen = [0]
+    chosen, nearest = [0], torch.cdist(points, points[:1])[:, 0]
     while len(chosen) < count:
-        chosen.append(int(torch.cdist(points, points[chosen]).amin(1).argmax()))
+        chosen.append(int(nearest.argmax()))
+        nearest = torch.minimum(nearest, torch.cdist(points, points[chosen[-1:]])[:, 0])
     centres = points[chosen]
     labels = torch.cdist(points, centres).argmin(1)
     for _ in range(_ROUNDS):

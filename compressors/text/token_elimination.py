@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -86,7 +87,10 @@ class TokenEliminationCompressor(LMSelectingCompressor):
             room = self._room - len(ending)
             if room < 1:
                 raise ValueError(f"The question's {len(ending)} tokens leave no room for the text; shorten it.")
-            jobs += [(i, a, min(a + room, len(ids))) for a in range(0, len(ids), room)]
+            # Windows of one size: the attention of a window is shared by all of its tokens.
+            count = -(-len(ids) // room)
+            borders = [k * len(ids) // count for k in range(count + 1)] if count else []
+            jobs += [(i, a, b) for a, b in pairwise(borders)]
         values = [torch.zeros(len(ids)) for ids, _ in pieces]
         bos = list(self.scorer.bos_ids)
         rows = [[*bos, *pieces[i][0][a:b], *endings[i]] for i, a, b in jobs]

@@ -144,19 +144,23 @@ class SentenceTask:
         """A passage without the answer, mostly one of the same article.
 
         Raises:
-            ValueError: if there is no other passage.
+            ValueError: if there is no other passage without the answer.
         """
         name, place = self._places[asked.passage]
         several = self.material.asked[name]
         near = [several[i] for i in range(max(0, place - _NEAR), min(len(several), place + _NEAR + 1)) if i != place]
-        found = asked
         for _ in range(8):
             found = rng.choice(near) if near and rng.random() < 0.7 else self.material.human(rng)
             if found.passage != asked.passage and not holds(found.passage, answer):
                 return found.passage
-        if found.passage == asked.passage:
-            raise ValueError("The data holds too few different passages to draw those of other questions from.")
-        return found.passage
+        every = [one.passage for several in self.material.asked.values() for one in several]
+        start = rng.randrange(len(every))
+        for passage in every[start:] + every[:start]:
+            if passage != asked.passage and not holds(passage, answer):
+                return passage
+        raise ValueError(
+            f"The data holds too few different passages: none but that of the question lacks the answer {answer!r}."
+        )
 
     def dataset(self, stage: Stage) -> CompressorItems:
         """Items of a stage; `mix` weighs `questions` and `distractors` (default: two to one)."""

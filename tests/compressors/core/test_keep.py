@@ -36,6 +36,10 @@ def test_an_example_is_of_its_kind_and_no_other(kind, example):
     assert found - {kind} <= {"numbers", "names"}
 
 
+def test_white_space_alone_is_not_kept():
+    assert keep_spans("One.\n\nTwo.", patterns=[r"\n\n"]) == []
+
+
 def test_kinds_strings_and_expressions_together():
     text = "Ann paid $5 on 2019-05-03 for order AB-7; mail ann@shop.example about money."
     found = KeepSettings(keep=("money", "about"), keep_patterns=(r"A\w+-\d",)).kept_spans(text)

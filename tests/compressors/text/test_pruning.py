@@ -250,8 +250,12 @@ def test_values_of_words_follow_their_sentence_and_then_their_own_score():
     order = found.nll.argsort(descending=True, stable=True).tolist()
     first = [i for i, (a, _) in enumerate(found.offsets) if a < spans[0][1]]
     assert order[: len(first)] == first
+    near = token_values(TEXT, SentenceScores(spans, torch.tensor([1e-4, 7e-4, 2e-4, 3e-4])))
+    best = near.nll.argsort(descending=True, stable=True).tolist()
+    second = [i for i, (a, _) in enumerate(near.offsets) if spans[1][0] <= a < spans[1][1]]
+    assert best[: len(second)] == second
     words = TokenScores([1, 2], [(0, 5), (6, 11)], torch.tensor([0.0, 1.0]))
-    assert token_values(TEXT, SentenceScores(spans, torch.zeros(4), words)).nll.tolist() == pytest.approx([0.0, 1e-3])
+    assert token_values(TEXT, SentenceScores(spans, torch.zeros(4), words)).nll.tolist() == [0.0, 1e-9]
     assert len(token_values("", SentenceScores([], torch.zeros(0))).nll) == 0
 
 
@@ -273,5 +277,7 @@ def test_odd_settings_are_refused():
     config = COMPRESSORS["provence"].config_class
     with pytest.raises(ValueError, match="threshold must be a number"):
         config(threshold=float("nan"))
+    with pytest.raises(ValueError, match="pooled and keep exclude each other"):
+        config(pooled=True, keep=["numbers"])
     with pytest.raises(ValueError, match="pooled must be true or false"):
         config(pooled=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from typing import Any
 
 import pytest
@@ -264,3 +265,16 @@ def test_what_must_stay_brings_its_row_and_header(zoo):
     keeping = make_compressor("selective-context", zoo.reader("llama", num_hidden_layers=1), keep=["AB-7"])
     (passage,) = keeping.compress([json.dumps(RECORDS)], ratio=6)
     assert {"id": "AB-7"}.items() <= next(one for one in json.loads(passage.text) if one.get("id") == "AB-7").items()
+
+
+def test_lines_of_json_are_no_code():
+    lines = "\n".join(json.dumps({"id": i, "name": f"item {i}"}) for i in range(4))
+    for text in (lines, "Records:\n" + lines):
+        assert find_structure(text).kinds == ("json",)
+
+
+def test_lists_of_html_that_never_end_cost_little():
+    began = time.process_time()
+    assert find_structure("\n".join(f"<ul><li>x {i}</li>" for i in range(4000))) is None
+    assert time.process_time() - began < 5
+    assert find_structure("<ul>\n<ul><li>a</li><li>b</li></ul>").kinds == ("list",)
