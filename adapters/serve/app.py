@@ -273,14 +273,12 @@ class _Server:
             answer.add_done_callback(_putting(items))
             for event in reply.opening():
                 yield _sse(event)
-            while isinstance(item := await self._piece(items, given), str):
+            while isinstance(item := await items.get(), str):
                 given += 1
                 if given == 1:
                     self.metrics.first.observe(time.perf_counter() - start)
                 yield _sse(reply.piece(item))
             try:
-                if isinstance(item, RequestError):
-                    raise item
                 done = answer.result()
             except RequestError as error:
                 if not given and not reply.opening():
@@ -302,13 +300,6 @@ class _Server:
             self.metrics.streams.dec()
             self.metrics.tokens.inc(given)
             self.streams.release()
-
-    async def _piece(self, items: asyncio.Queue[Any], given: int) -> Any:
-        """Wait for the next piece or the end; only the first one has a time limit."""
-        try:
-            return await asyncio.wait_for(items.get(), None if given else self.limits.timeout_s)
-        except TimeoutError:
-            return RequestError(f"There was no answer after {self.limits.timeout_s:g} s.", 504)
 
     async def json(self, http: Request) -> Any:
         """Read a request's body."""
