@@ -13,6 +13,7 @@ from ..core.config import CompressorConfig
 from ..reader.attention import check_reachable
 from ..reader.kv import ROTARY
 from ..reader.reader import Reader
+from ..slots.segments import SlotPerToken
 from .encode import KVSlots
 from .memory_slots import KVSegmentCompressor
 
@@ -31,7 +32,7 @@ class RaggedSlots(KVSlots):
     tokens: int = 0
 
 
-class RaggedSegmentCompressor(KVSegmentCompressor):
+class RaggedSegmentCompressor(SlotPerToken, KVSegmentCompressor):
     """Packages `RaggedSlots`: a passage keeps its length in positions, and its pairs stay at theirs.
 
     Raises:
@@ -45,16 +46,6 @@ class RaggedSegmentCompressor(KVSegmentCompressor):
         check_reachable(reader.model)
         if len(shapes := sorted(set(self.slot_shapes))) > 1:
             raise ValueError(f"{self.config.method} needs layers of one shape, and {reader.name!r} has {shapes}.")
-
-    @property
-    def most_slots(self) -> int:
-        """One for every token."""
-        return self.config.segment_tokens
-
-    def longest_segment(self, ratio: float | None, question_tokens: int = 0) -> int:
-        """``segment_tokens``, or the reader's positions; slots take none of them."""
-        limit, most = self.max_positions, self.config.segment_tokens
-        return most if limit is None else max(min(most, limit - len(self.opening)), 1)
 
     def join(self, parts: Sequence[KVSlots]) -> RaggedSlots:
         """The slots of a passage; keys of later segments are turned to their positions in it."""

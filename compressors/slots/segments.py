@@ -16,6 +16,7 @@ from torch import Tensor
 from ..base import Passages, SoftCompressor
 from ..core.config import CompressorConfig, check_counts, check_ratio, setting
 from ..core.passage import CompressedPassage
+from ..encoders.lora_twin import LoRATwin, Twin
 from ..encoders.small_lm import ENCODER_FOLDER, SmallLMEncoder
 from ..reader.reader import Reader
 from ..reader.tokenization import PromptTokenizer
@@ -202,6 +203,45 @@ class SegmentCompressor(SoftCompressor):
         if described.is_dir():
             kwargs.setdefault("encoder_model", SmallLMEncoder.from_description(described))
         return super().from_pretrained(folder, reader, **kwargs)
+
+
+class SlotPerToken(SegmentCompressor):
+    """Base class of methods that make slots of tokens' states, so that slots take no positions of the encoder."""
+
+    config: Any
+
+    @property
+    def most_slots(self) -> int:
+        """One for every token."""
+        return self.config.segment_tokens
+
+    def longest_segment(self, ratio: float | None, question_tokens: int = 0) -> int:
+        """``segment_tokens``, or the encoder's positions."""
+        limit, most = self.max_positions, self.config.segment_tokens
+        return most if limit is None else max(min(most, limit - len(self.opening)), 1)
+
+
+class OwnEncoder(SegmentCompressor):
+    """Base class of methods whose encoder is the reader with LoRA, or a smaller LM (``config.encoder``)."""
+
+    encoder: Twin
+
+    def make_encoder(self, config: Any, given: SmallLMEncoder | None) -> Twin:
+        """A `LoRATwin` of the reader, or the smaller LM: the given one, else the one that the config names."""
+        reader = self.base_reader
+        if config.encoder == "lora":
+            return LoRATwin(reader.model, **config.lora)
+        return (given or SmallLMEncoder.from_pretrained(config.encoder)).to(reader.device)
+
+    @property
+    def source(self) -> Reader | SmallLMEncoder:
+        """The smaller LM, or the reader."""
+        return self.encoder if isinstance(self.encoder, SmallLMEncoder) else self.base_reader
+
+    def identity_parts(self) -> list[Any]:
+        """The base reader, and the tokenizer of a smaller LM."""
+        own = self.source is not self.base_reader
+        return [self.base_reader.fingerprint, self.tokenizer.fingerprint_parts() if own else None]
 
 
 def room_for_tokens(

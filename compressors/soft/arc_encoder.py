@@ -21,7 +21,7 @@ from ..reader.reader import Reader
 from ..registry import register_compressor
 from ..slots.memory_tokens import probe
 from ..slots.projector import learned_scale, matching_factor, scaled
-from ..slots.segments import Segment, SegmentCompressor, SegmentSettings, shared_out
+from ..slots.segments import OwnEncoder, Segment, SegmentSettings, SlotPerToken, shared_out
 
 
 @dataclass
@@ -48,7 +48,7 @@ class ARCEncoderConfig(SegmentSettings, LoRASettings, CompressorConfig):
 
 
 @register_compressor
-class ARCEncoderCompressor(SegmentCompressor):
+class ARCEncoderCompressor(OwnEncoder, SlotPerToken):
     """ARC-Encoder (arXiv 2510.20535).
 
     The encoder is a causal LM without its last layers, final norm and causal mask. Before its last layer, states are averaged
@@ -98,28 +98,13 @@ class ARCEncoderCompressor(SegmentCompressor):
         self.log_scale: nn.Parameter | None = learned_scale(factor, reader)
 
     @property
-    def source(self) -> Reader | SmallLMEncoder:
-        """The smaller LM, or the reader."""
-        return self.encoder if isinstance(self.encoder, SmallLMEncoder) else self.base_reader
-
-    @property
     def opening(self) -> list[int]:
         """Nothing: all tokens see each other."""
         return []
 
-    @property
-    def most_slots(self) -> int:
-        """One for every token."""
-        return self.config.segment_tokens
-
     def longest_segment(self, ratio: float | None, question_tokens: int = 0) -> int:
         """``segment_tokens``, or the encoder's positions; slots take none of them."""
         return min(self.config.segment_tokens, self.max_positions or self.config.segment_tokens)
-
-    def identity_parts(self) -> list[Any]:
-        """The base reader, and the tokenizer of a smaller LM."""
-        own = self.source is not self.base_reader
-        return [self.base_reader.fingerprint, self.tokenizer.fingerprint_parts() if own else None]
 
     def cut(
         self, n_tokens: int, ratio: float | None, question_tokens: int, source_tokens: int

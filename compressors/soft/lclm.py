@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from ..core.config import CompressorConfig, check_counts, setting
 from ..core.passage import Interface
 from ..encoders.lora import LoRASettings, ReaderTuningSettings, tuned_reader
-from ..encoders.lora_twin import LoRATwin, Twin
 from ..encoders.small_lm import SmallLMEncoder
 from ..reader.reader import Reader
 from ..registry import register_compressor
 from ..slots.memory_tokens import probe
 from ..slots.pooling import token_states
 from ..slots.projector import learned_scale, matching_factor, mlp, scaled
-from ..slots.segments import Segment, SegmentCompressor, SegmentSettings, shared_out, slot_of_token
+from ..slots.segments import OwnEncoder, Segment, SegmentSettings, SlotPerToken, shared_out, slot_of_token
 
 
 @dataclass
@@ -44,7 +43,7 @@ class LCLMConfig(SegmentSettings, LoRASettings, ReaderTuningSettings, Compressor
 
 
 @register_compressor
-class LCLMCompressor(SegmentCompressor):
+class LCLMCompressor(OwnEncoder, SlotPerToken):
     r"""Latent-context LM (LCLM, arXiv 2606.09659).
 
     A small causal LM with its own tokenizer reads a segment. The means of its last hidden states over runs of ``ratio`` tokens
@@ -70,11 +69,7 @@ class LCLMCompressor(SegmentCompressor):
 
     def __init__(self, config: LCLMConfig, reader: Reader, *, encoder_model: SmallLMEncoder | None = None) -> None:
         super().__init__(config, reader)
-        self.encoder: Twin
-        if config.encoder == "lora":
-            self.encoder = LoRATwin(reader.model, **config.lora)
-        else:
-            self.encoder = (encoder_model or SmallLMEncoder.from_pretrained(config.encoder)).to(reader.device)
+        self.encoder = self.make_encoder(config, encoder_model)
         self.log_scale: nn.Parameter | None = None
         sample = [probe(self.source.vocab_size, self.longest_segment(None), 8, self.opening)]
         with torch.no_grad():
@@ -86,26 +81,6 @@ class LCLMCompressor(SegmentCompressor):
             factor = matching_factor(torch.cat(list(self.encode_segments(sample))), reader)
         self.log_scale = learned_scale(factor, reader)
         self.reader_twin = tuned_reader(self)
-
-    @property
-    def source(self) -> Reader | SmallLMEncoder:
-        """The smaller LM, or the reader."""
-        return self.encoder if isinstance(self.encoder, SmallLMEncoder) else self.base_reader
-
-    @property
-    def most_slots(self) -> int:
-        """One for every token."""
-        return self.config.segment_tokens
-
-    def longest_segment(self, ratio: float | None, question_tokens: int = 0) -> int:
-        """``segment_tokens``, or the encoder's positions; slots take none of them."""
-        limit, most = self.max_positions, self.config.segment_tokens
-        return most if limit is None else max(min(most, limit - len(self.opening)), 1)
-
-    def identity_parts(self) -> list[Any]:
-        """The base reader, and the tokenizer of a smaller LM."""
-        own = self.source is not self.base_reader
-        return [self.base_reader.fingerprint, self.tokenizer.fingerprint_parts() if own else None]
 
     def cut(
         self, n_tokens: int, ratio: float | None, question_tokens: int, source_tokens: int

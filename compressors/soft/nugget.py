@@ -19,7 +19,7 @@ from ..slots.memory_tokens import probe
 from ..slots.pooling import token_states
 from ..slots.projector import matching_factor
 from ..slots.scorer import TokenScorer, best_tokens
-from ..slots.segments import Segment, SegmentCompressor, SegmentSettings
+from ..slots.segments import Segment, SegmentSettings, SlotPerToken
 
 
 @dataclass
@@ -40,7 +40,7 @@ class NuggetConfig(SegmentSettings, LoRASettings, CompressorConfig):
 
 
 @register_compressor
-class NuggetCompressor(SegmentCompressor):
+class NuggetCompressor(SlotPerToken):
     """Nugget (arXiv 2310.01732) on a decoder-only reader.
 
     The reader plus LoRA reads ``[BOS][segment]``. The scorer of `TokenScorer` picks ``ceil(S / ratio)`` of S tokens, the
@@ -76,16 +76,6 @@ class NuggetCompressor(SegmentCompressor):
             if states.shape[1] == reader.width:
                 nn.init.eye_(self.projector.weight)
             self.projector.weight *= matching_factor(self.projector(states.float()), reader)
-
-    @property
-    def most_slots(self) -> int:
-        """One for every token."""
-        return self.config.segment_tokens
-
-    def longest_segment(self, ratio: float | None, question_tokens: int = 0) -> int:
-        """``segment_tokens``, or the reader's positions; slots take none of them."""
-        limit, most = self.max_positions, self.config.segment_tokens
-        return most if limit is None else max(min(most, limit - len(self.opening)), 1)
 
     def states(self, segments: Sequence[Segment]) -> list[Tensor]:
         """``[tokens, hidden]`` last states per segment."""

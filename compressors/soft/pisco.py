@@ -21,7 +21,7 @@ from ..registry import register_compressor
 from ..slots.memory_tokens import MemoryTokenCompressor, probe
 from ..slots.projector import check_width, learned_scale, matching_factor, mlp, scaled
 from ..slots.question import QuerySettings
-from ..slots.segments import Segment, SegmentSettings, even_shares
+from ..slots.segments import OwnEncoder, Segment, SegmentSettings, even_shares
 
 
 @dataclass
@@ -56,7 +56,7 @@ class PISCOConfig(SegmentSettings, LoRASettings, QuerySettings, CompressorConfig
 
 
 @register_compressor
-class PISCOCompressor(MemoryTokenCompressor):
+class PISCOCompressor(OwnEncoder, MemoryTokenCompressor):
     """PISCO (arXiv 2501.16075) and its predecessor COCOM (arXiv 2407.09252).
 
     The encoder reads ``[BOS][segment][<MEM> ...]``. Its last hidden states (after the final norm) at the <MEM> tokens, passed
@@ -88,11 +88,7 @@ class PISCOCompressor(MemoryTokenCompressor):
 
     def __init__(self, config: PISCOConfig, reader: Reader, *, encoder_model: SmallLMEncoder | None = None) -> None:
         super().__init__(config, reader)
-        self.encoder: Twin
-        if config.encoder == "lora":
-            self.encoder = LoRATwin(reader.model, **config.lora)
-        else:
-            self.encoder = (encoder_model or SmallLMEncoder.from_pretrained(config.encoder)).to(reader.device)
+        self.encoder = self.make_encoder(config, encoder_model)
         longest, vocabulary = self.longest_segment(None), self.source.vocab_size
         with torch.no_grad():
             rows = self.source.embed(torch.randperm(vocabulary)[: config.memory_tokens].to(reader.device)).float()
@@ -110,20 +106,10 @@ class PISCOCompressor(MemoryTokenCompressor):
             self.adapt_reader(AdaptedReader(reader, self.decoder))
 
     @property
-    def source(self) -> Reader | SmallLMEncoder:
-        """The smaller LM, or the reader."""
-        return self.encoder if isinstance(self.encoder, SmallLMEncoder) else self.base_reader
-
-    @property
     def most_slots(self) -> int:
         """<MEM> tokens."""
         config = self.config
         return config.memory_tokens if config.memory_tokens > 1 else math.ceil(config.segment_tokens / config.ratio) + 1
-
-    def identity_parts(self) -> list[Any]:
-        """The base reader, and the tokenizer of a smaller LM."""
-        own = self.source is not self.base_reader
-        return [self.base_reader.fingerprint, self.tokenizer.fingerprint_parts() if own else None]
 
     def cut(
         self, n_tokens: int, ratio: float | None, question_tokens: int, source_tokens: int

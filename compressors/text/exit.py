@@ -15,7 +15,7 @@ from ..reader.reader import Reader
 from ..reader.shared import target_hidden
 from ..registry import register_compressor
 from .pruning import PrunerConfig, SentencePruner, SentenceScores, ThresholdSettings, sentence_spans
-from .selection import ScorerSettings
+from .selection import ScorerSettings, find_scorer
 
 HEAD = "Query:\n{query}\nFull context:\n{document}\n"
 TAIL = 'Sentence:\n{sentence}\nIs this sentence useful in answering the query? Answer only "Yes" or "No".\nAnswer:'
@@ -61,9 +61,7 @@ class EXITCompressor(SentencePruner):
 
     def __init__(self, config: EXITConfig, reader: Reader, *, scorer: Reader | None = None) -> None:
         super().__init__(config, reader)
-        if scorer is None:
-            scorer = reader if config.scorer is None else Reader.from_pretrained(config.scorer, device=reader.device)
-        hide(self, "scorer", scorer)
+        hide(self, "scorer", scorer or find_scorer(config, reader))
 
     def identity_parts(self) -> list[Any]:
         """Reader and scorer."""

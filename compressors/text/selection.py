@@ -355,6 +355,11 @@ class ScorerSettings:
     window: int = field(default=2048, metadata={"help": "longest stretch of text that the scorer reads at once (fast)"})
 
 
+def find_scorer(config: ScorerSettings, reader: Reader) -> Reader:
+    """The causal LM that a config names, on the reader's device; without a name the reader itself."""
+    return reader if config.scorer is None else Reader.from_pretrained(config.scorer, device=reader.device)
+
+
 @dataclass
 class LMSelectionConfig(ScorerSettings, SelectionConfig):
     """Base config of text methods that score tokens with a causal LM."""
@@ -384,9 +389,7 @@ class LMSelectingCompressor(SelectingCompressor):
 
     def __init__(self, config: LMSelectionConfig, reader: Reader, *, scorer: Reader | None = None) -> None:
         super().__init__(config, reader)
-        if scorer is None:
-            scorer = reader if config.scorer is None else Reader.from_pretrained(config.scorer, device=reader.device)
-        hide(self, "scorer", scorer)
+        hide(self, "scorer", scorer or find_scorer(config, reader))
 
     def score(self, texts: Sequence[str], queries: Sequence[str | None] | None = None) -> list[TokenScores]:
         """The loss in nats of each token (of the scorer); ``queries`` are ignored."""
