@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 CORPUS = [
@@ -121,6 +121,14 @@ def reader(architecture: str = "llama", seed: int = 0, **changes: Any) -> Any:
     from nutgraf import Reader
 
     return Reader.from_pretrained(model(architecture, seed, **changes), tokenizer=tokenizer())
+
+
+def save_encoder(folder: Path) -> None:
+    """Writes a tiny random bidirectional encoder and its tokenizer."""
+    torch.manual_seed(0)
+    small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    BertModel(BertConfig(vocab_size=VOCAB, max_position_embeddings=160, **small)).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
 
 
 def saved(architecture: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:

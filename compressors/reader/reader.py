@@ -16,13 +16,14 @@ from ..core.errors import ReaderMismatchError
 from ..core.hidden import Unpickled
 from ..core.passage import CompressedPassage
 from ..core.shipped import locate
-from .attention import Prefix, attending
+from .attention import attending
 from .generation import AbandonedError, cut_at_stop, generate_ids, interruptible, make_config, stop_strings, stream_text
 from .head import build_head
 from .identity import ReaderIdentity
-from .kv import KVPlacement, join, position_arguments
+from .inputs import check_last, generation_inputs, run_decoder
+from .kv import KVPlacement
 from .loading import as_dtype, find_lm, load_tokenizer
-from .plan import KV, Layout, Prompt, PromptPlan, plan_prompts, reading_order
+from .plan import Layout, Prompt, PromptPlan, plan_prompts, reading_order
 from .tokenization import PromptTokenizer
 
 IDENTITY = "identity"
@@ -285,56 +286,8 @@ class Reader(Unpickled):
     def forward(
         self, plans: Sequence[PromptPlan], *, drop_last: bool = False, use_cache: bool = False, pad_right: bool = False
     ) -> tuple[Tensor, Layout, DynamicCache | None, Tensor | None]:
-        """Runs the decoder, without the head, over planned prompts.
-
-        Args:
-            plans: the prompts.
-            drop_last: leave out each prompt's last position, which ``model.generate`` feeds itself.
-            use_cache: keep the keys and values.
-            pad_right: pad on the right, which needs no attention mask and is faster; not with KV passages.
-
-        Returns:
-            Last hidden states ``[batch, time, hidden]``, the layout, the cache, and the KV slots' positions.
-        """
-        has_kv = any(plan.kv for plan in plans)
-        if pad_right and (has_kv or drop_last or use_cache):
-            raise ValueError("pad_right needs whole prompts without KV passages and cache.")
-        layout = Layout.of(plans, self.device, self.dtype, pad_right=pad_right)
-        inputs: dict[str, Any] = {}
-        cache = kv_positions = None
-        if has_kv:
-            self.kv_placement.check_length(max(map(len, plans)))
-        door = self._kv_door(plans, layout)
-        if has_kv and door is None:
-            cache, kv_positions = join(self.kv_placement, plans, self.dtype, self.device)
-            inputs["attention_mask"] = self.kv_placement.mask(kv_positions, layout, self.dtype)
-        else:
-            inputs["attention_mask"] = torch.ones_like(layout.ids) if pad_right else layout.valid.long()
-            cache = DynamicCache() if use_cache else None
-        embeds, positions = layout.splice(self.embed), layout.positions
-        if drop_last:
-            embeds, positions = embeds[:, :-1], positions[:, :-1]
-            mask = inputs["attention_mask"]
-            crop = (lambda m: m[:, :, :-1, :-1]) if kv_positions is not None else (lambda m: m[:, :-1])
-            inputs["attention_mask"] = {k: crop(m) for k, m in mask.items()} if isinstance(mask, dict) else crop(mask)
-            if not embeds.shape[1]:  # each prompt has one position besides its KV slots
-                return embeds, layout, cache, kv_positions
-        decoder = self.model.get_decoder()
-        with attending(self.model, door):
-            out = decoder(
-                inputs_embeds=embeds,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                **inputs,
-                **position_arguments(decoder, positions),
-            )
-        return out.last_hidden_state, layout, cache, kv_positions
-
-    def _kv_door(self, plans: Sequence[PromptPlan], layout: Layout) -> Prefix | None:
-        """The KV passages of a batch, for `attending`; ``None`` if the model's own cache can hold them all."""
-        if not any(plan.ragged for plan in plans):
-            return None
-        return Prefix(self.kv_placement, plans, layout.positions)
+        """Runs the decoder, without the head, over planned prompts; see `run_decoder`."""
+        return run_decoder(self, plans, drop_last=drop_last, use_cache=use_cache, pad_right=pad_right)
 
     @functools.cached_property
     def _head(self) -> Any:
@@ -376,7 +329,7 @@ class Reader(Unpickled):
             raise ValueError(f"Targets {empty} are empty; there is nothing to predict.")
         plans = self.plan(prompts, chat=chat)
         for plan, target in zip(plans, ids):
-            _check_last(plan)
+            check_last(plan)
             plan.add_tokens(target[:-1])
         self.check_room(plans, 1)
         right = not any(plan.kv for plan in plans)
@@ -472,55 +425,8 @@ class Reader(Unpickled):
         criteria = [*(options[1].get("stopping_criteria") or ()), *options[3:]]
         try:
             with interruptible(self.model, criteria):
-                inputs, door = self._generation_inputs(plans, config)
+                inputs, door = generation_inputs(self, plans, config)
                 with attending(self.model, door):
                     return generate_ids(self.model, inputs, config, self.tokenizer, *options)
         except AbandonedError:
             return [[] for _ in plans]
-
-    def _generation_inputs(
-        self, plans: list[PromptPlan], config: GenerationConfig
-    ) -> tuple[dict[str, Any], Prefix | None]:
-        """Arguments of ``model.generate``, and the KV passages that its cache cannot hold."""
-        if any(plan.kv for plan in plans):
-            for plan in plans:
-                _check_last(plan)
-            self.kv_placement.check_length(max(map(len, plans)) + int(config.max_new_tokens or 0))
-            if not any(plan.ragged for plan in plans):
-                return self._kv_generation_inputs(plans, config), None
-        layout = Layout.of(plans, self.device, self.dtype)
-        mask = layout.valid.long()
-        door = self._kv_door(plans, layout)
-        if layout.soft is None and door is None:
-            ids = layout.ids.masked_fill(~layout.valid, int(config.pad_token_id))  # type: ignore[arg-type]
-            return {"input_ids": ids, "attention_mask": mask}, None
-        inputs: dict[str, Any] = {"inputs_embeds": layout.splice(self.embed), "attention_mask": mask}
-        if door is not None:
-            inputs["position_ids"] = layout.positions
-            # Made from the config, the cache would keep a window only of a sliding layer.
-            inputs["past_key_values"] = DynamicCache()
-        return inputs, door
-
-    def _kv_generation_inputs(self, plans: list[PromptPlan], config: GenerationConfig) -> dict[str, Any]:
-        # All but the last position run here, under a mask in logical order, which generate does not take. generate feeds
-        # the last position and continues from it: it sees every slot and token, so a flat mask is enough.
-        _, layout, cache, kv_at = self.forward(plans, drop_last=True, use_cache=True)
-        kv_positions: Any = kv_at
-        kv_valid: Tensor = kv_positions >= 0
-        mask = torch.cat([kv_valid, layout.valid], dim=1).long()
-        embeds = layout.splice(self.embed)
-        dummies = embeds.new_zeros(embeds.shape[0], kv_valid.shape[1], embeds.shape[2])  # generate counts the cache in
-        positions = torch.cat([kv_positions.clamp(min=0), layout.positions], dim=1)
-        if (config.num_beams or 1) > 1:
-            cache.batch_repeat_interleave(config.num_beams)  # type: ignore[union-attr]
-        return {
-            "inputs_embeds": torch.cat([dummies, embeds], dim=1),
-            "attention_mask": mask,
-            "position_ids": positions,
-            "past_key_values": cache,
-        }
-
-
-def _check_last(plan: PromptPlan) -> None:
-    if plan.kinds[-1] == KV:
-        raise ValueError("A prompt must not end with a KV passage: add the text that asks for an answer after it.")

@@ -10,12 +10,15 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch.utils.data import Dataset
 
+from ...compressors import Compressor, Reader, make_compressor
 from ...compressors.fidelity.questions import make_questions, word_set
 from ...compressors.objectives.registry import UNREAD, Target, needs_teacher, targets_of
-from ..data.records import Material
+from ..data.corpus import Record
+from ..data.records import Material, load_records
 from ..data.templates import (
     INSTRUCTION,
     QUESTION_TEMPLATES,
@@ -28,7 +31,7 @@ from ..data.templates import (
     paraphrase_prompt,
     span_prompt,
 )
-from ..training.schema import Span, Stage
+from ..training.schema import Recipe, Span, Stage, validate
 
 # Kinds of items, and what each offers to the objectives.
 KINDS: dict[str, Target] = {
@@ -48,6 +51,7 @@ KINDS: dict[str, Target] = {
 NOT_READ = tuple(kind for kind, target in KINDS.items() if target in UNREAD)  # kinds without a prompt
 FROM_QUESTIONS = ("human", "both", "instruct", "match", "triple", "rank")  # kinds that use the question records
 T = TypeVar("T")
+Data = TypeVar("Data", bound=BaseModel)
 SPAN_WORDS = 12  # words of a span that the prompt gives (the paper: 10 to 20 tokens), and the fewest left to write
 RANKED = 8  # passages of a ranking
 BLOCK = 16  # batches drawn together and sorted by length, so that items of a batch have similar length
@@ -79,6 +83,26 @@ class QuestionData(BaseModel):
     def thinned(self, found: list[T]) -> list[T]:
         """About `dev_limit` of the dev items, evenly spread."""
         return found[:: max(1, len(found) // self.dev_limit)][: self.dev_limit]
+
+    def records(self, sources: Sequence[str], half: str | None, shares: dict[str, float] | None) -> list[Record]:
+        """The records of question sources, without those that ``shares`` does not name, if it is given."""
+        found = load_records(sources, self.dir, half)
+        return found if shares is None else [one for one in found if one.source.startswith(tuple(shares))]
+
+
+def opened(recipe: Recipe, kind: str, schema: type[Data], reader: Reader | None) -> tuple[Data, Compressor]:
+    """The checked data section and the untrained compressor of a recipe of some kind.
+
+    Raises:
+        ValueError: if the recipe is of another kind, or its data, method or settings cannot be used.
+    """
+    if recipe.kind != kind or recipe.compressor is None:
+        raise ValueError(f"The recipe {recipe.name!r} trains a {recipe.kind}; one of kind {kind!r} is needed here.")
+    data = validate(schema, recipe.data, recipe.name, "data")
+    torch.manual_seed(recipe.seed)
+    settings = dict(recipe.compressor)
+    reader = reader or Reader.from_pretrained(str(recipe.reader))
+    return data, make_compressor(settings.pop("method"), reader, **settings)
 
 
 class CompressorData(QuestionData):

@@ -12,14 +12,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ...compressors import Reader, make_compressor
+from ...compressors import Reader
 from ...compressors.core.checkpoint import read_weights
 from ...compressors.core.shipped import locate
 from ...compressors.text.pruning import PruneExample, TrainedPruner, sentence_spans
-from ..data.records import Asked, Material, load_records
-from ..training.schema import Recipe, Stage, validate
+from ..data.records import Asked, Material
+from ..training.schema import Recipe, Stage
 from . import sentence_labels
-from .items import CompressorItems, QuestionData
+from .items import CompressorItems, QuestionData, opened
 from .sentence_labels import Value, holds, texts_of
 from .token_labels import answer_labels
 
@@ -82,18 +82,10 @@ class SentenceTask:
     """
 
     def __init__(self, recipe: Recipe, reader: Reader | None = None) -> None:
-        if recipe.kind != "sentences" or recipe.compressor is None:
-            raise ValueError(
-                f"The recipe {recipe.name!r} trains a {recipe.kind}; one of kind 'sentences' is needed here."
-            )
         self.recipe = recipe
-        self.data = validate(SentenceData, recipe.data, recipe.name, "data")
-        torch.manual_seed(recipe.seed)
-        settings = dict(recipe.compressor)
-        method = settings.pop("method")
-        self.reader = reader or Reader.from_pretrained(str(recipe.reader))
-        found = make_compressor(method, self.reader, **settings)
+        self.data, found = opened(recipe, "sentences", SentenceData, reader)
         if not isinstance(found, TrainedPruner):
+            method = found.config.method
             raise ValueError(f"A recipe of kind 'sentences' trains a pruner of sentences, and {method} is none.")
         self.compressor: TrainedPruner = found
         start = self.data.start
@@ -119,9 +111,7 @@ class SentenceTask:
         self, sources: Sequence[str], half: str | None = None, shares: dict[str, float] | None = None
     ) -> Material:
         data = self.data
-        records = load_records(sources, data.dir, half)
-        if shares is not None:
-            records = [record for record in records if record.source.startswith(tuple(shares))]
+        records = data.records(sources, half, shares)
         return Material(records, [], data.max_chars, data.max_answer_words, verbatim=False, shares=shares)
 
     # -- items ---------------------------------------------------------------------------------------------------------
@@ -185,7 +175,7 @@ class SentenceTask:
 
     def _values(self, sentences: Sequence[str], question: str, answer: str) -> list[Value]:
         if self.data.labels == "gain":
-            return sentence_labels.gain(self.reader, sentences, question, answer)
+            return sentence_labels.gain(self.compressor.base_reader, sentences, question, answer)
         return getattr(sentence_labels, self.data.labels)(sentences, question, answer)
 
     def collator(self, stage: Stage) -> Callable[[list[PruneItem]], dict[str, Any]]:

@@ -17,15 +17,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ...compressors import Reader, make_compressor
+from ...compressors import Reader
 from ...compressors.base import Compressor
 from ...compressors.encoders.embedder import MINILM, load_embedder
 from ...compressors.fidelity.questions import ASKED
 from ...compressors.text.sampling import Sample, Sampler
 from ...compressors.text.scoring import self_information
 from ..data.records import Asked, Material, load_records
-from ..training.schema import Recipe, Stage, validate
-from .items import CompressorItems, QuestionData, draw_ratio
+from ..training.schema import Recipe, Stage
+from .items import CompressorItems, QuestionData, draw_ratio, opened
 
 MISSED = -0.01  # PCRL's reward of a text from which the reader answers otherwise
 
@@ -160,19 +160,11 @@ class RewardTask:
     """
 
     def __init__(self, recipe: Recipe, reader: Reader | None = None) -> None:
-        if recipe.kind != "rewards" or recipe.compressor is None:
-            raise ValueError(
-                f"The recipe {recipe.name!r} trains a {recipe.kind}; one of kind 'rewards' is needed here."
-            )
         self.recipe = recipe
-        self.data = validate(RewardData, recipe.data, recipe.name, "data")
-        torch.manual_seed(recipe.seed)
-        settings = dict(recipe.compressor)
-        method = settings.pop("method")
-        found = make_compressor(method, reader or Reader.from_pretrained(str(recipe.reader)), **settings)
+        self.data, found = opened(recipe, "rewards", RewardData, reader)
         if not isinstance(found, Sampler):
             raise ValueError(
-                f"A recipe of kind 'rewards' trains a compressor that draws its output, and {method} does not."
+                f"A recipe of kind 'rewards' trains a compressor that draws its output, and {found.config.method} does not."
             )
         self.compressor: Compressor = found
         self.module = RewardModule(self.compressor, Reward(self.compressor.base_reader, self.data))

@@ -15,13 +15,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ...compressors import Reader, make_compressor
+from ...compressors import Reader
 from ...compressors.core.batching import pad_rows
 from ...compressors.text.llmlingua2 import LLMLingua2Compressor
 from ..data.corpus import find_files, read_pairs
-from ..data.records import Asked, Material, load_records, need_folder
-from ..training.schema import Recipe, Stage, validate
-from .items import CompressorItems, QuestionData
+from ..data.records import Asked, Material, need_folder
+from ..training.schema import Recipe, Stage
+from .items import CompressorItems, QuestionData, opened
 from .token_labels import IGNORE, Labels, align, answer_labels, question_labels, trusted
 
 KINDS = ("questions", "pairs")
@@ -103,15 +103,8 @@ class TokenTask:
     """
 
     def __init__(self, recipe: Recipe, reader: Reader | None = None) -> None:
-        if recipe.kind != "tokens" or recipe.compressor is None:
-            raise ValueError(f"The recipe {recipe.name!r} trains a {recipe.kind}; one of kind 'tokens' is needed here.")
         self.recipe = recipe
-        self.data = validate(TokenData, recipe.data, recipe.name, "data")
-        torch.manual_seed(recipe.seed)
-        settings = dict(recipe.compressor)
-        found = make_compressor(
-            settings.pop("method"), reader or Reader.from_pretrained(str(recipe.reader)), **settings
-        )
+        self.data, found = opened(recipe, "tokens", TokenData, reader)
         if not isinstance(found, LLMLingua2Compressor) or found.words.tagger is None:
             raise ValueError("A recipe of kind 'tokens' trains llmlingua2 with LoRA and a head: leave out classifier.")
         self.compressor: LLMLingua2Compressor = found
@@ -134,9 +127,7 @@ class TokenTask:
         self, sources: Sequence[str], half: str | None = None, shares: dict[str, float] | None = None
     ) -> Material:
         data = self.data
-        records = load_records(sources, data.dir, half)
-        if shares is not None:
-            records = [record for record in records if record.source.startswith(tuple(shares))]
+        records = data.records(sources, half, shares)
         counts = Counter((record.source, record.gold_text) for record in records)
         records = [r for r in records if counts[r.source, r.gold_text] >= data.min_questions]
         return Material(records, [], data.max_chars, data.max_answer_words, verbatim=False, shares=shares)

@@ -14,23 +14,15 @@ from nutgraf.benchmarks.report.leaderboard import write_leaderboard
 from nutgraf.benchmarks.rows import read_rows
 from nutgraf.compressors import COMPRESSORS
 from nutgraf.recipes.training.schema import load_recipe, recipe_names
+from texts import write_people
 from typer.testing import CliRunner
-
-PEOPLE = {"Ada": "Bergen", "Ivar": "Oslo", "Mary": "Lima", "Omar": "Cairo", "Nora": "Kyoto", "Hugo": "Quito"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, zoo: ModuleType) -> Path:
     """Questions about who lives where, a tiny reader, and two recipes of two stages."""
     folder = tmp_path_factory.mktemp("leaderboard")
-    rows = []
-    for number, (person, city) in enumerate(PEOPLE.items()):
-        text = f"{person} lives in {city} by the river, in a house of {number + 2} rooms with a garden and a well."
-        row = {"id": str(number), "question": f"Where does {person} live?", "answers": [city], "source": "toy"}
-        rows.append(
-            {**row, "passages": [{"title": "", "text": text}], "gold": 0, "half": ("tune", "report")[number % 2]}
-        )
-    (folder / "qa_toy.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_people(folder / "qa_toy.jsonl")
     zoo.saved("llama", folder / "reader")
     stage = {"batch_size": 2, "lr": 1e-3, "objectives": {"lm": 1.0}, "mix": {"human": 1.0}}
     stages = [{"name": "one", "steps": 30, **stage}, {"name": "two", "steps": 10, **stage}]

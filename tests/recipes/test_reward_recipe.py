@@ -15,7 +15,6 @@ from nutgraf.compressors.text.facts import supported
 from nutgraf.recipes.tasks.rewards import Reward, RewardData, RewardItem, RewardTask
 from nutgraf.recipes.training.schema import load_recipe, parse_recipe
 from nutgraf.recipes.training.trainer import run_recipe
-from transformers import BertConfig, BertModel
 
 TEXT = "The treaty was signed in 1648 in Westphalia. It ended thirty years of war."
 PAIRS = (("When was it signed?", "1648"), ("Where?", "Westphalia"))
@@ -35,12 +34,7 @@ def folder(tmp_path_factory):
         for i, (q, a) in enumerate(PAIRS)
     ]
     (folder / "qa.jsonl").write_text("\n".join(json.dumps({**row, "source": "toy", "half": "tune"}) for row in rows))
-    torch.manual_seed(0)
-    small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
-    BertModel(BertConfig(vocab_size=zoo.VOCAB, max_position_embeddings=160, **small)).save_pretrained(
-        folder / "encoder"
-    )
-    zoo.tokenizer().save_pretrained(folder / "encoder")
+    zoo.save_encoder(folder / "encoder")
     return folder
 
 

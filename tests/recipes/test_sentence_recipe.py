@@ -13,7 +13,6 @@ from nutgraf.recipes.tasks.pruning import SentenceTask
 from nutgraf.recipes.tasks.sentence_labels import gain, holds, inclusion, lexical, needed
 from nutgraf.recipes.training.schema import load_recipe, parse_recipe
 from nutgraf.recipes.training.trainer import run_recipe
-from transformers import BertConfig, BertModel
 
 SENTENCES = ["The treaty was signed in 1648.", "It rained in 1648.", "Ter Borch, a painter, watched.", "Wars end."]
 QUESTION = "When was the treaty signed?"
@@ -73,12 +72,7 @@ def folder(tmp_path_factory, zoo):
     lines = [json.dumps({**row, "id": str(i), "source": "toy", "half": "tune"}) for i, row in enumerate(rows)]
     (folder / "qa.jsonl").write_text("\n".join(lines[:18]))
     (folder / "dev.jsonl").write_text("\n".join(lines[18:]))
-    torch.manual_seed(0)
-    small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
-    BertModel(BertConfig(vocab_size=zoo.VOCAB, max_position_embeddings=160, **small)).save_pretrained(
-        folder / "encoder"
-    )
-    zoo.tokenizer().save_pretrained(folder / "encoder")
+    zoo.save_encoder(folder / "encoder")
     return folder
 
 

@@ -8,25 +8,16 @@ import pytest
 import yaml
 from nutgraf import load_compressor
 from nutgraf.recipes.sweep import Evaluation, best_first, make_cells, parse_grid, run_sweep, split_values
+from texts import write_people
 from typer.testing import CliRunner
-
-PEOPLE = {"Ada": "Bergen", "Ivar": "Oslo", "Mary": "Lima", "Omar": "Cairo", "Nora": "Kyoto", "Hugo": "Quito"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, zoo):
     """Questions about who lives where, a tiny reader, and a recipe of two steps."""
     folder = tmp_path_factory.mktemp("sweep")
-    rows = []
-    for number, (person, city) in enumerate(PEOPLE.items()):
-        text = f"{person} lives in {city} by the river, in a house of {number + 2} rooms with a garden and a well."
-        row = {"id": str(number), "question": f"Where does {person} live?", "answers": [city], "source": "toy"}
-        rows.append(
-            {**row, "passages": [{"title": "", "text": text}], "gold": 0, "half": ("tune", "report")[number % 2]}
-        )
-    (folder / "qa_toy.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    zoo.model().save_pretrained(folder / "reader")
-    zoo.tokenizer().save_pretrained(folder / "reader")
+    write_people(folder / "qa_toy.jsonl")
+    zoo.saved("llama", folder / "reader")
     stage = {
         "name": "answers",
         "steps": 2,
