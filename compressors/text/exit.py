@@ -117,14 +117,17 @@ class EXITCompressor(SentencePruner):
         if not prompts:
             return torch.zeros(0)
         yes, no = self._answers()
+        # A sentence that stands twice in a passage is read once, so that rounding does not choose between the two.
+        once = dict(zip(prompts, groups))
         hidden = target_hidden(
-            self.scorer, [[prompt] for prompt in prompts], [yes[:1]] * len(prompts), groups, _POSITIONS
+            self.scorer, [[prompt] for prompt in once], [yes[:1]] * len(once), list(once.values()), _POSITIONS
         ).hidden
-        found = []
+        found: list[float] = []
         for rows in hidden.split(_ROWS):
             logits = self.scorer.head(rows).float()
-            found.append(torch.sigmoid(logits[:, yes].logsumexp(-1) - logits[:, no].logsumexp(-1)).cpu())
-        return torch.cat(found)
+            found += torch.sigmoid(logits[:, yes].logsumexp(-1) - logits[:, no].logsumexp(-1)).tolist()
+        values = dict(zip(once, found))
+        return torch.tensor([values[prompt] for prompt in prompts])
 
     def _answers(self) -> tuple[list[int], list[int]]:
         """First tokens of Yes and of No, with and without a space before."""
