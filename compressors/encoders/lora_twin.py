@@ -98,6 +98,10 @@ class Twin(nn.Module):
         """The body of the tuned LM, which gives hidden states."""
         return self.lm.get_decoder()
 
+    def merged(self) -> PreTrainedModel:
+        """The tuned LM as a plain model; weights that are not tuned are shared with it."""
+        return self.lm
+
     def train(self, mode: bool = True) -> Twin:
         """Switches LoRA's dropout only; the model's own dropout stays off, as in the reader."""
         self.training = mode
@@ -191,6 +195,28 @@ class LoRATwin(Twin):
         self.lora = nn.ParameterDict({short_name(name): p for name, p in adapters.items()})
         self.requires_grad_(True)
         self.train()
+
+    @torch.no_grad()
+    def merged(self) -> PreTrainedModel:
+        """The LM with LoRA added to its weights, rounded to their dtype once; other weights are shared.
+
+        Raises:
+            ValueError: if some weights are quantised.
+        """
+        plain = share(self.lm)
+        decoder = plain.get_decoder()
+        for name, module in [*decoder.named_modules()]:
+            if not hasattr(module, "lora_A"):
+                continue
+            base = module.get_base_layer()
+            if type(base) not in (nn.Linear, Conv1D):
+                raise ValueError(
+                    f"LoRA cannot be added to {name}, a {type(base).__name__}; load the reader unquantised."
+                )
+            total = base.weight.double() + module.get_delta_weight("default").double()
+            base.weight = nn.Parameter(total.to(base.weight.dtype), requires_grad=False)
+            decoder.set_submodule(name, base)
+        return plain
 
     @contextlib.contextmanager
     def only_at(self, where: Tensor, modules: Sequence[str] | None = None) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from transformers import PreTrainedModel
 
 from ..core.fingerprint import hash_json, hash_tensors
 from ..reader.reader import Reader
@@ -13,7 +14,8 @@ class AdaptedReader(Reader):
     """Reads with a twin's weights; the base reader stays as it is.
 
     Compressed passages of a compressor that tunes the reader are for ``compressor.reader`` only:
-    ``compressor.reader.generate([[passage, question]])``.
+    ``compressor.reader.generate([[passage, question]])``. ``compressor.reader.save_pretrained(folder)`` writes a plain model
+    with the tuned weights, for a server.
 
     Args:
         base: the reader that the twin was made from.
@@ -40,3 +42,7 @@ class AdaptedReader(Reader):
         if self._hashed is None or self._hashed[0] != versions:
             self._hashed = (versions, hash_json("adapted", self.base.fingerprint, hash_tensors(state.items())))
         return self._hashed[1]
+
+    def plain_model(self) -> PreTrainedModel:
+        """A copy of the tuned model with LoRA added to the weights, rounded to their dtype once."""
+        return self._twin.merged()

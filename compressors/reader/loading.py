@@ -139,7 +139,7 @@ def _load_adapted(folder: str, dtype: torch.dtype | str, model_kwargs: dict[str,
     if "quantization_config" in model_kwargs:
         raise ValueError(
             f"{folder} is an adapter, which is added to its base model's weights, and these cannot be quantised: save the "
-            "reader that comes out with reader.model.save_pretrained and load that."
+            "reader that comes out with reader.save_pretrained and load that."
         )
     settings = read_settings(Path(folder))
     local = resolve(str(settings.base_model_name_or_path))

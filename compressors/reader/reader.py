@@ -22,7 +22,7 @@ from .head import build_head
 from .identity import ReaderIdentity
 from .inputs import check_last, generation_inputs, run_decoder
 from .kv import KVPlacement
-from .loading import as_dtype, find_lm, load_tokenizer
+from .loading import as_dtype, find_lm, load_tokenizer, save_tokenizer
 from .plan import Layout, Prompt, PromptPlan, plan_prompts, reading_order
 from .tokenization import PromptTokenizer
 
@@ -64,7 +64,7 @@ class Reader(Unpickled):
 
     why_unpickled: ClassVar[str] = (
         "A Reader is not pickled: pass its name or folder and load it there with Reader.from_pretrained; "
-        "reader.model.save_pretrained and reader.tokenizer.save_pretrained write a folder."
+        "reader.save_pretrained writes a folder."
     )
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, *, name: str | None = None) -> None:
@@ -128,6 +128,22 @@ class Reader(Unpickled):
         reader = cls(loaded, tokenizer, name=short)
         reader.identity_card.checkpoint = found.checkpoint
         return reader
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes model and tokenizer as a Hugging Face folder, which transformers, vLLM and SGLang load.
+
+        Raises:
+            FileExistsError: if there is a model in the folder already.
+        """
+        target = Path(folder)
+        if (target / "config.json").exists():
+            raise FileExistsError(f"{target} holds a model already; choose another folder, or delete it first.")
+        self.plain_model().save_pretrained(target)
+        save_tokenizer(self.tokenizer, target)
+
+    def plain_model(self) -> PreTrainedModel:
+        """The model without adapters."""
+        return self.model
 
     @property
     def device(self) -> torch.device:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -40,12 +41,10 @@ def reader() -> Reader:
     return Reader.from_pretrained("reader-smollm2", device="cpu", dtype="float32")
 
 
-@pytest.fixture(scope="module")
-def url(reader: Reader, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """vLLM on loopback; it and its workers are ended after the tests."""
-    folder = tmp_path_factory.mktemp("vllm")
-    reader.model.save_pretrained(folder / "reader")
-    reader.tokenizer.save_pretrained(folder / "reader")
+@contextlib.contextmanager
+def serving(reader: Reader, folder: Path) -> Iterator[str]:
+    """vLLM on loopback, which serves a reader; it and its workers are ended at the end."""
+    reader.save_pretrained(folder / "reader")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -73,6 +72,12 @@ def url(reader: Reader, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
             process.wait(60)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
+
+
+@pytest.fixture(scope="module")
+def url(reader: Reader, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving(reader, tmp_path_factory.mktemp("vllm")) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +157,15 @@ def test_refusals(url, reader, note):
     with served(url, reader) as remote:
         assert remote.generate(["Hello"], 4) == reader.generate(["Hello"], 4)
     note("refused: too long, unknown model, keys and values", 3, 3)
+
+
+def test_a_tuned_reader_is_served_with_its_weights_merged(reader, records, note, tmp_path):
+    compressor = load_compressor("mean-pool-smollm2", reader)
+    tuned = compressor.reader
+    passages = compressor.compress([record.gold_text for record in records], ratio=4, batch_size=4)
+    asked = [question_prompt([passage], record.question) for passage, record in zip(passages, records)]
+    wanted = tuned.generate(asked, batch_size=4, **OPTIONS)
+    with serving(tuned, tmp_path) as address, served(address, tuned, concurrency=16) as remote:
+        found = remote.generate(asked, **OPTIONS)
+    note("completions, mean-pool-smollm2, tuned reader", sum(a == b for a, b in zip(found, wanted)), len(asked))
+    assert found == wanted

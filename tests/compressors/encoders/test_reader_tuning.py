@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
-from nutgraf.compressors import ReaderMismatchError, load_compressor, make_compressor
+from nutgraf.compressors import Reader, ReaderMismatchError, load_compressor, make_compressor
 from nutgraf.recipes.data.records import load_records
 from nutgraf.recipes.tasks.compressor import CompressorTask
 from nutgraf.recipes.tasks.evaluation import compressed_scores
 from nutgraf.recipes.training.schema import load_recipe, parse_recipe
 from nutgraf.recipes.training.trainer import run_recipe
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PASSAGE = "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911)."
 ASK = "\n\nQuestion: Where was she born?\nAnswer:"
@@ -136,3 +138,32 @@ def test_the_full_text_recipe_ships():
     recipe = load_recipe("full_text")
     assert recipe.compressor["method"] == "full-text"
     assert all(not stage.objectives.get("ae") for stage in recipe.stages)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])
+def test_a_tuned_reader_is_saved_as_a_plain_model(zoo, architecture, tmp_path):
+    base = zoo.reader(architecture)
+    compressor = build("mean-pool", base)
+    before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    with torch.no_grad():
+        for p in compressor.reader_twin.lora.values():
+            p.add_(0.2 * torch.randn_like(p))
+    compressor.reader.save_pretrained(tmp_path / "tuned")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tuned")
+    assert not [name for name, _ in model.named_parameters() if "lora" in name]
+    (passage,) = compressor.compress([PASSAGE])
+    assert type(model) is type(base.model)
+    served = Reader(model, tokenizer)
+    untied = dataclasses.replace(passage, reader=served.fingerprint)
+    wanted = logits(compressor.reader, [passage, ASK])
+    assert torch.allclose(logits(served, [untied, ASK]), wanted, atol=1e-4)
+    assert not torch.allclose(
+        logits(base, [dataclasses.replace(passage, reader=base.fingerprint), ASK]), wanted, atol=1e-2
+    )
+    after = base.model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert [name for name in compressor.reader.model.state_dict() if "lora" in name]  # still tuned, not merged
+    with pytest.raises(FileExistsError, match="another folder"):
+        base.save_pretrained(tmp_path / "tuned")
