@@ -18,6 +18,7 @@ import typer
 from torch import Tensor
 
 from ...compressors import CompressedPassage, Reader, load_compressor
+from ...compressors.core.files import write_atomically
 from ...compressors.kv import repair, selection
 from ...compressors.kv.pairs import shared_reading
 from ...compressors.kv.probing import Evidence, LayerEvidence, read
@@ -37,7 +38,7 @@ Weight = Callable[[Reader, LayerEvidence, Tensor, int], Tensor]
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 ReaderName = Annotated[str, typer.Option(help="A reader of the Llama family.")]
 Sets = Annotated[list[str], typer.Option(help="Question files.")]
-BLOCK = 8  # passages that are read, compressed and asked together
+BLOCK = 4  # passages that are read, compressed and asked together
 Out = Annotated[Path | None, typer.Option(help="Results file to append rows to.")]
 
 
@@ -189,7 +190,10 @@ def choices(
     reader: ReaderName = "reader-smollm2",
     out: Out = None,
 ) -> None:
-    """Every score, budget and repair on the same questions. Passages are read once for all; rows that --out holds stay."""
+    """Every score, budget and repair on the same questions. Passages are read once for all; rows that --out holds stay.
+
+    Run it again after a stop: what was answered is kept beside --out.
+    """
     loaded, settings = find_reader(reader, dtype="bfloat16"), Settings(dataset_name(file), likelihood=False)
     records = readable(loaded, find_records(file, "report", limit), settings.max_new_tokens)
     there = read_rows(out) if out is not None and out.is_file() else []
@@ -198,12 +202,16 @@ def choices(
     if not lines:
         typer.echo(f"{out} holds all choices of {settings.dataset}.")
         return
-    given: dict[str, list[str]] = {name: [] for name in ("full", "none", *(line.label for line in lines))}
     compressors: dict[int, Any] = {id(line.compressor): line.compressor for line in lines}
-    sizes: dict[str, list[tuple[int, int]]] = {line.label: [] for line in lines}
+    kept = None if out is None else out.with_name(f"{out.stem}.{settings.dataset}.partial.json")
+    key = [questions_hash(records), loaded.fingerprint, *(f"{line.label} {code_of(line.compressor)}" for line in lines)]
+    done, sizes = 0, dict[str, list[Any]]()
+    given: dict[str, list[str]] = {name: [] for name in ("full", "none", *(line.label for line in lines))}
+    if kept is not None and kept.is_file() and (state := json.loads(kept.read_text()))["key"] == key:
+        done, given, sizes = state["done"], state["given"], state["sizes"]
     with progress_bar(True) as bar:
-        task = bar.add_task(settings.dataset, total=len(records))
-        for start in range(0, len(records), BLOCK):
+        task = bar.add_task(settings.dataset, total=len(records), completed=done)
+        for start in range(done, len(records), BLOCK):
             part = records[start : start + BLOCK]
             contexts: dict[str, list[list[Piece]]] = {
                 "full": [list(r.passages) for r in part],
@@ -215,11 +223,14 @@ def choices(
                     made = line.compressor.compress([r.passages[0] for r in part], asked, line.ratio)
                     contexts[line.label] = [[passage] for passage in made]
                     tokens = [prompt_size(loaded, question_prompt([p], r.question)) for p, r in zip(made, part)]
-                    sizes[line.label] += zip([passage.nbytes for passage in made], tokens)
+                    sizes.setdefault(line.label, []).extend(zip([passage.nbytes for passage in made], tokens))
             prompts = [question_prompt(c, r.question) for each in contexts.values() for c, r in zip(each, part)]
             found = answers(loaded, prompts, max_new_tokens=settings.max_new_tokens, batch_size=32)
             for place, name in enumerate(contexts):
                 given[name] += found[place * len(part) : (place + 1) * len(part)]
+            if kept is not None:
+                state = {"key": key, "done": start + len(part), "given": given, "sizes": sizes}
+                write_atomically(kept, json.dumps(state).encode())
             bar.advance(task, len(part))
     f1 = {name: score_each(texts, records)["f1"] for name, texts in given.items()}
     rows = []
@@ -240,6 +251,8 @@ def choices(
         rows.append(clean(row | metrics.recovered(ours, f1["none"], f1["full"])))
     if out is not None:
         append_rows(out, rows)
+    if kept is not None:
+        kept.unlink(missing_ok=True)
     typer.echo(f"{len(rows)} rows of {settings.dataset}.")
 
 
