@@ -180,8 +180,9 @@ def test_no_circles() -> None:
 
 
 @pytest.mark.slow
-def test_training_needs_no_framework() -> None:
+def test_training_and_measuring_need_no_framework() -> None:
     names = [f"nutgraf.{name.removesuffix('.__init__')}" for name in modules() if name.startswith("recipes.")]
+    names += ["nutgraf.benchmarks.cli.app", "nutgraf.benchmarks.gpu_training"]
     code = (
         f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\n"
         f"assert not set(sys.modules) & set({list(FRAMEWORKS.values())!r})"

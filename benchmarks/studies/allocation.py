@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ...adapters.llama_index.allocation import allocate, ratio_of
 from ...compressors import CompressedPassage, Reader
 from ...compressors.core.textfiles import check_strings
 from ...recipes.data.corpus import Record
@@ -56,12 +55,17 @@ class ByScore(Compressed):
 
     def slots(self, reader: Reader, record: Record, budget: int) -> list[int]:
         """Slots of each passage of a record under a budget."""
+        # Here and below: a machine that only measures may lack llama-index.
+        from ...adapters.llama_index.allocation import allocate
+
         tokens = [len(ids) for ids in reader.tokenize_batch(list(record.passages))]
         score = SCORERS.get(self.scorer)
         scores = gold_score(record) if score is None else score(record.question, record.passages)
         return allocate(tokens, scores, budget, temperature=self.temperature, lowest=self.lowest)
 
     def _divided(self, reader: Reader, record: Record, uniform: Sequence[Piece]) -> list[Piece]:
+        from ...adapters.llama_index.allocation import ratio_of
+
         budget = sum(piece.slots for piece in uniform if isinstance(piece, CompressedPassage))
         found: list[Piece] = []
         query = self._query(record)
