@@ -232,6 +232,9 @@ def test_another_compressor_reader_ratio_or_question_has_another_key(store):
         (dict(key=PassageKey.of("t", compressor="c", reader="other")), "made for the reader r"),
         (dict(text="another text"), "not the one that its key was made of"),
         (dict(vector=[1.0, float("nan")]), "retrieval vector holds NaN"),
+        (dict(about={"nutgraf:text": "another text"}), "the store's own"),
+        (dict(about={"nutgraf:also": 3}), "the store's own"),
+        (dict(about={"nutgraf:also": ["file"]}), "the store's own"),
         (dict(passage=made("embeds").to(dtype=torch.float32).map(lambda t: t / 0)), "NaN or infinite"),
     ],
 )
