@@ -243,7 +243,7 @@ class Reader(Unpickled):
                 bad = next(n for n in plan.ids if not 0 <= n < rows)
                 raise ValueError(
                     f"Token ids must lie in 0..{rows - 1} for {self.name!r}, got {bad} in prompt {i} "
-                    f"({self.tokenizer.convert_ids_to_tokens(bad) if bad > 0 else None!r}): text, chat template and "
+                    f"({self.tokenizer.convert_ids_to_tokens(bad) if 0 < bad < 2**31 else None!r}): text, chat template and "
                     "tokenizer must be those of the model."
                 )
         return plans
