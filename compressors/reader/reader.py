@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
+from ..core.batching import check_batch_size
 from ..core.errors import ReaderMismatchError
 from ..core.hidden import Unpickled
 from ..core.passage import CompressedPassage
@@ -377,8 +378,9 @@ class Reader(Unpickled):
             generate_kwargs: passed to ``model.generate`` (``do_sample``, ``temperature``, ``num_beams``, ...).
 
         Raises:
-            ValueError: if a prompt and its answer do not fit the model's positions.
+            ValueError: if a prompt and its answer do not fit the model's positions, or ``batch_size`` is below 1.
         """
+        check_batch_size(batch_size)
         stop = stop_strings(stop)
         plans = self._as_plans(prompts, chat, template)
         order = reading_order(plans)
