@@ -256,7 +256,7 @@ def _show(compressor: Compressor, found: CompressedPassage, text: str, query: st
     if found.interface == "text":
         console.print("\nKept, in bold:")
         console.print(highlight(text, found))
-    elif found.counts is not None and found.slots:
+    elif found.heads_per_token is not None and found.slots:
         console.print("\nTokens whose keys and values most heads keep, in bold:")
         console.print(highlight_kept(text, found, reader.tokenize_with_offsets(text)[1]))
     elif found.embeds is not None and found.slots:

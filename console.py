@@ -68,12 +68,11 @@ def highlight(text: str, found: CompressedPassage) -> Any:
 def highlight_kept(text: str, found: CompressedPassage, offsets: Sequence[tuple[int, int]]) -> Any:
     """Return the text as a `rich.text.Text`: the tokens of which most heads keep their pair in bold, as many as the budget.
 
-    `offsets`: start and end of every token. `found`: a ragged KV passage.
+    `offsets`: start and end of every token. `found`: a passage with `heads_per_token`.
     """
     from rich.text import Text
 
-    start = found.span[0] if found.span else 0
-    heads = (found.positions.long() - start).bincount(minlength=len(offsets))  # type: ignore[union-attr]
+    heads: Any = found.heads_per_token
     shown = Text(text, style="dim")
     for token in heads.topk(min(found.slots, len(offsets))).indices.tolist():
         shown.stylize("not dim bold green", *offsets[token])

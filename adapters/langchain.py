@@ -8,8 +8,9 @@ a compressor to ``text`` the content is the shorter text, for any LLM. With one 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
+from itertools import chain
 from typing import Any
 
 try:
@@ -30,6 +31,7 @@ from .placeholders.documents import TextsForReading, count_positions
 from .threads import agenerate, astream
 
 _KINDS = ((HumanMessage, "user"), (AIMessage, "assistant"), (SystemMessage, "system"))  # chunks are subclasses
+_END = ("",)  # ends every stream: LangChain takes a stream without pieces for a failure, but an answer may be empty
 _ROLES = {"human": "user", "ai": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 
@@ -140,7 +142,7 @@ class CompressedContextLLM(_Reading, LLM):
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
         read = read_placeholders(prompt, self.reader.fingerprint)
-        for piece in self.reader.stream(read, **self._settings(stop, kwargs)):
+        for piece in chain(self.reader.stream(read, **self._settings(stop, kwargs)), _END):
             chunk = GenerationChunk(text=piece)
             if run_manager:
                 run_manager.on_llm_new_token(piece, chunk=chunk)
@@ -164,7 +166,7 @@ class CompressedContextLLM(_Reading, LLM):
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
         read = read_placeholders(prompt, self.reader.fingerprint)
-        async with aclosing(astream(self.reader, read, **self._settings(stop, kwargs))) as pieces:  # type: ignore[type-var]
+        async with aclosing(_to_end(astream(self.reader, read, **self._settings(stop, kwargs)))) as pieces:
             async for piece in pieces:
                 chunk = GenerationChunk(text=piece)
                 if run_manager:
@@ -209,7 +211,7 @@ class CompressedContextChatModel(_Reading, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        for piece in self.reader.stream(self._read(messages), **self._settings(stop, kwargs)):
+        for piece in chain(self.reader.stream(self._read(messages), **self._settings(stop, kwargs)), _END):
             chunk = ChatGenerationChunk(message=AIMessageChunk(content=piece))
             if run_manager:
                 run_manager.on_llm_new_token(piece, chunk=chunk)
@@ -233,7 +235,7 @@ class CompressedContextChatModel(_Reading, BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         settings = self._settings(stop, kwargs)
-        async with aclosing(astream(self.reader, self._read(messages), **settings)) as pieces:  # type: ignore[type-var]
+        async with aclosing(_to_end(astream(self.reader, self._read(messages), **settings))) as pieces:
             async for piece in pieces:
                 chunk = ChatGenerationChunk(message=AIMessageChunk(content=piece))
                 if run_manager:
@@ -252,6 +254,13 @@ class CompressedContextChatModel(_Reading, BaseChatModel):
             text = "".join(p if isinstance(p, str) else p["text"] for p in parts)
             read.append({"role": _role(message), "content": read_placeholders(text, self.reader.fingerprint)})
         return read
+
+
+async def _to_end(pieces: AsyncIterator[str]) -> AsyncGenerator[str, None]:
+    async with aclosing(pieces):  # type: ignore[type-var]
+        async for piece in pieces:
+            yield piece
+    yield _END[0]
 
 
 def _role(message: BaseMessage) -> str:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .core.batching import check_batch_size
 from .core.checkpoint import load_weights, read_config, write_checkpoint
 from .core.config import CompressorConfig, check_queries
 from .core.errors import CheckpointError, ReaderMismatchError
@@ -107,8 +108,7 @@ class Compressor(nn.Module, ABC):
             raise ValueError(f"ratio is source tokens per slot, a finite number of at least 1, got {ratio!r}.")
         if vectors is not None and len(vectors) != len(texts):
             raise ValueError(f"vectors must hold one entry per passage: got {len(vectors)} for {len(texts)} passages.")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        check_batch_size(batch_size)
         out: list[CompressedPassage] = []
         step = batch_size or max(len(texts), 1)
         with self._lock, torch.no_grad(), evaluating(self):

@@ -98,10 +98,10 @@ class TextAbove(Policy):
     def choose(self, retrieved: Retrieved) -> list[Form]:
         forms = []
         for place, score in enumerate(retrieved.scores):
-            if score is None:
+            if score is None or math.isnan(score):
                 raise ValueError(
-                    f"TextAbove({self.score}) goes by scores, but passage {place} has none; use a retriever or reranker "
-                    "that scores, or TextForTop."
+                    f"TextAbove({self.score}) goes by scores, but passage {place} has {_said(score)}; use a retriever or "
+                    "reranker that scores, or TextForTop."
                 )
             forms.append(TEXT if score >= self.score else COMPRESSED)
         return forms
@@ -219,10 +219,10 @@ class ScoreBudget(Policy):
             return [TEXT] * len(text)
         scores = []
         for place, score in enumerate(retrieved.scores):
-            if score is None:
+            if score is None or not math.isfinite(score):
                 raise ValueError(
-                    f"{self} goes by scores, but passage {place} has none; use a retriever or reranker that scores, or "
-                    "AutoBudget."
+                    f"{self} goes by scores, but passage {place} has {_said(score)}; use a retriever or reranker that scores, "
+                    "or AutoBudget."
                 )
             scores.append(score)
         ranked = sorted(range(len(text)), key=lambda place: -scores[place])
@@ -344,6 +344,10 @@ def check_count(policy: str, name: str, value: Any, least: int) -> None:
     """Raises ``ValueError`` unless a policy's setting is an integer of at least ``least``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{policy}'s {name} must be an integer of at least {least}, got {value!r}.")
+
+
+def _said(score: float | None) -> str:
+    return "none" if score is None else str(score)
 
 
 def is_number(value: Any) -> bool:

@@ -6,9 +6,9 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeVar
 
 try:
@@ -39,6 +39,13 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 READER_HEADER = "X-Nutgraf-Reader"
 _FAILED = "The reader failed; the server's log says why."
+
+
+class _Json(JSONResponse):
+    """JSON in ASCII: what clients send may hold lone surrogates, which UTF-8 cannot hold."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
 
 
 def create_app(
@@ -85,33 +92,40 @@ def create_app(
         yield
         await asyncio.to_thread(server.close)
 
-    app = FastAPI(title="nutgraf", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="nutgraf",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        default_response_class=_Json,
+    )
     app.state.batcher = server.batcher
     app.add_middleware(server.metrics.wrap)  # type: ignore[arg-type]
 
     @app.exception_handler(RequestError)
-    async def refused(request: Request, error: RequestError) -> JSONResponse:
+    async def refused(request: Request, error: RequestError) -> Response:
         headers = {"Retry-After": "1"} if error.status in (429, 503) else None
-        return JSONResponse(error.body(), error.status, headers)
+        return _Json(error.body(), error.status, headers)
 
     @app.exception_handler(ClientDisconnect)
     async def left(request: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=499)  # as nginx logs it; sent to no one
 
     @app.exception_handler(HTTPException)
-    async def no_such_page(request: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(RequestError(str(error.detail), error.status_code).body(), error.status_code)
+    async def no_such_page(request: Request, error: HTTPException) -> Response:
+        return _Json(RequestError(str(error.detail), error.status_code).body(), error.status_code)
 
     @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> JSONResponse:
+    async def failed(request: Request, error: Exception) -> Response:
         _log.error("A request failed", exc_info=error)
-        return JSONResponse(RequestError(_FAILED, 500).body(), 500)
+        return _Json(RequestError(_FAILED, 500).body(), 500)
 
     @app.get("/health")
-    async def health() -> JSONResponse:
+    async def health() -> Response:
         alive = server.batcher.alive
         status = {"status": "ok" if alive else "down", "model": server.name, "waiting": server.batcher.waiting}
-        return JSONResponse(status, 200 if alive else 503)
+        return _Json(status, 200 if alive else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -138,9 +152,9 @@ def create_app(
 
     @app.post("/v1/passages")
     async def add(request: Request) -> dict[str, Any]:
-        server.check_key(request)
-        new = check_model(NewPassages, await server.json(request))
-        return {"object": "list", "data": await server.in_thread(server.passages.add, new)}
+        with server.at_work(request):
+            new = check_model(NewPassages, await server.json(request))
+            return {"object": "list", "data": await server.in_thread(server.passages.add, new)}
 
     @app.get("/v1/passages")
     async def listed(request: Request, after: str = "", limit: int = 100) -> Any:
@@ -158,8 +172,8 @@ def create_app(
         return await server.in_thread(server.passages.delete, name)
 
     @app.exception_handler(RequestValidationError)
-    async def no_number(request: Request, error: RequestValidationError) -> JSONResponse:
-        return JSONResponse(RequestError("limit must be a number.", 400, "limit").body(), 400)
+    async def no_number(request: Request, error: RequestValidationError) -> Response:
+        return _Json(RequestError("limit must be a number.", 400, "limit").body(), 400)
 
     return app
 
@@ -213,15 +227,21 @@ class _Server:
 
     async def answer(self, http: Request, kind: type[Any], make: Callable[[Any], list[PromptPlan]]) -> Response:
         """Answer one request, whole or streamed."""
+        with self.at_work(http):
+            request = parse(kind, await self.json(http))
+            self._check_who(request, http)
+            return await _while_connected(http, self._respond(request, kind, make))
+
+    @contextmanager
+    def at_work(self, http: Request) -> Iterator[None]:
+        """Count a request with a body, which takes memory; refuse one too many, or one without the key."""
         self.check_key(http)
         limits = self.limits
         if self._at_work >= limits.max_queue + limits.max_batch + limits.max_streams:
             raise RequestError(f"{self._at_work} requests are waiting already; try again later.", 429)
         self._at_work += 1
         try:
-            request = parse(kind, await self.json(http))
-            self._check_who(request, http)
-            return await _while_connected(http, self._respond(request, kind, make))
+            yield
         finally:
             self._at_work -= 1
 
@@ -239,7 +259,7 @@ class _Server:
             return _Stream(_prepend(first, events), self.limits.timeout_s)
         answers = await self._read(plans, options)
         self.metrics.tokens.inc(sum(answer.tokens for answer in answers))
-        return JSONResponse(reply.whole(answers, sum(map(len, plans))))
+        return _Json(reply.whole(answers, sum(map(len, plans))))
 
     async def _read(self, plans: list[PromptPlan], options: AnswerOptions) -> list[Answered]:
         futures = self.batcher.submit(plans, options)

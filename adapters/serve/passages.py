@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -228,7 +229,7 @@ def shown(one: Listed) -> dict[str, Any]:
         "bytes": one.nbytes,
         "compressor": one.key.compressor,
         "ratio_asked": one.key.ratio,
-        "about": None if one.about is None else dict(one.about),
+        "about": json.loads(json.dumps(one.about), parse_constant=lambda number: None),  # JSON has no NaN
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...compressors import CompressedPassage, Reader
+from ...compressors.reader.generation import stop_strings
 from ...compressors.reader.plan import KV, PromptPlan
 from ...compressors.reader.tokenization import TokenIds
 from .batching import AnswerOptions
@@ -278,6 +279,10 @@ class Prompts:
         stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
         if len(stop) > 16 or any(not s or len(s) > 256 for s in stop):
             raise RequestError("stop takes up to 16 strings of 1 to 256 characters.", 400, "stop")
+        try:
+            stop_strings(stop)
+        except ValueError as error:
+            raise RequestError(str(error), 400, "stop") from error
         return AnswerOptions(min(asked or default, most), tuple(stop), tuple(sorted(sampled.items())))
 
     def _content(self, content: Any, where: str, param: str) -> list[Any]:

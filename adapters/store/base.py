@@ -18,7 +18,8 @@ from ...compressors import CompressedPassage, Compressor
 ItemT = TypeVar("ItemT")
 
 
-_ALSO = "nutgraf:also"  # in ``about``: the facts of further documents that hold the text
+# Names in ``about`` that are the store's own: the facts of further documents that hold the text, and a text that Arrow lacks.
+_ALSO, TEXT = "nutgraf:also", "nutgraf:text"
 _DOCUMENT = ("ref_doc_id", "file")  # the facts that name a document: LlamaIndex's, a corpus'
 # LlamaIndex gives a document without an id a random one, another one at each ingestion.
 _RANDOM = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
@@ -87,6 +88,9 @@ class Facts:
     """What a store keeps of a passage besides its slots: text, retrieval vector, the caller's facts. ``None``: not given.
 
     A text of several documents (facts ``ref_doc_id`` or ``file``) is stored once, with the facts of each; see `documents`.
+
+    Raises:
+        ValueError: if a fact has one of the store's own names.
     """
 
     text: str | None = None
@@ -97,7 +101,11 @@ class Facts:
         # As a store gives them back, so that equal facts compare equal.
         if self.vector is not None:
             object.__setattr__(self, "vector", tuple(array("f", self.vector)))
-        object.__setattr__(self, "about", json.loads(json.dumps(dict(self.about))) if self.about else None)
+        about = json.loads(json.dumps(dict(self.about))) if self.about else None
+        also = [] if about is None else about.get(_ALSO, [])
+        if about and (TEXT in about or not isinstance(also, list) or not all(isinstance(one, dict) for one in also)):
+            raise ValueError(f"A fact must not be named {_ALSO!r} or {TEXT!r}, which are the store's own; rename it.")
+        object.__setattr__(self, "about", about)
 
     def over(self, older: Facts) -> Facts:
         """Return these facts, completed by older ones and by those of other documents."""

@@ -34,7 +34,8 @@ def read_corpus(path: str | Path, field: str = "text") -> Iterator[Passage]:
     field. Text files (``.txt``, ``.md``) have blank lines between passages.
 
     Warns:
-        UserWarning: if a folder holds files of other kinds, which are left out. Hidden files are left out in silence.
+        UserWarning: if a folder holds files of other kinds, which are left out. Hidden files and folders, such as ``.git``, are
+            left out in silence.
 
     Raises:
         FileNotFoundError: if there is no such file, or no file in the folder.
@@ -52,15 +53,18 @@ def _files(path: Path) -> list[Path]:
         if path.is_file() and kind_of(path) not in LINES + TEXTS:
             raise ValueError(f"A corpus is a {kinds} file (packed or not) or a folder, got {path.name}.")
         return [path]
-    every = sorted(file for file in path.rglob("*") if file.is_file())
+    every = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
     found = [file for file in every if kind_of(file) in LINES + TEXTS]
     if not found:
         raise FileNotFoundError(f"The folder {path} holds no {kinds} files, packed or not.")
-    hidden = [file for file in every if any(part.startswith(".") for part in file.relative_to(path).parts)]
-    if others := [str(file.relative_to(path)) for file in every if file not in {*found, *hidden}]:
+    if others := [str(file.relative_to(path)) for file in every if kind_of(file) not in LINES + TEXTS]:
         names = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
         warnings.warn(f"{len(others)} files in {path} are left out, as they are not {kinds}: {names}.", stacklevel=3)
     return found
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _read_lines(file: Path, name: str, field: str) -> Iterator[Passage]:

@@ -17,6 +17,7 @@ import functools
 import os
 import secrets
 import threading
+import time
 import warnings
 import zlib
 from collections import OrderedDict
@@ -33,10 +34,13 @@ from .table import FIELDS, VECTOR, PassageTable, of_maker, quoted, writable
 
 Layout = Literal["slabs", "table"]
 _MAX_REFS = 2**16
+FOLLOW_S = 1.0  # seconds after which a reader looks for what other processes have deleted or moved
 
 
 class LanceStore(PassageStore):
     """Compressed passages on disk or object storage. Safe to share between threads and processes.
+
+    A passage that another process deletes can be read for another second.
 
     Args:
         uri: a folder, or a URI for LanceDB (``s3://...``).
@@ -115,6 +119,7 @@ class LanceStore(PassageStore):
 
             self._slabs = Slabs(Path(self.uri) / "slabs")
         self._refs: OrderedDict[str, Place] = OrderedDict()
+        self._followed = time.monotonic()
         self._key_fits = False  # it opened a record
         self._lock = threading.Lock()  # guards the refs; held briefly
         self._writing = threading.Lock()
@@ -149,6 +154,7 @@ class LanceStore(PassageStore):
         """Places of the passages by key: from memory, else from the table, which is refreshed for unknown keys."""
         wanted = list(dict.fromkeys(key.id for key in keys))
         found: dict[str, tuple[Place, bytes | None]] = {}
+        self._follow()
         with self._lock:
             for key in wanted:
                 if (ref := self._refs.get(key)) is not None:
@@ -197,16 +203,20 @@ class LanceStore(PassageStore):
             self._refs.clear()
         self._table.refresh()
 
+    def _follow(self) -> None:
+        """See what other processes have deleted or moved, if the last look is too long ago."""
+        now = time.monotonic()
+        if now - self._followed >= FOLLOW_S:
+            self._followed = now
+            if self._table.refresh():
+                with self._lock:
+                    self._refs.clear()
+
     def missing(self, keys: Iterable[PassageKey]) -> list[PassageKey]:
         distinct = list(dict.fromkeys(keys))
-        with self._lock:
-            unknown = [key for key in distinct if key.id not in self._refs]
-        stored: set[str] = set()
-        for fresh in (False, True):
-            left = [key.id for key in unknown if key.id not in stored]
-            if left and (not fresh or self._table.refresh()):
-                stored |= {row["key"] for row in self._table.look_up(left, ["key"])}
-        return [key for key in unknown if key.id not in stored]
+        self._table.refresh()  # what another process has deleted must be stored again
+        stored = {row["key"] for row in self._table.look_up([key.id for key in distinct], ["key"])}
+        return [key for key in distinct if key.id not in stored]
 
     def put_many(self, entries: Sequence[Entry]) -> None:
         self._check_writable()
@@ -303,6 +313,7 @@ class LanceStore(PassageStore):
         sizes = ("interface", "source_tokens", "slots", "nbytes")
         columns = ["key", *KEY, *sizes, "text", "about"]
         found: dict[str, Listed] = {}
+        self._follow()
         for fresh in (False, True):
             unknown = [name for name in wanted if name not in found]
             if not unknown or (fresh and not self._table.refresh()):

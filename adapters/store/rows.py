@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .base import Entry, Facts, PassageKey
+from .base import TEXT, Entry, Facts, PassageKey
 from .encryption import Cipher
 
 KEY = ("text_hash", "compressor", "reader", "ratio", "query_hash")
 PLACE = ("header", "slab", "start", "nbytes", "crc")
-_TEXT = "nutgraf:text"  # key in ``about`` for a text that Arrow cannot hold
 
 
 @dataclass
@@ -62,7 +61,7 @@ def text_columns(facts: Facts, key: str, cipher: Cipher | None = None) -> dict[s
         return {"text": None, "about": cipher.seal_text(whole, f"{key}/facts")}
     text = facts.text
     if text is not None and not _is_utf8(text):
-        about[_TEXT], text = text, None  # JSON can hold lone surrogates, Arrow cannot
+        about[TEXT], text = text, None  # JSON can hold lone surrogates, Arrow cannot
     return {"text": text, "about": json.dumps(about) if about else None}
 
 
@@ -76,7 +75,7 @@ def facts_of(row: Mapping[str, Any], vector: Any = None, cipher: Cipher | None =
     if cipher is not None:
         return Facts(**json.loads(cipher.open_text(row["about"] or "", f"{row['key']}/facts")))
     about = json.loads(row["about"]) if row["about"] else {}
-    text = about.pop(_TEXT, row["text"])
+    text = about.pop(TEXT, row["text"])
     return Facts(text, vector, about)
 
 

@@ -11,8 +11,6 @@ from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
 from ...adapters.placeholders import PassageCache
 from ...adapters.placeholders.source import PassageSource
 from ...adapters.threads import astream
@@ -160,12 +158,11 @@ def kept(reader: Reader, text: str, passage: CompressedPassage) -> list[tuple[in
     """
     if passage.spans is not None:
         return [(start, end, 1.0) for start, end in passage.spans]
-    if passage.counts is None or passage.span is None or passage.positions is None:
+    if passage.counts is None or (heads := passage.heads_per_token) is None:
         return None
-    first, length = passage.span
-    heads = torch.bincount(passage.positions.cpu().long() - first, minlength=length).tolist()
+    shares = [round(n / passage.counts.numel(), 4) for n in heads.tolist()]
     offsets = reader.tokenize_with_offsets(text)[1]
-    return [(start, end, round(n / passage.counts.numel(), 4)) for (start, end), n in zip(offsets, heads, strict=True)]
+    return [(start, end, share) for (start, end), share in zip(offsets, shares, strict=True)]
 
 
 def _bytes(text: str) -> int:

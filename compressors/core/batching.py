@@ -149,6 +149,12 @@ def watch_lengths() -> Iterator[list[int]]:
         _watched.reset(token)
 
 
+def check_batch_size(batch_size: int | None) -> None:
+    """Raises ``ValueError`` for a batch size below 1."""
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+
+
 def pack(lengths: Sequence[int], budget: int, overhead: int = 0) -> Iterator[list[int]]:
     """Groups sequences of like length into the batches that cost least, which is what they pad plus what each costs itself.
 

@@ -137,6 +137,20 @@ class CompressedPassage:
         return len(self.first) + self.span[1] if self.counts is not None and self.span is not None else self.slots
 
     @property
+    def heads_per_token(self) -> Tensor | None:
+        """``[source_tokens]`` heads of all layers that keep the pair of each token; all, of a token that is read again.
+
+        ``None`` if the pairs are not those of single tokens.
+        """
+        if self.counts is None or self.span is None or self.positions is None:
+            return None
+        start, length = self.span
+        if len(self.first) + length != self.source_tokens:
+            return None
+        heads = torch.bincount(self.positions.cpu().long() - start, minlength=length)
+        return torch.cat([heads.new_full((len(self.first),), self.counts.numel()), heads])
+
+    @property
     def ratio(self) -> float:
         """Compression ratio L / l; infinite for zero slots, 1 for an empty passage."""
         if self.slots:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..base import Compressor, CompressorT, Query
-from ..core.batching import pack, pass_positions
+from ..core.batching import check_batch_size, pack, pass_positions
 from ..core.config import added, check_counts, check_ratio
 from ..core.keep import KeepSettings
 from ..core.passage import CompressedPassage, Interface
@@ -101,6 +101,7 @@ class PairCompressor(Compressor):
         """Compresses passages at several ratios, reading each of them once."""
         texts = self._check_texts(texts)
         queries = self._check_query(query, len(texts))
+        check_batch_size(batch_size)
         step = min(batch_size or 8, 8)  # what is read is kept for so few passages only: it takes some 100 MB each
         out: list[list[CompressedPassage]] = [[] for _ in ratios]
         with self._lock:

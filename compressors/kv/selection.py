@@ -158,9 +158,11 @@ def gaussian_attention(
     """
     heads, width = layer.own.shape[1], layer.own.shape[-1]
     device, end = layer.own.device, evidence.tokens.sum(1) + evidence.start
-    average = torch.eye(width, device=device).expand(len(end), -1, -1)  # maps a row of a query to its average place
+    average = torch.eye(width, device=device, dtype=mean.dtype).expand(
+        len(end), -1, -1
+    )  # maps a row of a query to its average place
     if placement.kinds[index] == ROTARY:
-        eye = torch.eye(width, device=device)[:, None].expand(-1, FUTURE, -1)
+        eye = torch.eye(width, device=device, dtype=mean.dtype)[:, None].expand(-1, FUTURE, -1)
         ahead = torch.arange(FUTURE, device=device)
         average = torch.stack([placement.rotate(eye, ahead + int(at), index).mean(1) for at in end])
     mean, covariance = mean[:, :, None] @ average[:, None], average[:, None].mT @ covariance @ average[:, None]

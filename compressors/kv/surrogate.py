@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..reader.kv import KVPlacement
 from ..reader.reader import Reader
 from .probing import Evidence, LayerEvidence, read, write_probes
-from .selection import apart_from_sink, gaussian_attention, sharp_mean, unrotated, value_norm
+from .selection import apart_from_sink, gaussian_attention, sharp_mean, unrotated, value_norm, wide
 
 EXTRA = 5  # features beside the hidden state
 RIDGE = 1e-2  # of the mean diagonal of the normal matrix
@@ -136,7 +136,7 @@ class QueryStatistics(FittedScore):
 
     def forward(self, layer: LayerEvidence, evidence: Evidence, placement: KVPlacement, index: int) -> Tensor:
         """Scores ``[batch, kv_heads, n]`` of a layer."""
-        mean, covariance = self.mean[index].float()[None], self.covariance[index].float()[None]
+        mean, covariance = (part[index].to(wide(layer.keys))[None] for part in (self.mean, self.covariance))
         return gaussian_attention(layer, evidence, placement, index, mean, covariance)
 
     @torch.no_grad()

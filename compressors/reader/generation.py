@@ -19,6 +19,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation.streamers import BaseStreamer
 
 from .kv import layer_list
+from .tokenization import clean
 
 _END = object()
 _OVERLAP = 32  # tokens of context in which a new token is decoded
@@ -29,13 +30,15 @@ def stop_strings(stop: str | Sequence[str] | None) -> list[str]:
 
     Raises:
         TypeError: for anything but strings.
-        ValueError: for an empty string, which would end every answer at once.
+        ValueError: for an empty string, which would end every answer at once, or a lone surrogate, which no answer holds.
     """
     found = [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
     if bad := [s for s in found if not isinstance(s, str)]:
         raise TypeError(f"stop must be a string or a list of strings, got a {type(bad[0]).__name__} in it.")
     if "" in found:
         raise ValueError("A stop string must not be empty: it would end every answer before its first character.")
+    if bad := [s for s in found if clean(s) != s]:
+        raise ValueError(f"A stop string must not hold a lone surrogate, which no answer holds; got {bad[0]!r}.")
     return found
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
+from ..core.batching import check_batch_size
 from ..core.errors import ReaderMismatchError
 from ..core.hidden import Unpickled
 from ..core.passage import CompressedPassage
@@ -259,7 +260,7 @@ class Reader(Unpickled):
                 bad = next(n for n in plan.ids if not 0 <= n < rows)
                 raise ValueError(
                     f"Token ids must lie in 0..{rows - 1} for {self.name!r}, got {bad} in prompt {i} "
-                    f"({self.tokenizer.convert_ids_to_tokens(bad) if bad > 0 else None!r}): text, chat template and "
+                    f"({self.tokenizer.convert_ids_to_tokens(bad) if 0 < bad < 2**31 else None!r}): text, chat template and "
                     "tokenizer must be those of the model."
                 )
         return plans
@@ -393,8 +394,9 @@ class Reader(Unpickled):
             generate_kwargs: passed to ``model.generate`` (``do_sample``, ``temperature``, ``num_beams``, ...).
 
         Raises:
-            ValueError: if a prompt and its answer do not fit the model's positions.
+            ValueError: if a prompt and its answer do not fit the model's positions, or ``batch_size`` is below 1.
         """
+        check_batch_size(batch_size)
         stop = stop_strings(stop)
         plans = self._as_plans(prompts, chat, template)
         order = reading_order(plans)

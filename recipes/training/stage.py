@@ -203,6 +203,7 @@ class StageTrainer(Trainer):
         """Logs, evaluates, then decides whether to save and to stop."""
         stage, step = self.stage, self.state.global_step
         self.run.bar.move(self.run.steps_before(self.index) + step)
+        self._check_finite("gradient's norm", self._grad_norm or 0.0)
         last = step >= stage.steps
         metrics: dict[str, float] = {}
         if step % stage.log_every == 0 or last:
@@ -218,6 +219,14 @@ class StageTrainer(Trainer):
             self.control.should_save = True
         if done or reason:
             self.control.should_training_stop = True
+
+    def _check_finite(self, what: str, value: float) -> None:
+        """Raises ``FloatingPointError`` for NaN and infinity, before a checkpoint could hold weights made of them."""
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"The {what} of stage {self.stage.name!r} is {value} at step {self.state.global_step}. The last checkpoint is "
+                f"{self.run.store.latest() or 'none'}; lower the learning rate or max_grad_norm and train again."
+            )
 
     def _asked_to_stop(self) -> str | None:
         reason = self.run.stop_reason()
@@ -250,11 +259,7 @@ class StageTrainer(Trainer):
                 metrics[key] = total / len(parts) / (step - self.progress.logged_step)
             else:
                 metrics[key] = total / count
-        if not math.isfinite(metrics["loss"]):
-            raise FloatingPointError(
-                f"The loss of stage {self.stage.name!r} is {metrics['loss']} at step {step}. The last checkpoint is "
-                f"{self.run.store.latest() or 'none'}; lower the learning rate or max_grad_norm and train again."
-            )
+        self._check_finite("loss", metrics["loss"])
         self.progress.tokens += tokens
         row: dict[str, Any] = {"stage": self.stage.name, "stage_index": self.index, "step": step, **metrics}
         row |= {"lr": self._get_learning_rate(), "grad_norm": self._grad_norm}

@@ -6,9 +6,11 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from nutgraf import make_compressor
 from nutgraf.adapters.placeholders.placeholder import MARKER, PlaceholderError
 from texts import CURIE, QUESTION, TREATY
+from transformers import LogitsProcessor, LogitsProcessorList
 
 pytest.importorskip("langchain_core")
 from langchain_core.documents import Document
@@ -119,6 +121,21 @@ def test_a_document_whose_original_is_lost_is_refused(reader, compressor, docume
     for content in (made.page_content, f"Title\n{made.page_content}"):
         with pytest.raises(PlaceholderError, match="was compressed before"):
             shorten.compress_documents([Document(page_content=content)], QUESTION)
+
+
+class NothingToSay(LogitsProcessor):
+    """Has the reader end its answer at once."""
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(scores, -1e9).index_fill(1, torch.tensor([2]), 0.0)
+
+
+async def test_an_empty_answer_is_streamed(reader):
+    options = {"logits_processor": LogitsProcessorList([NothingToSay()])}
+    for kind in (CompressedContextLLM, CompressedContextChatModel):
+        model = kind(reader=reader, options=options)
+        assert "".join([StrOutputParser().invoke(piece) for piece in model.stream(QUESTION)]) == ""
+        assert "".join([StrOutputParser().invoke(piece) async for piece in model.astream(QUESTION)]) == ""
 
 
 def test_streamed_answers_and_other_messages_are_history(reader):

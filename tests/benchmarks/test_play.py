@@ -71,6 +71,13 @@ def test_what_was_kept_is_what_the_passage_holds(reader):
     found = kept(reader, CURIE, pairs)
     assert sum(share * pairs.counts.numel() for *_, share in found) == pytest.approx(int(pairs.counts.sum()), abs=0.01)
     assert "".join(CURIE[start:end] for start, end, _ in found) == CURIE
+    (again,) = load_compressor("kv-match:reread=6,probes=4", reader).compress([CURIE], ratio=3)
+    found = kept(reader, CURIE, again)
+    assert [share for *_, share in found[:6]] == [1.0] * 6
+    heads = sum(share * again.counts.numel() for *_, share in found[6:])
+    assert heads == pytest.approx(int(again.counts.sum()), abs=0.01)
+    restored = make_compressor("restore-kv", reader, r=2, restore_tokens=2, probes=4).compress([CURIE], ratio=3)[0]
+    assert kept(reader, CURIE, restored) is None  # some of its pairs are of no word
     (text,) = load_compressor(WORDS, reader).compress([CURIE], ratio=2)
     shares = kept(reader, CURIE, text)
     assert [(start, end) for start, end, _ in shares] == list(text.spans)

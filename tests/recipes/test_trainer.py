@@ -255,6 +255,11 @@ def test_what_cannot_be_trained_is_said(tmp_path):
         run_recipe(toy_recipe(trainable="none"), _Toy(), tmp_path / "a")
     with pytest.raises(FloatingPointError, match="at step 1"):
         run_recipe(toy_recipe(), _Toy(float("nan")), tmp_path / "b")
+    for clipped in (1.0, 0.0):  # a checkpoint would be written before the next log line
+        rare = toy_recipe(steps=9, log_every=9, save_every=2, max_grad_norm=clipped)
+        with pytest.raises(FloatingPointError, match="The gradient's norm of stage 'only' is nan at step 1"):
+            run_recipe(rare, _Toy(float("nan")), tmp_path / f"{clipped}")
+        assert not list((tmp_path / f"{clipped}" / "checkpoints").iterdir())
     with pytest.raises(ValueError, match="evaluates nothing"):
         run_recipe(toy_recipe(eval_every=1), _Toy(), tmp_path / "c")
     with pytest.raises(ValueError, match="gradient_checkpointing"):

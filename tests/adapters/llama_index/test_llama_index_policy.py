@@ -219,6 +219,10 @@ def test_slots_go_to_passages_of_higher_score(reader, compressor, llm):
     unscored = [NodeWithScore(node=TextNode(text=text)) for text in TEXTS]
     with pytest.raises(ValueError, match="passage 0 has none"):
         post.postprocess_nodes(unscored)
+    unscored[0].score, unscored[1].score = 1.0, math.nan
+    for policy in (ScoreBudget(60), TextAbove(0.5)):
+        with pytest.raises(ValueError, match="passage 1 has nan"):
+            CompressedContextPostprocessor(pooled, policy=policy).postprocess_nodes(unscored)
 
 
 # -- the user's own, settings, refusals ----------------------------------------------------------------------------------

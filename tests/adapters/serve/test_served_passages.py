@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -219,10 +220,48 @@ def test_bad_requests_about_passages(standing):
     assert "repetition_penalty" in refused(standing.post(prompt=ragged, max_tokens=2, repetition_penalty=1.5))
     for body in ({}, {"passages": []}, {"passages": ["a"]}, {"passages": [{"text": 3}]}, {"texts": ["a"]}):
         refused(standing.post("passages", **body))
+    for name in ("nutgraf:text", "nutgraf:also"):
+        assert "own" in refused(standing.post("passages", passages=[{"text": "a", "about": {name: "b"}}]))
     assert "positions" in refused(standing.post("passages", passages=[{"text": "a " * 5000}]))
     for limit in ("0", "1001", "many"):
         assert "limit" in refused(standing.http.get("/v1/passages", params={"limit": limit}))
     assert standing.http.get("/v1/passages", params={"after": "x'--"}).json()["has_more"] is False
+
+
+def test_what_utf8_and_json_cannot_hold_is_no_failure(served):
+    lone = r'"\ud800"'
+    for page, body in (
+        ("completions", f'{{"prompt": "a", {lone}: 1}}'),
+        ("completions", f'{{"prompt": "a", "max_tokens": 2, "stop": {lone}}}'),
+        (
+            "chat/completions",
+            f'{{"messages": [{{"role": "user", "content": [{{"type": "text", "text": "a", {lone}: 1}}]}}]}}',
+        ),
+        ("completions", '{"prompt": [100000000000000000000000], "max_tokens": 2}'),
+    ):
+        refused(served.http.post(f"/v1/{page}", content=body))
+    facts = f'{{"name": {lone}, "price": NaN, "size": 1e999}}'
+    added = served.http.post("/v1/passages", content=f'{{"passages": [{{"text": "A new text.", "about": {facts}}}]}}')
+    (new,) = added.json()["data"]
+    assert new["about"] == {"name": "\ud800", "price": None, "size": None}
+    assert new in served.http.get("/v1/passages").json()["data"]
+    assert new == served.http.get(f"/v1/passages/{new['id']}").json()
+
+
+def test_requests_that_add_passages_are_counted_too(reader, compressors, store):
+    few = Limits(max_queue=1, max_batch=1, max_streams=1)
+    server = Running(reader, compressor=compressors["soft"], store=store, limits=few)
+    begun = b"POST /v1/passages HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n{"
+    try:
+        with ExitStack() as slow:
+            for _ in range(3):
+                address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+                slow.enter_context(socket.create_connection(address)).sendall(begun)
+            until = time.monotonic() + 20
+            while server.post("passages", passages=[]).status_code != 429:
+                assert time.monotonic() < until
+    finally:
+        server.stop()
 
 
 def test_a_server_without_store_or_compressor_says_so(reader, compressors, store):

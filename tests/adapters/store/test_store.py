@@ -26,6 +26,7 @@ from nutgraf.adapters.store import (
     fill,
     get_or_compress,
     keys_for,
+    lance,
 )
 from nutgraf.adapters.store.codec import decode, encode
 from nutgraf.adapters.store.quantize import LEVELS, dequantise, quantise
@@ -232,6 +233,9 @@ def test_another_compressor_reader_ratio_or_question_has_another_key(store):
         (dict(key=PassageKey.of("t", compressor="c", reader="other")), "made for the reader r"),
         (dict(text="another text"), "not the one that its key was made of"),
         (dict(vector=[1.0, float("nan")]), "retrieval vector holds NaN"),
+        (dict(about={"nutgraf:text": "another text"}), "the store's own"),
+        (dict(about={"nutgraf:also": 3}), "the store's own"),
+        (dict(about={"nutgraf:also": ["file"]}), "the store's own"),
         (dict(passage=made("embeds").to(dtype=torch.float32).map(lambda t: t / 0)), "NaN or infinite"),
     ],
 )
@@ -348,6 +352,25 @@ def test_passages_and_documents_are_deleted(store):
     assert same(store.get_many([entries[0].key])[0], entries[0].passage)
     with pytest.raises(ValueError, match="at least one"):
         forget(store)
+
+
+@pytest.mark.parametrize("layout", ["slabs", "table"])
+def test_what_another_process_deletes_is_neither_read_nor_taken_for_stored(tmp_path, monkeypatch, reader, layout):
+    compressor = Fixed(reader)
+    ours, theirs = LanceStore(tmp_path / "s", layout=layout), LanceStore(tmp_path / "s")
+    fill(ours, compressor, ["one", "two"])
+    keys = keys_for(compressor, ["one", "two"])
+    assert None not in theirs.get_many(keys)
+    assert ours.delete(keys[:1]) == 1
+    assert fill(theirs, compressor, ["one", "two"]).compressed == 1
+    assert ours.get_many(keys)[0] is not None
+    assert None not in theirs.get_many(keys)
+    monkeypatch.setattr(lance, "FOLLOW_S", 0.0)
+    assert ours.delete(keys[:1]) == 1
+    assert [passage is None for passage in theirs.get_many(keys)] == [True, False]
+    assert theirs.listed([keys[0].id]) == {}
+    for opened in (ours, theirs):
+        opened.close()
 
 
 def test_a_text_of_two_documents_is_found_and_deleted_for_each(store, reader):

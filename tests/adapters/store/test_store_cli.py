@@ -65,6 +65,9 @@ def test_files_and_folders_packed_or_not(tmp_path):
     with gzip.open(tmp_path / "e.ndjson.gz", "wt") as file:
         file.write('{"text": "seventh"}\n')
     (tmp_path / "ignored.py").write_text("x = 1")
+    (tmp_path / ".git").mkdir()
+    for hidden in (".secret.txt", ".git/b.md", ".env"):
+        (tmp_path / hidden).write_text("no passage")
     with pytest.warns(UserWarning, match="1 files in .* left out.*ignored.py"):
         found = list(read_corpus(tmp_path))
     assert [p.text for p in found] == ["first\nparagraph", "second", "third", "fourth", "fifth", "sixth", "seventh"]

@@ -305,6 +305,19 @@ def test_several_ratios_at_once_are_what_each_gives_alone(zoo):
         for passage, alone in zip(passages, compressor.compress([TEXT, OTHER, ""], ratio=ratio)):
             assert torch.equal(passage.keys[0], alone.keys[0])
             assert torch.equal(passage.values[0], alone.values[0])
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got -1"):
+        compressor.compress_at([TEXT], [2], batch_size=-1)
+
+
+@pytest.mark.parametrize("score", [score for score in SCORES if SCORES[score][1] != "query"])
+def test_a_reader_in_float64_keeps_the_pairs_of_one_in_float32(zoo, score):
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        reader = Reader.from_pretrained(zoo.model("llama").to(dtype), tokenizer=zoo.tokenizer())
+        found += load_compressor("kv-match", reader=reader, score=score, probes=4).compress([TEXT], ratio=3)
+    assert found[1].keys[0].dtype == torch.float64
+    shared = (found[0].heads_per_token - found[1].heads_per_token).abs().sum() / 2
+    assert int(shared) <= 0.02 * int(found[0].counts.sum())  # but for ties within rounding
 
 
 def test_methods_that_share_a_reading_give_what_each_gives_alone(zoo):

@@ -68,6 +68,8 @@ def test_batched_equals_one_by_one_in_any_order(reader):
         == reader.generate(prompts, 6)
         == reader.generate(prompts, 6, batch_size=2)
     )
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got -1"):
+        reader.generate(prompts, 6, batch_size=-1)
 
 
 @pytest.mark.slow
