@@ -18,7 +18,7 @@ from ..registry import register_compressor
 from ..slots.memory_tokens import probe
 from ..slots.pooling import token_states
 from ..slots.projector import learned_scale, matching_factor, mlp, scaled
-from ..slots.segments import OwnEncoder, Segment, SegmentSettings, SlotPerToken, shared_out, slot_of_token
+from ..slots.segments import OwnEncoder, Segment, SegmentSettings, SlotPerToken, slot_of_token
 
 
 @dataclass
@@ -81,12 +81,6 @@ class LCLMCompressor(OwnEncoder, SlotPerToken):
             factor = matching_factor(torch.cat(list(self.encode_segments(sample))), reader)
         self.log_scale = learned_scale(factor, reader)
         self.reader_twin = tuned_reader(self)
-
-    def cut(
-        self, n_tokens: int, ratio: float | None, question_tokens: int, source_tokens: int
-    ) -> list[tuple[int, int]]:
-        """Even segments, with even shares of the passage's slots."""
-        return shared_out(n_tokens, source_tokens, self.longest_segment(ratio), ratio)
 
     def pooled(self, segments: Sequence[Segment]) -> Tensor:
         """``[all slots, encoder width]`` mean states of each slot's run of tokens."""
