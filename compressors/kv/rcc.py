@@ -144,8 +144,7 @@ class RCCCompressor(OwnEncoder, SlotPerToken, KVSegmentCompressor):
             with outputs(layers) as states:
                 self.encoder(embeds, torch.ones_like(ids))
             for row, i in enumerate(which):
-                segment = segments[i]
-                runs = torch.bincount(slot_of_token([len(segment.ids)], [segment.slots]))
-                ends = (runs.cumsum(0) - 1 + len(segment.front)).to(device)
+                runs = torch.bincount(slot_of_token([len(segments[i].ids)], [segments[i].slots]))
+                ends = (runs.cumsum(0) - 1 + len(segments[i].front)).to(device)
                 made[i] = [embeds[row, ends], *(states[m - 1][row, ends] for m in self.taken)]
         return [made[i] for i in range(len(segments))]
