@@ -38,6 +38,7 @@ IMPORTERS = {
     "clara": "clara",
     "arc-encoder": "arc_encoder",
     "lclm": "lclm",
+    "restore-kv": "restore_kv",
     "cocom": "cocom",
     "autocompressor": "autocompressor",
     "icae": "icae",
