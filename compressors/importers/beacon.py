@@ -191,17 +191,17 @@ def load(source: Source, *, ratio: float = 4.0) -> PublishedBeacon:
 
 def _check(own: Mapping[str, Any], path: Path) -> int:
     """The window of a checkpoint's settings. Raises ``CheckpointError`` for beacons of another kind."""
+    window = int(number(own.get("beacon_window"), "beacon_window", path / "config.json"))
     if unknown := sorted(own.keys() - _SETTINGS.keys()):
         raise CheckpointError(f"{path}/config.json sets {listed(unknown)}, which is not known.")
-    wanted = {name: value for name, value in _SETTINGS.items() if value is not None} | {
-        "beacon_stride": own["beacon_window"]
-    }
-    for name, value in wanted.items():
+    wanted = {name: value for name, value in _SETTINGS.items() if value is not None}
+    for name, value in {**wanted, "beacon_stride": window}.items():
         if own.get(name, value) != value:
-            raise CheckpointError(f"{path}/config.json sets {name} to {own[name]!r}; supported is {value!r}.")
-    if own.get("beacon_sink_size", 0) not in (0, 1) or set(own.get("beacon_param", "qkv")) != set("qkv"):
+            raise CheckpointError(f"{path}/config.json sets {name} to {own[name]!r:.60}; supported is {value!r}.")
+    sink, parts = own.get("beacon_sink_size", 0), own.get("beacon_param", "qkv")
+    if sink not in (0, 1) or not isinstance(parts, str | list) or sorted(map(str, parts)) != ["k", "q", "v"]:
         raise CheckpointError(
-            f"{path}/config.json sets beacon_sink_size to {own.get('beacon_sink_size')!r} and beacon_param to "
-            f"{own.get('beacon_param')!r}; supported are 0 or 1, and q, k and v."
+            f"{path}/config.json sets beacon_sink_size to {sink!r:.60} and beacon_param to {parts!r:.60}; supported are 0 or "
+            "1, and q, k and v."
         )
-    return int(number(own["beacon_window"], "beacon_window", path))
+    return window

@@ -128,7 +128,7 @@ def load(source: Source) -> PublishedLCLM:
     body = _model(path / "encoder", AutoModel).to(source.device)
     encoder = SmallLMEncoder(body, load_tokenizer(path / "encoder", source))
     keys = source.keys(load_tensors(path / "adapter" / "adapter.safetensors"), path / "adapter")
-    size, width = body.config.hidden_size, reader.width
+    size, width = body.config.get_text_config().hidden_size, reader.width
     shapes = {"norm.weight": (size,), "mlp.0.weight": (width, size), "mlp.0.bias": (width,)}
     shapes |= {"mlp.2.weight": (width, width), "mlp.2.bias": (width,)}
     theirs = {"mlp.0": "fc1", "mlp.2": "fc2", "norm": "norm"}

@@ -113,6 +113,7 @@ DAMAGE = {
     "appended beacons": ({"beacon_pos": "append"}, {}, "sets beacon_pos to 'append'; supported is 'interleave'"),
     "windows that overlap": ({"beacon_stride": 6}, {}, "sets beacon_stride to 6; supported is 12"),
     "other projections": ({"beacon_param": ["q", "k", "v", "o"]}, {}, "supported are 0 or 1, and q, k and v"),
+    "no window": ({"beacon_window": None}, {}, "sets beacon_window to None; a number"),
     "an unknown setting": ({"beacon_depth": 2}, {}, "sets beacon_depth, which is not known"),
 }
 
