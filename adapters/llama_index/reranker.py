@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import NodeWithScore, QueryBundle
 
 from ...compressors import Compressor
-from ...compressors.reader.ranking import rank_passages
+from ...compressors.reader.ranking import nearest_passages, rank_passages
 from ..checks import check_compressor
 from ..placeholders import PassageCache
 from ..placeholders.placeholder import refuse_placeholders
@@ -21,12 +21,15 @@ from .nodes import text_of
 class CompressedReranker(BaseNodePostprocessor):
     """Puts the most relevant nodes first; put it before `CompressedContextPostprocessor`.
 
-    The compressor's reader reads the question and the nodes' compressed passages, and chooses one after the other (PE-RANK,
-    arXiv 2406.14848; see `rank_passages`). Nodes keep their scores, which are the retriever's. Nodes without text, or whose
-    text has no tokens, come last.
+    With ``by="reader"`` the compressor's reader reads the question and the nodes' compressed passages, and chooses one after
+    the other (PE-RANK, arXiv 2406.14848; see `rank_passages`). With ``by="slots"`` the question is compressed too, and nodes
+    come in the order of the cosine between mean slots (UniICL, arXiv 2405.17062; see `nearest_passages`). Nodes keep their
+    scores, which are the retriever's. Nodes without text, or whose text has no tokens, come last.
 
     Args:
-        compressor: a compressor to soft tokens that was trained with the objective ``rank``, such as PE-RANK.
+        compressor: a compressor to soft tokens that was trained with the objective ``rank``, such as PE-RANK, or for
+            ``by="slots"`` with ``contrast``, such as UniICL.
+        by: what compares, see above.
         top_n: nodes to keep; default: all.
         ratio: compression ratio L / l; default: the compressor's own.
         window, stride: passages ranked in one prompt, and how far apart these prompts are.
@@ -43,6 +46,7 @@ class CompressedReranker(BaseNodePostprocessor):
         engine = index.as_query_engine(similarity_top_k=20, node_postprocessors=[CompressedReranker(compressor, top_n=4)])
     """
 
+    by: Literal["reader", "slots"] = Field(default="reader", description="What compares question and passages.")
     top_n: int | None = Field(default=None, ge=1, description="Nodes to keep.")
     ratio: float | None = Field(default=None, ge=1, description="Compression ratio L / l.")
     window: int = Field(default=20, ge=1, description="Passages ranked in one prompt.")
@@ -54,6 +58,7 @@ class CompressedReranker(BaseNodePostprocessor):
         self,
         compressor: Compressor,
         *,
+        by: Literal["reader", "slots"] = "reader",
         top_n: int | None = None,
         ratio: float | None = None,
         window: int = 20,
@@ -68,12 +73,12 @@ class CompressedReranker(BaseNodePostprocessor):
             what = "reads questions" if compressor.interface == "embeds" else f"gives {compressor.interface}"
             raise ValueError(
                 f"CompressedReranker compares stored soft tokens, but this {type(compressor).__name__} {what}; use "
-                "a compressor to soft tokens that was trained with the objective rank."
+                "a compressor to soft tokens that was trained with the objective rank or contrast."
             )
         if stride > window:
             raise ValueError(f"stride must be at most window, got stride={stride} and window={window}.")
         settings: dict[str, Any] = dict(
-            top_n=top_n, ratio=ratio, window=window, stride=stride, reuse_vectors=reuse_vectors
+            by=by, top_n=top_n, ratio=ratio, window=window, stride=stride, reuse_vectors=reuse_vectors
         )
         super().__init__(**settings, **kwargs)
         self._source = PassageSource(compressor, PassageCache() if cache is None else cache, store)
@@ -94,9 +99,13 @@ class CompressedReranker(BaseNodePostprocessor):
         vectors = [nodes[i].node.embedding for i in read] if self.reuse_vectors else None
         passages, _ = self._source.get(texts, ratio=self.ratio, vectors=vectors)
         full = [(i, passage) for i, passage in zip(read, passages) if passage.slots]
-        order = rank_passages(
-            self._source.compressor.reader, query, [p for _, p in full], window=self.window, stride=self.stride
-        )
+        compressed = [passage for _, passage in full]
+        if self.by == "slots":
+            (asked,) = self._source.compressor.compress([query], ratio=self.ratio)
+            order = nearest_passages(asked, compressed) if asked.slots else list(range(len(full)))
+        else:
+            reader = self._source.compressor.reader
+            order = rank_passages(reader, query, compressed, window=self.window, stride=self.stride)
         first = [full[i][0] for i in order]
         ranked = [*first, *(i for i in range(len(nodes)) if i not in set(first))]
         return [nodes[i] for i in ranked][: self.top_n]

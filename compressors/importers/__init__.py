@@ -5,7 +5,8 @@ writes it as a folder for `load_compressor`. Only tensors are unpickled. Every k
 reported reason, or refused by name.
 
 Use the authors' prompts, token for token: `prompts.xrag_prompt`, `prompts.icae_prompt`, `prompts.pisco_prompt` (COCOM and CLaRa
-too), `prompts.slots_first` (AutoCompressor), `prompts.gist_source` and `prompts.gist_prompt`, `prompts.fivehundred_prompt`.
+too), `prompts.lclm_prompt`, `prompts.slots_first` (AutoCompressor), `prompts.gist_source` and `prompts.gist_prompt`,
+`prompts.fivehundred_prompt`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ IMPORTERS = {
     "pisco": "pisco",
     "clara": "clara",
     "arc-encoder": "arc_encoder",
+    "lclm": "lclm",
+    "restore-kv": "restore_kv",
+    "beacon": "beacon",
     "cocom": "cocom",
     "autocompressor": "autocompressor",
     "icae": "icae",
@@ -50,7 +54,9 @@ PUBLISHED = {
     "arc-encoder": ("arc_encoder", "PublishedARCEncoder"),
     "icae": ("icae", "PublishedICAE"),
     "500x": ("five_hundred", "PublishedKVMemory"),
+    "beacon": ("beacon", "PublishedBeacon"),
     "gist": ("gist", "PublishedGist"),
+    "lclm": ("lclm", "PublishedLCLM"),
     "pisco": ("pisco", "PublishedPISCO"),
     "xrag": ("xrag", "PublishedXRAG"),
 }
@@ -68,7 +74,8 @@ def published_class(method: str, settings: Mapping[str, Any]) -> type[Compressor
     """The class that reproduces a method's release, if a checkpoint's settings need it; else ``None``."""
     if method not in PUBLISHED:
         return None
-    own = compressor_class(method).config_class.retired
+    config = compressor_class(method).config_class
+    own = {**config.retired, **config.retired_unhashed}
     if not any(name in own and value != own[name] for name, value in settings.items()):
         return None
     module, name = PUBLISHED[method]

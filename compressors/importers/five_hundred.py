@@ -10,13 +10,12 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from ..core.config import check_choices, check_counts, setting
-from ..encoders.lora_twin import short_name
 from ..kv.encode import KVSlots
 from ..kv.five_hundred import KVMemoryCompressor, KVMemoryConfig
 from ..reader.reader import Reader
 from ..slots.segments import Segment
 from .layout import Source, holds_key, load_tensors, single_file
-from .models import body_prefix, fill_lora, lora_shape, take_lora
+from .models import body_prefix, drop_idle, fill_lora, lora_shape, take_lora
 from .published import PublishedCompressor, PublishedSettings
 
 _MEMORY = "memory_embeddings"
@@ -113,11 +112,7 @@ def load(
         as_prompt=True,
     )
     compressor = PublishedKVMemory(config, reader)
-    decoder = compressor.encoder.decoder
-    idle = {short_name(n) for n, _ in decoder.named_parameters() if "lora_" in n} - set(compressor.encoder.lora)  # type: ignore[arg-type]
-    for name in [n for n in lora if short_name(n) in idle]:
-        source.ignored[name] = "LoRA of the last layer that no key or value depends on"
-        del lora[name]
+    drop_idle(compressor.encoder, lora, source)  # type: ignore[arg-type]
     fill_lora(compressor.encoder, lora, path)  # type: ignore[arg-type]
     with torch.no_grad():
         compressor.memory.copy_(memory)

@@ -159,6 +159,14 @@ def lora_shape(lora: Mapping[str, Tensor], where: Path) -> tuple[int, list[str]]
     return ranks.pop(), sorted({name.split(".")[-2] for name in lora})
 
 
+def drop_idle(twin: LoRATwin, lora: dict[str, Tensor], source: Source) -> None:
+    """Leaves out the LoRA matrices that a KV method has dropped, and notes why."""
+    idle = {short_name(n) for n, _ in twin.decoder.named_parameters() if "lora_" in n} - set(twin.lora)
+    for name in [n for n in lora if short_name(n) in idle]:
+        source.ignored[name] = "LoRA of the last layer that no key or value depends on"
+        del lora[name]
+
+
 def fill_lora(twin: LoRATwin, lora: Mapping[str, Tensor], where: Path) -> None:
     """Copies LoRA matrices into a twin. Raises ``CheckpointError`` with the names unless all match."""
     found = {short_name(name): tensor for name, tensor in lora.items()}

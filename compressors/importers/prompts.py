@@ -24,6 +24,7 @@ PISCO_SYSTEM = (
     "and to answer to questions as briefly as possible."
 )
 PISCO_SEPARATOR = "<SEP>"
+LCLM_MARKS = ("<|memory_start|>", "<|memory_end|>")
 
 
 def xrag_prompt(
@@ -160,6 +161,24 @@ def pisco_prompt(
             raise
         atoms = reader.prompts.render_chat([{"role": "user", "content": [f"{system}\n", *content]}], **options)
     return [TokenIds(()), *atoms]  # the template writes BOS itself
+
+
+def lclm_prompt(reader: Reader, passages: Sequence[CompressedPassage], question: str) -> list[Any]:
+    """LCLM's prompt, for `Reader`: a user message of ``<|memory_start|>[slots]<|memory_end|>`` per passage and the question.
+
+    It applies the chat template itself: do not pass ``chat=True``.
+
+    Raises:
+        ValueError: if the tokenizer has no chat template, or no such tokens.
+    """
+    names = reader.tokenizer.get_vocab()
+    if missing := [mark for mark in LCLM_MARKS if mark not in names]:
+        raise ValueError(
+            f"The tokenizer of {reader.name!r} has no {missing[0]!r}; pass the reader of an imported LCLM."
+        )
+    start, end = (TokenIds((names[mark],)) for mark in LCLM_MARKS)
+    content = [atom for passage in passages for atom in (start, passage, end)]
+    return [TokenIds(()), *reader.prompts.render_chat([{"role": "user", "content": [*content, f" {question}"]}])]
 
 
 def slots_first(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..core.batching import soft_batches
+from ..core.batching import SoftSequence, soft_batches
 from ..core.config import CompressorConfig, check_counts, setting
 from ..core.passage import CompressedPassage
 from ..encoders.lora import LoRASettings
@@ -30,6 +30,7 @@ class BeaconConfig(SegmentSettings, LoRASettings, CompressorConfig):
 
     method: ClassVar[str] = "beacon"
     title: ClassVar[str] = "Activation Beacon"
+    retired_unhashed: ClassVar[Mapping[str, Any]] = {**SegmentSettings.retired_unhashed, "projections": "lora"}
 
     segment_tokens: int = setting(1024, "window: tokens read at once (the paper: 1,024 or 2,048)", kw_only=True)
     target_modules: tuple[str, ...] | None = setting(
@@ -64,8 +65,9 @@ class BeaconCompressor(KVSegmentCompressor):
         ValueError: if the reader's keys cannot move (GPT-2, OPT, ALiBi), or it has too few positions.
     """
 
-    config_class = BeaconConfig
+    config_class: ClassVar[type[BeaconConfig]] = BeaconConfig
     config: BeaconConfig
+    encoder: Any  # a `LoRATwin`, or one with `only_at`
 
     def __init__(self, config: BeaconConfig, reader: Reader) -> None:
         super().__init__(config, reader)
@@ -102,10 +104,14 @@ class BeaconCompressor(KVSegmentCompressor):
                 made[place[id(segment)]] = slots
         return [made[i] for i in range(len(segments))]
 
+    def sequences(self, segments: Sequence[Segment]) -> list[SoftSequence]:
+        """``[front][run][beacon][run][beacon]...`` of each window."""
+        return interleaved(segments, self.beacon)
+
     def read(self, segments: Sequence[Segment], past: Sequence[KVSlots]) -> list[KVSlots]:
         """Beacons of one window per passage, after the beacons of the windows before it."""
         reader, placement, made = self.base_reader, self.base_reader.kv_placement, dict[int, KVSlots]()
-        sequences, kept = interleaved(segments, self.beacon), []
+        sequences, kept = self.sequences(segments), []
         for sequence, segment, slots in zip(sequences, segments, past):
             room = len(slots.positions) if self.max_positions is None else self.max_positions - len(sequence.ids)
             held = len(slots.positions)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,7 +85,7 @@ def cached_layers(
 
 
 @contextlib.contextmanager
-def adding(layers: Sequence[nn.Module], sums: Sequence[Tensor]) -> Iterator[None]:
+def adding(layers: Iterable[nn.Module], sums: Sequence[Tensor]) -> Iterator[None]:
     """Within it, the first layers add ``[batch, time, hidden]`` tensors to their outputs, one each."""
 
     def hook(extra: Tensor) -> Any:
@@ -94,6 +94,21 @@ def adding(layers: Sequence[nn.Module], sums: Sequence[Tensor]) -> Iterator[None
     handles = [layer.register_forward_hook(hook(extra)) for layer, extra in zip(layers, sums)]
     try:
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def outputs(layers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """Within it, the layers' outputs ``[batch, time, hidden]`` are appended to the list, in the order of their run."""
+    found: list[Tensor] = []
+    handles = [
+        layer.register_forward_hook(lambda _, given, out: found.append(out[0] if isinstance(out, tuple) else out))
+        for layer in layers
+    ]
+    try:
+        yield found
     finally:
         for handle in handles:
             handle.remove()

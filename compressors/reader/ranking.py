@@ -1,4 +1,4 @@
-"""Listwise ranking of compressed passages: the reader's states pick one passage's vector after the other (PE-RANK)."""
+"""Ranks compressed passages: the reader picks one after the other (PE-RANK), or the nearest mean slots come first (UniICL)."""
 
 from __future__ import annotations
 
@@ -93,6 +93,22 @@ def rank_passages(
             break
         start = max(start - stride, 0)
     return order
+
+
+@torch.no_grad()
+def nearest_passages(query: CompressedPassage, passages: Sequence[CompressedPassage]) -> list[int]:
+    """Indices of passages, the nearest first: by the cosine between mean slots (UniICL, arXiv 2405.17062).
+
+    Args:
+        query: the question, compressed as a passage is.
+        passages: compressed by the same compressor, which was trained with the objective ``contrast``.
+
+    Raises:
+        ValueError: for empty passages, an empty question, or other interfaces than embeds.
+    """
+    asked = one_slot(query).embeds
+    found = [torch.cosine_similarity(asked, one_slot(p).embeds.to(asked)).item() for p in passages]  # type: ignore
+    return sorted(range(len(found)), key=lambda i: -found[i])
 
 
 @torch.no_grad()

@@ -50,20 +50,22 @@ def memory_sequences(segments: Sequence[Segment], rows: Sequence[Tensor], positi
     return sequences
 
 
-def interleaved(segments: Sequence[Segment], row: Tensor) -> list[SoftSequence]:
+def interleaved(segments: Sequence[Segment], row: Tensor, owners: Sequence[Tensor] | None = None) -> list[SoftSequence]:
     """``[front][run][memory token][run][memory token]...`` per segment: one memory token after each slot's run of tokens.
 
     Args:
         segments: the segments.
         row: ``[1, width]`` embedding of every memory token.
+        owners: ``[tokens]`` the slot of each token, per segment; default: even runs.
     """
     sequences = []
-    for segment in segments:
+    for number, segment in enumerate(segments):
         first, length, slots = len(segment.front), len(segment.ids), segment.slots
-        slot = slot_of_token([length], [slots])  # of each token, which is also the number of memory tokens before it
+        # the slot of each token is also the number of memory tokens before it
+        slot = slot_of_token([length], [slots]) if owners is None else owners[number]
         ids = torch.zeros(length + slots, dtype=torch.long)
         ids[torch.arange(length) + slot] = torch.tensor(segment.ids)
-        places = torch.bincount(slot).cumsum(0) + torch.arange(slots) + first
+        places = torch.bincount(slot, minlength=slots).cumsum(0) + torch.arange(slots) + first
         sequences.append(SoftSequence([*segment.front, *ids.tolist()], places.tolist(), row.expand(slots, -1)))
     return sequences
 

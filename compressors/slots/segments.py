@@ -236,7 +236,14 @@ class OwnEncoder(SegmentCompressor):
     @property
     def source(self) -> Reader | SmallLMEncoder:
         """The smaller LM, or the reader."""
-        return self.encoder if isinstance(self.encoder, SmallLMEncoder) else self.base_reader
+        own = getattr(self, "encoder", None)  # not there yet while the base class is made
+        return own if isinstance(own, SmallLMEncoder) else self.base_reader
+
+    def cut(
+        self, n_tokens: int, ratio: float | None, question_tokens: int, source_tokens: int
+    ) -> list[tuple[int, int]]:
+        """Even segments, with even shares of the passage's slots."""
+        return shared_out(n_tokens, source_tokens, self.longest_segment(ratio) or n_tokens, ratio)
 
     def identity_parts(self) -> list[Any]:
         """The base reader, and the tokenizer of a smaller LM."""

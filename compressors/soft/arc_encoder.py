@@ -21,7 +21,7 @@ from ..reader.reader import Reader
 from ..registry import register_compressor
 from ..slots.memory_tokens import probe
 from ..slots.projector import learned_scale, matching_factor, scaled
-from ..slots.segments import OwnEncoder, Segment, SegmentSettings, SlotPerToken, shared_out
+from ..slots.segments import OwnEncoder, Segment, SegmentSettings, SlotPerToken
 
 
 @dataclass
@@ -105,12 +105,6 @@ class ARCEncoderCompressor(OwnEncoder, SlotPerToken):
     def longest_segment(self, ratio: float | None, question_tokens: int = 0) -> int:
         """``segment_tokens``, or the encoder's positions; slots take none of them."""
         return min(self.config.segment_tokens, self.max_positions or self.config.segment_tokens)
-
-    def cut(
-        self, n_tokens: int, ratio: float | None, question_tokens: int, source_tokens: int
-    ) -> list[tuple[int, int]]:
-        """Even segments, with even shares of the passage's slots."""
-        return shared_out(n_tokens, source_tokens, self.longest_segment(ratio), ratio)
 
     def encode_segments(self, segments: list[Segment]) -> Sequence[Tensor]:
         """Bridged states of the pooled queries."""

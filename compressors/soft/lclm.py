@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ..registry import register_compressor
 from ..slots.memory_tokens import probe
 from ..slots.pooling import token_states
 from ..slots.projector import learned_scale, matching_factor, mlp, scaled
-from ..slots.segments import OwnEncoder, Segment, SegmentSettings, SlotPerToken, shared_out, slot_of_token
+from ..slots.segments import OwnEncoder, Segment, SegmentSettings, SlotPerToken, slot_of_token
 
 
 @dataclass
@@ -28,6 +28,7 @@ class LCLMConfig(SegmentSettings, LoRASettings, ReaderTuningSettings, Compressor
     method: ClassVar[str] = "lclm"
     title: ClassVar[str] = "LCLM"
     cost: ClassVar[str] = "states"
+    retired_unhashed: ClassVar[Mapping[str, Any]] = {**SegmentSettings.retired_unhashed, "scale": "matched"}
 
     segment_tokens: int = setting(1024, "longest segment, in encoder tokens", kw_only=True)
     encoder: str = setting(
@@ -63,7 +64,7 @@ class LCLMCompressor(OwnEncoder, SlotPerToken):
         reader_twin: the `LoRATwin` that ``reader`` reads with (``tune_reader=True`` only).
     """
 
-    config_class = LCLMConfig
+    config_class: ClassVar[type[LCLMConfig]] = LCLMConfig
     interface: ClassVar[Interface] = "embeds"
     config: LCLMConfig
 
@@ -82,19 +83,16 @@ class LCLMCompressor(OwnEncoder, SlotPerToken):
         self.log_scale = learned_scale(factor, reader)
         self.reader_twin = tuned_reader(self)
 
-    def cut(
-        self, n_tokens: int, ratio: float | None, question_tokens: int, source_tokens: int
-    ) -> list[tuple[int, int]]:
-        """Even segments, with even shares of the passage's slots."""
-        return shared_out(n_tokens, source_tokens, self.longest_segment(ratio), ratio)
+    def owners(self, segments: Sequence[Segment]) -> Tensor:
+        """``[all tokens]``: the slot of each; even runs."""
+        return slot_of_token([len(segment.ids) for segment in segments], [segment.slots for segment in segments])
 
     def pooled(self, segments: Sequence[Segment]) -> Tensor:
         """``[all slots, encoder width]`` mean states of each slot's run of tokens."""
         device = self.base_reader.device
         states = torch.cat(token_states(self.encoder, segments, self.source.embed, device, self.batch_positions))
-        slots = [segment.slots for segment in segments]
-        where = slot_of_token([len(segment.ids) for segment in segments], slots).to(states.device)
-        total = states.new_zeros(sum(slots), states.shape[1]).index_add(0, where, states)
+        where = self.owners(segments).to(states.device)
+        total = states.new_zeros(sum(s.slots for s in segments), states.shape[1]).index_add(0, where, states)
         return total / torch.bincount(where, minlength=len(total)).clamp(min=1)[:, None]
 
     def encode_segments(self, segments: list[Segment]) -> Sequence[Tensor]:

@@ -53,8 +53,8 @@ class QGCCompressor(SegmentCompressor):
 
     Beyond the paper: heads and layers are the reader's own; windows differ by at most one token; a passage without a question
     is pooled by the mean state of what stands before it. The paper gives passages of lower rank longer windows: ask for a
-    ratio per passage, as the policies of the adapters do. It also hides half of the question's tokens from the reader in
-    training; this trainer does not.
+    ratio per passage, as the adapters' policy ``ScoreBudget`` does. It also hides half of the question's tokens from the
+    reader in training; this trainer does not.
 
     Attributes:
         encoder, review: the `LayerStack` before pooling and the one after it.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..core.config import CompressorConfig, check_counts, setting
 from ..core.passage import Interface
 from ..encoders.lora_twin import Twin, Untuned
+from ..reader.ranking import nearest_passages
 from ..reader.reader import Reader
 from ..registry import register_compressor
 from ..slots.memory_tokens import MemoryTokenCompressor, probe, random_token_rows
@@ -46,7 +47,7 @@ class UniICLCompressor(MemoryTokenCompressor):
     with memory tokens can train.
 
     Training: first ``lm``, then ``lm`` with the objective ``contrast`` at weight 1: mean slots then also tell which passage
-    helps with a question, so that one stored passage serves retrieval and reading.
+    helps with a question, so that one stored passage serves selection (`rank`) and reading.
 
     Beyond the paper: M starts as the embedding of a random token (the paper: a rare one), the linear layer as the factor that
     brings slots to the norm of the reader's embeddings, and BOS opens every segment.
@@ -85,3 +86,14 @@ class UniICLCompressor(MemoryTokenCompressor):
         weight = self.linear.weight
         found = self.linear(self.states_at_memory(segments).to(weight.device, weight.dtype))
         return found.split([segment.slots for segment in segments])
+
+    def rank(self, query: str, texts: Sequence[str]) -> list[int]:
+        """Indices of passages, the nearest to the question first by `nearest_passages`; empty ones come last.
+
+        Raises:
+            ValueError: if the question has no tokens.
+        """
+        asked, *passages = self.compress([query, *texts])
+        full = [i for i, passage in enumerate(passages) if passage.slots]
+        order = nearest_passages(asked, [passages[i] for i in full])
+        return [*(full[i] for i in order), *(i for i, passage in enumerate(passages) if not passage.slots)]

@@ -7,7 +7,7 @@ from llama_index.core.schema import ImageNode, NodeWithScore, QueryBundle, TextN
 from nutgraf import make_compressor
 from nutgraf.adapters.llama_index import CompressedContextLLM, CompressedContextPostprocessor, CompressedReranker
 from nutgraf.adapters.store import MemoryStore
-from nutgraf.compressors.reader.ranking import rank_passages
+from nutgraf.compressors.reader.ranking import nearest_passages, rank_passages
 from texts import CURIE, NUT_GRAF, RIVERS, TREATY
 
 TEXTS = [TREATY, " ", RIVERS, CURIE, NUT_GRAF]
@@ -34,6 +34,20 @@ def test_nodes_come_in_the_order_of_their_passages(compressor):
     assert all(scored.score == scores[scored.node.node_id] for scored in found)
     assert CompressedReranker(compressor, top_n=2).postprocess_nodes(given, ASKED) == found[:2]
     assert CompressedReranker(compressor).postprocess_nodes([], ASKED) == []
+
+
+def test_nodes_come_in_the_order_of_mean_slots(compressor):
+    found = CompressedReranker(compressor, by="slots").postprocess_nodes(nodes(), ASKED)
+    asked, *passages = compressor.compress([ASKED.query_str, *(TEXTS[i] for i in (0, 2, 3, 4))])
+    assert [scored.node.node_id for scored in found] == [
+        *("0234"[i] for i in nearest_passages(asked, passages)),
+        "1",
+    ]
+    assert [
+        n.node.node_id for n in CompressedReranker(compressor, by="slots").postprocess_nodes(nodes(), QueryBundle(" "))
+    ]
+    with pytest.raises(ValueError, match="by"):
+        CompressedReranker(compressor, by="cosine")
 
 
 def test_stored_passages_are_not_compressed_again(compressor, monkeypatch):

@@ -38,3 +38,17 @@ def test_slots_start_on_the_readers_scale(zoo):
     reader = zoo.reader()
     norms = make_compressor("uniicl", reader).compress([PASSAGE], ratio=4)[0].embeds.norm(dim=-1)
     assert 0.5 < float(norms.mean()) / reader.embedding_norm < 2
+
+
+def test_passages_are_ranked_by_the_cosine_of_mean_slots(zoo):
+    compressor = make_compressor("uniicl", zoo.reader(), ratio=4.0)
+    texts = ["", PASSAGE, "Rivers carry sediment to the sea.", "The treaty was signed in Paris.", ""]
+    slots = {text: compressor.compress([text])[0].embeds.double().mean(0) for text in texts[1:4]}
+    for text in texts[1:4]:
+        near = sorted(slots, key=lambda other: -float(slots[text] @ slots[other] / slots[other].norm()))
+        assert near[0] == text
+        order = compressor.rank(text, texts)
+        assert [texts[i] for i in order[:3]] == near
+        assert order[3:] == [0, 4]
+    with pytest.raises(ValueError, match="at least one slot"):
+        compressor.rank("", texts)
