@@ -50,7 +50,10 @@ class AuditOptions(Named):
     )
     attacker: Annotated[Names, Option(help=f"{', '.join(ATTACKERS)}; default all that apply.")] = many()
     defence: Annotated[Names, Option(help=f"Also attack what is stored after a defence: {DEFENCES}.")] = many()
-    limit: Annotated[int, Option(min=2, help="At most this many passages, evenly spread.")] = 100
+    limit: Annotated[
+        int,
+        Option(min=2, help="At most this many passages, evenly spread; of a store, a random sample per compressor."),
+    ] = 100
     public: Annotated[
         Path | None,
         Option(help="Public text (.txt, .txt.xz) that attackers learn from; default the sample's articles."),

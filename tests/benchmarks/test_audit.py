@@ -218,6 +218,36 @@ def test_a_store_is_audited_by_maker_and_needs_texts(zoo: ModuleType):
         stored(store, zoo.reader("llama", seed=1))
 
 
+def test_of_a_large_store_only_the_attacked_passages_are_read(zoo: ModuleType):
+    from nutgraf.adapters.store import Entry, MemoryStore, PassageKey, fill
+
+    class Counting(MemoryStore):
+        read = 0
+
+        def get_many(self, keys):
+            self.read += len(keys)
+            return super().get_many(keys)
+
+        def entries(self, maker=None):
+            raise AssertionError("reads all passages")
+
+    reader, store = zoo.reader("llama"), Counting()
+    texts = [f"{a} wrote to {b}." for a in NAMES for b in NAMES]
+    for ratio in (1, 4):
+        fill(store, make_compressor("mean-pool", reader), texts, ratio=ratio, vectors=[[1.0, 2.0]] * len(texts))
+    bare = reader.identity("without its text")
+    key = PassageKey.of("without its text", compressor=bare.compressor, reader=reader.fingerprint)
+    store.put_many([Entry(key, bare)])
+    store.read = 0
+    first, second, vectors = stored(store, reader, limit=7)
+    assert store.read == 14
+    assert [len(target.texts) for target in (first, second, vectors)] == [7, 7, 7]
+    assert {first.ratio, second.ratio} == {1, 4}
+    assert len(set(first.texts)) == 7
+    assert first.texts == stored(store, reader, limit=7)[0].texts != texts[:7]
+    assert sorted(stored(store, reader)[0].texts) == sorted(texts)
+
+
 def test_repeat_asks_for_the_passage(zoo: ModuleType):
     reader = zoo.reader("llama")
     target = Target("identity", None, "embeds", TEXTS, [reader.identity(text) for text in TEXTS])
