@@ -132,7 +132,7 @@ def stored(store: PassageStore, reader: Reader, limit: int | None = None) -> lis
 
 
 def _first_with_text(store: PassageStore, ids: Sequence[str], left: dict[tuple[Maker, str], int]) -> list[Entry]:
-    """The first passages under the ids that have a text; `left` says how many of each maker and interface, and is counted down."""
+    """The first passages under the ids that have a text, as many of each kind as are `left`, which is counted down."""
     listed = store.listed(ids)
     kinds = {one.key: (one.key.maker, one.interface) for name in ids if (one := listed.get(name)) is not None}
     facts = store.facts([key for key, kind in kinds.items() if left.get(kind)])
