@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ...recipes.tasks.inversion import Stolen
 from .scores import words
 
 PAGE = 4096  # passages of a store that are looked at together
+LEAKED = 1000  # most pairs of text and vector that an attacker has, see `Target.leaked`
 
 
 @dataclass
@@ -27,7 +28,8 @@ class Target:
         interface: `embeds`, `kv`, `text` or `vector`.
         texts, stolen: paired.
         victim: what made them, if it is at hand; `made_by` is its fingerprint.
-        defence: what was done to `stolen`, see `nutgraf.benchmarks.audit.defences`.
+        leaked: other texts with what is stored of them, which an attacker may have got hold of.
+        defence: what was done to `stolen` and `leaked`, see `nutgraf.benchmarks.audit.defences`.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Target:
     stolen: list[Stolen]
     victim: Compressor | Embedder | None = None
     made_by: str = ""
+    leaked: list[tuple[str, Stolen]] = field(default_factory=list, repr=False)
     defence: str | None = None
 
     def __post_init__(self) -> None:
@@ -98,6 +101,7 @@ def stored(store: PassageStore, reader: Reader, limit: int | None = None) -> lis
         ReaderMismatchError: if a passage was made for another reader.
         ValueError: if the store holds no passage with a text.
     """
+    vectors: dict[str, Sequence[float]] = {}  # by text
     left = {
         (one.maker, one.interface): one.passages if limit is None else min(limit, one.passages)
         for one in store.stats.makers
@@ -106,7 +110,7 @@ def stored(store: PassageStore, reader: Reader, limit: int | None = None) -> lis
     after = ""
     while any(left.values()) and (ids := store.ids(after, PAGE)):
         after = ids[-1]
-        for entry in _first_with_text(store, ids, left):
+        for entry in _first_with_text(store, ids, left, vectors):
             if entry.passage.reader not in (None, reader.fingerprint):
                 raise ReaderMismatchError(
                     f"The store holds passages for the reader {entry.passage.reader}, but {reader.name!r} is "
@@ -123,24 +127,37 @@ def stored(store: PassageStore, reader: Reader, limit: int | None = None) -> lis
         Target(name, maker.ratio, interface, *_columns(entries), made_by=maker.compressor)
         for (name, maker, interface), entries in groups.items()
     ]
-    vectors = {e.text or "": e.vector for entries in groups.values() for e in entries if e.vector is not None}
-    if vectors:
-        texts = list(vectors)[:limit]
-        rows: list[Stolen] = [torch.tensor(vectors[text])[None] for text in texts]
-        found.append(Target("vectors", None, "vector", texts, rows))
+    attacked = {
+        entry.text: entry.vector for entries in groups.values() for entry in entries if entry.vector is not None
+    }
+    if some := list(attacked.items())[:limit]:
+        rows: list[Stolen] = [torch.tensor(vector)[None] for _, vector in some]
+        others = [text for text in vectors if text not in attacked][:LEAKED]
+        leaked: list[tuple[str, Stolen]] = [(text, torch.tensor(vectors[text])[None]) for text in others]
+        found.append(Target("vectors", None, "vector", [text or "" for text, _ in some], rows, leaked=leaked))
     return found
 
 
-def _first_with_text(store: PassageStore, ids: Sequence[str], left: dict[tuple[Maker, str], int]) -> list[Entry]:
-    """The first passages under the ids that have a text, as many of each kind as are `left`, which is counted down."""
+def _first_with_text(
+    store: PassageStore,
+    ids: Sequence[str],
+    left: dict[tuple[Maker, str], int],
+    vectors: dict[str, Sequence[float]],
+) -> list[Entry]:
+    """The first passages under the ids that have a text, as many of each kind as are `left`, which is counted down.
+
+    Retrieval vectors go into `vectors`, those of passages that are not read, too.
+    """
     listed = store.listed(ids)
     kinds = {one.key: (one.key.maker, one.interface) for name in ids if (one := listed.get(name)) is not None}
     facts = store.facts([key for key, kind in kinds.items() if left.get(kind)])
     chosen = []
-    for key, kind in kinds.items():
-        if left.get(kind) and key in facts and words(facts[key].text or ""):
-            left[kind] -= 1
+    for key in (key for key in kinds if key in facts and words(facts[key].text or "")):
+        if left[kinds[key]]:
+            left[kinds[key]] -= 1
             chosen.append(key)
+        if (vector := facts[key].vector) is not None and len(vectors) < 2 * LEAKED:
+            vectors[facts[key].text or ""] = vector
     read = zip(chosen, store.get_many(chosen))
     return [Entry(key, passage, facts[key].text, facts[key].vector) for key, passage in read if passage is not None]
 

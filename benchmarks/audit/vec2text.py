@@ -15,6 +15,7 @@ from ...recipes.tasks.inversion import InversionDecoder
 from ..rows import Row
 from .attacker import Stolen, register_attacker
 from .geia import GEIA, LONGEST
+from .transfer import middle
 
 
 @register_attacker
@@ -58,7 +59,7 @@ class Vec2Text(GEIA):
                 "Vec2Text needs a trained decoder and the embedder of the vectors: audit with --embedder NAME."
             )
         vectors = [one for one in stolen if isinstance(one, Tensor)]
-        wanted = torch.stack([_mean(one) for one in vectors])
+        wanted = torch.stack([middle(one) for one in vectors])
         best = super().attack(vectors)
         found = self._embed(best)
         score = cosine_similarity(wanted, found)
@@ -90,9 +91,4 @@ class Vec2Text(GEIA):
         if embedder is None:
             raise ValueError("Vec2Text needs the embedder of the vectors.")
         shards = embedder.embed_shards(texts, embedder.max_tokens, [1] * len(texts))
-        return torch.stack([_mean(part) if len(part) else part.new_zeros(embedder.dim) for part in shards])
-
-
-def _mean(shards: Tensor) -> Tensor:
-    """Unit vector of a passage: that of its shards' mean."""
-    return normalize(shards.float().mean(0), dim=-1)
+        return torch.stack([middle(part) if len(part) else part.new_zeros(embedder.dim) for part in shards])

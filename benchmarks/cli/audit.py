@@ -26,7 +26,8 @@ from ..audit.defences import DEFENCES, defended
 from ..audit.geia import GEIA, train, trained
 from ..audit.page import audit_table, write_page
 from ..audit.scores import words
-from ..audit.targets import Target, compressed, spread, stored, vectors
+from ..audit.targets import LEAKED, Target, compressed, spread, steal, stored, vectors
+from ..audit.transfer import Transfer, transferred
 from ..audit.vec2text import Vec2Text
 from ..loading import SAMPLE_ARTICLES, CompressorSpec, dataset_name, find_records
 from ..report.table import rich_table
@@ -88,6 +89,9 @@ def audit_command(asked: AuditOptions) -> None:
     outcomes: list[Outcome] = [next(iter(guesses.values()))]
     learned: dict[str, Attacker] = {}
     for plain in targets:
+        if plain.interface == "vector" and plain.victim and (asked.decoder or asked.budget):
+            some = public[:LEAKED]
+            plain.leaked = list(zip(some, steal(plain, some)))
         defences = [defended(plain, name, asked.seed) for name in asked.defence]
         for attacker in find_attackers(asked, reader, plain, left_out):
             if attacker.name in learned:
@@ -99,6 +103,8 @@ def audit_command(asked: AuditOptions) -> None:
                     learned[attacker.name] = attacker
             for target in (plain, *defences):
                 with console.status(f"{target.label}: {attacker.title} ..."):
+                    if attacker.of_one_defence and target is not plain:
+                        attacker.learn(public, target)
                     outcomes.append(audit(target, attacker, embedder, asked.seed))
     if len(outcomes) == 1:
         have = ", ".join(dict.fromkeys(target.interface for target in targets))
@@ -160,9 +166,11 @@ def find_attackers(asked: AuditOptions, reader: Reader, target: Target, left_out
         if (not asked.attacker or name in asked.attacker) and all(map(cls.reads, target.stolen))
     ]
     probed = target.victim is not None  # a probe learns from text that is compressed alike
-    if target.interface == "vector" and not probed:
+    foreign = target.interface == "vector" and not probed
+    if foreign and not (asked.decoder and target.leaked):
         typer.echo(
-            "Not attacked without a decoder: the stored retrieval vectors. Audit their embedder: --embedder NAME."
+            "Not attacked: the stored retrieval vectors. Audit their embedder with --embedder NAME; or give another "
+            "embedder's decoder, --decoder FOLDER, and attack fewer passages, --limit N: others stand for leaked ones."
         )
     for cls in fit:
         if issubclass(cls, GEIA) or (issubclass(cls, BagOfWords) and not probed):
@@ -176,17 +184,25 @@ def find_attackers(asked: AuditOptions, reader: Reader, target: Target, left_out
     if not any(issubclass(cls, GEIA) for cls in fit):
         return
     found = trained(target, reader, asked.decoder)
-    if found is None and asked.budget is not None:
+    if found is None and Transfer in fit and target.leaked and (other := transferred(reader, asked.decoder)):
+        yield other
+        return
+    if found is None and asked.budget is not None and not foreign:
         if left_out:
             raise ValueError(
                 f"{left_out} passages of {asked.public or 'the sample articles'} are attacked, too; a decoder trained on "
                 "them would know them by heart. Give other text with --public FILE."
             )
         found = train(target, reader, asked.public or SAMPLE_ARTICLES, asked.documents, asked.budget, asked.runs)
-    if found is not None and GEIA in fit:
+    if found is None:
+        return
+    if GEIA in fit:
         yield found
-    if found is not None and Vec2Text in fit and isinstance(target.victim, Embedder):
-        yield Vec2Text(reader, found.decoder, found.about, target.victim)
+    if isinstance(target.victim, Embedder):
+        if Vec2Text in fit:
+            yield Vec2Text(reader, found.decoder, found.about, target.victim)
+        if Transfer in fit and asked.defence:
+            yield Transfer(reader, found.decoder, found.about, target.victim)
 
 
 def public_text(asked: AuditOptions, targets: list[Target]) -> tuple[list[str], int]:
