@@ -68,7 +68,7 @@ class Vec2Text(GEIA):
         for _ in range(self.rounds):
             moved = [normalize(vectors[i], dim=-1) + wanted[i] - found[i] for i in todo for _ in range(self.candidates)]
             longest = [LONGEST] * len(moved)
-            guesses = self.decoder.write(moved, longest, do_sample=True, temperature=0.7, top_p=0.9)
+            guesses = self.decoder.write(moved, longest, 64, do_sample=True, temperature=0.7, top_p=0.9)
             made = self._embed(guesses).view(len(todo), self.candidates, -1)
             likeness = cosine_similarity(wanted[todo][:, None], made, dim=-1)
             left = []

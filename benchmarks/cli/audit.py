@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,7 @@ from typer import Argument, Option
 from ...adapters.store import StoreError
 from ...compressors import Reader, load_compressor
 from ...compressors.encoders.embedder import MINILM, Embedder, load_embedder
-from ...recipes.data.corpus import read_documents, split_paragraphs
+from ...recipes.data.corpus import read_documents, read_records, split_paragraphs
 from ...recipes.data.overlap import HeldOut
 from ...recipes.data.records import cut_at_sentence
 from ..audit.attackers import ATTACKERS, Attacker
@@ -49,6 +50,10 @@ class AuditOptions(Named):
     embedder: Annotated[str | None, Option(help=f"Audit the retrieval vectors of this embedder, such as {MINILM}.")] = (
         None
     )
+    questions: Annotated[
+        bool,
+        Option(help="Attack the vectors of the file's questions, as a search keeps them; --public has questions, too."),
+    ] = False
     attacker: Annotated[Names, Option(help=f"{', '.join(ATTACKERS)}; default all that apply.")] = many()
     defence: Annotated[Names, Option(help=f"Also attack what is stored after a defence: {DEFENCES}.")] = many()
     limit: Annotated[
@@ -72,6 +77,10 @@ class AuditOptions(Named):
         """Raises ValueError unless exactly one thing is audited, by attackers that exist."""
         if sum(map(bool, (self.compressor, self.store, self.embedder))) != 1:
             raise ValueError("Give one of --compressor NAME, --store FOLDER or --embedder NAME to audit.")
+        if self.questions and (not self.embedder or self.public is None):
+            raise ValueError(
+                "--questions attacks an embedder's vectors: give --embedder NAME and --public QUESTIONS.jsonl."
+            )
         if unknown := [name for name in self.attacker if name not in ATTACKERS]:
             raise ValueError(f"There is no attacker {unknown[0]!r}; there are {', '.join(ATTACKERS)}.")
 
@@ -113,11 +122,12 @@ def audit_command(asked: AuditOptions) -> None:
         )
     dataset = dataset_name(asked.store or asked.file)
     about = {"suite": "audit", "dataset": dataset, "public_passages": len(public), "public_left_out": left_out}
+    about |= {"attacked": "questions"} if asked.questions else {}
     about |= provenance(reader, asked.seed)
     for outcome in outcomes:
         outcome.row = asked.tag(clean(about | outcome.row))
     asked.keep([outcome.row for outcome in outcomes], say=True)
-    title = f"{dataset}, {len(targets[0].texts)} passages"
+    title = f"{dataset}, {len(targets[0].texts)} {'questions' if asked.questions else 'passages'}"
     console.print(rich_table(audit_table([outcome.row for outcome in outcomes], title)))
     sentences = [sentence(one, guesses[id(one.target.texts)]) for one in worst(outcomes[1:])]
     for said in sentences:
@@ -139,7 +149,8 @@ def find_targets(asked: AuditOptions, reader: Reader) -> Iterator[Target]:
             raise ValueError(str(error)) from error
         return
     records = find_records(asked.file, asked.half)
-    texts = list(dict.fromkeys(record.gold_text or record.passages[0] for record in records))
+    kept = (r.question if asked.questions else r.gold_text or r.passages[0] for r in records)
+    texts = list(dict.fromkeys(kept))
     texts = spread([text for text in texts if words(text)], asked.limit)
     if asked.embedder is not None:
         yield vectors(load_embedder(asked.embedder), texts)
@@ -193,7 +204,9 @@ def find_attackers(asked: AuditOptions, reader: Reader, target: Target, left_out
                 f"{left_out} passages of {asked.public or 'the sample articles'} are attacked, too; a decoder trained on "
                 "them would know them by heart. Give other text with --public FILE."
             )
-        found = train(target, reader, asked.public or SAMPLE_ARTICLES, asked.documents, asked.budget, asked.runs)
+        found = train(
+            target, reader, asked.public or SAMPLE_ARTICLES, asked.documents, asked.budget, asked.runs, asked.questions
+        )
     if found is None:
         return
     if GEIA in fit:
@@ -206,17 +219,21 @@ def find_attackers(asked: AuditOptions, reader: Reader, target: Target, left_out
 
 
 def public_text(asked: AuditOptions, targets: list[Target]) -> tuple[list[str], int]:
-    """Public passages, without those that share twenty words in a row with an attacked one; and how many were left out."""
+    """Public passages, without those that share twenty words in a row with an attacked one; and how many were left out.
+
+    Of questions, those that are attacked, too, are left out.
+    """
     held = HeldOut()
     for target in targets:
         for text in target.texts:
-            held.add_passage(text)
+            (held.add_question if asked.questions else held.add_passage)(text)
     found = []
-    for number, document in enumerate(read_documents(asked.public or SAMPLE_ARTICLES)):
-        if number == asked.documents:
-            break
-        found += [cut_at_sentence(part, MAX_CHARS) for part in split_paragraphs(document) if len(part) >= 80]
-    apart = [text for text in found if not held.has_passage(text)]
+    if asked.questions and asked.public is not None:
+        found = [record.question for record in read_records(asked.public, limit=asked.documents)]
+    else:
+        for document in islice(read_documents(asked.public or SAMPLE_ARTICLES), asked.documents):
+            found += [cut_at_sentence(part, MAX_CHARS) for part in split_paragraphs(document) if len(part) >= 80]
+    apart = [text for text in found if not (held.has_passage(text) or held.has_question(text))]
     if not apart:
         raise ValueError(
             f"{asked.public or 'The sample'} holds no public passage that is not attacked; give --public FILE."

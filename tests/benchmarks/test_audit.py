@@ -295,6 +295,7 @@ def test_the_command_prints_a_table_and_a_sentence_and_writes_rows_and_page(zoo:
         (("--compressor", "kv-match", "--store", "x"), "Give one of --compressor NAME"),
         (("--compressor", "kv-match", "--attacker", "gei"), "There is no attacker 'gei'"),
         (("--store", "no/such/store"), "no/such/store"),
+        (("--compressor", "kv-match", "--questions"), "--questions attacks an embedder's vectors"),
         (("--compressor", "longllmlingua"), "compresses for a question"),
     ],
 )

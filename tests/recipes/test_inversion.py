@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from types import ModuleType
@@ -137,6 +138,22 @@ def test_an_audit_trains_saves_and_finds_its_decoder(zoo: ModuleType, tmp_path: 
     target.victim = None
     with pytest.raises(ValueError, match="--decoder"):
         train(target, reader, tmp_path / "public.txt", 10, 1.0, tmp_path / "runs")
+
+
+def test_a_decoder_of_question_vectors_learns_to_write_questions(zoo: ModuleType, tmp_path: Path):
+    asked = ["Who signed the treaty?", "Where is the sea?", "When was she born?"]
+    rows = [{"question": one, "answers": ["x"], "passages": ["x y"], "gold": 0} for one in asked]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = recipe(tmp_path)
+    data = {"dir": str(tmp_path), "questions": ["asked.jsonl"], "documents": 2}
+    task = InversionTask(made.model_copy(update={"data": data}), zoo.reader("llama"), untuned(zoo.reader("llama")))
+    stage = made.stages[0]
+    items = task.dataset(stage)
+    written = [task.reader.decode(ids[:-1]) for ids in task.collator(stage)([items[i] for i in range(12)])["targets"]]
+    assert set(written) == set(asked[:2])
+    for wrong in ({}, {"texts": ["public.txt"], "questions": ["asked.jsonl"]}):
+        with pytest.raises(ValueError, match=r"one of data\.texts and data\.questions"):
+            InversionTask(made.model_copy(update={"data": wrong}), zoo.reader("llama"), untuned(zoo.reader("llama")))
 
 
 @pytest.mark.parametrize(
