@@ -19,7 +19,7 @@ EXAMPLES = 3  # passages on the page, of each target and attacker
 _CAPTION = (
     "Shares in per cent with their 95 % bootstrap intervals. Words: share of the passage's words in the reconstruction. "
     "Names, numbers, dates: share of them in it as a whole. The guess knows how often words occur, and the "
-    "passage's length. A stronger attacker reads more: these are lower bounds."
+    "passage's length. Steps: of training the attacker. A stronger attacker reads more: these are lower bounds."
 )
 
 
@@ -34,6 +34,7 @@ def audit_table(rows: Sequence[Row], title: str = "") -> Table:
         Column("ratio", "ratio_asked", "{:g}x"),
         *([Column("defence", "defence")] if any(row.get("defence") for row in rows) else []),
         Column("attacker", lambda row: "" if row["method"] == "none" else attacker_title(row["attacker"])),
+        *([Column("steps", "training_steps", "{:.0f}")] if any("training_steps" in row for row in rows) else []),
         Column("words", share("recall").value),
         *map(share, ("names", "numbers", "dates")),
         *(

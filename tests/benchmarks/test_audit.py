@@ -23,6 +23,7 @@ from nutgraf.benchmarks.rows import read_rows
 from nutgraf.cli import app
 from nutgraf.compressors import CompressedPassage, load_compressor, make_compressor
 from nutgraf.compressors.kv.encode import cached_layers
+from nutgraf.recipes.data.templates import autoencoding_prompt
 from typer.testing import CliRunner
 
 PASSAGE = "Marie Curie was born in Warsaw on 7 November 1867. She won £3,000 in 1903 and taught 12 students."
@@ -254,6 +255,20 @@ def test_repeat_asks_for_the_passage(zoo: ModuleType):
     found = audit(target, Repeat(reader))
     assert len(found.guesses) == len(TEXTS)
     assert found.row["recall"] < 0.9  # random weights repeat nothing
+
+
+def test_a_tuned_reader_is_asked_itself(zoo: ModuleType):
+    reader = zoo.reader("llama")
+    compressor = make_compressor("full-text", reader, tune_reader=True).eval()
+    with torch.no_grad():
+        for parameter in compressor.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    (target,) = compressed(compressor, [None], TEXTS[:1])
+    attacker = Repeat(reader)
+    attacker.learn([], target)
+    longest = target.stolen[0].source_tokens + 8
+    told = compressor.reader.generate([autoencoding_prompt(TEXTS[0])], longest)[0].strip()
+    assert attacker.attack(target.stolen) == [told] != Repeat(reader).attack(target.stolen)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2"])
