@@ -19,6 +19,7 @@ from ...compressors.encoders.embedder import MINILM, Embedder, load_embedder
 from ...recipes.data.corpus import read_documents, read_records, split_paragraphs
 from ...recipes.data.overlap import HeldOut
 from ...recipes.data.records import cut_at_sentence
+from ..audit.answering import answering
 from ..audit.attackers import ATTACKERS, Attacker
 from ..audit.audit import Outcome, audit, baseline, sentence, worst
 from ..audit.bag_of_words import BagOfWords
@@ -56,6 +57,9 @@ class AuditOptions(Named):
     ] = False
     attacker: Annotated[Names, Option(help=f"{', '.join(ATTACKERS)}; default all that apply.")] = many()
     defence: Annotated[Names, Option(help=f"Also attack what is stored after a defence: {DEFENCES}.")] = many()
+    answers: Annotated[
+        bool, Option(help="Also answer the file's questions from what is stored: what a defence costs.")
+    ] = False
     limit: Annotated[
         int,
         Option(min=2, help="At most this many passages, evenly spread; of a store, a random sample per compressor."),
@@ -81,6 +85,10 @@ class AuditOptions(Named):
             raise ValueError(
                 "--questions attacks an embedder's vectors: give --embedder NAME and --public QUESTIONS.jsonl."
             )
+        if self.answers and self.store:
+            raise ValueError(
+                "--answers needs questions about the passages, which a store does not hold; audit a compressor."
+            )
         if unknown := [name for name in self.attacker if name not in ATTACKERS]:
             raise ValueError(f"There is no attacker {unknown[0]!r}; there are {', '.join(ATTACKERS)}.")
 
@@ -96,12 +104,14 @@ def audit_command(asked: AuditOptions) -> None:
     statistics, embedder = CorpusStatistics(public), _embedder()
     guesses = {id(target.texts): baseline(target, statistics, embedder, asked.seed) for target in targets}
     outcomes: list[Outcome] = [next(iter(guesses.values()))]
+    records = find_records(asked.file, asked.half) if asked.answers else []
     learned: dict[str, Attacker] = {}
     for plain in targets:
         if plain.interface == "vector" and plain.victim and (asked.decoder or asked.budget):
             some = public[:LEAKED]
             plain.leaked = list(zip(some, steal(plain, some)))
-        defences = [defended(plain, name, asked.seed) for name in asked.defence]
+        forms = [plain, *(defended(plain, name, asked.seed) for name in asked.defence)]
+        costs = [answering(one, reader, records, asked.seed) for one in forms]
         for attacker in find_attackers(asked, reader, plain, left_out):
             if attacker.name in learned:
                 attacker = learned[attacker.name]
@@ -110,11 +120,12 @@ def audit_command(asked: AuditOptions) -> None:
                     attacker.learn(public, plain)
                 if not attacker.of_one_target:
                     learned[attacker.name] = attacker
-            for target in (plain, *defences):
+            for target, cost in zip(forms, costs):
                 with console.status(f"{target.label}: {attacker.title} ..."):
                     if attacker.of_one_defence and target is not plain:
                         attacker.learn(public, target)
                     outcomes.append(audit(target, attacker, embedder, asked.seed))
+                    outcomes[-1].row |= cost
     if len(outcomes) == 1:
         have = ", ".join(dict.fromkeys(target.interface for target in targets))
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nutgraf.benchmarks.audit.answering import answering
 from nutgraf.benchmarks.audit.attackers import BagOfWords, KeptText, KVLayers, KVLookup, Repeat, SlotWords
 from nutgraf.benchmarks.audit.audit import audit, baseline, sentence, strangers
 from nutgraf.benchmarks.audit.corpus_statistics import CorpusStatistics
@@ -23,7 +25,8 @@ from nutgraf.benchmarks.rows import read_rows
 from nutgraf.cli import app
 from nutgraf.compressors import CompressedPassage, load_compressor, make_compressor
 from nutgraf.compressors.kv.encode import cached_layers
-from nutgraf.recipes.data.templates import autoencoding_prompt
+from nutgraf.recipes.data.corpus import Record
+from nutgraf.recipes.data.templates import autoencoding_prompt, question_prompt
 from typer.testing import CliRunner
 
 PASSAGE = "Marie Curie was born in Warsaw on 7 November 1867. She won £3,000 in 1903 and taught 12 students."
@@ -309,6 +312,7 @@ def test_the_command_prints_a_table_and_a_sentence_and_writes_rows_and_page(zoo:
         ((), "Give one of --compressor NAME"),
         (("--compressor", "kv-match", "--store", "x"), "Give one of --compressor NAME"),
         (("--compressor", "kv-match", "--attacker", "gei"), "There is no attacker 'gei'"),
+        (("--store", "x", "--answers"), "--answers needs questions"),
         (("--store", "no/such/store"), "no/such/store"),
         (("--compressor", "kv-match", "--questions"), "--questions attacks an embedder's vectors"),
         (("--compressor", "longllmlingua"), "compresses for a question"),
@@ -339,6 +343,18 @@ def test_defences_change_what_is_stored_and_noise_alone_hinders_the_lookup(zoo: 
     assert not torch.allclose(turned, before, atol=0.1)
     with pytest.raises(ValueError, match="rounding of slots"):
         defended(vectors, "int8")
+
+
+def test_a_defence_costs_answers(zoo: ModuleType):
+    reader = zoo.reader("llama")
+    asked = [Record(f"What is in {text[:9]}?", ("a b c",), (text,), ("",), 0, "toy") for text in TEXTS]
+    target = Target("identity", None, "embeds", TEXTS, [reader.identity(text) for text in TEXTS])
+    told = [reader.generate([question_prompt([r.gold_text], r.question)], 24, stop=["\n"])[0].strip() for r in asked]
+    perfect = [replace(record, answers=(answer,)) for record, answer in zip(asked, told) if answer]
+    row = answering(target, reader, perfect)
+    assert (row["answer_f1"], row["answers"]) == (1, len(perfect))
+    assert answering(defended(target, "noise=2"), reader, perfect)["answer_f1"] < 1
+    assert answering(Target("v", None, "vector", TEXTS, [torch.zeros(1, 4)] * 3), reader, perfect) == {}
 
 
 def test_a_probe_reads_words_from_mean_embeddings_and_statistics_from_noise(zoo: ModuleType):
