@@ -37,8 +37,8 @@ class Repeat(Attacker):
         passages = [replace(one, reader=mark) for one in stolen if isinstance(one, CompressedPassage)]
         out = [""] * len(passages)
         order = sorted((i for i, p in enumerate(passages) if p.slots), key=lambda i: passages[i].source_tokens)
-        for start in range(0, len(order), 8):  # passages of similar length, so that few write past their end
-            which = order[start : start + 8]
+        for start in range(0, len(order), 16):  # passages of similar length, so that few write past their end
+            which = order[start : start + 16]
             longest = max(passages[i].source_tokens for i in which) + 8
             told = self.reader.generate([autoencoding_prompt(passages[i]) for i in which], longest)
             for i, text in zip(which, told):
