@@ -25,6 +25,7 @@ from .base import StoreError
 VARIABLE = "NUTGRAF_STORE_KEY"
 SIZE = 32  # bytes of a key
 _ID, _NONCE, _TAG = 8, 12, 16
+_AT = _ID + _NONCE  # where the ciphertext begins
 _HOW = f"set {VARIABLE}, or pass keys=... (nutgraf store new-key makes one)"
 Keys = str | bytes | Sequence[str | bytes] | Callable[[], "str | bytes | Sequence[str | bytes]"]
 
@@ -52,6 +53,7 @@ class Cipher:
 
     def __init__(self, keys: Keys | None = None) -> None:
         try:
+            from cryptography.exceptions import InvalidTag
             from cryptography.hazmat.primitives.ciphers.aead import AESGCM
         except ImportError as error:
             raise ImportError("An encrypted store needs cryptography: pip install nutgraf[store].") from error
@@ -62,6 +64,7 @@ class Cipher:
             raise ValueError(f"An encrypted store needs its key: {_HOW}.")
         self._boxes: dict[bytes, Any] = {_id_of(key): AESGCM(key) for key in raw}
         self._first = _id_of(raw[0])
+        self._changed = InvalidTag
 
     def seal(self, data: bytes, about: str) -> bytes:
         """The sealed record of some bytes. `about`: what it is; `open` needs the same."""
@@ -73,24 +76,20 @@ class Cipher:
 
         Raises:
             WrongKeyError: if its key is not among those given.
-        StoreError: if it was changed.
+            StoreError: if it was changed.
         """
         view = memoryview(sealed)
-        mark = bytes(view[:_ID])
-        if len(view) < _ID + _NONCE + _TAG:
+        if (size := len(view) - _AT - _TAG) < 0:
             raise StoreError("A sealed record of the store is cut off. Run `nutgraf store verify DIR`.")
-        if (box := self._boxes.get(mark)) is None:
+        if (box := self._boxes.get(bytes(view[:_ID]))) is None:
             have = ", ".join(sorted(known.hex() for known in self._boxes))
             raise WrongKeyError(
-                f"The store was encrypted with the key {mark.hex()}, and the keys given are {have}; {_HOW}."
+                f"The store was encrypted with the key {view[:_ID].hex()}, and the keys given are {have}; {_HOW}."
             )
-        made: Any = np.empty(len(view) - _ID - _NONCE - _TAG, dtype=np.uint8)  # not filled with zeros first
-        out = memoryview(made)
-        from cryptography.exceptions import InvalidTag
-
+        out = memoryview(np.empty(size, dtype=np.uint8))  # type: ignore[arg-type]  # not filled with zeros first
         try:
-            box.decrypt_into(bytes(view[_ID : _ID + _NONCE]), view[_ID + _NONCE :], about.encode(), out)
-        except InvalidTag as error:
+            box.decrypt_into(view[_ID:_AT], view[_AT:], about.encode(), out)
+        except self._changed as error:
             raise StoreError(
                 f"The record {about} of the store was changed, or belongs to another passage: it does not open. Run "
                 "`nutgraf store verify DIR --drop`, then compress the lost passages again."

@@ -20,11 +20,13 @@ class Attacker(ABC):
         reader: the reader that the passages were compressed for.
         about: what rows say of the attacker.
         of_one_target: whether what it has learned holds for one target only.
+        of_one_defence: whether it learns again for each defence.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     of_one_target: ClassVar[bool] = False
+    of_one_defence: ClassVar[bool] = False
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader

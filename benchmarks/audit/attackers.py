@@ -10,6 +10,7 @@ from .kv_layers import KVLayers
 from .kv_lookup import KVLookup
 from .repeat import Repeat
 from .slot_words import SlotWords
+from .transfer import Transfer
 from .vec2text import Vec2Text
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "KeptText",
     "Repeat",
     "SlotWords",
+    "Transfer",
     "Vec2Text",
 ]

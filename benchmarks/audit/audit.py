@@ -52,6 +52,7 @@ def audit(target: Target, attacker: Attacker, embedder: Embedder | None = None, 
     spent = time.perf_counter() - start
     row: Row = {
         "method": target.name,
+        "compressor": target.made_by or None,
         "ratio_asked": target.ratio,
         "interface": target.interface,
         "defence": target.defence,

@@ -26,18 +26,21 @@ def defended(target: Target, defence: str, seed: int = 0) -> Target:
         ValueError: for an unknown defence, or one that does not apply to the target.
     """
     name, _, size = defence.partition("=")
+    every = [*target.stolen, *(one for _, one in target.leaked)]  # what leaked was stored with the same defence
     draw = torch.Generator().manual_seed(seed)
     if name == "noise":
         scale = _size(size, defence)
-        changed = [_map(one, lambda t: noisy(t, scale, draw)) for one in target.stolen]
+        changed = [_map(one, lambda t: noisy(t, scale, draw)) for one in every]
     elif defence in ("int8", "int4"):
         encoding = Encoding(quantize=defence)  # type: ignore[arg-type]
-        changed = [_rounded(one, encoding, target) for one in target.stolen]
+        changed = [_rounded(one, encoding, target) for one in every]
     elif defence == "rotation":
-        changed = _rotated(target, draw)
+        changed = _rotated(target, every, draw)
     else:
         raise ValueError(f"There is no defence {defence!r}; there are {DEFENCES}.")
-    return replace(target, stolen=changed, defence=defence)
+    count = len(target.stolen)
+    leaked = [(text, one) for (text, _), one in zip(target.leaked, changed[count:])]
+    return replace(target, stolen=changed[:count], leaked=leaked, defence=defence)
 
 
 def noisy(tensor: Tensor, scale: float, draw: torch.Generator) -> Tensor:
@@ -60,7 +63,7 @@ def _rounded(one: Stolen, encoding: Encoding, target: Target) -> Stolen:
     return round_trip(one, encoding)[0]
 
 
-def _rotated(target: Target, draw: torch.Generator) -> list[Stolen]:
+def _rotated(target: Target, every: list[Stolen], draw: torch.Generator) -> list[Stolen]:
     """All vectors times one secret orthogonal matrix, which keeps their dot products."""
     if target.interface != "vector":
         raise ValueError(
@@ -68,7 +71,7 @@ def _rotated(target: Target, draw: torch.Generator) -> list[Stolen]:
         )
     width = target.stolen[0].shape[-1]  # type: ignore[union-attr]
     secret, _ = torch.linalg.qr(torch.randn(width, width, generator=draw))
-    return [one @ secret for one in target.stolen if isinstance(one, Tensor)]
+    return [one @ secret for one in every if isinstance(one, Tensor)]
 
 
 def _size(size: str, defence: str) -> float:

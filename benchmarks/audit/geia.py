@@ -49,13 +49,15 @@ class GEIA(Attacker):
         return self.decoder.write(stolen, longest)
 
 
-def train(target: Target, reader: Reader, public: Path, documents: int, minutes: float, folder: Path) -> GEIA:
+def train(
+    target: Target, reader: Reader, public: Path, documents: int, minutes: float, folder: Path, questions: bool = False
+) -> GEIA:
     """Train an attacker of a target for some minutes, or continue its training.
 
     Args:
         target: a compressor's passages or an embedder's vectors.
         reader: the reader.
-        public: text file to learn from, and at most so many documents of it.
+        public: text file to learn from, and at most so many documents of it; with `questions` a question file.
         minutes: of training, in this call.
         folder: of all attackers' runs; each target has its own within it.
 
@@ -71,7 +73,8 @@ def train(target: Target, reader: Reader, public: Path, documents: int, minutes:
     given = {
         f"model.{source}": target.name,
         "model.embedder" if source == "compressor" else "model.compressor": "null",
-        "data.texts": f"['{public.name}']",
+        "data.texts": "[]" if questions else f"['{public.name}']",
+        "data.questions": f"['{public.name}']" if questions else "[]",
         "data.dir": str(public.parent),
         "data.documents": documents,
         "reader": reader.name,
@@ -80,13 +83,17 @@ def train(target: Target, reader: Reader, public: Path, documents: int, minutes:
         given["model.ratio"] = target.ratio
     recipe = load_recipe("inversion", [f"{key}={value}" for key, value in given.items()])
     task = InversionTask(recipe, reader, target.victim)
-    run = folder / re.sub(r"[^A-Za-z0-9_.@-]", "_", target.name + (f"@{target.ratio:g}x" if target.ratio else ""))
+    run = folder / re.sub(r"[^A-Za-z0-9_.@-]", "_", _run_name(target, questions))
     run_recipe(recipe, task, run, max_minutes=minutes)
     task.module.save_pretrained(run / "decoder")
     latest = CheckpointStore(run / "checkpoints").latest()
     progress = Progress() if latest is None else Progress.read(latest)
     about: Row = {"training_minutes": progress.seconds / 60, "training_steps": progress.step}
     return GEIA(reader, task.module, about | {"training_tokens": progress.tokens})
+
+
+def _run_name(target: Target, questions: bool) -> str:
+    return target.name + (f"@{target.ratio:g}x" if target.ratio else "") + ("-questions" if questions else "")
 
 
 def trained(target: Target, reader: Reader, folders: Sequence[str]) -> GEIA | None:

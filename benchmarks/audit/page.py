@@ -19,7 +19,8 @@ EXAMPLES = 3  # passages on the page, of each target and attacker
 _CAPTION = (
     "Shares in per cent with their 95 % bootstrap intervals. Words: share of the passage's words in the reconstruction. "
     "Names, numbers, dates: share of them in it as a whole. The guess knows how often words occur, and the "
-    "passage's length. A stronger attacker reads more: these are lower bounds."
+    "passage's length. Steps: of training the attacker. Answers' F1: of the reader that reads what is stored. A stronger "
+    "attacker reads more: these are lower bounds."
 )
 
 
@@ -34,6 +35,7 @@ def audit_table(rows: Sequence[Row], title: str = "") -> Table:
         Column("ratio", "ratio_asked", "{:g}x"),
         *([Column("defence", "defence")] if any(row.get("defence") for row in rows) else []),
         Column("attacker", lambda row: "" if row["method"] == "none" else attacker_title(row["attacker"])),
+        *([Column("steps", "training_steps", "{:.0f}")] if any("training_steps" in row for row in rows) else []),
         Column("words", share("recall").value),
         *map(share, ("names", "numbers", "dates")),
         *(
@@ -42,6 +44,7 @@ def audit_table(rows: Sequence[Row], title: str = "") -> Table:
         ),
         Column("exact", "exact", "{:.0f}", 100),
         Column("cosine", "cosine", "{:.2f}"),
+        *([Column("answers' F1", share("answer_f1").value)] if any("answer_f1" in row for row in rows) else []),
     ]
     kind = {True: "fixed", False: "method"}
     return build(columns, rows, title=title, caption=_CAPTION, kind=lambda row: kind[row["method"] == "none"])

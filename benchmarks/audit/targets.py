@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ...adapters.store import Entry, PassageStore
+from ...adapters.store import Entry, Maker, PassageStore
 from ...compressors import Compressor, Reader, ReaderMismatchError
 from ...compressors.encoders.embedder import Embedder
 from ...recipes.tasks.inversion import Stolen
 from .scores import words
+
+PAGE = 4096  # passages of a store that are looked at together
+LEAKED = 1000  # most pairs of text and vector that an attacker has, see `Target.leaked`
 
 
 @dataclass
@@ -25,7 +28,8 @@ class Target:
         interface: `embeds`, `kv`, `text` or `vector`.
         texts, stolen: paired.
         victim: what made them, if it is at hand; `made_by` is its fingerprint.
-        defence: what was done to `stolen`, see `nutgraf.benchmarks.audit.defences`.
+        leaked: other texts with what is stored of them, which an attacker may have got hold of.
+        defence: what was done to `stolen` and `leaked`, see `nutgraf.benchmarks.audit.defences`.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Target:
     stolen: list[Stolen]
     victim: Compressor | Embedder | None = None
     made_by: str = ""
+    leaked: list[tuple[str, Stolen]] = field(default_factory=list, repr=False)
     defence: str | None = None
 
     def __post_init__(self) -> None:
@@ -84,43 +89,81 @@ def steal(target: Target, texts: Sequence[str]) -> list[Stolen]:
 def stored(store: PassageStore, reader: Reader, limit: int | None = None) -> list[Target]:
     """The passages of a store, one target per compressor and ratio, and one for the retrieval vectors.
 
+    Only the passages that are attacked are read, so that a store may be larger than memory.
+
     Args:
         store: holds passages with their texts, which the attack is compared with.
         reader: the reader that they were compressed for.
-        limit: at most so many passages of each, evenly spread.
+        limit: at most so many passages of each, the first by their ids. An id is a hash, so they are a random sample, and the
+            same one in every run.
 
     Raises:
         ReaderMismatchError: if a passage was made for another reader.
         ValueError: if the store holds no passage with a text.
     """
-    groups: dict[tuple[str, float | None, str], list[Entry]] = {}
-    with_vectors: list[Entry] = []
-    for entry in store.entries():
-        if not entry.text or not words(entry.text):
-            continue
-        if entry.passage.reader not in (None, reader.fingerprint):
-            raise ReaderMismatchError(
-                f"The store holds passages for the reader {entry.passage.reader}, but {reader.name!r} is "
-                f"{reader.fingerprint}; name the store's reader with --reader."
-            )
-        name = str(entry.passage.info.get("method", entry.passage.compressor))
-        groups.setdefault((name, entry.key.ratio, entry.passage.interface), []).append(entry)
-        if entry.vector is not None:
-            with_vectors.append(entry)
+    vectors: dict[str, Sequence[float]] = {}  # by text
+    left = {
+        (one.maker, one.interface): one.passages if limit is None else min(limit, one.passages)
+        for one in store.stats.makers
+    }
+    groups: dict[tuple[str, Maker, str], list[Entry]] = {}
+    after = ""
+    while any(left.values()) and (ids := store.ids(after, PAGE)):
+        after = ids[-1]
+        for entry in _first_with_text(store, ids, left, vectors):
+            if entry.passage.reader not in (None, reader.fingerprint):
+                raise ReaderMismatchError(
+                    f"The store holds passages for the reader {entry.passage.reader}, but {reader.name!r} is "
+                    f"{reader.fingerprint}; name the store's reader with --reader."
+                )
+            name = str(entry.passage.info.get("method", entry.passage.compressor))
+            groups.setdefault((name, entry.key.maker, entry.passage.interface), []).append(entry)
     if not groups:
         raise ValueError(
             "The store holds no passage with its text, and an audit compares what it reads with the text; make a store with "
             "nutgraf compress, which keeps texts, or audit the compressor: --compressor NAME."
         )
     found = [
-        Target(*key, [e.text or "" for e in some], [e.passage for e in some], made_by=some[0].key.compressor)
-        for key, entries in groups.items()
-        if (some := spread(entries, limit))
+        Target(name, maker.ratio, interface, *_columns(entries), made_by=maker.compressor)
+        for (name, maker, interface), entries in groups.items()
     ]
-    if some := spread(with_vectors, limit):
-        rows: list[Stolen] = [torch.tensor(entry.vector)[None] for entry in some]
-        found.append(Target("vectors", None, "vector", [entry.text or "" for entry in some], rows))
+    attacked = {
+        entry.text: entry.vector for entries in groups.values() for entry in entries if entry.vector is not None
+    }
+    if some := list(attacked.items())[:limit]:
+        rows: list[Stolen] = [torch.tensor(vector)[None] for _, vector in some]
+        others = [text for text in vectors if text not in attacked][:LEAKED]
+        leaked: list[tuple[str, Stolen]] = [(text, torch.tensor(vectors[text])[None]) for text in others]
+        found.append(Target("vectors", None, "vector", [text or "" for text, _ in some], rows, leaked=leaked))
     return found
+
+
+def _first_with_text(
+    store: PassageStore,
+    ids: Sequence[str],
+    left: dict[tuple[Maker, str], int],
+    vectors: dict[str, Sequence[float]],
+) -> list[Entry]:
+    """The first passages under the ids that have a text, as many of each kind as are `left`, which is counted down.
+
+    Retrieval vectors go into `vectors`, those of passages that are not read, too.
+    """
+    listed = store.listed(ids)
+    kinds = {one.key: (one.key.maker, one.interface) for name in ids if (one := listed.get(name)) is not None}
+    facts = store.facts([key for key, kind in kinds.items() if left.get(kind)])
+    chosen = []
+    for key in (key for key in kinds if key in facts and words(facts[key].text or "")):
+        if left[kinds[key]]:
+            left[kinds[key]] -= 1
+            chosen.append(key)
+        if (vector := facts[key].vector) is not None and len(vectors) < 2 * LEAKED:
+            vectors[facts[key].text or ""] = vector
+    read = zip(chosen, store.get_many(chosen))
+    return [Entry(key, passage, facts[key].text, facts[key].vector) for key, passage in read if passage is not None]
+
+
+def _columns(entries: Sequence[Entry]) -> tuple[list[str], list[Stolen]]:
+    return [entry.text or "" for entry in entries], [entry.passage for entry in entries]
 
 
 def spread(items: Sequence[Any], limit: int | None) -> list[Any]:

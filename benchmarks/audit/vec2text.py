@@ -15,6 +15,7 @@ from ...recipes.tasks.inversion import InversionDecoder
 from ..rows import Row
 from .attacker import Stolen, register_attacker
 from .geia import GEIA, LONGEST
+from .transfer import middle
 
 
 @register_attacker
@@ -58,7 +59,7 @@ class Vec2Text(GEIA):
                 "Vec2Text needs a trained decoder and the embedder of the vectors: audit with --embedder NAME."
             )
         vectors = [one for one in stolen if isinstance(one, Tensor)]
-        wanted = torch.stack([_mean(one) for one in vectors])
+        wanted = torch.stack([middle(one) for one in vectors])
         best = super().attack(vectors)
         found = self._embed(best)
         score = cosine_similarity(wanted, found)
@@ -67,7 +68,7 @@ class Vec2Text(GEIA):
         for _ in range(self.rounds):
             moved = [normalize(vectors[i], dim=-1) + wanted[i] - found[i] for i in todo for _ in range(self.candidates)]
             longest = [LONGEST] * len(moved)
-            guesses = self.decoder.write(moved, longest, do_sample=True, temperature=0.7, top_p=0.9)
+            guesses = self.decoder.write(moved, longest, 64, do_sample=True, temperature=0.7, top_p=0.9)
             made = self._embed(guesses).view(len(todo), self.candidates, -1)
             likeness = cosine_similarity(wanted[todo][:, None], made, dim=-1)
             left = []
@@ -90,9 +91,4 @@ class Vec2Text(GEIA):
         if embedder is None:
             raise ValueError("Vec2Text needs the embedder of the vectors.")
         shards = embedder.embed_shards(texts, embedder.max_tokens, [1] * len(texts))
-        return torch.stack([_mean(part) if len(part) else part.new_zeros(embedder.dim) for part in shards])
-
-
-def _mean(shards: Tensor) -> Tensor:
-    """Unit vector of a passage: that of its shards' mean."""
-    return normalize(shards.float().mean(0), dim=-1)
+        return torch.stack([middle(part) if len(part) else part.new_zeros(embedder.dim) for part in shards])

@@ -92,11 +92,11 @@ def studies_page() -> str:
 
 
 def audit_page(rows: Sequence[Row]) -> str:
-    """The page about what a copied store gives away: a table per set of passages."""
-    sets: dict[tuple[str, int], list[Row]] = {}
-    for row in newest(rows, ("dataset", "n", "method", "ratio_asked", "defence", "attacker")):
-        sets.setdefault((row["dataset"], row["n"]), []).append(row)
-    titles = {key: f"{dataset_title(key[0])}, {key[1]} passages" for key in sets}
+    """The page about what a copied store gives away: a table per set of passages or questions."""
+    sets: dict[tuple[str, int, str], list[Row]] = {}
+    for row in newest(rows, ("dataset", "n", "attacked", "method", "ratio_asked", "defence", "attacker")):
+        sets.setdefault((row["dataset"], row["n"], row.get("attacked", "passages")), []).append(row)
+    titles = {key: f"{dataset_title(key[0])}, {key[1]} {key[2]}" for key in sets}
     return render("audit.md", tables=[audit_table(found, titles[key]) for key, found in sets.items()])
 
 

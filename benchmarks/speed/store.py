@@ -2,13 +2,15 @@
 
 Slabs next to the table, also encrypted, slots within the table, and memory, next to a plain copy. All stores read the same
 batches, drawn for each repeat, in turns; the fastest repeat counts. Reading ends with the slots of all passages in one tensor,
-so that the pages of a mapped file are really touched. `first` rows read from a store that was just opened (files in the page
+so that the pages of a mapped file are really touched. `read_cpu_ms` is the median processor time of a batch, and
+`decrypt_cpu_ms` that of AES-GCM alone, on as many bytes. `first` rows read from a store that was just opened (files in the page
 cache), the others are `warm`. With `--reader` rows have the state `answer`: what reading adds to the time to first token of a
 prompt.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import tempfile
 import time
@@ -54,6 +56,20 @@ def read(store: PassageStore, keys: Sequence[PassageKey]) -> torch.Tensor:
     return torch.cat([passage.embeds for passage in store.get_many(keys) if passage is not None])  # type: ignore[misc]
 
 
+def decryption(number: int, nbytes: int) -> Callable[[Sequence[int]], None]:
+    """What the cryptography package alone does to open records of some bytes: as many as a store has, one buffer for all."""
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    box, nonce, out = AESGCM(b"k" * 32), bytes(12), bytearray(nbytes)
+    records = [box.encrypt(nonce, random.randbytes(nbytes), None) for _ in range(number)]
+
+    def decrypt(places: Sequence[int]) -> None:
+        for i in places:
+            box.decrypt_into(nonce, records[i], None, out)
+
+    return decrypt
+
+
 def store_rows(number: int, batch: int, slots: int, width: int, repeats: int, folder: Path) -> list[Row]:
     """Milliseconds and GB/s of each store, warm and just opened, next to a copy in memory."""
     made = entries(number, slots, width)
@@ -66,7 +82,10 @@ def store_rows(number: int, batch: int, slots: int, width: int, repeats: int, fo
             store.put_many(made[first : first + 64])
         write[name] = time.perf_counter() - start
         read(store, keys)
+    decrypt = decryption(number, slots * width * 2)
     copied: list[float] = []
+    decrypted: list[float] = []
+    spent: dict[str, list[float]] = {name: [] for name in stores}  # processor time, warm
     taken: dict[str, dict[str, list[float]]] = {
         "warm": {name: [] for name in stores},
         "first": {name: [] for name in stores if name != "memory"},
@@ -75,8 +94,10 @@ def store_rows(number: int, batch: int, slots: int, width: int, repeats: int, fo
         places = torch.randperm(number)[:batch].tolist()
         drawn = [keys[i] for i in places]
         copied.append(timed(CPU, partial(torch.cat, [made[i].passage.embeds for i in places])))
+        decrypted.append(_processor(partial(decrypt, places)))
         for name, store in stores.items():
             taken["warm"][name].append(timed(CPU, partial(read, store, drawn)))
+            spent[name].append(_processor(partial(read, store, drawn)))
         for name, times in taken["first"].items():
             opened = STORES[name](folder / name)
             times.append(timed(CPU, partial(read, opened, drawn)))
@@ -87,12 +108,21 @@ def store_rows(number: int, batch: int, slots: int, width: int, repeats: int, fo
             "method": name,
             "state": state,
             **_rates(nbytes, min(times), min(copied)),
+            **({"read_cpu_ms": statistics.median(spent[name])} if state == "warm" else {}),
+            **({"decrypt_cpu_ms": statistics.median(decrypted)} if name == "slabs-encrypted" else {}),
             "write_passages_per_s": number / write[name],
             "bytes_per_passage": stores[name].stats.nbytes / number,
         }
         for state, all_times in taken.items()
         for name, times in all_times.items()
     ]
+
+
+def _processor(call: Callable[[], Any]) -> float:
+    """Milliseconds of processor time, which other processes do not lengthen."""
+    start = time.process_time()
+    call()
+    return 1000 * (time.process_time() - start)
 
 
 def _rates(nbytes: int, read_ms: float, copy_ms: float) -> Row:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +27,7 @@ from ...compressors.encoders.embedder import Embedder, load_embedder
 from ...compressors.encoders.lora_twin import LoRATwin
 from ...compressors.encoders.tuned_reader import AdaptedReader
 from ...compressors.objectives.language_modeling import TokenLoss
-from ..data.records import Material, load_articles
+from ..data.records import Material, load_articles, load_records
 from ..data.templates import autoencoding_prompt
 from ..training.schema import Recipe, Stage, validate
 from .items import CompressorItems
@@ -62,14 +64,29 @@ class InversionSettings(BaseModel):
 
 
 class InversionData(BaseModel):
-    """The `data` section: text files as in a compressor recipe, and the shortest and longest passage in characters."""
+    """The `data` section: what the decoder learns to write.
+
+    Attributes:
+        dir: folder of the data files.
+        texts: text files as in a compressor recipe; passages are their paragraphs.
+        questions: instead, question files; the decoder learns to write questions, as that of qsT5 (arXiv 2210.12084).
+        documents: most documents, or questions, of a file.
+        max_chars: of a passage.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     dir: str | None = None
-    texts: list[str]
+    texts: list[str] = Field(default_factory=list)
+    questions: list[str] = Field(default_factory=list)
     documents: int | None = Field(default=None, gt=0)
     max_chars: int = Field(default=600, ge=80)
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> InversionData:
+        if bool(self.texts) == bool(self.questions):
+            raise ValueError("an inversion recipe learns from one of data.texts and data.questions; give one of them")
+        return self
 
 
 class InversionDecoder(nn.Module):
@@ -196,7 +213,7 @@ class InversionDecoder(nn.Module):
 
 @dataclass(frozen=True)
 class Passage:
-    """A training item: a public passage."""
+    """A training item: a public passage or question."""
 
     text: str
 
@@ -249,6 +266,15 @@ class InversionTask:
             self._material = Material([], articles, self.data.max_chars)
         return self._material
 
+    @cached_property
+    def questions(self) -> list[str]:
+        """Public questions, read at first use."""
+        return [
+            record.question
+            for path in self.data.questions
+            for record in islice(load_records([path], self.data.dir), self.data.documents)
+        ]
+
     def steal(self, texts: Sequence[str]) -> list[Stolen]:
         """What is stored of texts."""
         if isinstance(self.victim, Embedder):
@@ -257,10 +283,11 @@ class InversionTask:
             return list(self.victim.compress(list(texts), ratio=self.ratio))
 
     def dataset(self, stage: Stage) -> CompressorItems:
-        """Passages of the public text."""
+        """Passages of the public text, or questions."""
 
         def make(key: str) -> Any:
-            return Passage(self.material.paragraph(random.Random(key)))
+            draw = random.Random(key)
+            return Passage(draw.choice(self.questions) if self.data.questions else self.material.paragraph(draw))
 
         return CompressorItems(make, self.recipe.seed, stage)
 

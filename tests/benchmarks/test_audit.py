@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nutgraf.benchmarks.audit.answering import answering
 from nutgraf.benchmarks.audit.attackers import BagOfWords, KeptText, KVLayers, KVLookup, Repeat, SlotWords
 from nutgraf.benchmarks.audit.audit import audit, baseline, sentence, strangers
 from nutgraf.benchmarks.audit.corpus_statistics import CorpusStatistics
@@ -23,6 +25,8 @@ from nutgraf.benchmarks.rows import read_rows
 from nutgraf.cli import app
 from nutgraf.compressors import CompressedPassage, load_compressor, make_compressor
 from nutgraf.compressors.kv.encode import cached_layers
+from nutgraf.recipes.data.corpus import Record
+from nutgraf.recipes.data.templates import autoencoding_prompt, question_prompt
 from typer.testing import CliRunner
 
 PASSAGE = "Marie Curie was born in Warsaw on 7 November 1867. She won £3,000 in 1903 and taught 12 students."
@@ -218,12 +222,56 @@ def test_a_store_is_audited_by_maker_and_needs_texts(zoo: ModuleType):
         stored(store, zoo.reader("llama", seed=1))
 
 
+def test_of_a_large_store_only_the_attacked_passages_are_read(zoo: ModuleType):
+    from nutgraf.adapters.store import Entry, MemoryStore, PassageKey, fill
+
+    class Counting(MemoryStore):
+        read = 0
+
+        def get_many(self, keys):
+            self.read += len(keys)
+            return super().get_many(keys)
+
+        def entries(self, maker=None):
+            raise AssertionError("reads all passages")
+
+    reader, store = zoo.reader("llama"), Counting()
+    texts = [f"{a} wrote to {b}." for a in NAMES for b in NAMES]
+    for ratio in (1, 4):
+        fill(store, make_compressor("mean-pool", reader), texts, ratio=ratio, vectors=[[1.0, 2.0]] * len(texts))
+    bare = reader.identity("without its text")
+    key = PassageKey.of("without its text", compressor=bare.compressor, reader=reader.fingerprint)
+    store.put_many([Entry(key, bare)])
+    store.read = 0
+    first, second, vectors = stored(store, reader, limit=7)
+    assert store.read == 14
+    assert [len(target.texts) for target in (first, second, vectors)] == [7, 7, 7]
+    assert {first.ratio, second.ratio} == {1, 4}
+    assert len(set(first.texts)) == 7
+    assert first.texts == stored(store, reader, limit=7)[0].texts != texts[:7]
+    assert sorted(stored(store, reader)[0].texts) == sorted(texts)
+
+
 def test_repeat_asks_for_the_passage(zoo: ModuleType):
     reader = zoo.reader("llama")
     target = Target("identity", None, "embeds", TEXTS, [reader.identity(text) for text in TEXTS])
     found = audit(target, Repeat(reader))
     assert len(found.guesses) == len(TEXTS)
     assert found.row["recall"] < 0.9  # random weights repeat nothing
+
+
+def test_a_tuned_reader_is_asked_itself(zoo: ModuleType):
+    reader = zoo.reader("llama")
+    compressor = make_compressor("full-text", reader, tune_reader=True).eval()
+    with torch.no_grad():
+        for parameter in compressor.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    (target,) = compressed(compressor, [None], TEXTS[:1])
+    attacker = Repeat(reader)
+    attacker.learn([], target)
+    longest = target.stolen[0].source_tokens + 8
+    told = compressor.reader.generate([autoencoding_prompt(TEXTS[0])], longest)[0].strip()
+    assert attacker.attack(target.stolen) == [told] != Repeat(reader).attack(target.stolen)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2"])
@@ -264,7 +312,9 @@ def test_the_command_prints_a_table_and_a_sentence_and_writes_rows_and_page(zoo:
         ((), "Give one of --compressor NAME"),
         (("--compressor", "kv-match", "--store", "x"), "Give one of --compressor NAME"),
         (("--compressor", "kv-match", "--attacker", "gei"), "There is no attacker 'gei'"),
+        (("--store", "x", "--answers"), "--answers needs questions"),
         (("--store", "no/such/store"), "no/such/store"),
+        (("--compressor", "kv-match", "--questions"), "--questions attacks an embedder's vectors"),
         (("--compressor", "longllmlingua"), "compresses for a question"),
     ],
 )
@@ -293,6 +343,18 @@ def test_defences_change_what_is_stored_and_noise_alone_hinders_the_lookup(zoo: 
     assert not torch.allclose(turned, before, atol=0.1)
     with pytest.raises(ValueError, match="rounding of slots"):
         defended(vectors, "int8")
+
+
+def test_a_defence_costs_answers(zoo: ModuleType):
+    reader = zoo.reader("llama")
+    asked = [Record(f"What is in {text[:9]}?", ("a b c",), (text,), ("",), 0, "toy") for text in TEXTS]
+    target = Target("identity", None, "embeds", TEXTS, [reader.identity(text) for text in TEXTS])
+    told = [reader.generate([question_prompt([r.gold_text], r.question)], 24, stop=["\n"])[0].strip() for r in asked]
+    perfect = [replace(record, answers=(answer,)) for record, answer in zip(asked, told) if answer]
+    row = answering(target, reader, perfect)
+    assert (row["answer_f1"], row["answers"]) == (1, len(perfect))
+    assert answering(defended(target, "noise=2"), reader, perfect)["answer_f1"] < 1
+    assert answering(Target("v", None, "vector", TEXTS, [torch.zeros(1, 4)] * 3), reader, perfect) == {}
 
 
 def test_a_probe_reads_words_from_mean_embeddings_and_statistics_from_noise(zoo: ModuleType):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from nutgraf.benchmarks.audit.audit import audit
+from nutgraf.benchmarks.audit.defences import defended
 from nutgraf.benchmarks.audit.geia import GEIA, train, trained
 from nutgraf.benchmarks.audit.targets import Target, compressed
 from nutgraf.benchmarks.audit.targets import vectors as vectors_of
+from nutgraf.benchmarks.audit.transfer import transferred
 from nutgraf.benchmarks.audit.vec2text import Vec2Text
 from nutgraf.compressors import CheckpointError, Reader, ReaderMismatchError, make_compressor
 from nutgraf.compressors.encoders.embedder import load_embedder
@@ -37,6 +41,18 @@ def recipe(folder: Path, steps: int = 4, model: dict | None = None, **stage):
 
 def untuned(reader):
     return make_compressor("full-text", reader, tune_reader=False)
+
+
+def learn_by_heart(decoder: InversionDecoder, reader: Reader, vectors: list[torch.Tensor], steps: int = 150) -> None:
+    """Trains a decoder until it writes the texts for these vectors."""
+    torch.manual_seed(0)
+    targets = [[*reader.tokenize(text), reader.eos_id] for text in TEXTS]
+    optimiser = torch.optim.AdamW(decoder.parameters(), lr=2e-2, weight_decay=0)
+    for _ in range(steps):
+        loss = decoder(vectors, targets)["loss"]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
 
 
 def vectors(texts) -> list[torch.Tensor]:
@@ -77,13 +93,7 @@ def test_a_decoder_learns_to_read_vectors_and_reads_nothing_from_others(zoo: Mod
     reader = zoo.reader("llama")
     torch.manual_seed(0)
     decoder = InversionDecoder(reader, InversionSettings(embedder="e", r=16, slots=4), 3, "v")
-    targets = [[*reader.tokenize(text), reader.eos_id] for text in TEXTS]
-    optimiser = torch.optim.AdamW(decoder.parameters(), lr=2e-2, weight_decay=0)
-    for _ in range(150):
-        loss = decoder(vectors(TEXTS), targets)["loss"]
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
+    learn_by_heart(decoder, reader, vectors(TEXTS))
     target = Target("one-hot", None, "vector", TEXTS, vectors(TEXTS))
     row = audit(target, GEIA(reader, decoder)).row
     assert row["token_f1"] >= 0.95
@@ -130,6 +140,22 @@ def test_an_audit_trains_saves_and_finds_its_decoder(zoo: ModuleType, tmp_path: 
         train(target, reader, tmp_path / "public.txt", 10, 1.0, tmp_path / "runs")
 
 
+def test_a_decoder_of_question_vectors_learns_to_write_questions(zoo: ModuleType, tmp_path: Path):
+    asked = ["Who signed the treaty?", "Where is the sea?", "When was she born?"]
+    rows = [{"question": one, "answers": ["x"], "passages": ["x y"], "gold": 0} for one in asked]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = recipe(tmp_path)
+    data = {"dir": str(tmp_path), "questions": ["asked.jsonl"], "documents": 2}
+    task = InversionTask(made.model_copy(update={"data": data}), zoo.reader("llama"), untuned(zoo.reader("llama")))
+    stage = made.stages[0]
+    items = task.dataset(stage)
+    written = [task.reader.decode(ids[:-1]) for ids in task.collator(stage)([items[i] for i in range(12)])["targets"]]
+    assert set(written) == set(asked[:2])
+    for wrong in ({}, {"texts": ["public.txt"], "questions": ["asked.jsonl"]}):
+        with pytest.raises(ValueError, match=r"one of data\.texts and data\.questions"):
+            InversionTask(made.model_copy(update={"data": wrong}), zoo.reader("llama"), untuned(zoo.reader("llama")))
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -171,3 +197,42 @@ def test_corrected_guesses_are_never_farther(zoo: ModuleType):
     assert (after > before + 1e-3).any()
     with pytest.raises(ValueError, match="--embedder"):
         Vec2Text(reader, decoder).attack(target.stolen)
+
+
+@pytest.mark.slow
+def test_a_decoder_reads_another_embedders_vectors_through_leaked_pairs(zoo: ModuleType, tmp_path: Path):
+    """With the real MiniLM; the other embedder is a random linear map of it."""
+    reader, embedder = zoo.reader("llama"), load_embedder("all-MiniLM-L6-v2", "cpu")
+    known = vectors_of(embedder, TEXTS)
+    torch.manual_seed(0)
+    settings = InversionSettings(embedder="all-MiniLM-L6-v2", r=16, slots=4)
+    decoder = InversionDecoder(reader, settings, embedder.dim, embedder.fingerprint)
+    learn_by_heart(decoder, reader, known.stolen, steps=250)
+    decoder.save_pretrained(tmp_path)
+
+    secret = torch.randn(embedder.dim, 256, generator=torch.Generator().manual_seed(1))
+    draw, some = random.Random(0), " ".join(TEXTS).split()
+    others = [" ".join(draw.sample(some, 8)) for _ in range(200)]
+    pairs = list(zip(others, vectors_of(embedder, others).stolen))
+    leaked = [(text, one @ secret) for text, one in pairs]
+    target = Target("other", None, "vector", TEXTS, [one @ secret for one in known.stolen], leaked=leaked)
+    attacker = transferred(reader, [str(tmp_path)])
+    assert attacker is not None
+    with pytest.raises(ValueError, match="leaked pairs first"):
+        attacker.attack(target.stolen)
+    with pytest.raises(ValueError, match="other texts with their vectors"):
+        attacker.learn(TEXTS, known)
+    attacker.learn([], target)
+    row = audit(target, attacker).row
+    assert row["token_f1"] >= 0.95
+    assert row["leaked_pairs"] == 200
+
+    turned = defended(Target("m", None, "vector", TEXTS, known.stolen, embedder, leaked=pairs), "rotation")
+    assert audit(turned, GEIA(reader, decoder)).row["token_f1"] <= 0.6  # of three texts one is guessed by chance
+    attacker.learn([], turned)
+    assert audit(turned, attacker).row["token_f1"] >= 0.95
+
+    mixed = [(text, one) for (text, _), (_, one) in zip(leaked, [*leaked[50:], *leaked[:50]])]
+    attacker.learn([], Target("other", None, "vector", TEXTS, target.stolen, leaked=mixed))
+    noise = Target("noise", None, "vector", TEXTS * 4, list(torch.randn(12, 1, 256)))
+    assert audit(noise, attacker).row["token_f1"] <= 0.6
