@@ -74,5 +74,5 @@ def count_positions(reader: Any, text: str) -> int:
     Raises:
         PlaceholderError: if a placeholder is torn or expired.
     """
-    (plan,) = reader.plan([read_placeholders(text, reader.fingerprint)])
-    return len(plan)
+    read = read_placeholders(text, reader.fingerprint)
+    return len(reader.plan([read])[0]) if read else 0  # an empty prompt cannot be laid out

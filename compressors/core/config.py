@@ -103,6 +103,11 @@ def check_ratio(ratio: float, meaning: str = "source tokens per slot") -> None:
         raise ValueError(f"ratio is {meaning} and must be a finite number of at least 1, got {ratio!r}.")
 
 
+def ratio_for(tokens: int, least: int) -> str:
+    """The ratio at which ``least`` of the tokens fit, rounded down so that it works as printed."""
+    return f"{math.floor(100 * tokens / max(least, 1)) / 100:.2f}"
+
+
 def check_choices(config: Any, choices: Mapping[str, Collection[Any]]) -> None:
     """Raises ``ValueError`` unless each field holds one of its choices."""
     for name, known in choices.items():

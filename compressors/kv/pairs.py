@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..base import Compressor, CompressorT, Query
 from ..core.batching import check_batch_size, pack, pass_positions
-from ..core.config import added, check_counts, check_ratio
+from ..core.config import added, check_counts, check_ratio, ratio_for
 from ..core.keep import KeepSettings
 from ..core.passage import CompressedPassage, Interface
 from ..reader.attention import check_reachable
@@ -180,7 +180,7 @@ class PairCompressor(Compressor):
         if (least := int(stay.sum()) + sink) > max(1, int(tokens / ratio + 1e-6)) and bool(stay.any()):
             raise ValueError(
                 f"What must stay takes {least} of the {tokens} tokens of {text[:40]!r}..., and ratio {ratio:g} leaves room "
-                f"for {max(1, int(tokens / ratio + 1e-6))} in every head; ask for ratio {tokens / least:.4g} or less, or "
+                f"for {max(1, int(tokens / ratio + 1e-6))} in every head; ask for ratio {ratio_for(tokens, least)} or less, or "
                 "keep fewer words (keep, keep_patterns, keep_digits, keep_names)."
             )
         return stay

@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from .kv import layer_list
 from .tokenization import clean
 
+NEW_TOKENS = 32  # longest answer, unless another one is asked for
 _END = object()
 _OVERLAP = 32  # tokens of context in which a new token is decoded
 
@@ -43,9 +44,15 @@ def stop_strings(stop: str | Sequence[str] | None) -> list[str]:
 
 
 def make_config(
-    max_new_tokens: int, given: GenerationConfig | None, kwargs: dict[str, Any], tokenizer: Any, eos_ids: list[int]
+    max_new_tokens: int | None,
+    given: GenerationConfig | None,
+    kwargs: dict[str, Any],
+    tokenizer: Any,
+    eos_ids: list[int],
 ) -> GenerationConfig:
     """The generation config; fields of it are moved out of `kwargs`. Default: greedy."""
+    if max_new_tokens is None:
+        max_new_tokens = (None if given is None else given.max_new_tokens) or NEW_TOKENS
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
     config = copy.deepcopy(given) if given is not None else GenerationConfig(do_sample=False, num_beams=1)

@@ -371,7 +371,7 @@ class Reader(Unpickled):
     def generate(
         self,
         prompts: Sequence[Prompt],
-        max_new_tokens: int = 32,
+        max_new_tokens: int | None = None,
         *,
         chat: bool = False,
         stop: str | Sequence[str] | None = None,
@@ -385,7 +385,7 @@ class Reader(Unpickled):
         Args:
             prompts: each a string or a list of strings and compressed passages; or plans from `plan` (then ``chat`` and
                 ``template`` have no effect).
-            max_new_tokens: maximum length of an answer, in tokens.
+            max_new_tokens: maximum length of an answer, in tokens; default: that of ``generation_config``, or 32.
             chat: render each prompt through the chat template.
             stop: a string, or strings, that end an answer and are not part of it.
             generation_config: default: greedy.
@@ -412,7 +412,7 @@ class Reader(Unpickled):
     def stream(
         self,
         prompt: Prompt,
-        max_new_tokens: int = 32,
+        max_new_tokens: int | None = None,
         *,
         chat: bool = False,
         stop: str | Sequence[str] | None = None,
@@ -430,7 +430,7 @@ class Reader(Unpickled):
         config = make_config(max_new_tokens, generation_config, generate_kwargs, self.tokenizer, self.eos_ids)
         if (config.num_beams or 1) > 1:
             raise ValueError("Beam search cannot be streamed: its tokens are final only at the end. Use generate.")
-        self.check_room(plans, max_new_tokens)
+        self.check_room(plans, int(config.max_new_tokens or 0))
         return stream_text(lambda *out: self._generate(plans, config, stop, generate_kwargs, *out), self.decode, stop)
 
     def _as_plans(self, prompts: Sequence[Prompt], chat: bool, template: dict[str, Any] | None) -> list[PromptPlan]:

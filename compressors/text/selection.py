@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..base import CompressorT, TextCompressor
 from ..core.blocks import find_structure
-from ..core.config import check_counts
+from ..core.config import check_counts, ratio_for
 from ..core.hidden import hide
 from ..core.passage import CompressedPassage
 from ..core.structure import Structure, mean_between
@@ -303,7 +303,7 @@ class SelectingCompressor(TextCompressor):
         (n,) = self._counts([join(text, spans, self.config.joiner, structure)])
         return ValueError(
             f"What must stay takes {n} of the {length} tokens of {text[:40]!r}..., and the budget is {target}; ask for "
-            f"ratio {length / max(n, 1):.4g} or less, for max_tokens {n} or more, or keep fewer words (keep, keep_patterns, "
+            f"ratio {ratio_for(length, n)} or less, for max_tokens {n} or more, or keep fewer words (keep, keep_patterns, "
             "keep_digits, keep_names)."
         )
 

@@ -170,6 +170,7 @@ def test_prompts_are_counted_as_the_reader_reads_them(reader, compressor, docume
     passage = compressor.compress(TEXTS[:1], ratio=4)[0]
     for llm in (CompressedContextLLM(reader=reader), CompressedContextChatModel(reader=reader)):
         assert llm.get_num_tokens(QUESTION) == reader.length(QUESTION)
+        assert llm.get_num_tokens("") == 0
         assert llm.get_num_tokens(f"{shorter.page_content}\n{QUESTION}") == reader.length([passage, f"\n{QUESTION}"])
 
 

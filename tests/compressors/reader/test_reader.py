@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nutgraf import CompressedPassage, Reader, make_compressor
 from nutgraf.compressors import ReaderMismatchError
+from transformers import GenerationConfig
 
 NAMES = ["llama", "mistral", "qwen3", "gemma3_text", "phi3", "gpt_neox", "opt", "gpt2", "falcon", "olmo2", "mixtral"]
 LONG = "Marie Curie was born in Warsaw and won two Nobel Prizes, in physics (1903) and in chemistry (1911)."
@@ -68,6 +69,9 @@ def test_batched_equals_one_by_one_in_any_order(reader):
         == reader.generate(prompts, 6)
         == reader.generate(prompts, 6, batch_size=2)
     )
+    few = GenerationConfig(max_new_tokens=6)
+    assert [reader.generate([p], generation_config=few)[0] for p in prompts] == reader.generate(prompts, 6)
+    assert "".join(reader.stream(prompts[1], generation_config=few)) == reader.generate(prompts[1:2], 6)[0]
     with pytest.raises(ValueError, match="batch_size must be at least 1, got -1"):
         reader.generate(prompts, 6, batch_size=-1)
 
