@@ -56,7 +56,7 @@ class Compressor(nn.Module, ABC):
         hide(self, "base_reader", reader)
         hide(self, "reader", reader)
         self._lock = threading.RLock()
-        self._fingerprint: tuple[tuple[int, ...], str] | None = None
+        self._fingerprint: tuple[Any, str] | None = None  # what it was made of, and it
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
@@ -161,11 +161,11 @@ class Compressor(nn.Module, ABC):
     @property
     def fingerprint(self) -> str:
         """Hash of method, config, weights and `identity_parts`."""
-        state = self.trainable_state()
-        versions = tuple(n for t in state.values() for n in (t.data_ptr(), t._version))
-        if self._fingerprint is None or self._fingerprint[0] != versions:
-            parts = (self.config_class.method, self.config.identity(), self.identity_parts())
-            self._fingerprint = (versions, hash_json(*parts, hash_tensors(state.items())))
+        state, settings = self.trainable_state(), self.config.identity()
+        now = settings, tuple(n for t in state.values() for n in (t.data_ptr(), t._version))
+        if self._fingerprint is None or self._fingerprint[0] != now:
+            parts = (self.config_class.method, settings, self.identity_parts())
+            self._fingerprint = (now, hash_json(*parts, hash_tensors(state.items())))
         return self._fingerprint[1]
 
     @property

@@ -51,6 +51,14 @@ def test_what_must_stay_is_in_every_head_within_the_budget(zoo, budget, settings
     assert int(passage.counts.sum()) <= len(ids) * passage.counts.numel() / 2
 
 
+def test_a_setting_changed_later_changes_the_fingerprint(zoo):
+    compressor = load_compressor("kv-match", reader=zoo.reader("llama"), probes=4)
+    before = compressor.fingerprint
+    compressor.config.ratio = 8.0
+    wanted = load_compressor("kv-match", reader=zoo.reader("llama"), probes=4, ratio=8.0)
+    assert compressor.fingerprint == wanted.fingerprint != before
+
+
 def test_more_than_the_budget_is_refused_with_a_ratio_that_works(zoo):
     compressor = load_compressor("kv-match", reader=zoo.reader("llama"), score="first", repair="none", keep=[TEXT[:60]])
     with pytest.raises(ValueError, match=r"What must stay takes \d+ of the \d+ tokens .* ask for ratio [\d.]+") as told:
