@@ -84,7 +84,7 @@ class SelectingCompressor(TextCompressor):
     @classmethod
     def from_pretrained(cls: type[CompressorT], folder: str | Path, reader: Reader, **kwargs: Any) -> CompressorT:
         """Loads a folder written by `save_pretrained`. Settings that `with_settings` takes replace those in it."""
-        given = {name: kwargs.pop(name) for name in sorted(kwargs.keys() & cls.settable())}
+        given = {name: kwargs.pop(name) for name in sorted(kwargs.keys() & settable(cls.config_class))}
         compressor: Any = super().from_pretrained(folder, reader, **kwargs)  # type: ignore[misc]
         return compressor.with_settings(**given) if given else compressor
 
@@ -98,8 +98,8 @@ class SelectingCompressor(TextCompressor):
         Raises:
             ValueError: if a setting is not one of them, or its value is wrong.
         """
-        if unknown := sorted(settings.keys() - self.settable()):
-            raise ValueError(f"with_settings takes {', '.join(sorted(self.settable()))}; got {', '.join(unknown)}.")
+        if unknown := sorted(settings.keys() - (known := settable(self.config_class))):
+            raise ValueError(f"with_settings takes {', '.join(sorted(known))}; got {', '.join(unknown)}.")
         made = copy.copy(self)
         for cls in type(self).__mro__:
             for name in (name for name, value in vars(cls).items() if isinstance(value, cached_property)):
@@ -107,12 +107,6 @@ class SelectingCompressor(TextCompressor):
         made.config = type(self.config).from_dict({**self.config.to_dict(), **settings})
         made._fingerprint = None
         return made
-
-    @classmethod
-    def settable(cls) -> frozenset[str]:
-        """Names of the settings that may differ from those of training."""
-        config: Any = cls.config_class
-        return _SHARED | (_FREE & {f.name for f in fields(config)})
 
     def identity_parts(self) -> list[Any]:
         """The reader's tokens decide what fits."""
@@ -377,6 +371,11 @@ class SelectingCompressor(TextCompressor):
 
 _SHARED = frozenset(f.name for f in fields(SelectionSettings))
 _FREE = frozenset({"pooled", "threshold"})  # settings of some methods that training does not depend on
+
+
+def settable(config: Any) -> frozenset[str]:
+    """Names of a config class's settings that may differ from those of training."""
+    return _SHARED | (_FREE & {f.name for f in fields(config)})
 
 
 def _says(text: str) -> bool:
