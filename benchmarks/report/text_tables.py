@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .. import metrics
-from ..names import kind_of, method_name
+from ..names import dataset_title, kind_of, method_name
 from ..quality.pooled import FULL, NONE, Key, comparable, pool
 from ..rows import Row, clean
 from .kv_tables import by_ratio
@@ -27,6 +27,7 @@ def page_tables(rows: Sequence[Row]) -> dict[str, Any]:
     titles = {"what the reader reads": lambda row: method_name(row["method"]).removesuffix(", for the question")}
     return {
         "pooled": pooled,
+        "names": [dataset_title(name) for name in pooled[0]["datasets"]] if pooled else [],
         "asked": by_ratio(asked, titles, RATIOS),
         "once": by_ratio([row for row in shown if row not in asked], titles, RATIOS),
         "several": [
@@ -47,7 +48,7 @@ def several_table(lines: dict[Key, Row]) -> Table:
     found = [row | against_full(row, lines[FULL]) for row in lines.values()]
     return build(
         [
-            Column("what the reader reads", lambda row: method_name(row["method"])),
+            Column("what the reader reads", title),
             Column("tokens read", "reader_tokens", "{:,.0f}"),
             Column("F1", "f1", "{:.1f}", 100),
             Column("change", lambda row: interval(row, "change", "change_low", "change_high", 100, "+.1f")),
@@ -56,6 +57,13 @@ def several_table(lines: dict[Key, Row]) -> Table:
         ],
         in_order(found),
     )
+
+
+def title(row: Row) -> str:
+    """Name of a line; with ``pooled``, that its passages share a budget."""
+    method = str(row["method"]).removesuffix(":pooled=true")
+    asked = ", for the question" * bool(row.get("query_aware") and "-query" not in method)
+    return method_name(method) + asked + ", one budget" * (method != row["method"])
 
 
 def against_full(row: Row, full: Row) -> Row:
