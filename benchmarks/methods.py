@@ -110,7 +110,7 @@ class Compressed(Method):
             asked = queries if self.query_aware else None
             group = self.together or [self]
             # Passages that share a budget must be in one batch.
-            size = None if getattr(self.compressor, "pools_budget", False) else 32
+            size = None if self.compressor.pools_budget else 32
             made = self.compressor.compress_at(texts, [one.ratio for one in group], asked, batch_size=size)
             for one, passages in zip(group, made):
                 one._made.update(zip(new, passages))
