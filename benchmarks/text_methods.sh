@@ -22,7 +22,7 @@ several() { # ten passages, each with a budget of its own, and all with one
 asked() { # for each question, by a classifier of 22 million parameters, the reader or the embedder
   local more=()
   for each in $TRAINED; do more+=(--compressor "$each@4,8"); done
-  quality "$1" --baseline extract --baseline extract-embedder --baselines-of llmlingua2-query "${more[@]}" \
+  quality "$1" --baseline extract --baselines-of llmlingua2-query "${more[@]}" \
     --compressor llmlingua2-query-small@4,8 --compressor token-elimination@4,8 --compressor prompt-saw@4,8 \
     --compressor exit@4,8 --compressor longllmlingua@4
 }
