@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..adapters.store import Encoding
@@ -108,7 +109,9 @@ class Compressed(Method):
             texts, queries = [text for text, _ in new], [query for _, query in new]
             asked = queries if self.query_aware else None
             group = self.together or [self]
-            made = self.compressor.compress_at(texts, [one.ratio for one in group], asked, batch_size=32)
+            # Passages that share a budget must be in one batch.
+            size = None if self.compressor.pools_budget else 32
+            made = self.compressor.compress_at(texts, [one.ratio for one in group], asked, batch_size=size)
             for one, passages in zip(group, made):
                 one._made.update(zip(new, passages))
         return [[self._made[key] for key in keys] for keys in wanted]
@@ -253,7 +256,9 @@ def named_methods(reader: Reader, specs: Sequence[str], ratios: Sequence[float])
     for text in check_strings("specs", specs, "compressors"):
         spec = CompressorSpec.parse(text, ratios)
         loaded = load_compressor(spec.name, reader)
-        name = spec.name if ":" in spec.name and loaded.training_free else ""
+        _, colon, settings = spec.name.partition(":")
+        own = spec.name if loaded.training_free else f"{loaded.config.method}:{settings}"
+        name = own if colon and not Path(spec.name).exists() else ""
         together: list[Compressed] = []
         for ratio in spec.ratios:
             together.append(Compressed(loaded, ratio, name, loaded.query_aware, together=together))

@@ -148,6 +148,11 @@ class Compressor(nn.Module, ABC):
             raise TypeError(f"A query must be a string or None, got {type(bad[0]).__name__}.")
         return queries
 
+    @property
+    def pools_budget(self) -> bool:
+        """Whether the passages of a call share their budget; a result then depends on the other passages."""
+        return False
+
     # -- identity --------------------------------------------------------------------------------------------------
 
     def trainable_state(self) -> dict[str, Tensor]:

@@ -19,9 +19,9 @@ def load_compressor(name_or_path: str | Path, reader: Reader | None = None, **kw
 
     Args:
         name_or_path: the name of a method that needs no training (``"kv-match"``), also with settings
-            (``"kv-match:budget=uniform,probes=8"``); a shipped compressor (``"icae-smollm2"``); a folder that
-            `save_pretrained` or ``nutgraf import`` wrote; a hub id ``owner/name``; or a file, folder or hub id in a published
-            layout that `nutgraf.compressors.importers` knows.
+            (``"kv-match:budget=uniform,probes=8"``); a shipped compressor (``"icae-smollm2"``) or a folder that
+            `save_pretrained` or ``nutgraf import`` wrote, both also with settings; a hub id ``owner/name``; or a file, folder
+            or hub id in a published layout that `nutgraf.compressors.importers` knows.
         reader: the reader it was trained for, or that a method without training compresses for; default: the one in the
             folder, if any.
         kwargs: passed to the compressor's constructor or the importer; the settings of a training-free method.
@@ -38,7 +38,7 @@ def load_compressor(name_or_path: str | Path, reader: Reader | None = None, **kw
         if reader is None:
             raise ValueError(f"{name} needs a reader: load_compressor({name!r}, reader=reader).")
         return make_compressor(method, reader, **_settings(name), **kwargs)
-    if ":" in name and method in shipped_names():
+    if ":" in name and not Path(name).exists() and (method in shipped_names() or Path(method).is_dir()):
         name, kwargs = method, {**_settings(name), **kwargs}
     path = Path(locate(name))
     if not path.exists():

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT / "docs"))
 
 import commands  # noqa: E402
 
-POOLED = ROOT / "benchmarks" / "results" / "smollm2_pooled.jsonl"
+POOLED = [ROOT / "benchmarks" / "results" / f"{name}_pooled.jsonl" for name in ("smollm2", "text_methods")]
 
 
 def on_startup(**_: Any) -> None:
@@ -202,18 +202,21 @@ def rows(field: Any, path: str = "") -> list[str]:
 
 
 def results_table(names: list[str]) -> str:
-    """Recovered share and speed of some lines of the pooled rows, by compression ratio."""
-    rows = [json.loads(line) for line in POOLED.read_text().splitlines()]
-    lines = [
-        "| | ratio | recovered share of full text's F1 | time to first token |",
-        "|---|---|---|---|",
+    """Recovered share and speed of some lines by compression ratio, from the first file of pooled rows that has all of them."""
+    files = [[json.loads(line) for line in path.read_text().splitlines()] for path in POOLED]
+    rows = next((rows for rows in files if set(names) <= {row["method"] for row in rows}), None)
+    if rows is None:
+        raise ValueError(f"None of {', '.join(path.name for path in POOLED)} has rows of all of {', '.join(names)}.")
+    found = [
+        row for name in names for row in sorted((r for r in rows if r["method"] == name), key=lambda r: r["ratio"])
     ]
-    for name in names:
-        found = sorted((r for r in rows if r["method"] == name), key=lambda r: r["ratio"])
-        if not found:
-            raise ValueError(f"{POOLED.name} has no rows of {name!r}.")
-        for row in found:
-            share, low, high = (f"{round(100 * row[key])}" for key in ("recovered_share", "ci_low", "ci_high"))
-            speed = f"{row['ttft_speedup']:.2f}x as fast as full text" if "ttft_speedup" in row else ""
-            lines.append(f"| `{name}` | {row['ratio']:.3g}x | {share} % ({low} to {high}) | {speed} |")
+    timed = any("ttft_speedup" in row for row in found)
+    lines = [
+        "| | ratio | recovered share of full text's F1 |" + " time to first token |" * timed,
+        "|---|---|---|" + "---|" * timed,
+    ]
+    for row in found:
+        share, low, high = (f"{round(100 * row[key])}" for key in ("recovered_share", "ci_low", "ci_high"))
+        speed = f" {row['ttft_speedup']:.2f}x as fast as full text |" if "ttft_speedup" in row else " |" * timed
+        lines.append(f"| `{row['method']}` | {row['ratio']:.3g}x | {share} % ({low} to {high}) |{speed}")
     return "\n".join(lines) + "\n"

@@ -18,6 +18,8 @@ Vector = Sequence[float] | None
 class PassageSource:
     """Looks passages up in the cache, then in the store, and compresses the rest.
 
+    Passages that share a budget are neither looked up nor kept: what remains of one depends on the others of the call.
+
     Args:
         compressor: compresses passages found nowhere.
         cache: passages that this process has read or compressed.
@@ -64,6 +66,9 @@ class PassageSource:
         """
         texts = check_strings("texts", texts, "passages")
         given: Sequence[Vector] = vectors or [None] * len(texts)
+        if self.compressor.pools_budget:
+            passages = self.compressor.compress(texts, query, ratio, vectors=vectors)
+            return passages if self.gate is None else self.gate.mark(passages, texts), len(texts)
         stored = keys_for(self.compressor, texts, ratio=ratio, query=query)
         # The store assumes one vector per text; here a vector of another embedder makes another passage.
         keys: list[Hashable] = [key if v is None else (key, tuple(v)) for key, v in zip(stored, given)]

@@ -17,6 +17,7 @@ from ..quality.pooled import FULL, NONE, Key, comparable, pool
 from ..rows import PACKAGE, RESULTS, Row, newest, read_rows
 from . import kv_tables as kv
 from . import quality_tables as quality
+from . import text_tables as text
 from .plots import by_bytes, hash_in, rows_hash, trade_off
 from .speed_tables import missing, speed_tables
 from .table import build, render
@@ -24,7 +25,7 @@ from .table import build, render
 PAGES, README = PACKAGE / "docs" / "results", PACKAGE / "README.md"
 PICTURE = PAGES / "quality.png"
 KV_PICTURE = PAGES / "kv.png"
-PRETRAINED, KEPT_PAIRS = "smollm2", "kv_match"  # results files of the pretrained reader
+PRETRAINED, KEPT_PAIRS, SHORTER = "smollm2", "kv_match", "text_methods"  # results files of the pretrained reader
 RATIO = 4.0  # of the one number per method
 
 
@@ -37,7 +38,10 @@ def pages() -> dict[Path, str]:
     """Every text file that follows from the rows, by path."""
     rows = rows_of(PRETRAINED)
     pooled, sets, pairs = pool(rows), comparable(rows), kv.page_tables(rows_of(KEPT_PAIRS))
+    shorter = text.page_tables(rows_of(SHORTER))
     return {
+        PAGES / "text.md": render("text.md", **shorter),
+        RESULTS / f"{SHORTER}_pooled.jsonl": "".join(json.dumps(row) + "\n" for row in shorter["pooled"]),
         PAGES / "kv.md": render("kv.md", **pairs),
         RESULTS / f"{KEPT_PAIRS}_pooled.jsonl": "".join(json.dumps(row) + "\n" for row in pairs["pooled"]),
         PAGES / "quality.md": quality_page(pooled, sets),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..base import CompressorT, TextCompressor
+from ..base import CompressorT, Query, TextCompressor
 from ..core.blocks import find_structure
 from ..core.config import check_counts, ratio_for
 from ..core.hidden import hide
@@ -23,7 +24,7 @@ from ..core.passage import CompressedPassage
 from ..core.structure import Structure, mean_between
 from ..core.units import LEVELS, Span, carve, split_units, tokens_in, unit_scores
 from ..reader.reader import Reader
-from .budget import Search, join, merge, run_searches, search
+from .budget import Search, join, merge, run_searches, search, share_out
 from .scoring import TokenScores, self_information
 from .settings import SelectionConfig, SelectionSettings
 
@@ -82,8 +83,8 @@ class SelectingCompressor(TextCompressor):
 
     @classmethod
     def from_pretrained(cls: type[CompressorT], folder: str | Path, reader: Reader, **kwargs: Any) -> CompressorT:
-        """Loads a folder written by `save_pretrained`. Settings of every text method, such as ``keep``, replace those in it."""
-        given = {name: kwargs.pop(name) for name in sorted(kwargs.keys() & _SHARED)}
+        """Loads a folder written by `save_pretrained`. Settings that `with_settings` takes replace those in it."""
+        given = {name: kwargs.pop(name) for name in sorted(kwargs.keys() & settable(cls.config_class))}
         compressor: Any = super().from_pretrained(folder, reader, **kwargs)  # type: ignore[misc]
         return compressor.with_settings(**given) if given else compressor
 
@@ -91,13 +92,14 @@ class SelectingCompressor(TextCompressor):
         """A compressor with other settings and the same weights.
 
         Args:
-            settings: of every text method: ``keep``, ``max_tokens``, ``ratio``, ``unit``, ...
+            settings: of every text method: ``keep``, ``max_tokens``, ``ratio``, ``unit``, ...; of sentence pruners also
+                ``pooled`` and ``threshold``.
 
         Raises:
             ValueError: if a setting is not one of them, or its value is wrong.
         """
-        if unknown := sorted(settings.keys() - _SHARED):
-            raise ValueError(f"with_settings takes {', '.join(sorted(_SHARED))}; got {', '.join(unknown)}.")
+        if unknown := sorted(settings.keys() - (known := settable(self.config_class))):
+            raise ValueError(f"with_settings takes {', '.join(sorted(known))}; got {', '.join(unknown)}.")
         made = copy.copy(self)
         for cls in type(self).__mro__:
             for name in (name for name, value in vars(cls).items() if isinstance(value, cached_property)):
@@ -121,13 +123,13 @@ class SelectingCompressor(TextCompressor):
 
     @property
     def pools_budget(self) -> bool:
-        """Whether `share_budget` divides the budget of a call between its passages."""
-        return False
+        """Whether the passages of a call share their budget."""
+        return getattr(self.config, "pooled", False)
 
     @property
     def drops_passages(self) -> bool:
         """Whether a shared budget may leave a passage empty."""
-        return False
+        return getattr(self.config, "pooled", False)
 
     def share_budget(
         self,
@@ -136,7 +138,7 @@ class SelectingCompressor(TextCompressor):
         targets: Sequence[int],
         found: Mapping[int, TokenScores],
     ) -> tuple[list[int], list[dict[str, Any]]]:
-        """Moves budget between the passages of a call.
+        """Gives each passage the room that its tokens win against those of the other passages for the same question.
 
         Args:
             queries: the question of each passage.
@@ -147,7 +149,32 @@ class SelectingCompressor(TextCompressor):
         Returns:
             New targets with the same sum, and each passage's entries for ``info``.
         """
-        return list(targets), [{} for _ in targets]
+        groups: dict[str | None, list[int]] = defaultdict(list)
+        for i, query in enumerate(queries):
+            if lengths[i]:
+                groups[query].append(i)
+        out = list(targets)
+        for group in groups.values():
+            total, length = sum(targets[i] for i in group), sum(lengths[i] for i in group)
+            values = torch.cat([found[i].nll for i in group])
+            sizes = [len(found[i].nll) for i in group]
+            if not len(values):
+                continue
+            # The scorer's tokens stand for the reader's.
+            best = torch.zeros(len(values))
+            best[values.argsort(descending=True, stable=True)[: round(len(values) * total / length)]] = 1
+            won = [float(part.sum()) * lengths[i] / max(len(part), 1) for i, part in zip(group, best.split(sizes))]
+            shares = share_out(total, won, [lengths[i] for i in group])
+            for i, share in zip(group, shares):
+                out[i] = share
+        return out, [{} for _ in targets]
+
+    def compress_at(
+        self, texts: Sequence[str], ratios: Sequence[float | None], query: Query = None, **options: Any
+    ) -> list[list[CompressedPassage]]:
+        """Compresses passages at several ratios, scoring each of them once."""
+        scored: dict[tuple[str, str | None], TokenScores] = {}
+        return [self.compress(texts, query, ratio, scored=scored, **options) for ratio in ratios]
 
     def _compress(
         self,
@@ -158,11 +185,12 @@ class SelectingCompressor(TextCompressor):
         vectors: Any,
         max_tokens: int | None = None,
         target_tokens: int | None = None,
+        scored: dict[tuple[str, str | None], TokenScores] | None = None,
         **options: Any,
     ) -> list[CompressedPassage]:
         """``max_tokens``, an option of `compress`: the reader's tokens of each result, instead of a ratio.
 
-        ``target_tokens`` is its earlier name.
+        ``target_tokens`` is its earlier name. `compress_at` passes ``scored``, the scores of its earlier ratios.
         """
         published = self.config.mode == "published"
         if options:
@@ -187,7 +215,7 @@ class SelectingCompressor(TextCompressor):
             made = [self.as_published(t, q, asked, most) if t else ("", ()) for t, q in zip(texts, queries)]
             results = [(kept, spans, n) for (kept, spans), n in zip(made, self._counts([kept for kept, _ in made]))]
         else:
-            results, notes = self._fit(texts, queries, asked, most, lengths)
+            results, notes = self._fit(texts, queries, asked, most, lengths, {} if scored is None else scored)
         return [
             CompressedPassage("text", length, self.fingerprint, text=kept, spans=spans, n_tokens=n, info=info | note)
             for length, (kept, spans, n), note in zip(lengths, results, notes)
@@ -200,6 +228,7 @@ class SelectingCompressor(TextCompressor):
         asked: float,
         most: int | None,
         lengths: list[int],
+        scored: dict[tuple[str, str | None], TokenScores],
     ) -> tuple[list[tuple[str, tuple[Span, ...], int]], list[dict[str, Any]]]:
         """Text, spans and tokens of each passage within its exact budget, and its entries for ``info``."""
         # The small term keeps 30 / 1.2 at 25 despite floating point.
@@ -208,7 +237,10 @@ class SelectingCompressor(TextCompressor):
         targets = [max(budget, min(n, least)) for budget, n in zip(budgets, lengths)]
         pooled = self.pools_budget and len(texts) > 1
         todo = [i for i, n in enumerate(lengths) if (pooled and n) or 0 < targets[i] < n]
-        found = dict(zip(todo, self.score([texts[i] for i in todo], [queries[i] for i in todo])))
+        new = [i for i in todo if (texts[i], queries[i]) not in scored]
+        made = self.score([texts[i] for i in new], [queries[i] for i in new])
+        scored.update(((texts[i], queries[i]), scores) for i, scores in zip(new, made))
+        found = {i: scored[texts[i], queries[i]] for i in todo}
         notes: list[dict[str, Any]] = [{} for _ in texts]
         if pooled:
             budgets, notes = self.share_budget(queries, lengths, targets, found)
@@ -338,6 +370,12 @@ class SelectingCompressor(TextCompressor):
 
 
 _SHARED = frozenset(f.name for f in fields(SelectionSettings))
+_FREE = frozenset({"pooled", "threshold"})  # settings of some methods that training does not depend on
+
+
+def settable(config: Any) -> frozenset[str]:
+    """Names of a config class's settings that may differ from those of training."""
+    return _SHARED | (_FREE & {f.name for f in fields(config)})
 
 
 def _says(text: str) -> bool:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nutgraf import CompressedPassage
+from nutgraf import CompressedPassage, load_compressor
 from nutgraf.adapters.placeholders import placeholder as placeholders
 from nutgraf.adapters.placeholders.cache import PassageCache
 from nutgraf.adapters.placeholders.placeholder import (
@@ -22,6 +22,7 @@ from nutgraf.adapters.placeholders.placeholder import (
     scan,
     shared_store,
 )
+from nutgraf.adapters.placeholders.source import PassageSource
 
 
 class FakeReader:
@@ -71,6 +72,16 @@ def test_size_is_what_is_held(puts):
         sizes = [p.nbytes for k, p in held.items() if k in cache]
         assert cache.nbytes == sum(sizes) <= 150
         assert len(cache) == len(sizes) <= 4
+
+
+def test_passages_that_share_a_budget_are_compressed_with_each_other(zoo):
+    texts = ["The treaty was signed in 1648. Rain fell.", "Wars end. It was late in the year.", "Ada signed it."]
+    compressor = load_compressor("exit", zoo.reader("llama"), pooled=True)
+    source = PassageSource(compressor, PassageCache(), batch_size=1)
+    for some in (texts, texts[:2], [*texts, texts[0]]):
+        found, made = source.get(some, query="Who signed?", ratio=3)
+        assert made == len(some)
+        assert [p.text for p in found] == [p.text for p in compressor.compress(some, "Who signed?", 3)]
 
 
 def test_a_view_does_not_keep_its_batch_alive():

@@ -95,6 +95,16 @@ def test_evaluate_gives_a_row_for_each_line(reader: Reader, compressor: Strided)
 
 
 @pytest.mark.slow
+def test_passages_that_share_a_budget_are_compressed_together(reader: Reader) -> None:
+    (method,) = lines.named_methods(reader, ["exit:pooled=true@4"], [])
+    assert method.name == "exit:pooled=true"
+    records = [replace(one, question=one.question + end) for end in ("", " Say.") for one in RECORDS][:12]
+    for record, found in zip(records, method.contexts(reader, records)):
+        alone = method.compressor.compress(list(record.passages), record.question, 4)
+        assert [(p.text, p.info) for p in found] == [(p.text, p.info) for p in alone]
+
+
+@pytest.mark.slow
 def test_ragged_passages_count_their_pairs_and_give_the_full_answers_at_ratio_1(reader: Reader) -> None:
     made = lines.named_methods(reader, ["kv-match@1,4", "kv-match:repair=none,probes=2"], [3.0])
     alone = [replace(one, passages=one.passages[:1], titles=("",), gold=0) for one in RECORDS]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from nutgraf.benchmarks.quality import pooled
 from nutgraf.benchmarks.report import __main__ as pages
-from nutgraf.benchmarks.report import html, kv_tables, plots, quality_tables, speed_tables
+from nutgraf.benchmarks.report import html, kv_tables, plots, quality_tables, speed_tables, text_tables
 from nutgraf.benchmarks.report.table import Column, build, render, rich_table
 from rich.console import Console
 
@@ -329,3 +329,34 @@ def test_the_page_of_keys_and_values_has_the_lead_over_the_best_other_that_compr
     assert image is not None
     assert plots.hash_in(image) == plots.rows_hash(kv_tables.once(rows))
     assert plots.by_bytes([]) is None
+
+
+# -- shorter text ----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_shorter_texts_parts_questions_and_counts_rescued_answers() -> None:
+    rows = []
+    for name in ("qa_dev_squad", "qa_dev_nq"):
+        rows += [_kept(name, "full", [1.0] * 40), _kept(name, "none", [0.0] * 40)]
+        rows += [_kept(name, "llmlingua2", [0.0, 1.0, 0.0, 0.0] * 10, 4.0, interface="text")]
+        rows += [_kept(name, "exit-query", [1.0, 1.0, 1.0, 0.0] * 10, 8.0, interface="text", query_aware=True)]
+        rows += [_kept(name, "extract", [1.0, 0.0] * 20, 8.0, interface="text", budget_of="exit-query")]
+    ten = [_kept("qa_dev_nq_10", "full", [0.0, 1.0, 0.6, 0.0] * 10), _kept("qa_dev_nq_10", "none", [0.0] * 40)]
+    ten += [
+        _kept("qa_dev_nq_10", "exit:pooled=true", [1.0, 1.0, 0.4, 1.0] * 10, 4.0, interface="text", query_aware=True)
+    ]
+    tables = text_tables.page_tables([*rows, *(row | {"passages": 10} for row in ten)])
+    assert tables["asked"].columns == ("what the reader reads", "2x", "4x", "8x")
+    assert [line[0] for line in tables["asked"].lines] == ["EXIT", "sentences picked by BM25"]
+    assert [line[0] for line in tables["once"].lines] == ["LLMLingua-2"]
+    assert tables["once"].lines[0][2].startswith("25 % (")
+    (several,) = tables["several"]
+    line = several["table"].lines[-1]
+    assert line[0] == "EXIT, for the question, one budget"
+    assert line[3].startswith("+45.0 (+")
+    assert line[4:] == ("20", "10")
+    page = render("text.md", **tables)
+    assert "mean over SQuAD and NQ, with its" in page
+    assert "80 questions with one passage each" in page
+    assert "### NQ with distractors, 10 passages, 40 questions" in page
+    assert "Recovered share" not in render("text.md", **text_tables.page_tables(ten))

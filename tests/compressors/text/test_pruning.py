@@ -7,7 +7,7 @@ import torch
 import zoo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from nutgraf.compressors import COMPRESSORS, make_compressor
+from nutgraf.compressors import COMPRESSORS, load_compressor, make_compressor
 from nutgraf.compressors.core.units import split_units
 from nutgraf.compressors.text.exit import HEAD, TAIL
 from nutgraf.compressors.text.pruning import PruneExample, SentenceScores, sentence_spans, token_values
@@ -242,6 +242,62 @@ def test_a_shared_budget_is_never_exceeded(method, reader, encoder, texts, targe
     compressor = build(method, reader, encoder, pooled=True)
     found = compressor.compress(texts, QUESTION, max_tokens=target)
     assert sum(p.n_tokens for p in found) <= target * len(texts)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_several_ratios_at_once_score_once_and_are_what_each_gives_alone(reader, encoder, pooled):
+    compressor = build("provence", reader, encoder, pooled=pooled)
+    texts = [TEXT, "", "Rain fell. The treaty was signed by many. It was late."]
+    runs: list[int] = []
+    compressor.words.tagger.head.register_forward_hook(lambda *_: runs.append(1))
+    found = compressor.compress_at(texts, [2, 4, None], QUESTION, batch_size=3)
+    assert len(runs) == 1
+    for ratio, passages in zip((2, 4, None), found):
+        alone = compressor.compress(texts, QUESTION, ratio)
+        assert [(p.text, p.spans, p.info) for p in passages] == [(p.text, p.spans, p.info) for p in alone]
+    with pytest.raises(TypeError, match="has no options"):
+        compressor.compress_at(texts, [2], QUESTION, other=1)
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_a_saved_pruner_loads_with_a_shared_budget(method, reader, encoder, tmp_path):
+    compressor = build(method, reader, encoder)
+    compressor.save_pretrained(tmp_path)
+    texts = [TEXT, "Rain fell.", "The treaty was signed by many. It was late."]
+    want = build(method, reader, encoder, pooled=True).compress(texts, QUESTION, 4)
+    for loaded in (
+        load_compressor(tmp_path, reader, pooled=True),
+        load_compressor(f"{tmp_path}:pooled=true", reader),
+        load_compressor(tmp_path, reader).with_settings(pooled=True),
+    ):
+        assert [p.text for p in loaded.compress(texts, QUESTION, 4)] == [p.text for p in want]
+    if method == "recomp":
+        with pytest.raises(ValueError, match=r"with_settings takes joiner, .+; got threshold"):
+            compressor.with_settings(threshold=0.3)
+    else:
+        free = load_compressor(tmp_path, reader, mode="published", threshold=1.0)
+        assert free.compress([TEXT], QUESTION)[0].text == ""
+    with pytest.raises(ValueError, match="pooled must be true or false"):
+        load_compressor(tmp_path, reader, pooled=1)
+
+
+def test_words_of_several_passages_share_a_budget(reader, encoder):
+    compressor = build("llmlingua2", reader, encoder, query_aware=True, pooled=True)
+    texts = [TEXT, "", "Rain fell on the hills. The river rose.", "The treaty was signed by many. It was late."]
+    total = sum(len(reader.tokenize(text)) // 4 for text in texts)
+    found = compressor.compress(texts, QUESTION, 4)
+    assert sum(p.n_tokens for p in found) <= total
+    assert [p.info["budget"] for p in found] != [len(reader.tokenize(text)) // 4 for text in texts]
+    # the passages keep as many tokens as the highest values of all passages lie in them
+    values = [scores.nll for scores in compressor.score(texts, [QUESTION] * 4)]
+    level = torch.cat(values).sort(descending=True).values[round(sum(map(len, values)) / 4)]
+    for passage, inside in zip(found, values):
+        assert passage.info["budget"] == pytest.approx(int((inside > level).sum()), abs=2)
+    # other questions have budgets of their own
+    mixed = compressor.compress([*texts, TEXT], [*[QUESTION] * 4, "Where was Curie born?"], 4)
+    assert [p.text for p in mixed[:4]] == [p.text for p in found]
+    with pytest.raises(ValueError, match="pooled shares an exact budget, and mode='published' has none"):
+        build("llmlingua2", reader, encoder, pooled=True, mode="published")
 
 
 def test_values_of_words_follow_their_sentence_and_then_their_own_score():
