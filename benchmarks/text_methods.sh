@@ -27,7 +27,7 @@ asked() { # for each question, by a classifier of 22 million parameters, the rea
 }
 
 once() { # before any question
-  quality "$1" --baseline truncate --baselines-of llmlingua2 --compressor llmlingua2-small@2,4 --compressor semantic@2,4 \
+  quality "$1" --baseline truncate --baselines-of llmlingua2 --compressor semantic@2,4 --compressor llmlingua2-small@2,4 \
     --compressor prompt-saw:query_aware=false@2,4 --compressor selective-context@4
 }
 
