@@ -58,7 +58,7 @@ def audit(target: Target, attacker: Attacker, embedder: Embedder | None = None, 
         "defence": target.defence,
         "attacker": attacker.name,
         "slots": target.slots,
-        "bytes_per_passage": target.nbytes,
+        "bytes_per_passage": None if target.defence else target.nbytes,  # here all tensors have their first dtype
         "attack_seconds_per_passage": spent / len(guesses),
         **attacker.about,
         **summary(target.texts, guesses, embedder, seed),
