@@ -12,11 +12,10 @@ quality() { # set, further arguments
     --no-shuffled --no-likelihood --resume --out "$OUT" "${@:2}"
 }
 
-several() { # ten passages, each with a budget of its own, and all with one
+several() { # ten passages: trained pruners give all of them one budget
   local more=()
   for each in $TRAINED; do more+=(--compressor "$each:pooled=true@4"); done
-  quality "$1_10" --baseline extract --baselines-of llmlingua2:pooled=true "${more[@]}" \
-    --compressor llmlingua2-query-small:pooled=true@4 --compressor llmlingua2-query-small@4
+  quality "$1_10" --baseline extract --baselines-of llmlingua2-query "${more[@]}" --compressor llmlingua2-query-small@4
 }
 
 asked() { # for each question, by a classifier of 22 million parameters, the reader or the embedder
@@ -28,7 +27,7 @@ asked() { # for each question, by a classifier of 22 million parameters, the rea
 }
 
 once() { # before any question
-  quality "$1" --baseline truncate --baselines-of llmlingua2 --compressor llmlingua2-small@2,4 --compressor semantic@2,4 \
+  quality "$1" --baseline truncate --baselines-of llmlingua2 --compressor semantic@2,4 --compressor llmlingua2-small@2,4 \
     --compressor prompt-saw:query_aware=false@2,4 --compressor selective-context@4
 }
 

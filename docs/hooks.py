@@ -219,4 +219,7 @@ def results_table(names: list[str]) -> str:
         share, low, high = (f"{round(100 * row[key])}" for key in ("recovered_share", "ci_low", "ci_high"))
         speed = f" {row['ttft_speedup']:.2f}x as fast as full text |" if "ttft_speedup" in row else " |" * timed
         lines.append(f"| `{row['method']}` | {row['ratio']:.3g}x | {share} % ({low} to {high}) |{speed}")
-    return "\n".join(lines) + "\n"
+    from nutgraf.benchmarks.names import dataset_title
+
+    sets = " and ".join(map(dataset_title, rows[0]["datasets"]))
+    return "\n".join([*lines, "", f"{rows[0]['n']} questions on {sets}, one passage each, pretrained reader."]) + "\n"

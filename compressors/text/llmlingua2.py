@@ -25,13 +25,12 @@ from .budget import kept_share
 from .published.llmlingua2 import LLMLingua2Options, PublishedWords
 from .scoring import TokenScores
 from .selection import SelectingCompressor, SelectionConfig
-from .settings import PooledSettings
 
 CLASSIFIER_FOLDER = "classifier"  # in the folder of an imported compressor: its classifier
 
 
 @dataclass
-class LLMLingua2Config(PooledSettings, SelectionConfig, TokenClassifierSettings):
+class LLMLingua2Config(SelectionConfig, TokenClassifierSettings):
     """Settings of LLMLingua-2. The paper's force tokens are ``keep``, its reserved digits ``keep_digits``."""
 
     method: ClassVar[str] = "llmlingua2"
@@ -53,7 +52,6 @@ class LLMLingua2Config(PooledSettings, SelectionConfig, TokenClassifierSettings)
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_classifier()
-        self.check_pooled()
         if self.mode == "published" and (kinds := sorted(KINDS.keys() & set(self.keep))):
             raise ValueError(
                 f"mode='published' forces single tokens of the classifier and knows no kinds, got {', '.join(kinds)}; use "
@@ -73,8 +71,7 @@ class LLMLingua2Compressor(SelectingCompressor):
     and a head, which training changes and `save_pretrained` saves (a few hundred kB).
 
     ``mode="fast"``: words compete over the whole passage for an exact budget in the reader's tokens. With ``query_aware``
-    words are kept for a question, and each question needs a new compression; otherwise questions are ignored. With ``pooled``
-    the words of all passages of a call for one question compete.
+    words are kept for a question, and each question needs a new compression; otherwise questions are ignored.
 
     ``mode="published"``: the released threshold per chunk. A result may exceed its budget, a short text may become empty, a
     number may be divided, and spaces are those of the classifier's tokenizer. ``published.compress_contexts`` runs it on a

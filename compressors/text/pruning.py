@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..core.units import Span, split_units, unit_scores
-from .budget import join, merge
+from .budget import join, merge, share_out
 from .scoring import TokenScores
 from .selection import SelectingCompressor, SelectionConfig
-from .settings import PooledSettings
 
 _WITHIN = 1e-9  # weight of a word's value, so small that it never outweighs a sentence's (float64)
 
@@ -56,7 +56,7 @@ class PruneExample:
 
 
 @dataclass
-class PrunerConfig(PooledSettings, SelectionConfig):
+class PrunerConfig(SelectionConfig):
     """Base config of sentence pruners. ``unpublished`` says why mode 'published' is not available; empty: it is."""
 
     method: ClassVar[str]
@@ -66,10 +66,22 @@ class PrunerConfig(PooledSettings, SelectionConfig):
         default="word",
         metadata={"help": "'word' fills the budget with words of the next sentence; 'sentence' does not"},
     )
+    pooled: bool = field(
+        default=False,
+        metadata={"help": "the passages of a call for one question share their budget; a useless one becomes empty"},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_pooled()
+        if not isinstance(self.pooled, bool):
+            raise ValueError(f"pooled must be true or false, got {self.pooled!r}.")
+        if self.pooled and self.keeps:
+            raise ValueError(
+                "pooled and keep exclude each other: a shared budget may leave a passage less than what must stay; set "
+                "pooled to false, or leave out keep, keep_patterns, keep_digits and keep_names."
+            )
+        if self.pooled and self.mode == "published":
+            raise ValueError("pooled shares an exact budget, and mode='published' has none; use mode='fast'.")
         if self.unpublished:
             check_no_published(self, self.unpublished)
 
@@ -117,6 +129,44 @@ class SentencePruner(SelectingCompressor):
             raise ValueError(
                 f"{self.config.title or self.config.method} keeps sentences for a question and got none; pass query=...."
             )
+
+    @property
+    def pools_budget(self) -> bool:
+        """Whether the passages of a call share their budget."""
+        return self.config.pooled
+
+    @property
+    def drops_passages(self) -> bool:
+        """A passage without a needed sentence becomes empty."""
+        return True
+
+    def share_budget(
+        self,
+        queries: Sequence[str | None],
+        lengths: Sequence[int],
+        targets: Sequence[int],
+        found: Mapping[int, TokenScores],
+    ) -> tuple[list[int], list[dict[str, Any]]]:
+        """Gives each passage the room that its tokens win against those of the other passages for the same question."""
+        groups: dict[str | None, list[int]] = defaultdict(list)
+        for i, query in enumerate(queries):
+            if lengths[i]:
+                groups[query].append(i)
+        out = list(targets)
+        for group in groups.values():
+            total, length = sum(targets[i] for i in group), sum(lengths[i] for i in group)
+            values = torch.cat([found[i].nll for i in group])
+            sizes = [len(found[i].nll) for i in group]
+            if not len(values):
+                continue
+            # The scorer's tokens stand for the reader's.
+            best = torch.zeros(len(values))
+            best[values.argsort(descending=True, stable=True)[: round(len(values) * total / length)]] = 1
+            won = [float(part.sum()) * lengths[i] / max(len(part), 1) for i, part in zip(group, best.split(sizes))]
+            shares = share_out(total, won, [lengths[i] for i in group])
+            for i, share in zip(group, shares):
+                out[i] = share
+        return out, [{} for _ in targets]
 
     def as_published(
         self, text: str, query: str | None, ratio: float, target_tokens: int | None

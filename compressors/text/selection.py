@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -24,7 +23,7 @@ from ..core.passage import CompressedPassage
 from ..core.structure import Structure, mean_between
 from ..core.units import LEVELS, Span, carve, split_units, tokens_in, unit_scores
 from ..reader.reader import Reader
-from .budget import Search, join, merge, run_searches, search, share_out
+from .budget import Search, join, merge, run_searches, search
 from .scoring import TokenScores, self_information
 from .settings import SelectionConfig, SelectionSettings
 
@@ -123,13 +122,13 @@ class SelectingCompressor(TextCompressor):
 
     @property
     def pools_budget(self) -> bool:
-        """Whether the passages of a call share their budget."""
-        return getattr(self.config, "pooled", False)
+        """Whether `share_budget` divides the budget of a call between its passages."""
+        return False
 
     @property
     def drops_passages(self) -> bool:
         """Whether a shared budget may leave a passage empty."""
-        return getattr(self.config, "pooled", False)
+        return False
 
     def share_budget(
         self,
@@ -138,7 +137,7 @@ class SelectingCompressor(TextCompressor):
         targets: Sequence[int],
         found: Mapping[int, TokenScores],
     ) -> tuple[list[int], list[dict[str, Any]]]:
-        """Gives each passage the room that its tokens win against those of the other passages for the same question.
+        """Moves budget between the passages of a call.
 
         Args:
             queries: the question of each passage.
@@ -149,25 +148,7 @@ class SelectingCompressor(TextCompressor):
         Returns:
             New targets with the same sum, and each passage's entries for ``info``.
         """
-        groups: dict[str | None, list[int]] = defaultdict(list)
-        for i, query in enumerate(queries):
-            if lengths[i]:
-                groups[query].append(i)
-        out = list(targets)
-        for group in groups.values():
-            total, length = sum(targets[i] for i in group), sum(lengths[i] for i in group)
-            values = torch.cat([found[i].nll for i in group])
-            sizes = [len(found[i].nll) for i in group]
-            if not len(values):
-                continue
-            # The scorer's tokens stand for the reader's.
-            best = torch.zeros(len(values))
-            best[values.argsort(descending=True, stable=True)[: round(len(values) * total / length)]] = 1
-            won = [float(part.sum()) * lengths[i] / max(len(part), 1) for i, part in zip(group, best.split(sizes))]
-            shares = share_out(total, won, [lengths[i] for i in group])
-            for i, share in zip(group, shares):
-                out[i] = share
-        return out, [{} for _ in targets]
+        return list(targets), [{} for _ in targets]
 
     def compress_at(
         self, texts: Sequence[str], ratios: Sequence[float | None], query: Query = None, **options: Any

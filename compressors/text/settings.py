@@ -72,25 +72,3 @@ class SelectionConfig(SelectionSettings, CompressorConfig):
             options = options_class.from_dict({**given, **flat})
             data = {**{name: value for name, value in data.items() if name not in names}, "published": options}
         return super().from_dict(data)  # type: ignore[misc]
-
-
-@dataclass(kw_only=True)
-class PooledSettings:
-    """Config mixin of methods that divide one budget between the passages of a call."""
-
-    pooled: bool = added(
-        False, "the passages of a call for one question share their budget; a useless one becomes empty"
-    )
-
-    def check_pooled(self) -> None:
-        """Raises ``ValueError`` unless ``pooled`` is true or false and fits the other settings."""
-        config: Any = self
-        if not isinstance(self.pooled, bool):
-            raise ValueError(f"pooled must be true or false, got {self.pooled!r}.")
-        if self.pooled and config.keeps:
-            raise ValueError(
-                "pooled and keep exclude each other: a shared budget may leave a passage less than what must stay; set "
-                "pooled to false, or leave out keep, keep_patterns, keep_digits and keep_names."
-            )
-        if self.pooled and config.mode == "published":
-            raise ValueError("pooled shares an exact budget, and mode='published' has none; use mode='fast'.")

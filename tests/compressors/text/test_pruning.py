@@ -281,25 +281,6 @@ def test_a_saved_pruner_loads_with_a_shared_budget(method, reader, encoder, tmp_
         load_compressor(tmp_path, reader, pooled=1)
 
 
-def test_words_of_several_passages_share_a_budget(reader, encoder):
-    compressor = build("llmlingua2", reader, encoder, query_aware=True, pooled=True)
-    texts = [TEXT, "", "Rain fell on the hills. The river rose.", "The treaty was signed by many. It was late."]
-    total = sum(len(reader.tokenize(text)) // 4 for text in texts)
-    found = compressor.compress(texts, QUESTION, 4)
-    assert sum(p.n_tokens for p in found) <= total
-    assert [p.info["budget"] for p in found] != [len(reader.tokenize(text)) // 4 for text in texts]
-    # the passages keep as many tokens as the highest values of all passages lie in them
-    values = [scores.nll for scores in compressor.score(texts, [QUESTION] * 4)]
-    level = torch.cat(values).sort(descending=True).values[round(sum(map(len, values)) / 4)]
-    for passage, inside in zip(found, values):
-        assert passage.info["budget"] == pytest.approx(int((inside > level).sum()), abs=2)
-    # other questions have budgets of their own
-    mixed = compressor.compress([*texts, TEXT], [*[QUESTION] * 4, "Where was Curie born?"], 4)
-    assert [p.text for p in mixed[:4]] == [p.text for p in found]
-    with pytest.raises(ValueError, match="pooled shares an exact budget, and mode='published' has none"):
-        build("llmlingua2", reader, encoder, pooled=True, mode="published")
-
-
 def test_values_of_words_follow_their_sentence_and_then_their_own_score():
     spans = sentence_spans(TEXT)
     found = token_values(TEXT, SentenceScores(spans, torch.tensor([0.4, 0.1, 0.2, 0.3])))
@@ -337,3 +318,5 @@ def test_odd_settings_are_refused():
         config(pooled=True, keep=["numbers"])
     with pytest.raises(ValueError, match="pooled must be true or false"):
         config(pooled=2)
+    with pytest.raises(ValueError, match="pooled shares an exact budget, and mode='published' has none"):
+        config(pooled=True, mode="published")
