@@ -126,7 +126,8 @@ def by_bytes(rows: Sequence[Row]) -> bytes | None:
         axes.errorbar(x, y, bars, capsize=2, elinewidth=0.9, label=line["name"], **line["look"])
         for row, at, share in zip(line["rows"], x, y):
             left = line["kind"] == "plain"  # lies close to the shorter texts
-            axes.annotate(f"{row['ratio_asked']:g}x", (at, share), (-8 if left else 8, -3), textcoords="offset points",
+            ratio = row.get("ratio_asked") or row["ratio"]  # none is asked of a method with a ratio of its own
+            axes.annotate(f"{ratio:.3g}x", (at, share), (-8 if left else 8, -3), textcoords="offset points",
                           ha="right" if left else "left", fontsize=8.5, color=line["look"]["color"])  # fmt: skip
     full = next((row.get("bytes_per_passage") for row in rows if row["method"] == "full"), None)
     if full is not None:

@@ -157,11 +157,12 @@ def test_the_page_ranks_and_the_picture_shows_shares(tmp_path: Path) -> None:
         row("none", [0.0] * 9 + [1.0], ratio=0.0),
         row("icae", [1.0, 1.0] + [0.0] * 8, ratio_asked=4.0, bytes_per_passage=9e4, train_steps=7, train_seconds=120.0),
         row("gist", [1.0] * 6 + [0.0] * 4, ratio_asked=4.0, bytes_per_passage=9e5, reader_tuned=True),
+        row("xrag", [1.0] * 3 + [0.0] * 7, ratio=122.5, ratio_asked=None, bytes_per_passage=2e3),
     ]
     page, picture = write_leaderboard(tmp_path, rows, 15.0, None)
     text = page.read_text()
     assert "15 minutes" in text
-    assert text.index("gist tokens") < text.index("ICAE")
+    assert text.index("gist tokens") < text.index("ICAE") < text.index("Ratio of its own") < text.index("xRAG")
     (line,) = [line for line in text.splitlines() if line.startswith("| ICAE")]
     assert "2.0 min | 7 |" in line
     assert picture.read_bytes().startswith(b"\x89PNG")
