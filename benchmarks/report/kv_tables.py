@@ -54,11 +54,11 @@ def choices(rows: Sequence[Row]) -> list[Row]:
 
 
 def by_ratio(rows: Sequence[Row], titles: dict[str, Any], ratios: Sequence[float] = RATIOS) -> Table:
-    """One line per method, one column per ratio. `titles`: further columns in front, from heading to key or function."""
+    """One line per method, one column per ratio that has rows. `titles`: columns before, from heading to key or function."""
     lines: dict[str, Row] = {}
     for row in rows:
         lines.setdefault(row["method"], dict(row))[f"at {row['ratio_asked']:g}"] = share(row)
-    columns = [Column(f"{ratio:g}x", f"at {ratio:g}") for ratio in ratios]
+    columns = [Column(f"{r:g}x", f"at {r:g}") for r in ratios if any(f"at {r:g}" in line for line in lines.values())]
     return build([*(Column(title, value) for title, value in titles.items()), *columns], lines.values())
 
 
