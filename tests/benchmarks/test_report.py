@@ -323,7 +323,7 @@ def test_the_page_of_keys_and_values_has_the_lead_over_the_best_other_that_compr
     )
     assert "80 questions. Not measured: Quoref, FairytaleQA, QAMR." in page
     assert "| 4x | the passage's first tokens | 25 (" in page
-    assert "| random | global | none |  | 25 %" in page
+    assert "| random | global | none | 25 %" in page
     assert kv_tables.choices(rows[:7]) == []
     image = plots.by_bytes(kv_tables.once(rows))
     assert image is not None
