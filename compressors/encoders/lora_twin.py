@@ -203,6 +203,8 @@ class LoRATwin(Twin):
         Raises:
             ValueError: if some weights are quantised.
         """
+        from ..reader.lora import updated  # takes PEFT, too
+
         plain = share(self.lm)
         decoder = plain.get_decoder()
         for name, module in [*decoder.named_modules()]:
@@ -213,8 +215,9 @@ class LoRATwin(Twin):
                 raise ValueError(
                     f"LoRA cannot be added to {name}, a {type(base).__name__}; load the reader unquantised."
                 )
-            total = base.weight.double() + module.get_delta_weight("default").double()
-            base.weight = nn.Parameter(total.to(base.weight.dtype), requires_grad=False)
+            down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
+            factors = (down.T, up.T) if isinstance(base, Conv1D) else (up, down)  # Conv1D's weight is transposed
+            base.weight = updated(base.weight, *factors, module.scaling["default"])
             decoder.set_submodule(name, base)
         return plain
 

@@ -25,7 +25,6 @@ import torch
 from ..base import Compressor
 from ..core.checkpoint import READER_FOLDER, download
 from ..core.errors import CheckpointError
-from ..reader.loading import save_tokenizer
 from ..reader.quiet import quiet_loading
 from ..reader.reader import Reader
 from ..registry import compressor_class
@@ -178,7 +177,8 @@ def import_to(
     whole.mkdir(parents=True)
     try:
         if compressor.base_reader is not source.reader and compressor.interface != "text":
-            save_reader(compressor.base_reader, whole / READER_FOLDER)
+            with quiet_loading():
+                compressor.base_reader.save_pretrained(whole / READER_FOLDER)
         compressor.save_pretrained(whole)
         if hasattr(_module(name), "write_extras"):
             _module(name).write_extras(compressor, whole)
@@ -189,13 +189,6 @@ def import_to(
         shutil.rmtree(whole, ignore_errors=True)
         raise
     return source.ignored
-
-
-def save_reader(reader: Reader, folder: Path) -> None:
-    """Writes a reader as a Hugging Face folder: model and tokenizer."""
-    with quiet_loading():
-        reader.model.save_pretrained(folder)
-        save_tokenizer(reader.tokenizer, folder)
 
 
 def import_recognised(path: Path, reader: Reader | None, **hyper_parameters: Any) -> Compressor | None:

@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..core.errors import CheckpointError
 from ..kv.restore import RestoreCompressor, RestoreConfig
+from ..reader.lora import not_lora
 from .layout import Source, load_tensors, number, read_json
 from .models import body_prefix, drop_idle, fill_lora, lora_shape, take_lora
 
 EMBEDDINGS = "restore_embeddings"
-# Settings of PEFT under which LoRA is something else than W + alpha / r * B A.
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
-    "alpha_pattern": ({}, None),
-    "rank_pattern": ({}, None),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None, {}),
-}
+# Must be off: layers have one rank and scale, and weights are not transposed.
+_UNIFORM = ("alpha_pattern", "rank_pattern", "fan_in_fan_out")
 
 
 def recognises(path: Path) -> bool:
@@ -48,11 +38,10 @@ def load(source: Source, *, score: str = "kvzip", ratio: float = 4.0) -> Restore
     path = source.path
     reader = source.need_reader("holds no reader")
     settings = read_json(path / "adapter_config.json")
-    for name, supported in _PLAIN.items():
-        if name in settings and settings[name] not in supported:
-            raise CheckpointError(
-                f"{path}/adapter_config.json sets {name} to {settings[name]!r:.60}; supported is {supported[0]!r}."
-            )
+    for name, value in (not_lora(settings) | {k: settings[k] for k in _UNIFORM if settings.get(k)}).items():
+        raise CheckpointError(
+            f"{path}/adapter_config.json sets {name!s:.60} to {value!r:.60}; supported is LoRA of one rank and scale."
+        )
     rows = source.keys(load_tensors(path / f"{EMBEDDINGS}.safetensors"))
     memory = rows.take(EMBEDDINGS, (None, reader.width))
     rows.done()

@@ -158,13 +158,11 @@ def gaussian_attention(
     """
     heads, width = layer.own.shape[1], layer.own.shape[-1]
     device, end = layer.own.device, evidence.tokens.sum(1) + evidence.start
-    average = torch.eye(width, device=device, dtype=mean.dtype).expand(
-        len(end), -1, -1
-    )  # maps a row of a query to its average place
+    eye = torch.eye(width, device=device, dtype=mean.dtype)
+    average = eye.expand(len(end), -1, -1)  # maps a row of a query to its average place
     if placement.kinds[index] == ROTARY:
-        eye = torch.eye(width, device=device, dtype=mean.dtype)[:, None].expand(-1, FUTURE, -1)
-        ahead = torch.arange(FUTURE, device=device)
-        average = torch.stack([placement.rotate(eye, ahead + int(at), index).mean(1) for at in end])
+        rows, ahead = eye[:, None].expand(-1, FUTURE, -1), torch.arange(FUTURE, device=device)
+        average = torch.stack([placement.rotate(rows, ahead + int(at), index).mean(1) for at in end])
     mean, covariance = mean[:, :, None] @ average[:, None], average[:, None].mT @ covariance @ average[:, None]
     keys = wide(layer.keys).repeat_interleave(heads // layer.keys.shape[1], 1)
     scores = (keys @ mean.mT)[..., 0] * layer.scaling

@@ -52,6 +52,15 @@ _VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
+def not_lora(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of an ``adapter_config.json`` that make it other than plain LoRA, as far as is known."""
+    return {
+        name: value
+        for name, value in settings.items()
+        if (value not in _VALUES[name] if name in _VALUES else value and name not in _UNDERSTOOD)
+    }
+
+
 def read_settings(folder: Path) -> Any:
     """The ``LoraConfig`` of an adapter's folder.
 
@@ -65,11 +74,7 @@ def read_settings(folder: Path) -> Any:
         raise ValueError(f"{file} cannot be read: {error}") from error
     if not isinstance(held, dict):
         raise ValueError(f"{file} must hold a JSON object, got {type(held).__name__}.")
-    odd = [
-        f"{name if name.isidentifier() else repr(name):.60}={value!r:.60}"
-        for name, value in held.items()
-        if (value not in _VALUES[name] if name in _VALUES else value and name not in _UNDERSTOOD)
-    ]
+    odd = [f"{name if name.isidentifier() else repr(name):.60}={value!r:.60}" for name, value in not_lora(held).items()]
     if odd or "peft_type" not in held:
         what = ", ".join(odd) or "no peft_type"
         raise ValueError(

@@ -75,7 +75,8 @@ NAME = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
 DAMAGE = {
     "a matrix is missing": ({NAME: None}, {}, None, r"missing layers\.1\.self_attn\.v_proj\.lora_B"),
     "a tensor of DoRA": ({NAME.replace("B.weight", "magnitude_vector"): torch.ones(3)}, {}, None, "unknown keys"),
-    "DoRA": ({}, {"use_dora": True}, None, "sets use_dora to True; supported is False"),
+    "DoRA": ({}, {"use_dora": True}, None, "sets use_dora to True; supported is LoRA"),
+    "a setting of later versions": ({}, {"new_setting": 1}, None, "sets new_setting to 1"),
     "other scales": ({}, {"alpha_pattern": {"v_proj": 1}}, None, "sets alpha_pattern"),
     "no scale": ({}, {"lora_alpha": None}, None, "sets lora_alpha to None"),
     "no embeddings": ({}, {}, {"embeddings": torch.zeros(2, 32)}, "lacks restore_embeddings"),
